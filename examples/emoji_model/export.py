@@ -1,0 +1,89 @@
+"""Pack what `train.py` left into the two folders that ship: a diffusers pipeline and a transformers CLIP.
+
+    python -m examples.emoji_model.export --folder runs/emoji --out lightning_draft/assets
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+
+from examples.emoji_model import parts
+from examples.emoji_model.data import Emoji, prepare
+
+
+def averaged(checkpoint: Path) -> dict[str, Tensor]:
+    """The averaged network's weights in a training checkpoint."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "average.module."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def standardised_autoencoder(checkpoint: Path, emoji: Emoji) -> AutoencoderKL:
+    """The averaged autoencoder, with its latents' mean and deviation folded into its two 1x1 convolutions.
+
+    The latents of the pictures then have mean 0 and deviation 1 in every channel, and the scaling factor is 1.
+    """
+    vae = parts.autoencoder()
+    vae.load_state_dict(averaged(checkpoint))
+    vae.eval().requires_grad_(False)
+    latents = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    inward, outward = vae.quant_conv, vae.post_quant_conv
+    channels = len(mean)
+    inward.weight[:channels] /= std.view(-1, 1, 1, 1)
+    inward.bias[:channels] = (inward.bias[:channels] - mean) / std
+    inward.bias[channels:] -= 2 * std.log()
+    outward.bias += outward.weight[:, :, 0, 0] @ mean
+    outward.weight *= std.view(1, -1, 1, 1)
+    return vae
+
+
+def pipeline(folder: Path, emoji: Emoji) -> StableDiffusionPipeline:
+    """The text-to-image pipeline, all parts real."""
+    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    state = averaged(folder / "unet" / "last.ckpt")
+    networks = {"unet": parts.unet(), "text": parts.text_encoder(words)}
+    for name, network in networks.items():
+        network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+    return StableDiffusionPipeline(
+        vae=standardised_autoencoder(folder / "vae" / "last.ckpt", emoji),
+        text_encoder=networks["text"].eval(),
+        tokenizer=words,
+        unet=networks["unet"].eval(),
+        scheduler=parts.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export_clip(folder: Path, out: Path) -> None:
+    """Write the small CLIP in transformers' own format."""
+    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    clip = parts.clip(words)
+    clip.load_state_dict(averaged(folder / "clip" / "last.ckpt"))
+    clip.half().save_pretrained(out)
+    size = {"shortest_edge": 32}
+    processor = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, words).save_pretrained(out)
+
+
+def main() -> None:
+    """Export both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("lightning_draft/assets"))
+    arguments = parser.parse_args()
+    emoji = Emoji.load(prepare(arguments.folder))
+    if (arguments.folder / "unet" / "last.ckpt").exists():
+        pipeline(arguments.folder, emoji).to(torch.float16).save_pretrained(arguments.out / "emoji", variant="fp16")
+    if (arguments.folder / "clip" / "last.ckpt").exists():
+        export_clip(arguments.folder, arguments.out / "emoji-clip")
+
+
+if __name__ == "__main__":
+    main()

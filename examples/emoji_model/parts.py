@@ -1,0 +1,110 @@
+"""The parts of the shipped pipeline and of the shipped CLIP, as diffusers and transformers build them."""
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+MAX_LENGTH = 16
+WIDTH = 128
+
+
+def autoencoder() -> AutoencoderKL:
+    """A KL autoencoder from 32x32x3 to 8x8x8, 1.7 M parameters."""
+    return AutoencoderKL(
+        sample_size=32,
+        latent_channels=8,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        scaling_factor=1.0,
+    )
+
+
+def unet(channels: int = 8, size: int = 8) -> UNet2DConditionModel:
+    """The denoiser, 8.8 M parameters, with cross-attention at the two finest levels."""
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 192),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """Cosine schedule, v-prediction, trailing grid: the last step decodes `x0`, so DRaFT-1 has a gradient."""
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> CLIPTokenizer:
+    """Train CLIP's byte-pair encoding on the captions, write it in CLIP's own files and load it back."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    state = json.loads(bpe.to_str())["model"]
+    vocab, merges = state["vocab"], [tuple(pair) for pair in state["merges"]]
+    for letter in alphabet:
+        vocab.setdefault(letter + "</w>", len(vocab))
+    loaded = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+    loaded.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def text_config(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
+    """A text tower of width 128 over 16 tokens."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """The pipeline's text encoder."""
+    return CLIPTextModel(text_config(words))
+
+
+def clip(words: CLIPTokenizer) -> CLIPModel:
+    """A two-tower CLIP over 32x32 pictures in patches of 4."""
+    vision = {
+        "hidden_size": 160,
+        "intermediate_size": 480,
+        "projection_dim": WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 5,
+        "image_size": 32,
+        "patch_size": 4,
+    }
+    return CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision, projection_dim=WIDTH))

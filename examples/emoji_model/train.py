@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from examples.emoji_model import parts
 from examples.emoji_model.data import Emoji, prepare
+from examples.emoji_model.export import standardised_autoencoder
 
 
 class Batches(IterableDataset[Tensor]):

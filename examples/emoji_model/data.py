@@ -23,14 +23,14 @@ from torch import Tensor
 VERSION = "16.0.0"
 STYLES = {"noto": "google", "twemoji": "twitter"}
 QUOTAS = {
-    "Animals & Nature": 95,
-    "Food & Drink": 85,
-    "Objects": 65,
-    "Travel & Places": 50,
+    "Animals & Nature": 85,
+    "Food & Drink": 75,
+    "Objects": 55,
+    "Travel & Places": 45,
     "Activities": 25,
     "Smileys & Emotion": 20,
 }
-"""How many names of each category the generator learns to draw (340 in all)."""
+"""How many names of each category the generator learns to draw (305 in all)."""
 SKIPPED = {"time", "person", "family", "keycap", "country-flag", "skin-tone"}
 
 

@@ -84,7 +84,7 @@ class Autoencoder(Part):
         edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         self.log_dict({"l1": l1, "mse": F.mse_loss(decoded, images), "kl": kl}, prog_bar=True)
-        return l1 + 0.5 * edges + F.mse_loss(decoded, images) + 1e-3 * kl
+        return l1 + 0.5 * edges + F.mse_loss(decoded, images) + 1e-4 * kl
 
 
 class Denoiser(Part):
@@ -144,7 +144,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def encode(emoji: Emoji, folder: Path) -> Tensor:
-    """Latents of every picture, float32 `(N, 8, 8, 8)`, by the averaged and standardised autoencoder."""
+    """Latents of every picture, float32 `(N, 4, 16, 16)`, by the averaged and standardised autoencoder."""
     from examples.emoji_model.export import standardised_autoencoder
 
     vae = standardised_autoencoder(folder / "vae" / "last.ckpt", emoji)

@@ -1,0 +1,245 @@
+"""Prompts: where they come from, how they are split, and in which order they are seen."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import Prompt
+
+
+class PromptLoader:
+    """Endless shuffled prompts in batches, whose order is a function of the seed and the position alone.
+
+    A checkpoint holds the position, so a resumed run sees the prompts that the uninterrupted one would have seen.
+    Each process of a distributed run takes its own part of every global batch.
+
+    Args:
+        prompts: All of them.
+        batch_size: Prompts a process and step.
+        shuffle: In a new order each pass, else in the given order.
+        seed: Of the order.
+        rank: Which process this is.
+        world_size: How many processes there are.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Batches in one pass; a remainder is carried into the next."""
+        return max(1, len(self.prompts) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        """Yield one pass of batches, from where the last one ended."""
+        for _ in range(len(self) - self.position % len(self)):
+            self.position += 1
+            yield self.batch(self.position - 1)
+
+    def batch(self, number: int) -> list[Prompt]:
+        """The batch that this process sees at `number`."""
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return [self._prompt(place) for place in range(first, first + self.batch_size)]
+
+    def state_dict(self) -> dict[str, int]:
+        """The position."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a saved position."""
+        self.position = state["position"]
+
+    def _prompt(self, place: int) -> Prompt:
+        epoch, index = divmod(place, len(self.prompts))
+        return self.prompts[self._order(epoch)[index]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.prompts)))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self.prompts), generator=generator).tolist()
+
+
+class FixedPrompts:
+    """Prompts in their order, once, in batches; each process takes every `world_size`-th.
+
+    Args:
+        prompts: All of them.
+        batch_size: Prompts a process and batch.
+        rank: Which process this is.
+        world_size: How many processes there are.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.prompts = prompts[rank::world_size]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.prompts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        """Yield them."""
+        for start in range(0, len(self.prompts), self.batch_size):
+            yield list(self.prompts[start : start + self.batch_size])
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Prompts for training and validation.
+
+    Args:
+        prompts: A list; or a `.txt` file (one a line), a `.jsonl`, `.json` or `.csv` file; or the name of a shipped
+            list (`emoji`, `animals`); or a data set folder or hub id that the `datasets` package reads. In files with columns, every
+            column but the prompt's becomes metadata that rewards may read.
+        val_prompts: Held-out prompts, given likewise; by default `val_size` prompts are held out of `prompts`.
+        batch_size: Prompts a process and optimisation step.
+        val_batch_size: Prompts a validation batch; by default `batch_size`.
+        val_size: How many prompts to hold out, chosen by the seed; used where `val_prompts` is not given.
+        column: The prompt's column in files and data sets that have columns.
+        split: The split of a data set.
+        seed: Of the order and of the choice of held-out prompts.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | str,
+        val_prompts: list[str] | str | None = None,
+        batch_size: int = 4,
+        val_batch_size: int | None = None,
+        val_size: int = 8,
+        column: str = "prompt",
+        split: str = "train",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size={batch_size} must be at least 1")
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.seed = seed
+        everything = read_prompts(prompts, column, split)
+        if val_prompts is None:
+            self.train_prompts, self.val_prompts = hold_out(everything, val_size, seed)
+        else:
+            self.train_prompts, self.val_prompts = everything, read_prompts(val_prompts, column, split)
+
+    def train_dataloader(self) -> PromptLoader:
+        """Shuffled batches."""
+        return PromptLoader(self.train_prompts, self.batch_size, seed=self.seed, **self._processes())
+
+    def val_dataloader(self) -> FixedPrompts:
+        """The held-out prompts in their order."""
+        return FixedPrompts(self.val_prompts, self.val_batch_size, **self._processes())
+
+    def _processes(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+
+def hold_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Split off `size` prompts chosen by `seed`; both parts keep their order."""
+    if not 0 <= size < len(prompts):
+        raise ConfigurationError(
+            f"val_size={size} leaves nothing to train on: there are {len(prompts)} prompts; lower val_size"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = set(torch.randperm(len(prompts), generator=generator)[:size].tolist())
+    return (
+        [prompt for i, prompt in enumerate(prompts) if i not in chosen],
+        [prompt for i, prompt in enumerate(prompts) if i in chosen],
+    )
+
+
+def read_prompts(source: list[str] | str, column: str = "prompt", split: str = "train") -> list[Prompt]:
+    """Read prompts from a list, a file, a shipped list or a data set.
+
+    Raises:
+        ConfigurationError: Nothing is found there, or what is there holds no prompts.
+    """
+    if not isinstance(source, str):
+        prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in source]
+    else:
+        prompts = _read(source, column, split)
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ConfigurationError(f"no prompts in {source!r}; write one a line, or list them")
+    return prompts
+
+
+def _read(source: str, column: str, split: str) -> list[Prompt]:
+    shipped = files("lightning_draft") / "prompts" / f"{source}.txt"
+    path = Path(source)
+    if shipped.is_file():
+        return [Prompt(line.strip()) for line in shipped.read_text().splitlines()]
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise ConfigurationError(f"there is no file {source!r}; give the path of a prompt file")
+        return _READERS[path.suffix](path, column)
+    return _read_data_set(source, column, split)
+
+
+def _read_text(path: Path, column: str) -> list[Prompt]:
+    return [Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _read_json(path: Path, column: str) -> list[Prompt]:
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Prompt(row) if isinstance(row, str) else _from_row(row, column, str(path)) for row in rows]
+
+
+def _read_json_lines(path: Path, column: str) -> list[Prompt]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_from_row(json.loads(line), column, str(path)) for line in lines if line.strip()]
+
+
+def _read_csv(path: Path, column: str) -> list[Prompt]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [_from_row(row, column, str(path)) for row in csv.DictReader(file)]
+
+
+_READERS = {".txt": _read_text, ".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}
+
+
+def _read_data_set(source: str, column: str, split: str) -> list[Prompt]:
+    try:
+        from datasets import load_dataset, load_from_disk
+    except ImportError as error:
+        names = ", ".join(sorted(Path(file.name).stem for file in (files("lightning_draft") / "prompts").iterdir()))
+        raise ConfigurationError(
+            f"{source!r} is neither a prompt file nor a shipped list ({names}); to read it as a data set, "
+            "install the datasets package"
+        ) from error
+    try:
+        saved = (Path(source) / "state.json").is_file()
+        rows = load_from_disk(source) if saved else load_dataset(source, split=split)
+    except Exception as error:
+        raise ConfigurationError(f"the data set {source!r} (split {split!r}) could not be read: {error}") from error
+    return [_from_row(row, column, source) for row in rows]
+
+
+def _from_row(row: dict[str, Any], column: str, source: str) -> Prompt:
+    if column not in row:
+        raise ConfigurationError(f"{source} has no column {column!r}; it has {', '.join(row)}: set data.column")
+    return Prompt(row[column], {name: value for name, value in row.items() if name != column})

@@ -1,0 +1,1 @@
+# Shipped prompt lists: one prompt a line.

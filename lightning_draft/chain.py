@@ -57,6 +57,8 @@ class SamplingChain:
         measure_drift: bool = False,
         probe: Probe | None = None,
     ) -> None:
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1; None takes the batch whole")
         self.model = model
         self.sampler = sampler
         self.conditioning = conditioning
@@ -164,12 +166,16 @@ class SamplingChain:
         return latent
 
     def _drift(self, x: Tensor, x0: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """`(eps_theta - eps_base)^2` averaged over each latent, `(B,)`; empty unless it is measured."""
+        """`(eps_theta - eps_base)^2` averaged over each latent, `(B,)`; empty unless it is measured.
+
+        `eps_base` is a constant, as in NeMo-Aligner's code: freezing the base network's output but not the conversion
+        to `x_0` lets the latent cancel out of the difference, value and gradient.
+        """
         if not self.measure_drift:
             return x.new_empty(0)
         alpha, sigma = self.model.schedule.coefficients(t)
-        with torch.no_grad(), self.model.base():
-            base = self.model.denoise(x, t, conditioning)
+        with self.model.base():
+            base = self.model.denoise(x, t, conditioning, freeze=True)
         return (alpha / sigma * (x0 - base)).square().flatten(1).mean(1)
 
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,12 +106,17 @@ class Sampler(ABC):
         """
 
     def final_coefficient(self, schedule: Schedule) -> float:
-        """`d x_final / d eps` of the last step: where it is 0, DRaFT-1 and DRaFT-LV learn nothing."""
+        """`d x_final / d eps` of the last step: where it is 0, DRaFT-1 and DRaFT-LV learn nothing.
+
+        Infinite for a step that starts from pure noise (`alpha_t` = 0) and uses the network.
+        """
         t, s = self.grid(schedule)[-1]
         alpha, sigma = schedule.coefficients(t)
         zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         slope = self.step(schedule, zero, one, t, s)[0].mean - self.step(schedule, zero, zero, t, s)[0].mean
-        return -slope.item() * sigma / alpha
+        if slope.item() == 0:
+            return 0.0
+        return -slope.item() * (sigma / alpha if alpha > 0 else math.inf)
 
 
 class DDIM(Sampler):
@@ -134,10 +140,8 @@ class DDIM(Sampler):
     def grid(self, schedule: Schedule) -> Grid:
         """The grid of diffusers' `DDIMScheduler`, which always steps back by `num_train_timesteps // num_steps`."""
         table = _variance_preserving(schedule, self)
-        total, stride = table.num_train_timesteps, table.num_train_timesteps // self.num_steps
-        times = _ddim_times(table, self.num_steps, self.spacing or table.spacing)
-        if max(times) >= total:
-            raise ValueError(f"num_steps={self.num_steps} walks past the schedule's last timestep, {total - 1}")
+        stride = table.num_train_timesteps // self.num_steps
+        times = _checked(_ddim_times(table, self.num_steps, self.spacing or table.spacing), table)
         return tuple((t, t - stride) for t in times)
 
     def step(
@@ -166,7 +170,7 @@ class DPMSolverPlusPlus(Sampler):
     def grid(self, schedule: Schedule) -> Grid:
         """The grid of diffusers' `DPMSolverMultistepScheduler` with `final_sigmas_type="zero"`."""
         table = _variance_preserving(schedule, self)
-        times = _dpm_times(table, self.num_steps, self.spacing or table.spacing)
+        times = _checked(_dpm_times(table, self.num_steps, self.spacing or table.spacing), table)
         return tuple(zip(times, (*times[1:], _END), strict=True))
 
     def step(
@@ -221,7 +225,7 @@ class FlowSDE(FlowEuler):
 
     Args:
         num_steps: Number of network evaluations.
-        noise_level: `c` in `sigma_t = c sqrt(t / (1 - t))`.
+        noise_level: `c` in `sigma_t = c sqrt(t / (1 - t))`; 0 is `FlowEuler`.
 
     References:
         Liu et al., "Flow-GRPO", arXiv:2505.05470, eq. (9) and the authors' code.
@@ -236,11 +240,13 @@ class FlowSDE(FlowEuler):
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, memory: Any = None
     ) -> tuple[Transition, Any]:
-        """Drift corrected so that marginals are kept; at `t` = 1, where `sigma_t` is infinite, that of `s` is used."""
+        """Drift corrected so that marginals are kept. The last step, to 0, adds no noise.
+
+        At `t` = 1, where `sigma_t` is infinite, `1 - t` is replaced by `1 - s` as in the authors' code.
+        """
         if s <= 0:
             return super().step(schedule, x, x0, t, s)
-        at = s if t >= 1 else t
-        sigma = self.noise_level * math.sqrt(at / (1 - at))
+        sigma = self.noise_level * math.sqrt(t / (1 - (s if t >= 1 else t)))
         velocity, dt = (x - x0) / t, s - t
         half = sigma**2 / (2 * t)
         mean = x * (1 + half * dt) + velocity * (1 + half * (1 - t)) * dt
@@ -263,8 +269,9 @@ def _ddim_times(table: VariancePreserving, steps: int, spacing: Spacing) -> list
     if spacing == "leading":
         return [i * (total // steps) + table.steps_offset for i in reversed(range(steps))]
     if spacing == "trailing":
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
-    return [round(i * (total - 1) / max(1, steps - 1)) for i in reversed(range(steps))]
+        # numpy's rounding of ties is diffusers' grid; its arange may also yield one element too many.
+        return _whole(np.arange(total, 0, -total / steps)[:steps].round() - 1)
+    return _whole(np.linspace(0, total - 1, steps).round()[::-1])
 
 
 def _dpm_times(table: VariancePreserving, steps: int, spacing: Spacing) -> list[int]:
@@ -273,4 +280,18 @@ def _dpm_times(table: VariancePreserving, steps: int, spacing: Spacing) -> list[
         return [i * (total // (steps + 1)) + table.steps_offset for i in range(steps, 0, -1)]
     if spacing == "trailing":
         return _ddim_times(table, steps, spacing)
-    return [round(i * (total - 1) / steps) for i in range(steps, 0, -1)]
+    return _whole(np.linspace(0, total - 1, steps + 1).round()[:0:-1])
+
+
+def _whole(times: Any) -> list[int]:
+    return [int(t) for t in times]
+
+
+def _checked(times: list[int], table: VariancePreserving) -> list[int]:
+    last = table.num_train_timesteps - 1
+    if times[0] > last or any(s >= t for t, s in zip(times, times[1:], strict=False)):
+        raise ValueError(
+            f"num_steps={len(times)} does not fit the schedule's timesteps 0..{last} on this grid; lower num_steps or "
+            'write spacing="trailing"'
+        )
+    return times

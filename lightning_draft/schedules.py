@@ -32,9 +32,11 @@ class Schedule(ABC):
         """Return the number that the network is given for time `t`."""
 
     def log_snr(self, t: float) -> float:
-        """Return `lambda_t = log(alpha_t / sigma_t)`, infinite where there is no noise."""
+        """Return `lambda_t = log(alpha_t / sigma_t)`, infinite where there is no noise or no signal."""
         alpha, sigma = self.coefficients(t)
-        return math.inf if sigma == 0 else math.log(alpha) - math.log(sigma)
+        if alpha == 0 or sigma == 0:
+            return math.inf if sigma == 0 else -math.inf
+        return math.log(alpha) - math.log(sigma)
 
 
 @dataclass(frozen=True)

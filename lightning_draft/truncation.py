@@ -159,7 +159,7 @@ class DRTune(Truncation):
     The gradient reaches a trained step only along the sampler's linear path, so it cannot explode.
 
     Args:
-        k: Steps with gradient, evenly spaced with a random offset.
+        k: Steps with gradient, evenly spaced up to the stop with a random offset; all of them where fewer are left.
         m: The stop is uniform over the last `m` steps; the reward sees the prediction of `x_0` there.
 
     References:
@@ -172,6 +172,7 @@ class DRTune(Truncation):
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Walk attached to the stop, then predict `x_0`."""
+        _within(self.k, chain, "k")
         stop = chain.num_steps - chain.randint(1, _within(self.m, chain, "m"))
         trained = self._trained_steps(chain, stop + 1)
         state = chain.start(noise)

@@ -60,6 +60,12 @@ class DiffusionModel(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images float32 `(B, 3, H, W)`, in [0, 1] by convention and not clamped."""
 
+    def checkpoint_blocks(self) -> None:
+        """Recompute the activations inside the network's blocks in the backward pass, from now on."""
+        raise NotImplementedError(
+            f'{type(self).__name__} has no blocks to recompute; write checkpointing="step" or "none"'
+        )
+
     @contextmanager
     def base(self) -> Iterator[None]:
         """Within this context the model is what it was before any training: adapters are off."""

@@ -1,0 +1,17 @@
+"""Lightning callbacks that log samples, export adapters, watch gradients, average weights and report progress."""
+
+from lightning_draft.callbacks.ema import AdapterEMA
+from lightning_draft.callbacks.gradient_norm import GradientNormMonitor
+from lightning_draft.callbacks.lora_export import LoRAExport
+from lightning_draft.callbacks.progress import ProgressBar
+from lightning_draft.callbacks.random_state import RandomState
+from lightning_draft.callbacks.sample_logger import SampleLogger
+
+__all__ = [
+    "AdapterEMA",
+    "GradientNormMonitor",
+    "LoRAExport",
+    "ProgressBar",
+    "RandomState",
+    "SampleLogger",
+]

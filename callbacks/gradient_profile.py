@@ -1,0 +1,96 @@
+"""The norm of the gradient that arrives at each step of the denoising chain."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from lightning_draft.callbacks.pictures import log_picture
+
+
+class StepGradients:
+    """A probe of a module's chains that measures the gradient arriving at every latent.
+
+    Latents of the same step (a chain's copies, accumulated batches) combine as the root of the sum of squares, and so
+    do those of several processes, whose gradients are averaged: the norm is that of the loss over the global batch.
+
+    Attributes:
+        active: Whether latents are watched.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self._squares: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def __call__(self, step: int, latent: Tensor) -> None:
+        """Watch `latent`, which step `step` hands on."""
+        if self.active:
+            latent.register_hook(lambda gradient: self._measure(step, gradient))
+
+    def collect(self, trainer: L.Trainer, device: torch.device) -> dict[int, float]:
+        """The norms by step since the last call, with the gradient scaler's factor taken out; forgets them."""
+        squares, self._squares = self._squares, defaultdict(list)
+        if not self.active:
+            return {}
+        totals = {step: float(torch.stack(parts).sum()) for step, parts in squares.items()}
+        if trainer.world_size > 1:
+            totals = _sum_over_processes(totals, trainer, device)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = (scaler.get_scale() if scaler is not None else 1.0) * trainer.world_size
+        return {step: math.sqrt(total) / scale for step, total in sorted(totals.items())}
+
+    def _measure(self, step: int, gradient: Tensor) -> None:
+        self._squares[step].append(gradient.detach().float().square().sum())
+
+
+def profile_figure(profile: Mapping[int, float], step: int) -> Any:
+    """Draw the profile over the steps of the chain, on a logarithmic axis; a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(profile), list(profile.values()), marker="o")
+    axes.set(
+        yscale="log",
+        xlabel="denoising step (0 is the first)",
+        ylabel="norm of the arriving gradient",
+        title=f"optimisation step {step}",
+    )
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def log_figure(logger: Logger, key: str, profile: Mapping[int, float], step: int) -> None:
+    """Hand the profile to TensorBoard as a figure, and to other loggers that take pictures as one."""
+    experiment: Any = getattr(logger, "experiment", None)
+    figure = profile_figure(profile, step)
+    if hasattr(experiment, "add_figure"):
+        experiment.add_figure(key, figure, step)
+    else:
+        log_picture(logger, key, _render(figure), step)
+
+
+def _render(figure: Any) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(canvas.buffer_rgba()).convert("RGB")  # type: ignore[arg-type]
+
+
+def _sum_over_processes(totals: dict[int, float], trainer: L.Trainer, device: torch.device) -> dict[int, float]:
+    last = torch.tensor(float(max(totals, default=-1)), device=device)
+    length = int(trainer.strategy.reduce(last, reduce_op="max")) + 1
+    sums = torch.zeros(length, device=device)
+    for step, total in totals.items():
+        sums[step] = total
+    sums = trainer.strategy.reduce(sums, reduce_op="sum")
+    return {step: float(total) for step, total in enumerate(sums) if total > 0}

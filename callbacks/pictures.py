@@ -1,0 +1,119 @@
+"""Pictures with captions in a grid, and every Lightning logger that takes pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_GAP = 6
+_LINE = 16
+_INK = (20, 20, 20)
+_PAPER = (255, 255, 255)
+_SHADE = (240, 240, 240)
+
+
+def to_picture(image: Tensor, min_size: int = 128) -> Image.Image:
+    """Turn an image `(3, H, W)` in [0, 1] into a picture; a small one grows by a whole factor, pixel by pixel.
+
+    Args:
+        image: What lies outside [0, 1] is clamped.
+        min_size: The shorter side is at least this long, in pixels.
+    """
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
+    factor = -(-min_size // min(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def comparison(
+    prompts: Sequence[str],
+    images: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    *,
+    min_size: int = 128,
+    per_row: int = 4,
+) -> Image.Image:
+    """Draw one panel a prompt: the prompt, its images side by side, and label and score under each.
+
+    Args:
+        prompts: `N` prompts.
+        images: By label (such as `base` and `tuned`), `(N, 3, H, W)` each, in [0, 1].
+        scores: By label, `(N,)` each.
+        min_size: The shorter side of a picture is at least this long, in pixels.
+        per_row: Panels in a row.
+    """
+    panels = [
+        _panel(
+            prompt,
+            [to_picture(batch[i], min_size) for batch in images.values()],
+            [f"{label}  {float(scores[label][i]):.4g}" for label in images],
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    columns = min(per_row, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = panels[0].width + _GAP, panels[0].height + _GAP
+    grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), _PAPER)
+    for i, panel in enumerate(panels):
+        grid.paste(panel, (_GAP + i % columns * width, _GAP + i // columns * height))
+    return grid
+
+
+def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> bool:
+    """Hand a picture to a logger through its documented interface.
+
+    Known are TensorBoard (`experiment.add_image`), Weights & Biases and others with a `log_image` of their own, MLflow
+    (`experiment.log_image` with a run id) and Comet (`experiment.log_image`).
+
+    Args:
+        logger: Any Lightning logger.
+        key: The picture's name there.
+        picture: The picture.
+        step: Number of finished optimisation steps.
+
+    Returns:
+        Whether the logger takes pictures.
+    """
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(logger, "log_image"):
+        logger.log_image(key=key, images=[picture], step=step)
+    elif hasattr(experiment, "add_image"):
+        experiment.add_image(key, np.asarray(picture), step, dataformats="HWC")
+    elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
+        experiment.log_image(logger.run_id, picture, key=key, step=step)
+    elif hasattr(experiment, "log_image"):
+        experiment.log_image(picture, name=key, step=step)
+    else:
+        return False
+    return True
+
+
+def _panel(prompt: str, pictures: list[Image.Image], captions: list[str]) -> Image.Image:
+    font = ImageFont.load_default(size=12)
+    width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) + 1)
+    height = pictures[0].height + 2 * _LINE + 2 * _GAP
+    panel = Image.new("RGB", (width, height), _SHADE)
+    draw = ImageDraw.Draw(panel)
+    draw.text((_GAP, _GAP // 2), _shorten(prompt, font, width - 2 * _GAP), fill=_INK, font=font)
+    left = _GAP
+    for picture, caption in zip(pictures, captions, strict=True):
+        panel.paste(picture, (left, _GAP + _LINE))
+        text = _shorten(caption, font, picture.width)
+        draw.text((left, _GAP + _LINE + picture.height + 1), text, fill=_INK, font=font)
+        left += picture.width + _GAP
+    return panel
+
+
+def _shorten(text: str, font: Any, width: float) -> str:
+    """Cut `text` to `width` pixels and one line."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,138 @@
+"""Progress for people who wait: the reward, seconds a step, time left."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_draft.errors import ConfigurationError
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar over all optimisation steps, with the reward, seconds a step and time left.
+
+    Where the output is not a terminal, plain lines are printed instead. Seconds a step are averaged over the last 20
+    and leave out validation and sampling; the time left counts them in.
+
+    Args:
+        refresh_rate: Optimisation steps between updates of the bar; 0 shows nothing at all.
+        every_n_steps: Optimisation steps between plain lines.
+    """
+
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+    def __init__(self, refresh_rate: int = 1, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ConfigurationError(f"ProgressBar: every_n_steps={every_n_steps} must be at least 1")
+        super().__init__(refresh_rate=refresh_rate)
+        self.every_n_steps = every_n_steps
+        self._durations: deque[float] = deque(maxlen=20)
+        self._total = math.inf
+        self._shown = -1
+        self._first_step = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether lines are printed because the output is not a terminal."""
+        return not sys.stdout.isatty()
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether there are no bars."""
+        return not self.is_enabled or self.is_plain
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+        """Open the bar; the clock starts."""
+        self._total = float(trainer.estimated_stepping_batches)
+        self._first_step = self._shown = trainer.global_step
+        self._durations.clear()
+        self._started = time.monotonic()
+        self._step_started: float | None = None
+        bar = self.init_train_tqdm()
+        bar.set_description("Training")
+        bar.total = int(self._total) if math.isfinite(self._total) else None
+        bar.n = bar.initial = trainer.global_step
+        self.train_progress_bar = bar
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """The bar runs on over epochs."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start a step's clock, unless gradients are being accumulated."""
+        if self._step_started is None:
+            self._step_started = time.monotonic()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
+        """Show a finished optimisation step."""
+        step = trainer.global_step
+        if step == self._shown:
+            return
+        self._shown = step
+        self._durations.append(time.monotonic() - (self._step_started or self._started))
+        self._step_started = None
+        if not self.is_enabled:
+            return
+        if self.is_plain:
+            if step % self.every_n_steps == 0 or step in (self._first_step + 1, self._total):
+                print(self.line(trainer), flush=True)
+        elif self._should_update(step, int(self._total) if math.isfinite(self._total) else -1):
+            self.train_progress_bar.n = step
+            self.train_progress_bar.set_postfix_str(", ".join(self.report(trainer)))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The bar runs on over epochs."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the validation's bar; print its rewards where lines are printed."""
+        self.val_progress_bar.close()
+        self.reset_dataloader_idx_tracker()
+        if trainer.sanity_checking or not (self.is_enabled and self.is_plain):
+            return
+        values = [f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if "val/" in name]
+        print("  ".join([f"step {trainer.global_step}", *values]), flush=True)
+
+    def line(self, trainer: L.Trainer) -> str:
+        """One plain line."""
+        total = f"/{int(self._total)}" if math.isfinite(self._total) else ""
+        return "  ".join([f"step {trainer.global_step}{total}", *self.report(trainer)])
+
+    def report(self, trainer: L.Trainer) -> list[str]:
+        """Reward, seconds a step, time left; what is not known is left out."""
+        parts = []
+        reward = trainer.callback_metrics.get("train/reward")
+        if reward is not None:
+            parts.append(f"reward {float(reward):.4g}")
+        if self._durations:
+            parts.append(f"{sum(self._durations) / len(self._durations):.3g} s/step")
+        left = self.seconds_left(trainer)
+        if math.isfinite(left):
+            parts.append(f"{_clock(left)} left")
+        return parts
+
+    def seconds_left(self, trainer: L.Trainer) -> float:
+        """Until the last step at the pace so far, pauses included; infinite where there is no last step."""
+        done = trainer.global_step - self._first_step
+        if done <= 0:
+            return math.inf
+        return (self._total - trainer.global_step) * (time.monotonic() - self._started) / done
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print above the bar, or plainly where there is none."""
+        if self.is_plain:
+            print(*args, sep=sep, **kwargs)
+        else:
+            super().print(*args, sep=sep, **kwargs)
+
+
+def _clock(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` under an hour."""
+    return Tqdm.format_interval(seconds).removeprefix("0")

@@ -1,0 +1,229 @@
+"""Low-rank adapters: `W + (alpha / rank) B A`, with `B` = 0 at the start, held in float32 whatever the base is in.
+
+References:
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
+
+ADAPTER = "default"
+_PREFIX = "unet"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which layers are adapted, and how.
+
+    Args:
+        rank: Rank of the update, at least 1.
+        alpha: The update is scaled by `alpha / rank`; by default `rank`, a scale of 1.
+        target_modules: Layers, by the end of their names.
+        seed: Of the initial values of `A`; by default they come from torch's global generator.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigurationError(f"rank={self.rank} must be at least 1; write 4 to 64")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigurationError(f"alpha={self.alpha} must be positive; leave it out for alpha = rank")
+        if isinstance(self.target_modules, str) or not self.target_modules:
+            raise ConfigurationError(
+                f"target_modules={self.target_modules!r} must be a list of layer names, such as [to_q, to_k, to_v]"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `B A`: `alpha / rank`."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def config(self) -> LoraConfig:
+        """The same for peft."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            target_modules=list(self.target_modules),
+            init_lora_weights=True,
+        )
+
+    def attach(self, network: UNet2DConditionModel) -> None:
+        """Add trainable float32 adapters to a network, whose function stays what it was.
+
+        Raises:
+            ConfigurationError: No layer of the network has one of the names.
+        """
+        with nullcontext() if self.seed is None else torch.random.fork_rng():
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            self._inject(network)
+            # peft casts to the base's dtype, which would round A: draw it again in float32.
+            for layer in layers(network):
+                layer.lora_A[ADAPTER].float()
+                layer.lora_B[ADAPTER].float()
+                layer.reset_lora_parameters(ADAPTER, True)
+
+    def _inject(self, network: UNet2DConditionModel) -> None:
+        try:
+            network.add_adapter(self.config(), ADAPTER)
+        except ValueError as error:
+            linear = {".".join(n.split(".")[-1:]) for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+            names = sorted(name for name in linear if not name.isdigit())
+            raise ConfigurationError(
+                f"target_modules={list(self.target_modules)} cannot be adapted ({error}); this network's linear layers "
+                f"are to_out.0, {', '.join(names)}"
+            ) from error
+
+
+def layers(network: nn.Module) -> list[LoraLayer]:
+    """The adapted layers of a network."""
+    return [module for module in network.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def disabled(network: nn.Module) -> Iterator[None]:
+    """Within this context adapters are not evaluated at all, and their `requires_grad` is left alone."""
+    before = [(layer, layer.disable_adapters) for layer in layers(network)]
+    try:
+        for layer, _ in before:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in before:
+            layer._disable_adapters = value
+
+
+@contextmanager
+def scaled(network: nn.Module, scale: float) -> Iterator[None]:
+    """Within this context the network's weights are `theta + scale dW`; contexts inside each other multiply."""
+    before = [(layer, layer.scaling[ADAPTER]) for layer in layers(network)]
+    try:
+        for layer, value in before:
+            layer.scaling[ADAPTER] = scale * value
+        yield
+    finally:
+        for layer, value in before:
+            layer.scaling[ADAPTER] = value
+
+
+def save(network: UNet2DConditionModel, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a file that `StableDiffusionPipeline.load_lora_weights` opens, in the format that diffusers itself writes.
+
+    Args:
+        network: With adapters.
+        path: Ends in `.safetensors`; folders on the way are made.
+        metadata: Text to keep in the file's header.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigurationError(f"{path} must end in .safetensors, or diffusers does not find it")
+    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    tensors = {f"{_PREFIX}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
+    config = {f"{_PREFIX}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
+    header = {
+        **metadata,
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=sorted, indent=2, sort_keys=True),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=header)
+    partial.replace(path)
+
+
+@torch.no_grad()
+def load(network: UNet2DConditionModel, path: str | os.PathLike[str]) -> None:
+    """Copy a LoRA file into the adapters that the network has, in place.
+
+    A file whose `alpha / rank` differs is rescaled, so that the update is the file's.
+
+    Args:
+        network: With adapters of the same rank on the same layers.
+        path: A `.safetensors` file that `save` or diffusers wrote.
+
+    Raises:
+        ConfigurationError: There is no such file, or it does not fit.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigurationError(f"there is no LoRA file {file}; give the path of a .safetensors file")
+    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+        str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
+    )
+    state = _network_part(state, file)
+    own = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    _check_fit(own, state, file)
+    scales = {layer: _scale(state, layer, alphas or {}, metadata or {}) for layer in _layer_names(state)}
+    for name, target in own.items():
+        layer, factor, _ = name.rsplit(".", 2)
+        source = state[name].to(target)
+        ratio = scales[layer] / network.get_submodule(layer).scaling[ADAPTER] if factor == "lora_B" else 1.0
+        target.copy_(source if ratio == 1 else source * ratio)
+
+
+def _network_part(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The part for the denoiser, with peft's names."""
+    others = sorted(key for key in state if not key.startswith(f"{_PREFIX}."))
+    if others:
+        raise ConfigurationError(
+            f"{file} also adapts something other than the denoiser ({others[0]}), which is frozen here; "
+            "give a LoRA file of the denoiser alone"
+        )
+    stripped = {key.removeprefix(f"{_PREFIX}."): value for key, value in state.items()}
+    return stripped if any("lora_A" in key for key in stripped) else convert_unet_state_dict_to_peft(stripped)
+
+
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
+    odd = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+    if not odd:
+        return
+    ranks = sorted({value.shape[1] for key, value in state.items() if "lora_B" in key})
+    targets = sorted({_ending(layer) for layer in _layer_names(state)})
+    raise ConfigurationError(
+        f"{file} does not fit this model's adapters ({odd[0]}): it has rank {', '.join(map(str, ranks))} on "
+        f"{', '.join(targets)}; build the model with lora=LoRA(rank={ranks[-1] if ranks else 8}, "
+        f"target_modules={targets})"
+    )
+
+
+def _layer_names(state: Mapping[str, Tensor]) -> list[str]:
+    return sorted({key.rsplit(".", 2)[0] for key in state})
+
+
+def _ending(layer: str) -> str:
+    """What `target_modules` would name the layer."""
+    parts = layer.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def _scale(
+    state: Mapping[str, Tensor], layer: str, alphas: Mapping[str, float], metadata: Mapping[str, Any]
+) -> float:
+    """`alpha / rank` of a layer in the file; diffusers takes a missing alpha for the rank."""
+    rank = state[f"{layer}.lora_B.weight"].shape[1]
+    for key in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
+        if metadata.get(f"{_PREFIX}.{key}"):
+            raise ConfigurationError(f"the LoRA file uses {key}, which is not supported; give one with a single alpha")
+    alpha = alphas.get(f"{_PREFIX}.{layer}.alpha", metadata.get(f"{_PREFIX}.lora_alpha", rank))
+    return float(alpha) / rank

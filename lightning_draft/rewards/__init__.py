@@ -1,0 +1,28 @@
+"""Rewards: what a model is fine-tuned for."""
+
+from lightning_draft.rewards.base import Prompt, Reward, check_scores
+from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, CLIPScore
+from lightning_draft.rewards.colour import Brightness, ColourBalance, ColourTarget, Saturation, Sharpness, Symmetry
+from lightning_draft.rewards.combine import WeightedReward, WeightedSum
+from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
+
+__all__ = [
+    "Brightness",
+    "CLIPClassification",
+    "CLIPScore",
+    "CaptionRetrieval",
+    "ColourBalance",
+    "ColourTarget",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
+    "JPEGRate",
+    "JPEGSize",
+    "Prompt",
+    "Reward",
+    "Saturation",
+    "Sharpness",
+    "Symmetry",
+    "WeightedReward",
+    "WeightedSum",
+    "check_scores",
+]

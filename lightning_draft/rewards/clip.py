@@ -1,0 +1,102 @@
+"""Rewards from CLIP: similarity to the prompt, and the prompt against other captions.
+
+References:
+    Radford et al., arXiv:2103.00020; Hessel et al., arXiv:2104.08718 (CLIPScore, equation 1).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.clip_encoder import CLIPEncoder, Precision
+from lightning_draft.rewards.precision import full_precision
+
+
+class CLIPScore(Reward):
+    """Cosine between the CLIP features of image and prompt, in [-1, 1].
+
+    OpenAI's models score matching photographs about 0.25 to 0.35 and unrelated ones 0.1 to 0.2.
+
+    Args:
+        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
+        variant: `cosine`; or `clipscore` for `2.5 max(cosine, 0)`, in [0, 2.5], whose gradient is 0 for negative
+            cosines.
+        dtype: Precision of the frozen weights.
+
+    Raises:
+        ConfigurationError: The variant is not known, or there is no CLIP.
+    """
+
+    def __init__(
+        self, pretrained: str, variant: Literal["cosine", "clipscore"] = "cosine", dtype: Precision = "float32"
+    ) -> None:
+        super().__init__()
+        if variant not in ("cosine", "clipscore"):
+            raise ConfigurationError(f"variant={variant!r} is not known; write cosine or clipscore")
+        self.variant = variant
+        self.encoder = CLIPEncoder(pretrained, dtype)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
+        features = self.encoder.images(images)
+        cosine = (features * self.encoder.texts(prompts).to(features)).sum(-1)
+        return cosine if self.variant == "cosine" else 2.5 * cosine.clamp(min=0)
+
+
+class CLIPClassification(Reward):
+    """Log-probability of the prompt among captions: CLIP's own softmax, `log p(prompt | image)`, at most 0.
+
+    Against the captions the reward cannot rise by what pleases CLIP with any text, which a plain cosine does. The
+    candidates are the captions and the prompt; where the prompt is one of them it counts once.
+
+    Args:
+        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
+        captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
+        dtype: Precision of the frozen weights.
+
+    Raises:
+        ConfigurationError: There are no captions, or there is no CLIP.
+    """
+
+    def __init__(self, pretrained: str, captions: list[str] | str, dtype: Precision = "float32") -> None:
+        from lightning_draft.data import read_prompts
+
+        super().__init__()
+        self.captions = list(dict.fromkeys(str(caption) for caption in read_prompts(captions)))
+        self.encoder = CLIPEncoder(pretrained, dtype)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
+        own, others = self.logits(images, prompts)
+        return own - torch.cat([own.unsqueeze(1), others], 1).logsumexp(1)
+
+    def logits(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Scaled cosines with the prompts `(B,)` and with the captions `(B, N)`, -inf where a caption is the prompt."""
+        with full_precision(images):
+            features = self.encoder.images(images) * self.encoder.logit_scale
+            own = (features * self.encoder.texts(prompts).to(features)).sum(-1)
+            others = features @ self.encoder.texts(self.captions).to(features).T
+        same = torch.tensor([[caption == prompt for caption in self.captions] for prompt in prompts])
+        return own, others.masked_fill(same.to(others.device), -torch.inf)
+
+
+class CaptionRetrieval(CLIPClassification):
+    """1 where CLIP prefers the prompt to every other caption, else 0; the mean is the retrieval rate. Black box.
+
+    Args:
+        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
+        captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
+        dtype: Precision of the frozen weights.
+    """
+
+    differentiable = False
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
+        own, others = self.logits(images, prompts)
+        return (own > others.amax(1)).float()

@@ -1,0 +1,132 @@
+"""Rewards in closed form: examples, and monitors of reward hacking."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.precision import full_precision
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+class Brightness(Reward):
+    """`-(mean pixel - target)^2`, in [-1, 0] for images in [0, 1].
+
+    Args:
+        target: The mean over pixels and channels to reach; 0 is black, 1 is white.
+    """
+
+    def __init__(self, target: float = 0.5) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            return -((x.mean((1, 2, 3)) - self.target) ** 2)
+
+
+class ColourTarget(Reward):
+    """Minus the mean squared distance of every pixel to one colour, in [-1, 0] for images and colours in [0, 1].
+
+    The best image is a uniform one. To steer the average colour only, see `ColourBalance`.
+
+    Args:
+        red: Red part of the colour.
+        green: Green part.
+        blue: Blue part.
+    """
+
+    def __init__(self, red: float = 1.0, green: float = 0.0, blue: float = 0.0) -> None:
+        super().__init__()
+        self.colour = (red, green, blue)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            return -((x - x.new_tensor(self.colour).view(3, 1, 1)) ** 2).mean((1, 2, 3))
+
+
+class ColourBalance(Reward):
+    """`red R + green G + blue B` of the mean colour; by default redness, in [-1, 1] for images in [0, 1].
+
+    Linear and therefore without an optimum inside [0, 1]: combine it with another reward or a saturating loss.
+
+    Args:
+        red: Weight of the mean red.
+        green: Weight of the mean green.
+        blue: Weight of the mean blue.
+    """
+
+    def __init__(self, red: float = 1.0, green: float = -0.5, blue: float = -0.5) -> None:
+        super().__init__()
+        self.weights = (red, green, blue)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            return (x.mean((2, 3)) * x.new_tensor(self.weights)).sum(1)
+
+
+class Saturation(Reward):
+    """Mean over pixels of the deviation between channels: 0 for greys, 1 for pure red or yellow, in [0, 1].
+
+    The deviation `s` is smoothed to `sqrt(s^2 + 0.001^2) - 0.001`, whose gradient is 0 and finite at grey.
+    """
+
+    SMOOTHING = 1e-3
+    LARGEST = 2**0.5 / 3
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            deviation = (x.var(1, correction=0) + self.SMOOTHING**2).sqrt() - self.SMOOTHING
+            return deviation.mean((1, 2)) / self.LARGEST
+
+
+class Symmetry(Reward):
+    """Minus the mean squared difference between the image and its mirror image, in [-1, 0] for images in [0, 1].
+
+    Args:
+        axis: `horizontal` compares left with right, `vertical` compares top with bottom.
+
+    Raises:
+        ConfigurationError: The axis is neither.
+    """
+
+    DIMENSIONS = {"horizontal": 3, "vertical": 2}
+
+    def __init__(self, axis: Literal["horizontal", "vertical"] = "horizontal") -> None:
+        super().__init__()
+        if axis not in self.DIMENSIONS:
+            raise ConfigurationError(
+                f"axis={axis!r} is not known; write horizontal (left-right) or vertical (top-bottom)"
+            )
+        self.axis = axis
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            return -((x - x.flip(self.DIMENSIONS[self.axis])) ** 2).mean((1, 2, 3))
+
+
+class Sharpness(Reward):
+    """Laplacian energy: mean square of the 4-neighbour Laplacian of the luma, border left out.
+
+    0 for flat images and linear ramps, at most 16 (a checkerboard of single pixels) for images in [0, 1]; photographs
+    lie between 0.001 and 0.1. Noise scores high: combine it.
+    """
+
+    KERNEL = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)`, at least 3x3 pixels, to `(B,)`."""
+        with full_precision(images) as x:
+            luma = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA)).unsqueeze(1)
+            laplacian = F.conv2d(luma, x.new_tensor(self.KERNEL).view(1, 1, 3, 3))
+            return (laplacian**2).mean((1, 2, 3))

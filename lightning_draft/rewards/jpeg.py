@@ -1,0 +1,152 @@
+"""How well an image compresses as JPEG: two differentiable measures, and the true size.
+
+`JPEGRate` is the one to train on. Its value orders varied 32x32 pictures as the true size does (rank correlation 0.99;
+0.94 for the distortion), and 60 steps of gradient descent on pixels shrink the true file more than the distortion does
+while the picture changes less.
+
+References:
+    Clark et al., arXiv:2309.17400 (DRaFT), the compressibility rewards: minus and plus `|x - jpeg(x)|^2`.
+    Black et al., arXiv:2305.13301 (DDPO): minus and plus kilobytes at quality 95.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.jpeg_codec import Coefficients, JPEGCodec
+from lightning_draft.rewards.precision import full_precision
+
+Rounding = Literal["exact", "straight_through"]
+
+
+def straight_through(values: Tensor) -> Tensor:
+    """Round, with the gradient of the identity."""
+    return values + (values.round() - values).detach()
+
+
+_ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"exact": torch.round, "straight_through": straight_through}
+
+
+class JPEGCompressibility(Reward):
+    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: what the quantiser takes away.
+
+    In [-1, 0]; at quality 50 photographs and drawings score between -0.01 and 0.
+
+    Args:
+        quality: 1 (coarse) to 100.
+        rounding: The derivative of the rounding of coefficients. `exact`: 0, so that coefficients are pulled towards
+            their rounded values, most of which are 0. `straight_through`: 1, and then `jpeg` is the identity on the
+            luma as far as the gradient knows: its gradient is exactly 0, and only the chroma lost by subsampling pulls.
+
+    Raises:
+        ConfigurationError: Quality or rounding are not known.
+    """
+
+    def __init__(self, quality: int = 50, rounding: Rounding = "exact") -> None:
+        super().__init__()
+        if rounding not in _ROUNDINGS:
+            raise ConfigurationError(f"rounding={rounding!r} is not known; write exact or straight_through")
+        self.rounding = rounding
+        self.codec = JPEGCodec(quality)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            compressed = self.codec.decode(self.codec.encode(x).map(_ROUNDINGS[self.rounding]))
+            return -((x - compressed) ** 2).mean((1, 2, 3))
+
+
+class JPEGIncompressibility(JPEGCompressibility):
+    """`mean (x - jpeg(x))^2`: rewards detail that JPEG loses; in [0, 1].
+
+    Args:
+        quality: 1 (coarse) to 100.
+        rounding: As in `JPEGCompressibility`.
+    """
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        return -super().forward(images, prompts)
+
+
+class JPEGRate(Reward):
+    """Minus an estimate of the file's size: `sum log2(1 + |c / q|)` over all DCT coefficients, in kilobytes of 8000.
+
+    As in the file, the first coefficient of a block counts as its difference from the block before, so that the
+    average colour is free. The sum is proportional to the true size without headers (about 0.6 kB); the true bytes are
+    about 2.6 times as many. At quality 95, 32x32 pictures score between -0.5 and 0.
+
+    Args:
+        quality: 1 (coarse) to 100.
+        compress: Whether small files score high; else large ones do.
+    """
+
+    def __init__(self, quality: int = 95, compress: bool = True) -> None:
+        super().__init__()
+        self.codec = JPEGCodec(quality)
+        self.sign = -1.0 if compress else 1.0
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` to `(B,)`."""
+        with full_precision(images) as x:
+            bits = sum(torch.log2(1 + scan.abs()).sum((1, 2)) for scan in _scans(self.codec.encode(x)))
+            return self.sign * bits / 8000
+
+
+class JPEGSize(Reward):
+    """Minus the kilobytes (of 1000) of the real JPEG file, as Pillow writes it with 4:2:0 chroma. Black box.
+
+    32x32 pictures score between -2 and -0.6, of which 0.6 are headers; 512x512 photographs at quality 95 about -100.
+
+    Args:
+        quality: 1 (coarse) to 100.
+        compress: Whether small files score high; else large ones do.
+    """
+
+    differentiable = False
+
+    def __init__(self, quality: int = 95, compress: bool = True) -> None:
+        super().__init__()
+        if not 1 <= quality <= 100:
+            raise ConfigurationError(f"quality={quality} is not a JPEG quality; write an integer from 1 to 100")
+        self.quality = quality
+        self.sign = -1.0 if compress else 1.0
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)`, clamped and rounded to bytes, to `(B,)`."""
+        pixels = images.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+        sizes = [len(jpeg_bytes(picture, self.quality)) for picture in pixels]
+        return self.sign * torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
+
+
+def jpeg_bytes(picture: Tensor, quality: int) -> bytes:
+    """The JPEG file of a picture, uint8 `(H, W, 3)`."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    return file.getvalue()
+
+
+def _scans(coefficients: Coefficients) -> list[Tensor]:
+    """Coefficients `(B, blocks, 64)` of each plane as they are coded: in the file's order, the first as a difference."""
+    height, width = (-(-side // 8) for side in coefficients.size)
+    inside = coefficients.luma[:, :height, :width]
+    order = sorted(range(height * width), key=lambda i: _place(*divmod(i, width)))
+    planes = [inside.flatten(1, 2)[:, order], coefficients.cb.flatten(1, 2), coefficients.cr.flatten(1, 2)]
+    return [_differences(plane.flatten(2)) for plane in planes]
+
+
+def _place(row: int, column: int) -> tuple[int, int, int, int]:
+    """Sort key of a luma block: squares of 2x2 blocks one after the other."""
+    return row // 2, column // 2, row % 2, column % 2
+
+
+def _differences(blocks: Tensor) -> Tensor:
+    first = blocks[..., :1]
+    return torch.cat([first.diff(dim=1, prepend=torch.zeros_like(first[:, :1])), blocks[..., 1:]], -1)

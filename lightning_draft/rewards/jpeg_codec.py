@@ -1,0 +1,140 @@
+"""JPEG with 4:2:0 chroma as tensor arithmetic, step for step as libjpeg does it, without entropy coding.
+
+References:
+    ITU-T T.81, annex A (DCT, quantisation) and annex K (tables); libjpeg 6b, `jcprepct.c` and `jdsample.c` (padding and
+    triangle upsampling).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+
+LUMA_TABLE = (
+    *(16, 11, 10, 16, 24, 40, 51, 61),
+    *(12, 12, 14, 19, 26, 58, 60, 55),
+    *(14, 13, 16, 24, 40, 57, 69, 56),
+    *(14, 17, 22, 29, 51, 87, 80, 62),
+    *(18, 22, 37, 56, 68, 109, 103, 77),
+    *(24, 35, 55, 64, 81, 104, 113, 92),
+    *(49, 64, 78, 87, 103, 121, 120, 101),
+    *(72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMA_TABLE = (
+    *(17, 18, 24, 47, 99, 99, 99, 99),
+    *(18, 21, 26, 66, 99, 99, 99, 99),
+    *(24, 26, 56, 99, 99, 99, 99, 99),
+    *(47, 66, 99, 99, 99, 99, 99, 99),
+    *(99,) * 32,
+)
+YCBCR = (
+    (0.299, 0.587, 0.114),
+    (-0.168735892, -0.331264108, 0.5),
+    (0.5, -0.418687589, -0.081312411),
+)
+
+
+def quantisation_tables(quality: int) -> tuple[Tensor, Tensor]:
+    """Luma and chroma tables `(8, 8)`, float64, integers in 1..255, as libjpeg scales the standard ones.
+
+    Args:
+        quality: 1 (coarse) to 100.
+
+    Raises:
+        ConfigurationError: The quality lies outside.
+    """
+    if not 1 <= quality <= 100:
+        raise ConfigurationError(f"quality={quality} is not a JPEG quality; write an integer from 1 to 100")
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    tables = torch.tensor([LUMA_TABLE, CHROMA_TABLE], dtype=torch.int64).view(2, 8, 8)
+    luma, chroma = ((tables * scale + 50) // 100).clamp(1, 255).double()
+    return luma, chroma
+
+
+def dct_matrix() -> Tensor:
+    """The orthonormal DCT-II of 8 points, float64 `(frequency, sample)`."""
+    frequency, sample = torch.arange(8.0, dtype=torch.float64).view(8, 1), torch.arange(8.0, dtype=torch.float64)
+    matrix = torch.cos(math.pi * frequency * (2 * sample + 1) / 16) / 2
+    matrix[0] /= 2**0.5
+    return matrix
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """DCT coefficients in units of their quantisation step, by block: each `(B, rows, columns, 8, 8)`.
+
+    Args:
+        luma: Of Y; an even number of rows and columns.
+        cb: Of the blue difference, half the rows and columns.
+        cr: Of the red difference.
+        size: Height and width of the image in pixels.
+    """
+
+    luma: Tensor
+    cb: Tensor
+    cr: Tensor
+    size: tuple[int, int]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
+        """Apply `function` to the three planes."""
+        return Coefficients(function(self.luma), function(self.cb), function(self.cr), self.size)
+
+
+class JPEGCodec:
+    """The lossy part of JPEG at one quality.
+
+    Args:
+        quality: 1 to 100.
+    """
+
+    def __init__(self, quality: int) -> None:
+        self.quality = quality
+        self.luma_table, self.chroma_table = quantisation_tables(quality)
+        self.dct = dct_matrix()
+
+    def encode(self, images: Tensor) -> Coefficients:
+        """Images `(B, 3, H, W)` in [0, 1] to coefficients that are not rounded."""
+        height, width = images.shape[-2:]
+        padded = _replicate(images, height + height % 2, _multiple(width, 16))
+        ycbcr = torch.einsum("bchw,yc->byhw", 255 * padded, images.new_tensor(YCBCR))
+        luma = _replicate(ycbcr[:, :1], _multiple(height, 16), padded.shape[-1])[:, 0] - 128
+        halved = F.avg_pool2d(ycbcr[:, 1:], 2)
+        chroma = _replicate(halved, _multiple(height, 16) // 2, halved.shape[-1])
+        cb, cr = (self._analyse(plane, self.chroma_table) for plane in chroma.unbind(1))
+        return Coefficients(self._analyse(luma, self.luma_table), cb, cr, (height, width))
+
+    def decode(self, coefficients: Coefficients) -> Tensor:
+        """Images `(B, 3, H, W)`, not clamped to [0, 1], from coefficients, rounded or not."""
+        height, width = coefficients.size
+        luma = self._synthesise(coefficients.luma, self.luma_table)[:, :height, :width] + 128
+        chroma = torch.stack(
+            [self._synthesise(plane, self.chroma_table) for plane in (coefficients.cb, coefficients.cr)], 1
+        )[:, :, : (height + 1) // 2, : (width + 1) // 2]
+        doubled = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False, antialias=False)
+        ycbcr = torch.cat([luma.unsqueeze(1), doubled[:, :, :height, :width]], 1)
+        inverse = torch.linalg.inv(torch.tensor(YCBCR, dtype=torch.float64)).to(ycbcr)
+        return torch.einsum("byhw,cy->bchw", ycbcr, inverse) / 255
+
+    def _analyse(self, plane: Tensor, table: Tensor) -> Tensor:
+        blocks = plane.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+        dct = self.dct.to(plane)
+        return dct @ blocks @ dct.T / table.to(plane)
+
+    def _synthesise(self, blocks: Tensor, table: Tensor) -> Tensor:
+        dct = self.dct.to(blocks)
+        pixels = dct.T @ (blocks * table.to(blocks)) @ dct
+        return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _multiple(length: int, of: int) -> int:
+    return -(-length // of) * of
+
+
+def _replicate(planes: Tensor, height: int, width: int) -> Tensor:
+    """Extend `(B, C, h, w)` downwards and to the right with its last row and column."""
+    return F.pad(planes, (0, width - planes.shape[-1], 0, height - planes.shape[-2]), mode="replicate")

@@ -1,0 +1,132 @@
+"""Shared fixtures: small random pipelines, written in the format of real ones."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+torch.set_num_threads(1)
+
+WIDTH = 16
+TOKENS = 12
+STABLE_DIFFUSION_15 = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+
+
+def _write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Byte-pair encoding in CLIP's two files: single letters, and two words merged whole."""
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>")]
+    vocab = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS})
+    )
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _perturb(module: nn.Module) -> nn.Module:
+    """Move what starts at 0 or 1, so that no term of the network is hidden."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def write_pipeline(folder: Path, scheduler: Any, **unet: Any) -> Path:
+    """Write a random Stable Diffusion pipeline for 16x16 images and 8x8x4 latents, and return its folder.
+
+    Args:
+        folder: Where.
+        scheduler: Instance of a diffusers scheduler.
+        **unet: Overrides of the denoiser's configuration.
+    """
+    torch.manual_seed(0)
+    words = _write_tokenizer(folder.with_name(folder.name + "-tokenizer"))
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    network = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    vae = AutoencoderKL(
+        sample_size=16,
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_perturb(vae),
+        text_encoder=_perturb(CLIPTextModel(text)),
+        tokenizer=words,
+        unet=_perturb(UNet2DConditionModel(**{**network, **unet})),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that predicts the noise, with the scheduler file of Stable Diffusion 1.5."""
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny-sd"
+    write_pipeline(folder, PNDMScheduler(**STABLE_DIFFUSION_15, skip_prk_steps=True))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "clip_sample": False}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that predicts velocities on a trailing grid, down to zero noise."""
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sd-v", scheduler)

@@ -1,0 +1,240 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_draft.models import StableDiffusion
+from lightning_draft.schedules import VariancePreserving
+
+
+def edited(folder: Path, copy: Path, file: str, **changes: Any) -> Path:
+    """A copy of a pipeline with changes to one of its JSON files."""
+    shutil.copytree(folder, copy)
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return copy
+
+
+def weights(model: StableDiffusion) -> dict[str, Tensor]:
+    """All weights."""
+    return dict(StableDiffusion.state_dict(model))
+
+
+def assert_same_weights(ours: StableDiffusion, theirs: StableDiffusion) -> None:
+    """Bitwise."""
+    first, second = weights(ours), weights(theirs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_schedule_is_the_pipelines_own(tiny_sd: Path, tiny_sd_v: Path) -> None:
+    epsilon, velocity = (StableDiffusion(str(folder), lora=None) for folder in (tiny_sd, tiny_sd_v))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    table = (1 - betas).cumprod(0)
+    schedule = epsilon.schedule
+    assert isinstance(schedule, VariancePreserving)
+    torch.testing.assert_close(torch.tensor(schedule.alphas_cumprod, dtype=torch.float64), table, rtol=1e-4, atol=0)
+    assert schedule.final_alpha_cumprod == schedule.alphas_cumprod[0]
+    assert (schedule.spacing, schedule.steps_offset, epsilon.prediction) == ("leading", 1, "epsilon")
+    assert isinstance(velocity.schedule, VariancePreserving)
+    assert (velocity.schedule.spacing, velocity.schedule.final_alpha_cumprod) == ("trailing", 1.0)
+    assert velocity.prediction == "v_prediction"
+
+
+def test_variant_is_found_where_only_it_is_there(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    model = StableDiffusion(str(tmp_path / "half"), lora=None)
+    expected = StableDiffusion(str(tiny_sd), lora=None, dtype="float16")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert_same_weights(model.half(), expected)
+
+
+def test_pickles_are_read_as_data_only(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    folder = tmp_path / "pickled"
+    pipeline.save_pretrained(folder)
+    for file in [*folder.glob("unet/*.safetensors"), *folder.glob("vae/*.safetensors")]:
+        torch.save(getattr(pipeline, file.parent.name).state_dict(), file.with_suffix(".bin"))
+        file.unlink()
+    assert_same_weights(StableDiffusion(str(folder), lora=None), StableDiffusion(str(tiny_sd), lora=None))
+    torch.save({"conv_in.weight": Path("/")}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises((ValueError, OSError)):
+        StableDiffusion(str(folder))
+
+
+def test_clip_sample_is_off_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path) -> None:
+    """`StableDiffusionPipeline` itself turns clipping off: latents are not bounded by 1."""
+    folder = edited(tiny_sd_v, tmp_path / "clip", "scheduler/scheduler_config.json", clip_sample=True)
+    with pytest.warns(FutureWarning, match="clip_sample"):
+        model = StableDiffusion(str(folder), lora=None)
+    assert model.schedule == StableDiffusion(str(tiny_sd_v), lora=None).schedule
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"thresholding": True, "_class_name": "DDIMScheduler"}, "cuts the gradient"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow' .* is not known"),
+        (
+            "scheduler/scheduler_config.json",
+            {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler"},
+            "rescale_betas_zero_snr=True with prediction_type=epsilon: .* set rescale_betas_zero_snr to false",
+        ),
+        (
+            "model_index.json",
+            {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+            "FlowMatchEulerDiscreteScheduler has no alphas_cumprod; put a DDIMScheduler",
+        ),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline, and"),
+        ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, r"is a \['pipeline', 'Mine'\], and"),
+        ("vae/config.json", {"latent_channels": 4, "scaling_factor": 1.0}, None),
+    ],
+)
+def test_pipelines_that_are_refused(
+    tiny_sd: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str | None
+) -> None:
+    folder = edited(tiny_sd, tmp_path / "pipeline", file, **changes)
+    if message is None:
+        StableDiffusion(str(folder))
+        return
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion(str(folder))
+
+
+def test_networks_that_need_more_than_text(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    for name, change in {"LCM": {"time_cond_proj_dim": 8}, "class labels": {"num_class_embeds": 3}}.items():
+        config = {**pipeline.unet.config, **change}
+        pipeline.unet = type(pipeline.unet).from_config(config)
+        pipeline.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"not a plain text-to-image .*{name}"):
+            StableDiffusion(str(tmp_path / name))
+
+
+def test_places_where_there_is_no_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist; give a pipeline folder, a .safetensors file, a hub id"):
+        StableDiffusion(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="missing.safetensors does not exist"):
+        StableDiffusion("missing.safetensors")
+    with pytest.raises(ValueError, match="it has no model_index.json; give the folder that .* not one of its parts"):
+        StableDiffusion(str(tiny_sd / "unet"))
+    with pytest.raises(ValueError, match="'nobody/nothing-at-all' .* could not be had from the hub .*local folder"):
+        StableDiffusion("nobody/nothing-at-all")
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a .safetensors file; convert it"):
+        StableDiffusion(str(tmp_path / "model.ckpt"))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="could not be opened as a Stable Diffusion checkpoint"):
+        StableDiffusion(str(tmp_path / "other.safetensors"), pretrained_config=str(tiny_sd))
+
+
+def original(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """A pipeline's weights under the names of the original Stable Diffusion code, in one dictionary."""
+    encoder = {f"cond_stage_model.transformer.text_model.{k}": v for k, v in pipeline.text_encoder.state_dict().items()}
+    return {**_original_unet(pipeline.unet), **_original_vae(pipeline.vae), **encoder}
+
+
+def _original_unet(unet: Any) -> dict[str, Tensor]:
+    levels, each = len(unet.config.block_out_channels), unet.config.layers_per_block + 1
+    places = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    for i in range(levels):
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * each}.0.op"
+        for j in range(each):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{i * each + j + 1}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{i * each + j + 1}.1"
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * each + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * each + j}.1"
+        attends = hasattr(unet.up_blocks[i], "attentions")
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * each - 1}.{1 + attends}.conv"
+    inside = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    found = {}
+    for key, value in unet.state_dict().items():
+        place = max((p for p in places if key.startswith(f"{p}.")), key=len)
+        rest = key.removeprefix(f"{place}.")
+        if ".resnets." in place:
+            layer = rest.split(".")[0]
+            rest = rest.replace(layer, inside[layer])
+        found[f"model.diffusion_model.{places[place]}.{rest}"] = value
+    return found
+
+
+def _original_vae(vae: Any) -> dict[str, Tensor]:
+    levels = len(vae.config.block_out_channels)
+    renames = {
+        **{f"encoder.down_blocks.{i}.resnets.": f"encoder.down.{i}.block." for i in range(levels)},
+        **{f"encoder.down_blocks.{i}.downsamplers.0.": f"encoder.down.{i}.downsample." for i in range(levels)},
+        **{f"decoder.up_blocks.{i}.resnets.": f"decoder.up.{levels - 1 - i}.block." for i in range(levels)},
+        **{f"decoder.up_blocks.{i}.upsamplers.0.": f"decoder.up.{levels - 1 - i}.upsample." for i in range(levels)},
+        "mid_block.attentions.0.": "mid.attn_1.",
+        "mid_block.resnets.0.": "mid.block_1.",
+        "mid_block.resnets.1.": "mid.block_2.",
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
+    found = {}
+    for key, value in vae.state_dict().items():
+        name, attention = key, "attentions" in key
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        linear = attention and value.ndim == 2
+        found[f"first_stage_model.{name}"] = value[:, :, None, None] if linear else value
+    return found
+
+
+def test_single_file_in_the_original_layout(tiny_sd: Path, tmp_path: Path) -> None:
+    """The names are inverted by hand; the architecture comes from a folder, as without a connection."""
+    state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    file = str(tmp_path / "model.safetensors")
+    model = StableDiffusion(file, lora=None, pretrained_config=str(tiny_sd))
+    expected = StableDiffusion(str(tiny_sd), lora=None)
+    assert_same_weights(model, expected)
+    assert (model.schedule, model.prediction) == (expected.schedule, expected.prediction)
+    assert torch.equal(model.encode(["a cat"]).tensors["text"], expected.encode(["a cat"]).tensors["text"])
+    mixed = StableDiffusion(file, dtype="bfloat16", vae_dtype="float32", pretrained_config=str(tiny_sd))
+    assert torch.equal(mixed.vae.decoder.conv_in.weight, expected.vae.decoder.conv_in.weight)
+    assert mixed.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_single_file_without_a_connection(tiny_sd: Path, tmp_path: Path) -> None:
+    """Where the architecture would have to come from the hub, the message names the way out."""
+    state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="could not be opened .* without a connection, name .* pretrained_config"):
+        StableDiffusion(str(tmp_path / "model.safetensors"))
+
+
+def test_scheduler_of_another_class_is_read_alike(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path / "ddim")
+    assert StableDiffusion(str(tmp_path / "ddim")).schedule == StableDiffusion(str(tiny_sd)).schedule

@@ -1,0 +1,584 @@
+"""Truncations against gradients worked out by hand.
+
+With the network `eps = theta x` a step of DDIM is `x_{i+1} = A_i x_i + B_i eps = c_i x_i`, so every gradient is a sum
+over the steps that carry one. `Walk` holds these numbers.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_draft.truncation as module
+from lightning_draft.chain import SamplingChain, State
+from lightning_draft.models.base import Conditioning, Prediction
+from lightning_draft.rewards.base import Prompt
+from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
+from lightning_draft.schedules import RectifiedFlow, VariancePreserving
+from lightning_draft.testing import LinearModel, scaled_linear
+from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
+
+STEPS, THETA, BATCH = 5, 0.3, 4
+VARIANTS: list[Truncation] = [
+    Full(),
+    LastK(1),
+    LastK(3),
+    LowVariance(1),
+    LowVariance(3),
+    ReFL(m=4),
+    RandomK(),
+    RandomK(max_k=3),
+    RandomSteps(),
+    DRTune(k=2, m=3),
+    DRTune(k=5, m=1),
+]
+battery = pytest.mark.parametrize("truncation", VARIANTS, ids=lambda t: f"{type(t).__name__}{list(vars(t).values())}")
+
+
+def test_the_battery_is_complete() -> None:
+    shipped = {
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, Truncation) and member is not Truncation
+    }
+    assert {type(truncation) for truncation in VARIANTS} == shipped
+
+
+def linear(prediction: Prediction = "epsilon", **grid: Any) -> LinearModel:
+    return LinearModel(THETA, prediction, scaled_linear(**grid), shape=(2, 3))
+
+
+def chain_of(model: LinearModel, sampler: Sampler | None = None, seed: int = 0, **options: Any) -> SamplingChain:
+    """A batch of four prompts that all weigh differently."""
+    prompts = [Prompt("a", {"weight": weight}) for weight in (1.0, 0.5, -1.0, 2.0)]
+    generator = torch.Generator().manual_seed(seed)
+    return SamplingChain(
+        model, sampler or DDIM(STEPS), model.encode(prompts), generator=generator, **options
+    )
+
+
+def noise(seed: int = 3) -> Tensor:
+    return torch.randn(BATCH, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(latents: Tensor, model: LinearModel) -> float:
+    """`d (sum of latents) / d theta`."""
+    (found,) = torch.autograd.grad(latents.sum(), model.theta)
+    return found.item()
+
+
+@dataclass
+class Walk:
+    """`A_i`, `B_i` and the latents `x_0 .. x_N` of a chain of DDIM, in the conventions of the oracle only."""
+
+    a: list[float]
+    b: list[float]
+    x: list[Tensor]
+    weight: Tensor
+
+    def sum(self, steps: set[int], attached: bool = True) -> float:
+        """`sum_{i in S} B_i x_i prod_{j > i} d x_{j+1} / d x_j`, summed over the batch.
+
+        Args:
+            steps: `S`, the steps whose network output carries a gradient.
+            attached: Whether the network's input does: then later steps of `S` contribute their Jacobian.
+        """
+        total = torch.zeros_like(self.x[0])
+        for i in steps:
+            term = self.b[i] * self.weight * self.x[i]
+            for j in range(i + 1, len(self.a)):
+                inside = self.b[j] * THETA * self.weight if attached and j in steps else 0.0
+                term = term * (self.a[j] + inside)
+            total = total + term
+        return total.sum().item()
+
+
+def walk(chain: SamplingChain, start: Tensor, stop: int | None = None) -> Walk:
+    """Walk DDIM by hand; from step `stop` on, jump to the predicted `x_0` (`A = 1/a`, `B = -s/a`)."""
+    schedule, model = chain.model.schedule, chain.model
+    assert isinstance(schedule, VariancePreserving)
+    weight = chain.conditioning.tensors["weight"].view(-1, 1, 1)
+    result = Walk([], [], [start], weight)
+    for i, (t, s) in enumerate(chain.grid):
+        abar = schedule.alphas_cumprod[int(t)]
+        end = 1.0 if i == stop else schedule.alphas_cumprod[int(s)] if s >= 0 else schedule.final_alpha_cumprod
+        if model.prediction == "epsilon":
+            a = (end / abar) ** 0.5
+            b = (1 - end) ** 0.5 - (end * (1 - abar) / abar) ** 0.5
+        else:
+            a = (end * abar) ** 0.5 + ((1 - end) * (1 - abar)) ** 0.5
+            b = ((1 - end) * abar) ** 0.5 - (end * (1 - abar)) ** 0.5
+        result.a.append(a)
+        result.b.append(b)
+        result.x.append((a + b * THETA * weight) * result.x[-1])
+        if i == stop:
+            break
+    return result
+
+
+PREDICTIONS = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+GRIDS = pytest.mark.parametrize(
+    "grid",
+    [{}, {"final_alpha_cumprod": None}, {"spacing": "leading", "steps_offset": 1}],
+    ids=["trailing", "trailing-last-abar", "leading"],
+)
+
+
+# The oracles.
+
+
+@PREDICTIONS
+@GRIDS
+@pytest.mark.parametrize("k", range(1, STEPS + 1))
+def test_last_k(prediction: Prediction, grid: dict[str, Any], k: int) -> None:
+    model = linear(prediction, **grid)
+    chain = chain_of(model)
+    latents = LastK(k)(chain, noise())
+    oracle = walk(chain, noise())
+    torch.testing.assert_close(latents, oracle.x[-1])
+    assert gradient(latents, model) == pytest.approx(oracle.sum(set(range(STEPS - k, STEPS))), rel=1e-12)
+
+
+@PREDICTIONS
+@GRIDS
+def test_full_is_last_k_of_every_step_and_the_closed_form(prediction: Prediction, grid: dict[str, Any]) -> None:
+    model = linear(prediction, **grid)
+    chain = chain_of(model)
+    ours = gradient(Full()(chain, noise()), model)
+    assert ours == gradient(LastK(STEPS)(chain, noise()), model)
+    w = walk(chain, noise())
+    closed = sum(b * w.weight / (a + b * THETA * w.weight) for a, b in zip(w.a, w.b, strict=True)) * w.x[-1]
+    assert ours == pytest.approx(closed.sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler"),
+    [
+        (linear(), DDIM(STEPS)),
+        (linear("v_prediction"), DDIM(STEPS, eta=1.0)),
+        (linear(), DPMSolverPlusPlus(STEPS)),
+        (LinearModel(THETA, "flow", RectifiedFlow(3.0), (2, 3)), FlowEuler(STEPS)),
+        (LinearModel(THETA, "flow", RectifiedFlow(), (2, 3)), FlowSDE(STEPS)),
+    ],
+    ids=["DDIM", "DDIM(1)", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE"],
+)
+def test_full_is_the_finite_difference(model: LinearModel, sampler: Sampler) -> None:
+    def value(theta: float) -> Tensor:
+        with torch.no_grad():
+            model.theta.fill_(theta)
+        torch.manual_seed(0)
+        return Full()(chain_of(model, sampler), noise()).sum()
+
+    h = 1e-5
+    difference = (value(THETA + h) - value(THETA - h)).item() / (2 * h)
+    (ours,) = torch.autograd.grad(value(THETA), model.theta)
+    assert ours.item() == pytest.approx(difference, rel=1e-8)
+
+
+@pytest.mark.parametrize("final", [1.0, None])
+@pytest.mark.parametrize("copies", [1, 2, 5])
+def test_low_variance(copies: int, final: float | None) -> None:
+    """The sample's own last step, and each copy's: renoised from the detached sample, then one step."""
+    model = linear(final_alpha_cumprod=final)
+    chain = chain_of(model)
+    torch.manual_seed(7)
+    latents = LowVariance(copies)(chain, noise())
+    oracle = walk(chain, noise())
+    torch.testing.assert_close(latents[:BATCH], oracle.x[-1])
+    expected = oracle.sum({STEPS - 1})
+    torch.manual_seed(7)
+    eps = torch.randn(copies * BATCH, 2, 3, dtype=torch.float64).split(BATCH)
+    alpha, sigma = model.schedule.coefficients(chain.grid[-1][0])
+    a, b = oracle.a[-1], oracle.b[-1]
+    for copy in range(copies):
+        renoised = alpha * oracle.x[-1] + sigma * eps[copy]
+        rows = latents[(copy + 1) * BATCH : (copy + 2) * BATCH]
+        torch.testing.assert_close(rows, (a + b * THETA * oracle.weight) * renoised)
+        if final == 1.0:  # then the step is the prediction of x_0, and the oracle is -(s/a)(a x_0 + s e)
+            assert b == pytest.approx(-sigma / alpha)
+        expected += (b * oracle.weight * renoised).sum().item()
+    assert gradient(latents, model) == pytest.approx(expected, rel=1e-12)
+
+
+@PREDICTIONS
+@pytest.mark.parametrize("seed", range(6))
+def test_refl(prediction: Prediction, seed: int) -> None:
+    model = linear(prediction)
+    left = chain_of(model, seed=seed).randint(1, 4)
+    chain = chain_of(model, seed=seed)
+    latents = ReFL(m=4)(chain, noise())
+    oracle = walk(chain, noise(), stop=STEPS - left)
+    torch.testing.assert_close(latents, oracle.x[-1])
+    assert gradient(latents, model) == pytest.approx(oracle.sum({STEPS - left}), rel=1e-12)
+
+
+def test_refl_at_the_last_step_is_draft_1_only_where_the_final_alpha_is_1() -> None:
+    for final, equal in ((1.0, True), (None, False)):
+        model = linear(final_alpha_cumprod=final)
+        refl = gradient(ReFL(m=1)(chain_of(model), noise()), model)
+        assert (refl == pytest.approx(gradient(LastK(1)(chain_of(model), noise()), model))) == equal
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_k(seed: int) -> None:
+    model = linear()
+    k = chain_of(model, seed=seed).randint(1, STEPS)
+    ours = gradient(RandomK()(chain_of(model, seed=seed), noise()), model)
+    assert ours == gradient(LastK(k)(chain_of(model), noise()), model)
+
+
+@PREDICTIONS
+@pytest.mark.parametrize("seed", range(8))
+def test_random_steps(prediction: Prediction, seed: int) -> None:
+    model = linear(prediction)
+    draws = chain_of(model, seed=seed)
+    drawn = {i for i in range(STEPS) if draws.rand() < (i + 1) / (STEPS + 1)} or {STEPS - 1}
+    chain = chain_of(model, seed=seed)
+    latents = RandomSteps()(chain, noise())
+    oracle = walk(chain, noise())
+    torch.testing.assert_close(latents, oracle.x[-1])
+    assert gradient(latents, model) == pytest.approx(oracle.sum(drawn), rel=1e-12)
+
+
+@PREDICTIONS
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 3), (3, 5), (4, 2), (5, 5)])
+@pytest.mark.parametrize("seed", range(4))
+def test_drtune(prediction: Prediction, k: int, m: int, seed: int) -> None:
+    model = linear(prediction)
+    draws = chain_of(model, seed=seed)
+    stop = STEPS - draws.randint(1, m)
+    trained = DRTune(k, m)._trained_steps(draws, stop + 1)
+    chain = chain_of(model, seed=seed)
+    latents = DRTune(k, m)(chain, noise())
+    oracle = walk(chain, noise(), stop=stop)
+    torch.testing.assert_close(latents, oracle.x[-1])
+    assert gradient(latents, model) == pytest.approx(oracle.sum(trained, attached=False), rel=1e-12)
+
+
+# What every truncation keeps.
+
+
+def run(truncation: Truncation, model: LinearModel, sampler: Sampler, **options: Any) -> tuple[Tensor, float, Any]:
+    torch.manual_seed(11)
+    chain = chain_of(model, sampler, **options)
+    latents = truncation(chain, noise())
+    loss = (latents.square()).sum() + (0 if chain.drift is None else chain.drift)
+    (found,) = torch.autograd.grad(loss, model.theta)
+    return latents.detach(), found.item(), None if chain.drift is None else chain.drift.item()
+
+
+@battery
+@pytest.mark.parametrize("sampler", [DDIM(STEPS), DDIM(STEPS, eta=1.0), DPMSolverPlusPlus(STEPS)], ids=["0", "1", "2M"])
+@pytest.mark.parametrize("drift", [False, True])
+def test_recomputing_changes_nothing(truncation: Truncation, sampler: Sampler, drift: bool) -> None:
+    model = LinearModel(THETA, "v_prediction", shape=(2, 3))
+    with torch.no_grad():
+        model.theta.add_(0.2)
+    latents, value, measured = run(truncation, model, sampler, measure_drift=drift)
+    for options in (
+        {"checkpoint_steps": True},
+        *({"micro_batch_size": size} for size in (1, 2, 3, 4, 100)),
+        {"checkpoint_steps": True, "micro_batch_size": 3},
+    ):
+        again = run(truncation, model, sampler, measure_drift=drift, **options)
+        torch.testing.assert_close(again[0], latents, rtol=1e-13, atol=0)
+        assert again[1] == pytest.approx(value, rel=1e-12)
+        assert again[2] == (None if measured is None else pytest.approx(measured, rel=1e-12))
+
+
+@battery
+def test_equal_generators_make_equal_choices(truncation: Truncation) -> None:
+    """Whatever the processes' own random states are."""
+    results = set()
+    for own_state in range(3):
+        torch.manual_seed(own_state)
+        model = linear()
+        latents = truncation(chain_of(model, seed=5), noise())[:BATCH]
+        results.add(gradient(latents, model))
+    assert len(results) == 1
+
+
+@battery
+def test_the_choices_leave_the_global_random_state_alone(truncation: Truncation) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    truncation(chain_of(linear()), noise())
+    assert torch.equal(before, torch.get_rng_state()) != isinstance(truncation, LowVariance)
+
+
+@battery
+def test_the_gradient_reaches_theta_whatever_is_drawn(truncation: Truncation) -> None:
+    for seed in range(20):
+        model = linear()
+        assert gradient(truncation(chain_of(model, seed=seed), noise()), model) != 0
+
+
+@battery
+def test_gradient_steps_bounds_the_chain(truncation: Truncation) -> None:
+    """The most calls with gradient over many draws, copies aside."""
+    most = 0
+    for seed in range(60):
+        model = linear()
+        truncation(chain_of(model, seed=seed), noise())
+        most = max(most, model.calls_with_gradient)
+    bound = truncation.gradient_steps(STEPS)
+    if isinstance(truncation, RandomSteps):  # all steps at once are drawn too seldom
+        assert bound == STEPS > most > 1
+    else:
+        assert most - isinstance(truncation, LowVariance) == bound
+
+
+# Cost. Calls are network calls on the batch; g = 1.
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("truncation", "without", "attached"),
+    [
+        (Full(), 0, STEPS),
+        (LastK(1), STEPS - 1, 1),
+        (LastK(4), STEPS - 4, 4),
+        (LowVariance(2), STEPS - 1, 2),  # one on the batch, one on its copies joined
+        (ReFL(m=1), STEPS - 1, 1),
+        (RandomK(max_k=1), STEPS - 1, 1),
+        (DRTune(k=2, m=1), STEPS - 2, 2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Truncation) else str(value),
+)
+def test_network_calls(truncation: Truncation, without: int, attached: int, checkpointed: bool) -> None:
+    """`T` sampling calls; a checkpointed step is called once more in the backward pass."""
+    model = linear()
+    latents = truncation(chain_of(model, checkpoint_steps=checkpointed), noise())
+    assert (model.calls_without_gradient, model.calls_with_gradient) == (without, attached)
+    latents.sum().backward()
+    assert (model.calls_without_gradient, model.calls_with_gradient) == (without, attached * (1 + checkpointed))
+
+
+def test_low_variance_costs_one_forward_a_copy() -> None:
+    """Samples through the network: `(T + n) B` forward, of which `(1 + n) B` with gradient."""
+    sizes: list[tuple[bool, int]] = []
+
+    class Counting(LinearModel):
+        def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+            sizes.append((torch.is_grad_enabled(), len(x)))
+            return super().forward(x, t, conditioning)
+
+    LowVariance(3)(chain_of(Counting(THETA, shape=(2, 3))), noise())
+    assert sum(size for _, size in sizes) == (STEPS + 3) * BATCH
+    assert sum(size for attached, size in sizes if attached) == (1 + 3) * BATCH
+
+
+def saved_tensors(make: Callable[[], Tensor]) -> int:
+    count = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        make()
+    return count
+
+
+@pytest.mark.parametrize(
+    "truncation", [LastK(1), LastK(3), LowVariance(2), ReFL(m=1)], ids=lambda t: type(t).__name__
+)
+def test_the_prefix_without_gradient_saves_nothing(truncation: Truncation) -> None:
+    """What is saved for the backward pass does not grow with the chain."""
+    counts = {
+        steps: saved_tensors(lambda: truncation(chain_of(linear(), DDIM(steps)), noise()))  # noqa: B023
+        for steps in (4, 40)
+    }
+    assert counts[4] == counts[40] > 0
+
+
+def test_a_skipped_step_saves_no_activation_of_the_network() -> None:
+    """DRTune with one trained step: nothing is saved of the others but what the linear path needs."""
+    model = linear()
+    inside = 0
+    forward = model.forward
+
+    def counted(x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        nonlocal inside
+        saved: list[Tensor] = []
+        inside += saved_tensors(lambda: saved.append(forward(x, t, conditioning)) or saved[0])
+        return saved[0]
+
+    model.forward = counted  # type: ignore[method-assign]
+    DRTune(k=1, m=1)(chain_of(model), noise())
+    one = inside
+    DRTune(k=3, m=1)(chain_of(model), noise())
+    assert inside - one == 3 * one > 0
+
+
+# DRaFT+.
+
+
+@pytest.mark.parametrize("truncation", [LastK(1), LastK(3), Full(), DRTune(k=5, m=1)], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_drift_by_hand(truncation: Truncation, prediction: Prediction) -> None:
+    """`mean (eps_theta - eps_base)^2`, with `eps_base` a constant and `eps_theta` attached to what the network saw."""
+    model = linear(prediction)
+    shift, moved = 0.05, THETA + 0.05
+    with torch.no_grad():
+        model.theta.fill_(moved)
+    chain = chain_of(model, measure_drift=True)
+    truncation(chain, noise())
+    assert chain.drift is not None
+    (ours,) = torch.autograd.grad(chain.drift, model.theta)
+
+    theta = torch.tensor(moved, dtype=torch.float64, requires_grad=True)
+    steps = truncation.gradient_steps(STEPS)
+    weight = chain.conditioning.tensors["weight"].view(-1, 1, 1)
+    oracle = walk(chain, noise())
+    x, terms = noise(), []
+    for i, (t, _) in enumerate(chain.grid):
+        x = x.detach() if i <= STEPS - steps else x
+        seen = x.detach() if isinstance(truncation, DRTune) else x
+        scale = 1.0 if prediction == "epsilon" else model.schedule.coefficients(t)[0]  # d eps / d v = a
+        if i >= STEPS - steps:
+            terms.append((scale * weight * (theta * seen - THETA * seen.detach())).square().mean())
+        x = oracle.a[i] * x + oracle.b[i] * weight * theta * seen
+    expected = torch.stack(terms).mean()
+    assert chain.drift.item() == pytest.approx(expected.item(), rel=1e-10)
+    (by_hand,) = torch.autograd.grad(expected, theta)
+    assert ours.item() == pytest.approx(by_hand.item(), rel=1e-10)
+    if truncation.gradient_steps(STEPS) == 1:
+        x = walk_to_last(chain, moved)
+        scale = 1.0 if prediction == "epsilon" else model.schedule.coefficients(chain.grid[-1][0])[0]
+        assert expected.item() == pytest.approx((scale * shift * weight * x).square().mean().item())
+
+
+def walk_to_last(chain: SamplingChain, theta: float) -> Tensor:
+    """The latent before the last step, under `theta`."""
+    oracle = walk(chain, noise())
+    x = noise()
+    for a, b in list(zip(oracle.a, oracle.b, strict=True))[:-1]:
+        x = (a + b * theta * oracle.weight) * x
+    return x
+
+
+def test_drift_is_nothing_before_training_and_nothing_unless_measured() -> None:
+    model = linear()
+    chain = chain_of(model, measure_drift=True)
+    Full()(chain, noise())
+    assert chain.drift is not None
+    assert chain.drift.item() == 0
+    assert torch.autograd.grad(chain.drift, model.theta)[0].item() == 0
+    unmeasured = chain_of(model)
+    Full()(unmeasured, noise())
+    assert unmeasured.drift is None
+
+
+# The draws. Frequencies of 3000 draws lie within 4.5 standard errors.
+
+DRAWS = 3000
+
+
+class Recorder(SamplingChain):
+    """Walks nothing, and notes which network calls would carry a gradient."""
+
+    calls: list[bool]
+
+    def advance(
+        self, state: State, steps: int | None = None, *, detach_input: bool = False, freeze: bool = False
+    ) -> State:
+        steps = self.num_steps - state.step if steps is None else steps
+        self.calls += [torch.is_grad_enabled() and not freeze] * steps
+        return State(state.x, state.step + steps)
+
+    def predict(self, state: State, *, detach_input: bool = False, freeze: bool = False) -> Tensor:
+        self.calls.append(torch.is_grad_enabled() and not freeze)
+        return state.x
+
+
+def frequencies(truncation: Truncation, key: Callable[[list[bool]], Any], steps: int = 4) -> Counter[Any]:
+    """How often each outcome is drawn; `key` maps which network calls carried a gradient to an outcome."""
+    model = linear()
+    chain = Recorder(model, DDIM(steps), model.encode(["a"]), generator=torch.Generator().manual_seed(1))
+    counts: Counter[Any] = Counter()
+    for _ in range(DRAWS):
+        chain.calls = []
+        truncation(chain, torch.ones(1, 1))
+        counts[key(chain.calls)] += 1
+    return counts
+
+
+def assert_frequency(count: int, probability: float) -> None:
+    error = (probability * (1 - probability) / DRAWS) ** 0.5
+    assert abs(count / DRAWS - probability) < 4.5 * error
+
+
+def test_refl_stops_uniformly_over_the_last_m_steps() -> None:
+    counts = frequencies(ReFL(m=3), len)
+    assert set(counts) == {2, 3, 4}
+    for count in counts.values():
+        assert_frequency(count, 1 / 3)
+
+
+def test_random_k_is_uniform() -> None:
+    counts = frequencies(RandomK(), sum)
+    assert set(counts) == {1, 2, 3, 4}
+    for count in counts.values():
+        assert_frequency(count, 1 / 4)
+    assert set(frequencies(RandomK(max_k=2), sum)) == {1, 2}
+
+
+def test_random_steps_rise_linearly_and_fall_back_to_the_last() -> None:
+    counts = frequencies(RandomSteps(), tuple)
+    nothing = (4 / 5) * (3 / 5) * (2 / 5) * (1 / 5)
+    for i in range(4):
+        count = sum(number for calls, number in counts.items() if calls[i])
+        assert_frequency(count, (i + 1) / 5 + (nothing if i == 3 else 0))
+    assert (False,) * 4 not in counts
+
+
+def test_drtune_spreads_its_steps_and_stops_uniformly() -> None:
+    counts = frequencies(DRTune(k=2, m=3), tuple, steps=8)
+    stops: Counter[int] = Counter()
+    for calls, number in counts.items():
+        stops[len(calls)] += number
+        first, second = (i for i, used in enumerate(calls) if used)
+        assert second - first == len(calls) // 2
+    assert set(stops) == {6, 7, 8}
+    for count in stops.values():
+        assert_frequency(count, 1 / 3)
+    whole = {calls: number for calls, number in counts.items() if len(calls) == 8}
+    assert len(whole) == 4  # offsets 0..3
+    for number in whole.values():
+        assert_frequency(number, 1 / 12)
+
+
+# What cannot work.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LastK(0), "k=0 must be at least 1"),
+        (lambda: LowVariance(0), "copies=0 must be at least 1"),
+        (lambda: ReFL(m=0), "m=0 must be at least 1"),
+        (lambda: RandomK(max_k=0), "max_k=0 must be at least 1"),
+        (lambda: DRTune(k=0), "k=0 must be at least 1"),
+        (lambda: DRTune(m=-1), "m=-1 must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(make: Callable[[], Truncation], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("truncation", "name"),
+    [(LastK(7), "k"), (ReFL(m=7), "m"), (RandomK(max_k=7), "max_k"), (DRTune(k=7, m=1), "k"), (DRTune(k=1, m=7), "m")],
+    ids=lambda value: type(value).__name__ if isinstance(value, Truncation) else value,
+)
+def test_more_than_the_chain_has_is_refused(truncation: Truncation, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}=7 exceeds the sampler's num_steps=5; lower {name}$"):
+        truncation(chain_of(linear()), noise())

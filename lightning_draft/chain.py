@@ -77,7 +77,7 @@ class SamplingChain:
 
     @property
     def drift(self) -> Tensor | None:
-        """Mean over the steps with gradient of `(eps_theta - eps_base)^2`, scalar; `None` where nothing was measured."""
+        """Mean over the steps with gradient of `(eps_theta - eps_base)^2`, scalar; `None` unless it was measured."""
         return torch.stack(self._drifts).mean() if self._drifts else None
 
     def start(self, noise: Tensor) -> State:

@@ -64,7 +64,8 @@ def _check_final_step(module: DraftModule) -> None:
     from lightning_draft.truncation import LastK, LowVariance, RandomK
 
     only_last = isinstance(module.truncation, LowVariance) or (
-        isinstance(module.truncation, (LastK, RandomK)) and module.truncation.gradient_steps(module.sampler.num_steps) == 1
+        isinstance(module.truncation, (LastK, RandomK))
+        and module.truncation.gradient_steps(module.sampler.num_steps) == 1
     )
     if only_last and abs(module.sampler.final_coefficient(module.model.schedule)) < 1e-8:
         raise ConfigurationError(

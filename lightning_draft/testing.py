@@ -1,14 +1,14 @@
 """Models and rewards whose samples and gradients are known in closed form: doubles for your own tests.
 
-    >>> import torch
-    >>> from lightning_draft.chain import SamplingChain
-    >>> from lightning_draft.samplers import DDIM
-    >>> from lightning_draft.truncation import LastK
-    >>> model = LinearModel(theta=0.2)
-    >>> chain = SamplingChain(model, DDIM(10), model.encode(["a cat"]))
-    >>> latents = LastK(2)(chain, model.noise(1, torch.Generator().manual_seed(0)))
-    >>> model.calls_without_gradient, model.calls_with_gradient
-    (8, 2)
+>>> import torch
+>>> from lightning_draft.chain import SamplingChain
+>>> from lightning_draft.samplers import DDIM
+>>> from lightning_draft.truncation import LastK
+>>> model = LinearModel(theta=0.2)
+>>> chain = SamplingChain(model, DDIM(10), model.encode(["a cat"]))
+>>> latents = LastK(2)(chain, model.noise(1, torch.Generator().manual_seed(0)))
+>>> model.calls_without_gradient, model.calls_with_gradient
+(8, 2)
 """
 
 import math

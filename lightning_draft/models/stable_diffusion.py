@@ -248,8 +248,8 @@ class StableDiffusion(DiffusionModel):
             return known
         if self.text_encoder is None:
             raise RuntimeError(
-                f"the text encoder was released and {prompt!r} has no embedding; pass every prompt, those of validation "
-                "and of the sample logger too, to precompute() before release_text_encoder()"
+                f"the text encoder was released and {prompt!r} has no embedding; pass every prompt, those of "
+                "validation and of the sample logger too, to precompute() before release_text_encoder()"
             )
         embedding = self._embed(prompt, self.text_encoder)
         if len(self._embeddings) < _CACHED_PROMPTS:

@@ -105,9 +105,7 @@ def test_load_reads_what_diffusers_writes(tiny_sd: Path, tmp_path: Path, old: bo
     state = get_peft_model_state_dict(pipeline.unet)
     state = convert_state_dict_to_diffusers(state) if old else state
     pipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
-    model = StableDiffusion(
-        str(tiny_sd), lora=LoRA(rank=2, target_modules=["to_q", "to_out.0"]), guidance_scale=2.0
-    )
+    model = StableDiffusion(str(tiny_sd), lora=LoRA(rank=2, target_modules=["to_q", "to_out.0"]), guidance_scale=2.0)
     model.load_lora(tmp_path / "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(pictures(model), pipeline_pictures(pipeline), rtol=0, atol=2e-4)
 

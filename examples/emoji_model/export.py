@@ -1,6 +1,6 @@
 """Pack what `train.py` left into the two folders that ship: a diffusers pipeline and a transformers CLIP.
 
-    python -m examples.emoji_model.export --folder runs/emoji --out lightning_draft/assets
+python -m examples.emoji_model.export --folder runs/emoji --out lightning_draft/assets
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     emoji = Emoji.load(prepare(arguments.folder))
     if (arguments.folder / "unet" / "last.ckpt").exists():
-        pipeline(arguments.folder, emoji).to(torch.float16).save_pretrained(arguments.out / "emoji", variant="fp16")
+        pipeline(arguments.folder, emoji).to(torch.float16).save_pretrained(arguments.out / "emoji")
     if (arguments.folder / "clip" / "last.ckpt").exists():
         export_clip(arguments.folder, arguments.out / "emoji-clip")
 

@@ -98,14 +98,14 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def clip(words: CLIPTokenizer) -> CLIPModel:
-    """A two-tower CLIP over 32x32 pictures in patches of 4."""
+    """A two-tower CLIP over 32x32 pictures in patches of 8."""
     vision = {
-        "hidden_size": 160,
-        "intermediate_size": 480,
+        "hidden_size": 192,
+        "intermediate_size": 576,
         "projection_dim": WIDTH,
         "num_hidden_layers": 4,
-        "num_attention_heads": 5,
+        "num_attention_heads": 6,
         "image_size": 32,
-        "patch_size": 4,
+        "patch_size": 8,
     }
     return CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision, projection_dim=WIDTH))

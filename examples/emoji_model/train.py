@@ -46,7 +46,9 @@ class Batches(IterableDataset[Tensor]):
 class Part(L.LightningModule):
     """What the three trainings share: AdamW with warm-up and cosine decay, and an average of the weights."""
 
-    def __init__(self, network: nn.Module, lr: float, steps: int, weight_decay: float = 0.01, decay: float = 0.999) -> None:
+    def __init__(
+        self, network: nn.Module, lr: float, steps: int, weight_decay: float = 0.01, decay: float = 0.999
+    ) -> None:
         super().__init__()
         self.network = network
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -54,7 +56,9 @@ class Part(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; 2 % of linear warm-up, then a cosine to 2 % of the peak."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=self.weight_decay, fused=True
+        )
 
         def scale(step: int) -> float:
             warm = step / (0.02 * self.steps)
@@ -92,7 +96,7 @@ class Denoiser(Part):
 
     def __init__(self, emoji: Emoji, steps: int, folder: Path) -> None:
         words = parts.tokenizer(sorted(set(emoji.captions)), folder / "tokenizer")
-        super().__init__(nn.ModuleDict({"unet": parts.unet(), "text": parts.text_encoder(words)}), 8e-4, steps, 1e-3)
+        super().__init__(nn.ModuleDict({"unet": parts.unet(), "text": parts.text_encoder(words)}), 6e-4, steps, 1e-3)
         self.network["unet"].to(memory_format=torch.channels_last)
         schedule = parts.scheduler()
         self.register_buffer("alphas", schedule.alphas_cumprod.sqrt(), persistent=False)
@@ -118,7 +122,7 @@ class Denoiser(Part):
 
 
 class Contrast(Part):
-    """CLIP's symmetric contrastive loss over names and styles, with augmentation so that its gradient means something."""
+    """CLIP's symmetric contrastive loss, over pictures augmented so that its gradient means something."""
 
     def __init__(self, emoji: Emoji, steps: int, folder: Path) -> None:
         words = parts.tokenizer(sorted(set(emoji.captions)), folder / "tokenizer")
@@ -129,9 +133,8 @@ class Contrast(Part):
     def training_step(self, index: Tensor, batch_index: int) -> Tensor:
         """`index` is int64 `(B,)`."""
         images = _shift(self.images[index])
-        images = images * torch.empty(len(index), 3, 1, 1).uniform_(0.85, 1.1) + torch.randn_like(images) * 0.1 * torch.rand(
-            len(index), 1, 1, 1
-        )
+        tint = torch.empty(len(index), 3, 1, 1).uniform_(0.85, 1.1)
+        images = images * tint + torch.randn_like(images) * 0.1 * torch.rand(len(index), 1, 1, 1)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
         output = self.network(input_ids=self.tokens[index], pixel_values=(images - mean) / std, return_loss=True)
         accuracy = (output.logits_per_image.argmax(1) == torch.arange(len(index))).float().mean()
@@ -145,8 +148,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def encode(emoji: Emoji, folder: Path) -> Tensor:
     """Latents of every picture, float32 `(N, 4, 16, 16)`, by the averaged and standardised autoencoder."""
-    from examples.emoji_model.export import standardised_autoencoder
-
     vae = standardised_autoencoder(folder / "vae" / "last.ckpt", emoji)
     with torch.no_grad():
         return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])

@@ -1,4 +1,4 @@
-"""Pack what `train.py` left into the two folders that ship: a diffusers pipeline and a transformers CLIP.
+"""Pack what `train.py` left into what ships: a diffusers pipeline, a transformers CLIP, and their captions.
 
 python -m examples.emoji_model.export --folder runs/emoji --out lightning_draft/assets
 """
@@ -15,20 +15,20 @@ from examples.emoji_model import parts
 from examples.emoji_model.data import Emoji, prepare
 
 
-def averaged(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged network's weights in a training checkpoint."""
+def weights(checkpoint: Path, *, averaged: bool = True) -> dict[str, Tensor]:
+    """A network's weights in a training checkpoint: their average, or where the training left them."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "average.module."
+    prefix = "average.module." if averaged else "network."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def standardised_autoencoder(checkpoint: Path, emoji: Emoji) -> AutoencoderKL:
-    """The averaged autoencoder, with its latents' mean and deviation folded into its two 1x1 convolutions.
+    """The autoencoder, with its latents' mean and deviation folded into its two 1x1 convolutions.
 
     The latents of the pictures then have mean 0 and deviation 1 in every channel, and the scaling factor is 1.
     """
     vae = parts.autoencoder()
-    vae.load_state_dict(averaged(checkpoint))
+    vae.load_state_dict(weights(checkpoint, averaged=False))  # too short a training for the average to keep up
     vae.eval().requires_grad_(False)
     latents = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
@@ -45,7 +45,7 @@ def standardised_autoencoder(checkpoint: Path, emoji: Emoji) -> AutoencoderKL:
 def pipeline(folder: Path, emoji: Emoji) -> StableDiffusionPipeline:
     """The text-to-image pipeline, all parts real."""
     words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    state = averaged(folder / "unet" / "last.ckpt")
+    state = weights(folder / "unet" / "last.ckpt")
     networks = {"unet": parts.unet(), "text": parts.text_encoder(words)}
     for name, network in networks.items():
         network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
@@ -65,20 +65,29 @@ def export_clip(folder: Path, out: Path) -> None:
     """Write the small CLIP in transformers' own format."""
     words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     clip = parts.clip(words)
-    clip.load_state_dict(averaged(folder / "clip" / "last.ckpt"))
+    clip.load_state_dict(weights(folder / "clip" / "last.ckpt"))
     clip.half().save_pretrained(out)
     size = {"shortest_edge": 32}
     processor = CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32})
     CLIPProcessor(processor, words).save_pretrained(out)
 
 
+def export_prompts(emoji: Emoji, out: Path) -> None:
+    """Write the captions that the pipeline was trained to draw, and those held out from it."""
+    for name, chosen in {"emoji": emoji.drawn & ~emoji.held_out, "emoji_unseen": emoji.held_out}.items():
+        captions = [emoji.captions[row] for row in torch.nonzero(chosen).squeeze(1).tolist()]
+        (out / f"{name}.txt").write_text("\n".join(sorted(captions)) + "\n")
+
+
 def main() -> None:
-    """Export both."""
+    """Export everything that ships."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--out", type=Path, default=Path("lightning_draft/assets"))
+    parser.add_argument("--prompts", type=Path, default=Path("lightning_draft/prompts"))
     arguments = parser.parse_args()
     emoji = Emoji.load(prepare(arguments.folder))
+    export_prompts(emoji, arguments.prompts)
     if (arguments.folder / "unet" / "last.ckpt").exists():
         pipeline(arguments.folder, emoji).to(torch.float16).save_pretrained(arguments.out / "emoji")
     if (arguments.folder / "clip" / "last.ckpt").exists():

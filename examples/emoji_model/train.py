@@ -5,7 +5,7 @@
     python -m examples.emoji_model.train clip --hours 0.2
 
 Each part checkpoints every few minutes under `runs/emoji/<part>` and continues from there when started again;
-the weights that `export.py` packs are an exponential moving average.
+the denoiser and the CLIP that `export.py` packs are exponential moving averages.
 """
 
 import argparse
@@ -147,7 +147,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def encode(emoji: Emoji, folder: Path) -> Tensor:
-    """Latents of every picture, float32 `(N, 4, 16, 16)`, by the averaged and standardised autoencoder."""
+    """Latents of every picture, float32 `(N, 4, 16, 16)`, by the standardised autoencoder."""
     vae = standardised_autoencoder(folder / "vae" / "last.ckpt", emoji)
     with torch.no_grad():
         return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])

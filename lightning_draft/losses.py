@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_draft.errors import ConfigurationError
+
 
 class RewardLoss(ABC):
     """Maps scores `(B,)` to losses `(B,)`."""
@@ -23,6 +25,9 @@ class Maximize(RewardLoss):
 
     Args:
         scale: Positive factor.
+
+    Raises:
+        ConfigurationError: The scale is not positive.
     """
 
     def __init__(self, scale: float = 1.0) -> None:
@@ -39,6 +44,9 @@ class Hinge(RewardLoss):
     Args:
         threshold: The score that is good enough.
         scale: Positive factor; ReFL's code uses 1e-3.
+
+    Raises:
+        ConfigurationError: The scale is not positive.
     """
 
     def __init__(self, threshold: float, scale: float = 1.0) -> None:
@@ -57,6 +65,9 @@ class Saturating(RewardLoss):
         threshold: Where the pull has fallen to a half.
         width: Softness of the corner, in units of the reward.
         scale: Positive factor.
+
+    Raises:
+        ConfigurationError: The scale is not positive.
     """
 
     def __init__(self, threshold: float, width: float = 1.0, scale: float = 1.0) -> None:
@@ -75,6 +86,9 @@ class Distance(RewardLoss):
     Args:
         target: The score to reach.
         scale: Positive factor.
+
+    Raises:
+        ConfigurationError: The scale is not positive.
     """
 
     def __init__(self, target: float, scale: float = 1.0) -> None:
@@ -87,6 +101,6 @@ class Distance(RewardLoss):
 
 
 def _positive(name: str, value: float) -> float:
-    if value <= 0:
-        raise ValueError(f"{name}={value} must be positive")
+    if not value > 0:
+        raise ConfigurationError(f"{name}={value} would turn the loss off or upside down; write a positive number")
     return value

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lightning_draft.errors import ConfigurationError
+
 FOLDER = Path(__file__).parent
 NAMES = ("emoji", "emoji-clip")
 
@@ -11,6 +13,17 @@ def resolve(name: str) -> Path | str:
 
     Args:
         name: `emoji` (a text-to-image pipeline), `emoji-clip` (a CLIP), or anything else.
+
+    Raises:
+        ConfigurationError: It is the name of a shipped model whose files are not there.
     """
+    if name not in NAMES:
+        return name
     folder = FOLDER / name
-    return folder if name in NAMES and folder.is_dir() else name
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"the shipped model {name!r} is missing from {FOLDER}: this installation is incomplete; install the "
+            "package again, write ./ before the name of a folder of your own, or make the model yourself with "
+            "python -m examples.emoji_model.train and python -m examples.emoji_model.export"
+        )
+    return folder

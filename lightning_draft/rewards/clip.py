@@ -17,7 +17,7 @@ from lightning_draft.rewards.precision import full_precision
 
 
 class CLIPScore(Reward):
-    """Cosine between the CLIP features of image and prompt, in [-1, 1].
+    """Cosine between the CLIP features of image and prompt, in [-1, 1]; the prompt is taken as it is, without a prefix.
 
     OpenAI's models score matching photographs about 0.25 to 0.35 and unrelated ones 0.1 to 0.2.
 
@@ -51,7 +51,8 @@ class CLIPClassification(Reward):
     """Log-probability of the prompt among captions: CLIP's own softmax, `log p(prompt | image)`, at most 0.
 
     Against the captions the reward cannot rise by what pleases CLIP with any text, which a plain cosine does. The
-    candidates are the captions and the prompt; where the prompt is one of them it counts once.
+    candidates are the captions and the prompt; where the prompt is one of them, up to case and spaces, it counts once.
+    An image that says nothing scores about `-log(N)` for N candidates.
 
     Args:
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
@@ -66,7 +67,8 @@ class CLIPClassification(Reward):
         from lightning_draft.data import read_prompts
 
         super().__init__()
-        self.captions = list(dict.fromkeys(str(caption) for caption in read_prompts(captions)))
+        self.captions = list({_key(caption): str(caption) for caption in read_prompts(captions)}.values())
+        self._columns = {_key(caption): column for column, caption in enumerate(self.captions)}
         self.encoder = CLIPEncoder(pretrained, dtype)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -80,8 +82,9 @@ class CLIPClassification(Reward):
             features = self.encoder.images(images) * self.encoder.logit_scale
             own = (features * self.encoder.texts(prompts).to(features)).sum(-1)
             others = features @ self.encoder.texts(self.captions).to(features).T
-        same = torch.tensor([[caption == prompt for caption in self.captions] for prompt in prompts])
-        return own, others.masked_fill(same.to(others.device), -torch.inf)
+        column = torch.tensor([self._columns.get(_key(prompt), -1) for prompt in prompts], device=others.device)
+        same = column.unsqueeze(1) == torch.arange(len(self.captions), device=others.device)
+        return own, others.masked_fill(same, -torch.inf)
 
 
 class CaptionRetrieval(CLIPClassification):
@@ -100,3 +103,8 @@ class CaptionRetrieval(CLIPClassification):
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
         own, others = self.logits(images, prompts)
         return (own > others.amax(1)).float()
+
+
+def _key(caption: str) -> str:
+    """What CLIP's tokenizers make no difference within."""
+    return " ".join(caption.lower().split())

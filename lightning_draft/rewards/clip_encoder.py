@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -98,21 +98,16 @@ class CLIPEncoder(nn.Module):
         dtype: Precision of the weights; features come in the precision of the images, at least float32.
 
     Raises:
-        ConfigurationError: What is there is not a CLIP, or its weights are incomplete.
+        ConfigurationError: Nothing is there, or it is not a CLIP, or it is incomplete.
     """
 
     def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
         super().__init__()
-        from transformers import AutoTokenizer, CLIPModel
-
-        source = resolve(pretrained)
-        _check_architecture(source)
-        model, report = CLIPModel.from_pretrained(source, weights_only=True, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ConfigurationError(f"the weights of {pretrained!r} lack {sorted(report['missing_keys'])[:3]}")
+        if dtype not in get_args(Precision):
+            raise ConfigurationError(f"dtype={dtype!r} is not supported; write {', '.join(get_args(Precision))}")
+        model, self.tokenizer, processor = _load(pretrained)
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.preprocess = Preprocessing.from_config(_image_processor(source))
+        self.preprocess = Preprocessing.from_config(processor)
         self.max_length = min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
         self._texts: dict[str, Tensor] = {}
 
@@ -163,15 +158,25 @@ def _tensor(output: Any) -> Tensor:
     return features
 
 
-def _check_architecture(source: Path | str) -> None:
-    from transformers import AutoConfig, CLIPConfig
+def _load(pretrained: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and the image processor's configuration."""
+    from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel
 
-    config = AutoConfig.from_pretrained(source)
-    if not isinstance(config, CLIPConfig):
+    source = resolve(pretrained)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if not isinstance(config, CLIPConfig):
+            raise ValueError(f"it holds a model of type {config.model_type!r}")
+        model, report = CLIPModel.from_pretrained(source, weights_only=True, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        return model, AutoTokenizer.from_pretrained(source), _image_processor(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigurationError(
-            f"{str(source)!r} holds a model of type {config.model_type!r}, not a CLIP; give the folder or id of a "
-            "transformers CLIPModel such as openai/clip-vit-base-patch32"
-        )
+            f"no CLIP could be read from {pretrained!r}: {reason}; give the folder or hub id of a transformers "
+            "CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or emoji-clip"
+        ) from error
 
 
 def _image_processor(source: Path | str) -> dict[str, Any]:
@@ -185,9 +190,9 @@ def _image_processor(source: Path | str) -> dict[str, Any]:
             config = config.get("image_processor", config)
             if "image_mean" in config:
                 return config
-    raise ConfigurationError(
-        f"{str(source)!r} has no preprocessor_config.json and no image processor in processor_config.json; save one "
-        "with transformers.CLIPImageProcessor(...).save_pretrained(folder)"
+    raise ValueError(
+        "it has no preprocessor_config.json and no image processor in processor_config.json; "
+        "transformers.CLIPImageProcessor(...).save_pretrained(folder) writes one"
     )
 
 
@@ -197,8 +202,5 @@ def _pair(size: Mapping[str, int] | int) -> tuple[int, int]:
 
 def _margins(length: int, crop: int) -> tuple[int, int]:
     """Padding before and after that makes `crop` of `length`; negative where it cuts."""
-    if crop <= length:
-        before = -((length - crop) // 2)
-    else:
-        before = math.ceil((crop - length) / 2)
+    before = -((length - crop) // 2) if crop <= length else math.ceil((crop - length) / 2)
     return before, crop - length - before

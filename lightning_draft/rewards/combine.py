@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,50 +34,52 @@ class WeightedSum(Reward):
         rewards: Parts by name; names are letters, digits, `_` and `-`, and are what the parts are logged as.
 
     Raises:
-        ConfigurationError: There are no parts, or a name cannot be used.
+        ConfigurationError: There are no parts, all weights are 0, or a name cannot be used.
     """
 
     def __init__(self, rewards: dict[str, WeightedReward]) -> None:
         super().__init__()
-        if not rewards:
-            raise ConfigurationError("WeightedSum has no rewards; name at least one under `rewards`")
-        self.parts = nn.ModuleDict({_checked(name): part.reward for name, part in rewards.items()})
-        self.weights = {name: part.weight for name, part in rewards.items()}
+        if not any(part.weight for part in rewards.values()):
+            raise ConfigurationError(
+                "WeightedSum has no reward whose weight is not 0, so its score would be constant; name at least one "
+                "under `rewards`"
+            )
+        self.weights = {_checked(name): part.weight for name, part in rewards.items()}
+        self.parts = nn.ModuleList(part.reward for part in rewards.values())
         self.differentiable = all(part.reward.differentiable for part in rewards.values() if part.weight != 0)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`; parts of weight 0 are not evaluated."""
         total = torch.zeros(len(images), device=images.device)
-        for name, weight in self.weights.items():
+        for (name, weight), reward in zip(self.weights.items(), self.parts, strict=True):
             if weight != 0:
-                total = total + weight * self._score(name, images, prompts)[0]
+                total = total + weight * _checked_scores(name, reward(images, prompts), len(images), reward)
         return total
 
     def breakdown(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum `(B,)` and every part `(B,)` by name; the parts of a part are named `part/name`."""
         total = torch.zeros(len(images), device=images.device)
         scores: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
+        for (name, weight), reward in zip(self.weights.items(), self.parts, strict=True):
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-                scores[name], inner = self._score(name, images, prompts)
+                score, inner = cast(Reward, reward).breakdown(images, prompts)
+            scores[name] = _checked_scores(name, score, len(images), reward)
             scores.update({f"{name}/{key}": value for key, value in inner.items()})
             if weight != 0:
-                total = total + weight * scores[name]
+                total = total + weight * score
         return total, scores
-
-    def _score(self, name: str, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        reward = self.parts[name]
-        assert isinstance(reward, Reward)
-        score, inner = reward.breakdown(images, prompts)
-        try:
-            return check_scores(score, len(images), reward), inner
-        except ValueError as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
 
 
 def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigurationError(
-            f"{name!r} cannot name a reward; use letters, digits, _ and -, and none of keys, values, items, pop, train"
+            f"{name!r} cannot name a reward: it becomes part of a log key; use letters, digits, _ and -"
         )
     return name
+
+
+def _checked_scores(name: str, scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:
+    try:
+        return check_scores(scores, batch_size, reward)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error

@@ -1,8 +1,8 @@
 """How well an image compresses as JPEG: two differentiable measures, and the true size.
 
-`JPEGRate` is the one to train on. Its value orders varied 32x32 pictures as the true size does (rank correlation 0.99;
-0.94 for the distortion), and 60 steps of gradient descent on pixels shrink the true file more than the distortion does
-while the picture changes less.
+`JPEGRate` is the one to train on. Over 32x32 emoji at quality 95 its rank correlation with the true size is 0.99; the
+distortion's is 0.63. Sixty steps of Adam on their pixels shrink the files from 1.43 to 1.07 kB with the rate and to
+1.21 kB with the distortion (at quality 50), which changes the pictures more.
 
 References:
     Clark et al., arXiv:2309.17400 (DRaFT), the compressibility rewards: minus and plus `|x - jpeg(x)|^2`.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.jpeg_codec import Coefficients, JPEGCodec
+from lightning_draft.rewards.jpeg_codec import Coefficients, JPEGCodec, check_quality
 from lightning_draft.rewards.precision import full_precision
 
 Rounding = Literal["exact", "straight_through"]
@@ -84,6 +84,9 @@ class JPEGRate(Reward):
     Args:
         quality: 1 (coarse) to 100.
         compress: Whether small files score high; else large ones do.
+
+    Raises:
+        ConfigurationError: The quality is not known.
     """
 
     def __init__(self, quality: int = 95, compress: bool = True) -> None:
@@ -94,8 +97,8 @@ class JPEGRate(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""
         with full_precision(images) as x:
-            bits = sum(torch.log2(1 + scan.abs()).sum((1, 2)) for scan in _scans(self.codec.encode(x)))
-            return self.sign * bits / 8000
+            bits = [torch.log2(1 + scan.abs()).sum((1, 2)) for scan in _scans(self.codec.encode(x))]
+            return self.sign * torch.stack(bits).sum(0) / 8000
 
 
 class JPEGSize(Reward):
@@ -106,15 +109,16 @@ class JPEGSize(Reward):
     Args:
         quality: 1 (coarse) to 100.
         compress: Whether small files score high; else large ones do.
+
+    Raises:
+        ConfigurationError: The quality is not known.
     """
 
     differentiable = False
 
     def __init__(self, quality: int = 95, compress: bool = True) -> None:
         super().__init__()
-        if not 1 <= quality <= 100:
-            raise ConfigurationError(f"quality={quality} is not a JPEG quality; write an integer from 1 to 100")
-        self.quality = quality
+        self.quality = check_quality(quality)
         self.sign = -1.0 if compress else 1.0
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -134,7 +138,7 @@ def jpeg_bytes(picture: Tensor, quality: int) -> bytes:
 
 
 def _scans(coefficients: Coefficients) -> list[Tensor]:
-    """Coefficients `(B, blocks, 64)` of each plane as they are coded: in the file's order, the first as a difference."""
+    """Coefficients `(B, blocks, 64)` of each plane as they are coded: in file order, the first as a difference."""
     height, width = (-(-side // 8) for side in coefficients.size)
     inside = coefficients.luma[:, :height, :width]
     order = sorted(range(height * width), key=lambda i: _place(*divmod(i, width)))

@@ -39,6 +39,17 @@ YCBCR = (
 )
 
 
+def check_quality(quality: int) -> int:
+    """Return `quality` if it is one of JPEG's.
+
+    Raises:
+        ConfigurationError: It is not an integer from 1 to 100.
+    """
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise ConfigurationError(f"quality={quality} is not a JPEG quality; write an integer from 1 to 100")
+    return quality
+
+
 def quantisation_tables(quality: int) -> tuple[Tensor, Tensor]:
     """Luma and chroma tables `(8, 8)`, float64, integers in 1..255, as libjpeg scales the standard ones.
 
@@ -48,8 +59,7 @@ def quantisation_tables(quality: int) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigurationError: The quality lies outside.
     """
-    if not 1 <= quality <= 100:
-        raise ConfigurationError(f"quality={quality} is not a JPEG quality; write an integer from 1 to 100")
+    check_quality(quality)
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     tables = torch.tensor([LUMA_TABLE, CHROMA_TABLE], dtype=torch.int64).view(2, 8, 8)
     luma, chroma = ((tables * scale + 50) // 100).clamp(1, 255).double()

@@ -1,0 +1,126 @@
+"""What holds for every reward."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_draft.rewards as rewards
+from lightning_draft.rewards import Reward, WeightedReward, WeightedSum
+
+CAPTIONS = ["red cat", "cat", "red", "a dog"]
+PROMPTS = ["red cat", "a bird", "cat"]
+
+Build = Callable[[str], Reward]
+EVERY: dict[str, tuple[Build, float, float]] = {
+    "Brightness": (lambda clip: rewards.Brightness(0.3), -1, 0),
+    "CLIPClassification": (lambda clip: rewards.CLIPClassification(clip, CAPTIONS), -torch.inf, 0),
+    "CLIPScore": (lambda clip: rewards.CLIPScore(clip), -1, 1),
+    "CaptionRetrieval": (lambda clip: rewards.CaptionRetrieval(clip, CAPTIONS), 0, 1),
+    "ColourBalance": (lambda clip: rewards.ColourBalance(), -1, 1),
+    "ColourTarget": (lambda clip: rewards.ColourTarget(1.0, 0.5, 0.0), -1, 0),
+    "JPEGCompressibility": (lambda clip: rewards.JPEGCompressibility(), -1, 0),
+    "JPEGIncompressibility": (lambda clip: rewards.JPEGIncompressibility(), 0, 1),
+    "JPEGRate": (lambda clip: rewards.JPEGRate(), -torch.inf, 0),
+    "JPEGSize": (lambda clip: rewards.JPEGSize(), -torch.inf, 0),
+    "Saturation": (lambda clip: rewards.Saturation(), 0, 1),
+    "Sharpness": (lambda clip: rewards.Sharpness(), 0, 16),
+    "Symmetry": (lambda clip: rewards.Symmetry(), -1, 0),
+    "WeightedSum": (
+        lambda clip: WeightedSum(
+            {"clip": WeightedReward(rewards.CLIPScore(clip), 2.0), "dark": WeightedReward(rewards.Brightness(0.0))}
+        ),
+        -3,
+        2,
+    ),
+}
+DIFFERENTIABLE = sorted(set(EVERY) - {"CaptionRetrieval", "JPEGSize"})
+
+
+def build(name: str, clip: Path) -> Reward:
+    return EVERY[name][0](str(clip)).requires_grad_(False).eval()
+
+
+def test_the_list_is_complete() -> None:
+    classes = {name: getattr(rewards, name) for name in rewards.__all__ if inspect.isclass(getattr(rewards, name))}
+    assert set(EVERY) == {name for name, kind in classes.items() if issubclass(kind, Reward) and kind is not Reward}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_it_says_whether_it_has_a_gradient(name: str, tiny_clip: Path, pictures: Callable[..., Tensor]) -> None:
+    reward = build(name, tiny_clip)
+    scores = reward(pictures(3, 16, 16).requires_grad_(), PROMPTS)
+    assert scores.requires_grad is reward.differentiable is (name in DIFFERENTIABLE)
+    assert scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("size", [(16, 16), (13, 22)])
+def test_the_gradient_is_that_of_finite_differences(
+    name: str,
+    size: tuple[int, int],
+    tiny_clip: Path,
+    pictures: Callable[..., Tensor],
+    check_gradient: Callable[..., Tensor],
+) -> None:
+    check_gradient(build(name, tiny_clip), pictures(3, *size), PROMPTS)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_saturated_pixels_keep_their_gradient(
+    name: str, tiny_clip: Path, pictures: Callable[..., Tensor], check_gradient: Callable[..., Tensor]
+) -> None:
+    images = 1.05 + 0.2 * pictures(3, 16, 16)
+    gradient = check_gradient(build(name, tiny_clip), images, PROMPTS)
+    assert (gradient != 0).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("size", [(16, 16), (7, 9), (40, 12), (33, 65)])
+def test_a_batch_scores_as_its_images_do_one_by_one(
+    name: str, size: tuple[int, int], tiny_clip: Path, pictures: Callable[..., Tensor]
+) -> None:
+    reward = build(name, tiny_clip)
+    images = pictures(3, *size)
+    single = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(reward(images, PROMPTS), single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_scores_lie_in_the_stated_range(name: str, tiny_clip: Path, pictures: Callable[..., Tensor]) -> None:
+    _, lowest, highest = EVERY[name]
+    checkerboard = ((torch.arange(16).view(16, 1) + torch.arange(16)) % 2).float().expand(3, 16, 16)
+    images = torch.stack(
+        [
+            torch.zeros(3, 16, 16),
+            torch.ones(3, 16, 16),
+            checkerboard,
+            torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)).round(),
+        ]
+    )
+    prompts = ["cat", "red", "a dog", "x"]
+    scores = build(name, tiny_clip)(torch.cat([images, pictures(4, 16, 16)]), prompts * 2)
+    assert scores.min() >= lowest
+    assert scores.max() <= highest
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_precision_images_are_scored_in_single_precision(
+    name: str, tiny_clip: Path, pictures: Callable[..., Tensor]
+) -> None:
+    reward = build(name, tiny_clip)
+    images = pictures(3, 16, 16).bfloat16()
+    exact = reward(images.float(), PROMPTS)
+    assert torch.equal(reward(images, PROMPTS), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(reward(images, PROMPTS), exact, rtol=1e-6, atol=1e-7)
+    if reward.differentiable:
+        images.requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.isfinite().all()
+        assert gradient.any()

@@ -1,0 +1,174 @@
+"""The tensor codec against Pillow's, the rewards against true files."""
+
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
+from lightning_draft.rewards.jpeg import straight_through
+from lightning_draft.rewards.jpeg_codec import JPEGCodec, dct_matrix, quantisation_tables
+
+Draw = Callable[..., Tensor]
+
+
+def jpeg_file(image: Tensor, quality: int) -> io.BytesIO:
+    file = io.BytesIO()
+    pixels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return file
+
+
+def decoded(images: Tensor, quality: int) -> Tensor:
+    files = [Image.open(jpeg_file(image, quality)) for image in images]
+    return torch.stack([torch.from_numpy(np.array(file)).permute(2, 0, 1).double() / 255 for file in files])
+
+
+def varied(count: int) -> Tensor:
+    """32x32 pictures from smooth to noisy, `(count, 3, 32, 32)`, whole bytes."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = []
+    for index in range(count):
+        coarse = torch.rand(1, 3, 2 + index % 7, 2 + index % 5, generator=generator)
+        smooth = nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
+        noise = torch.randn(1, 3, 32, 32, generator=generator)
+        pictures.append(smooth + 0.3 * (index / count) ** 2 * noise)
+    return torch.cat(pictures).clamp(0, 1).mul(255).round() / 255
+
+
+def ranks(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double()
+
+
+@pytest.mark.parametrize("quality", [1, 10, 49, 50, 75, 95, 100])
+def test_quantisation_tables_are_pillows(quality: int) -> None:
+    theirs = Image.open(jpeg_file(torch.zeros(3, 8, 8), quality)).quantization
+    for ours, table in zip(quantisation_tables(quality), (theirs[0], theirs[1]), strict=True):
+        assert ours.flatten().tolist() == list(table)
+
+
+def test_the_dct_is_its_formula() -> None:
+    matrix = dct_matrix()
+    for u, x in np.ndindex(8, 8):
+        scale = math.sqrt((1 if u == 0 else 2) / 8)
+        assert matrix[u, x].item() == pytest.approx(scale * math.cos((2 * x + 1) * u * math.pi / 16))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 23), (8, 40), (31, 16), (3, 50), (1, 1)])
+@pytest.mark.parametrize(("quality", "mean", "largest"), [(100, 1.0, 6), (75, 2.0, 32)])
+def test_the_codec_decodes_what_pillow_decodes(
+    size: tuple[int, int], quality: int, mean: float, largest: int, pictures: Draw
+) -> None:
+    """In levels of 255. libjpeg computes in integers, which now and then rounds a coefficient the other way."""
+    images = pictures(6, *size).double()
+    codec = JPEGCodec(quality)
+    ours = codec.decode(codec.encode(images).map(torch.round))
+    error = 255 * (ours - decoded(images, quality)).abs()
+    assert error.mean() < mean
+    assert error.max() < largest
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 23), (8, 40)])
+def test_without_rounding_only_chroma_detail_is_lost(size: tuple[int, int], pictures: Draw) -> None:
+    codec = JPEGCodec(50)
+    grey = pictures(3, *size).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    coloured = grey + torch.tensor([0.1, -0.05, 0.02], dtype=torch.float64).view(3, 1, 1)
+    torch.testing.assert_close(codec.decode(codec.encode(coloured)), coloured, rtol=0, atol=1e-7)
+
+
+def test_distortion_is_that_of_pillow(pictures: Draw) -> None:
+    images = pictures(8, 32, 32)
+    true = -((images.double() - decoded(images, 50)) ** 2).mean((1, 2, 3))
+    scores = JPEGCompressibility(50)(images, [""] * 8)
+    assert scores.numpy() == pytest.approx(true.numpy(), rel=0.03)
+    assert torch.equal(JPEGIncompressibility(50)(images, [""] * 8), -scores)
+
+
+def test_the_straight_through_gradient_of_luma_vanishes(pictures: Draw) -> None:
+    images = pictures(2, 16, 16).double().mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous().requires_grad_()
+    for rounding, vanishes in (("exact", False), ("straight_through", True)):
+        (gradient,) = torch.autograd.grad(JPEGCompressibility(50, rounding)(images, ["", ""]).sum(), images)
+        # A change of luma changes all three channels alike.
+        assert (gradient.sum(1).abs().max() < 1e-8) == vanishes
+
+
+def test_straight_through_rounds_with_slope_one() -> None:
+    values = torch.tensor([-1.6, 0.4, 2.5], requires_grad=True)
+    rounded = straight_through(values)
+    (gradient,) = torch.autograd.grad(rounded.sum(), values)
+    assert rounded.tolist() == [-2.0, 0.0, 2.0]
+    assert gradient.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("quality", [50, 75, 95])
+def test_true_size_is_the_file_that_pillow_writes(quality: int) -> None:
+    images = varied(6)
+    sizes = [len(jpeg_file(image, quality).getvalue()) / 1000 for image in images]
+    assert JPEGSize(quality)(images, [""] * 6).tolist() == pytest.approx([-size for size in sizes])
+    assert JPEGSize(quality, compress=False)(images, [""] * 6).tolist() == pytest.approx(sizes)
+
+
+def test_true_size_clamps() -> None:
+    images = varied(2)
+    stretched = 3 * images - 1
+    assert torch.equal(JPEGSize()(stretched, ["", ""]), JPEGSize()(stretched.clamp(0, 1), ["", ""]))
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_the_rate_follows_the_true_size(quality: int) -> None:
+    images = varied(60)
+    rate, size = (reward(quality)(images, [""] * 60).double() for reward in (JPEGRate, JPEGSize))
+    assert torch.corrcoef(torch.stack([ranks(rate), ranks(size)]))[0, 1] > 0.98
+    slope = torch.linalg.lstsq(torch.stack([rate, torch.ones_like(rate)], 1), size).solution[0]
+    assert 2 < slope < 3.2
+    assert torch.equal(JPEGRate(quality, compress=False)(images, [""] * 60).double(), -rate)
+
+
+def test_the_rate_of_one_block_is_its_formula() -> None:
+    """Grey 8x8 pictures: one block of luma; the chroma is exactly 0."""
+    grey = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = 255 * grey[0, 0].numpy() - 128
+    table = quantisation_tables(95)[0].numpy()
+    bits = 0.0
+    for u, v in np.ndindex(8, 8):
+        cosines = np.outer(*(np.cos((2 * np.arange(8) + 1) * w * np.pi / 16) for w in (u, v)))
+        scale = 0.25 * (0.5**0.5 if u == 0 else 1) * (0.5**0.5 if v == 0 else 1)
+        bits += math.log2(1 + abs(scale * (levels * cosines).sum() / table[u, v]))
+    assert JPEGRate(95)(grey.expand(1, 3, 8, 8), [""]).item() == pytest.approx(-bits / 8000, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (24, 40)])
+def test_only_the_first_block_pays_for_the_average_colour(size: tuple[int, int]) -> None:
+    flat = torch.tensor([0.9, 0.3, 0.6]).view(1, 3, 1, 1).expand(1, 3, *size)
+    assert JPEGRate()(flat, [""]).item() == pytest.approx(JPEGRate()(flat[..., :16, :16], [""]).item(), rel=1e-3)
+
+
+def test_climbing_the_rate_shrinks_the_file() -> None:
+    images = varied(12)
+    pixels = images.clone().requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr=0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (-JPEGRate(95)(pixels, [""] * 12).sum()).backward()
+        optimizer.step()
+    before, after = (JPEGSize(95)(x.detach(), [""] * 12).mean() for x in (images, pixels))
+    assert after > 0.93 * before
+
+
+@pytest.mark.parametrize("reward", [JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize])
+@pytest.mark.parametrize("quality", [0, 101, 92.5])
+def test_qualities_are_integers_from_1_to_100(reward: type, quality: float) -> None:
+    with pytest.raises(ConfigurationError, match=f"quality={quality} is not a JPEG quality; write an integer from 1"):
+        reward(quality)
+
+
+def test_roundings_are_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match="rounding='soft' is not known; write exact or straight_through"):
+        JPEGCompressibility(rounding="soft")  # type: ignore[arg-type]

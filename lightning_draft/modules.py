@@ -7,7 +7,7 @@ References:
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.chain import Probe, SamplingChain
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.preflight import check_setup, prove
@@ -60,6 +61,13 @@ class RewardModule(L.LightningModule, ABC):
         self.strict_loading = False
         self._base_scores: dict[tuple[int, int], dict[str, Tensor]] = {}
 
+    def train(self, mode: bool = True) -> Self:
+        """Rewards stay in eval mode: dropout would make their scores noise."""
+        super().train(mode)
+        self.reward.eval()
+        self.watch.eval()
+        return self
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What is optimised and saved, by its name in this module."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -101,7 +109,7 @@ class RewardModule(L.LightningModule, ABC):
 
     def validation_step(self, prompts: Sequence[str], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score held-out prompts from fixed noise; `val/gain` is what was gained over the base on the same noise."""
-        seed = self.seed + 1_000_003 * (batch_idx + 1)
+        seed = _mix(self.seed, dataloader_idx, batch_idx, self.global_rank)
         scores = self.score(self.generate(prompts, seed=seed), prompts)
         key = (dataloader_idx, batch_idx)
         if key not in self._base_scores:
@@ -121,7 +129,7 @@ class RewardModule(L.LightningModule, ABC):
         ours, theirs = set(self.trainable_parameters()), set(checkpoint["state_dict"])
         if ours != theirs:
             odd = sorted(ours ^ theirs)
-            raise ValueError(
+            raise ConfigurationError(
                 f"the checkpoint holds other trainable parameters than this model ({len(odd)} differ, such as "
                 f"{odd[0]!r}); use the config that the run saved beside it"
             )
@@ -176,6 +184,10 @@ class DraftModule(RewardModule):
         self.loss = Maximize() if loss is None else loss
         if kl_weight < 0:
             raise ValueError(f"kl_weight={kl_weight} must not be negative")
+        if checkpointing not in get_args(Checkpointing):
+            raise ValueError(
+                f"checkpointing={checkpointing!r} is not known; write one of {', '.join(get_args(Checkpointing))}"
+            )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
         self.kl_weight = kl_weight

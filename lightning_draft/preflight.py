@@ -5,15 +5,26 @@ A run that cannot learn is refused here with the reason and the fix, instead of 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.truncation import LastK, LowVariance, RandomK
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from lightning_draft.modules import DraftModule
+
+_CUT = (
+    "keep to tensor operations (no .item(), .detach(), numpy, PIL or no_grad), or set `differentiable = False` on it "
+    "and list it under `watch`"
+)
 
 
 def check_setup(module: DraftModule) -> None:
@@ -39,30 +50,36 @@ def check_setup(module: DraftModule) -> None:
 
 
 def prove(module: DraftModule, prompt: str | None = None) -> None:
-    """Run the method once on one prompt and look at every link of the gradient's way.
+    """Run the method once on one prompt, in the Trainer's precision, and look at every link of the gradient's way.
 
-    The random state, the parameters and their gradients are left untouched.
+    The random state, the parameters and their gradients are left untouched. Where parameters are sharded, or a gradient
+    scaler has yet to find its scale, the gradient's arrival at the parameters is not looked at.
 
     Raises:
         ConfigurationError: The gradient is cut, zero or not finite; the message says where.
     """
     prompts = [_first_prompt(module) if prompt is None else prompt]
+    _check_precision(module)
     probed, module.probes = module.probes, []
+    trainer = module._trainer
     try:
-        with module._random_state(module.seed), torch.enable_grad():
+        with (
+            module._random_state(module.seed),
+            torch.enable_grad(),
+            nullcontext() if trainer is None else trainer.precision_plugin.forward_context(),
+        ):
             chain = module.chain(prompts, torch.Generator().manual_seed(module.seed))
             latents = module.truncation(chain, module.model.noise(1))
             _check_latents(module, latents)
             _check_reward(module, latents, prompts)
-            _check_parameters(module, latents, prompts)
+            if not (_sharded(trainer) or _scaled(trainer)):
+                _check_parameters(module, latents, prompts)
     finally:
         module.probes = probed
 
 
 def _check_final_step(module: DraftModule) -> None:
     """Methods that train the last step alone learn nothing where that step ignores the network."""
-    from lightning_draft.truncation import LastK, LowVariance, RandomK
-
     only_last = isinstance(module.truncation, LowVariance) or (
         isinstance(module.truncation, (LastK, RandomK))
         and module.truncation.gradient_steps(module.sampler.num_steps) == 1
@@ -93,29 +110,43 @@ def _check_reward(module: DraftModule, latents: Tensor, prompts: list[str]) -> N
     name = type(module.reward).__name__
     with torch.no_grad():
         images = module.model.decode(latents).float()
-    images = images.requires_grad_()
-    reward = module.reward(images, prompts * len(images))
-    if not reward.requires_grad:
+    images = images.detach().requires_grad_()
+    try:
+        reward = module.reward(images, prompts * len(images))
+    except RuntimeError as error:
+        if "requires grad" not in str(error):
+            raise
+        raise ConfigurationError(f"the reward {name} left the graph ({error}); {_CUT}") from error
+    gradient = torch.autograd.grad(reward.sum(), images, allow_unused=True)[0] if reward.requires_grad else None
+    if gradient is None:
         raise ConfigurationError(
-            f"the reward {name} returned a score without a gradient although it says it is differentiable; keep to "
-            "tensor operations (no .item(), numpy, PIL or no_grad), or set `differentiable = False` on it"
+            f"the reward {name} returned a score without a gradient although it says it is differentiable; {_CUT}"
         )
-    (gradient,) = torch.autograd.grad(reward.sum(), images)
     _check_gradient(gradient, f"the gradient of the reward {name} with respect to the images")
 
 
 def _check_parameters(module: DraftModule, latents: Tensor, prompts: list[str]) -> None:
-    """The loss's gradient with respect to what is trained."""
+    """The reward's gradient with respect to what is trained; that the loss map is flat here is only worth a warning."""
     rewards, _, _ = module._rewards(latents, prompts * len(latents))
     parameters = list(module.trainable_parameters().values())
-    gradients = torch.autograd.grad(module.loss(rewards).sum(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(rewards.sum(), parameters, allow_unused=True)
     reached = [gradient for gradient in gradients if gradient is not None]
     if not reached:
-        raise ConfigurationError("the reward's gradient reaches none of the trainable parameters")
+        raise ConfigurationError(
+            "the reward's gradient reaches none of the trainable parameters: they are not part of the network that "
+            "samples, or the model runs it without a graph; train the denoiser's adapters"
+        )
     _check_gradient(
         torch.stack([gradient.float().norm() for gradient in reached]),
-        "the gradient of the loss with respect to the trainable parameters",
+        "the gradient of the reward with respect to the trainable parameters",
     )
+    scores = rewards.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(module.loss(scores).sum(), scores)
+    if not slope.any():
+        rank_zero_warn(
+            f"{type(module.loss).__name__} is flat at the first prompt's reward ({scores[0].item():.4g}): images that "
+            "score like this teach nothing; if most do, move its threshold"
+        )
 
 
 def _check_gradient(gradient: Tensor, what: str) -> None:
@@ -124,11 +155,31 @@ def _check_gradient(gradient: Tensor, what: str) -> None:
     if not gradient.any():
         raise ConfigurationError(
             f"{what} is exactly zero, so nothing can be learnt; look for a clamp, a round or a threshold on the "
-            "gradient's path, or a hinge whose threshold every image already passes"
+            "gradient's path"
         )
 
 
+def _check_precision(module: DraftModule) -> None:
+    """Below float32, an optimiser step of the usual learning rates is less than the spacing of the numbers."""
+    coarse = {value.dtype for value in module.trainable_parameters().values()} & {torch.bfloat16, torch.float16}
+    if coarse:
+        name = str(coarse.pop()).removeprefix("torch.")
+        raise ConfigurationError(
+            f"the trainable parameters are in {name}, in which small updates round to nothing; set the Trainer's "
+            f'precision to "bf16-mixed" or "32-true", and dtype={name} on the model for its frozen parts'
+        )
+
+
+def _sharded(trainer: L.Trainer | None) -> bool:
+    return trainer is not None and isinstance(
+        trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+    )
+
+
+def _scaled(trainer: L.Trainer | None) -> bool:
+    return trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def _first_prompt(module: DraftModule) -> str:
-    datamodule = getattr(module.trainer, "datamodule", None)
-    prompts = getattr(datamodule, "train_prompts", None)
+    prompts = getattr(getattr(module._trainer, "datamodule", None), "train_prompts", None)
     return prompts[0] if prompts else "a photo"

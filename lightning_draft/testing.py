@@ -66,7 +66,7 @@ class _Double(DiffusionModel):
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard Gaussian, float32 `(batch_size, *shape)`."""
-        return torch.randn(batch_size, *self.shape, generator=generator)
+        return torch.randn(batch_size, *self.shape, generator=generator, dtype=torch.float32)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The latents themselves, in their own dtype, so that finite differences can be taken in float64."""

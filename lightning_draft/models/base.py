@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.schedules import Schedule
 
 Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
@@ -62,7 +63,7 @@ class DiffusionModel(nn.Module, ABC):
 
     def checkpoint_blocks(self) -> None:
         """Recompute the activations inside the network's blocks in the backward pass, from now on."""
-        raise NotImplementedError(
+        raise ConfigurationError(
             f'{type(self).__name__} has no blocks to recompute; write checkpointing="step" or "none"'
         )
 

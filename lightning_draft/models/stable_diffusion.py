@@ -162,7 +162,8 @@ class StableDiffusion(DiffusionModel):
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard Gaussian latents, float32 `(batch_size, C, H, W)`, drawn where the generator is."""
         device = self.device if generator is None else generator.device
-        return torch.randn(batch_size, *self.latent_shape, generator=generator, device=device).to(self.device)
+        shape = (batch_size, *self.latent_shape)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.device)
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """The network's output after guidance, in the dtype of `x`."""
@@ -230,7 +231,7 @@ class StableDiffusion(DiffusionModel):
     def _network(self, x: Tensor, t: float, text: Tensor) -> Tensor:
         """The raw network's output, in the dtype of `x`."""
         dtype = self.unet.conv_in.weight.dtype
-        time = torch.tensor(self.schedule.network_time(t), device=x.device)
+        time = torch.full((), self.schedule.network_time(t), device=x.device)
         output: Tensor = self.unet(x.to(dtype), time, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
         return output.to(x.dtype)
 

@@ -60,6 +60,7 @@ class LoRAExport(Callback):
         self._restored_folder: Path | None = None
         self._rewards: list[float] = []
         self._last_step = -1
+        self._validated_step = -1
 
     @property
     def last_path(self) -> Path:
@@ -102,6 +103,7 @@ class LoRAExport(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export with the scores of a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
             self.export(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -129,7 +131,7 @@ class LoRAExport(Callback):
                 return
             best = judge and self._is_best(trainer)
             if trainer.is_global_zero:
-                metadata = header(trainer, pl_module)
+                metadata = header(trainer, pl_module, validated=self._validated_step == trainer.global_step)
                 for path in [self.last_path, self.best_path][: 1 + best]:
                     pl_module.model.save_lora(path, metadata)  # type: ignore[union-attr, operator]
 
@@ -178,8 +180,15 @@ class LoRAExport(Callback):
         return self._folder / f"{name}.safetensors"
 
 
-def header(trainer: L.Trainer, pl_module: Any) -> dict[str, str]:
-    """What a file says about how its adapters came about; every value is text, `scores` is JSON."""
+def header(trainer: L.Trainer, pl_module: Any, validated: bool = True) -> dict[str, str]:
+    """What a file says about how its adapters came about; every value is text, `scores` is JSON.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        validated: Whether the scores of the last validation are these adapters'.
+    """
+    prefixes = ("val/", _FALLBACK) if validated else (_FALLBACK,)
     parts = {
         "method": getattr(pl_module, "truncation", pl_module),
         "sampler": pl_module.sampler,
@@ -189,7 +198,7 @@ def header(trainer: L.Trainer, pl_module: Any) -> dict[str, str]:
     scores = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name.startswith(("val/", _FALLBACK)) and math.isfinite(float(value))
+        if name.startswith(prefixes) and math.isfinite(float(value))
     }
     return {
         "base": str(getattr(pl_module.model, "pretrained", type(pl_module.model).__name__)),

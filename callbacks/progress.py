@@ -48,6 +48,12 @@ class ProgressBar(TQDMProgressBar):
         """Whether there are no bars."""
         return not self.is_enabled or self.is_plain
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Come first, so that a step's clock stops before other callbacks sample or write."""
+        super().setup(trainer, pl_module, stage)
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
         """Open the bar; the clock starts."""
         self._total = float(trainer.estimated_stepping_batches)

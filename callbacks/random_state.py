@@ -18,16 +18,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 class RandomState(Callback):
     """Save and restore the random states of python, numpy and torch with every checkpoint, for each process.
 
-    `DraftModule` draws its noise from seeds of its own and needs no help to resume exactly; this is for modules, data
-    sets and rewards that draw from the global generators.
+    `DraftModule` draws its noise from seeds of its own, and `PromptLoader` keeps its place: they resume exactly without
+    help. This is for modules, data sets and rewards that draw from the global generators. A run of whole epochs
+    (`max_epochs`) that resumes between two of them equals the uninterrupted one, the order of a shuffling data loader
+    included. Within an epoch the steps draw the same numbers, but the order of the remaining data is the loader's to
+    keep.
     """
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
         self._between_epochs = True
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore a state saved between epochs before the epoch's data are shuffled."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore a state saved between epochs before the data loader shuffles the next one."""
         if self._between_epochs:
             self._restore()
 

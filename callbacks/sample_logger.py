@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
@@ -24,9 +25,10 @@ class SampleLogger(Callback):
     """Sample fixed prompts from fixed noise, base beside tuned, with the reward under each picture.
 
     The grid goes to every logger that takes pictures, under `samples`, and to `samples/step_<n>.png` in the run's
-    folder; the mean rewards go to every logger as `samples/reward` and `samples/reward_base`. Samples are drawn when
-    training starts, every `every_n_steps` steps and when it ends. Training with this callback is bitwise the training
-    without it. Every process samples, so that sharded models work; one writes.
+    folder; which loggers take none is said once. The mean rewards go to every logger as `samples/reward` and
+    `samples/reward_base`. Samples are drawn when training starts, every `every_n_steps` steps and when it ends.
+    Training with this callback is bitwise the training without it. Every process samples, so that sharded models work;
+    one writes.
 
     Args:
         every_n_steps: Optimisation steps between grids.
@@ -74,6 +76,7 @@ class SampleLogger(Callback):
         self._prompts: list[str] = []
         self._base: _Samples | None = None
         self._last_step = -1
+        self._told = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle the prompts and the folder."""
@@ -137,11 +140,28 @@ class SampleLogger(Callback):
             per_row=self.per_row,
         )
         rewards = {"samples/reward": float(tuned[1].mean()), "samples/reward_base": float(base[1].mean())}
+        blind = []
         for logger in trainer.loggers:
-            log_picture(logger, "samples", grid, step)
+            if not log_picture(logger, "samples", grid, step):
+                blind.append(type(logger).__name__)
             logger.log_metrics(rewards, step)
+        self._tell(blind, alone=len(blind) == len(trainer.loggers))
         if self.to_files:
             _write(grid, self._folder / f"step_{step:06d}.png")
+
+    def _tell(self, blind: list[str], alone: bool) -> None:
+        """Say once where the pictures do not go."""
+        if self._told:
+            return
+        self._told = True
+        if alone and not self.to_files:
+            rank_zero_warn(
+                "SampleLogger's pictures go nowhere: no logger takes pictures, and to_files is off; "
+                "set to_files: true or use a TensorBoardLogger"
+            )
+        elif blind:
+            place = f"they are in {self._folder}" if self.to_files else "the other loggers have them"
+            rank_zero_info(f"SampleLogger: {', '.join(blind)} takes no pictures; {place}")
 
 
 def _default_prompts(trainer: L.Trainer) -> list[str]:

@@ -7,13 +7,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import DummyExperiment, Logger
+from lightning.pytorch.loggers.logger import Logger
 
 from lightning_draft.data import PromptDataModule
+from lightning_draft.models.lora import LoRA
+from lightning_draft.models.stable_diffusion import StableDiffusion
 from lightning_draft.modules import DraftModule
+from lightning_draft.rewards.colour import ColourTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
-from lightning_draft.truncation import Full
+from lightning_draft.truncation import Full, LastK
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 
@@ -35,7 +38,8 @@ class RecordingLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        return DummyExperiment()
+        """There is none, so pictures are not taken."""
+        return None
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """There are none."""
@@ -89,3 +93,20 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 @pytest.fixture
 def data() -> PromptDataModule:
     return PromptDataModule(PROMPTS, batch_size=2, val_size=2)
+
+
+@pytest.fixture
+def make_diffusion_module(tiny_sd: Path) -> Callable[..., DraftModule]:
+    """The real thing, small: a Stable Diffusion pipeline with adapters, three steps of DDIM, two of them trained."""
+
+    def make(**options: Any) -> DraftModule:
+        defaults = {
+            "model": StableDiffusion(str(tiny_sd), lora=LoRA(rank=2, seed=0)),
+            "reward": ColourTarget(1.0, 0.0, 0.0),
+            "sampler": DDIM(3),
+            "truncation": LastK(2),
+            "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
+        }
+        return DraftModule(**{**defaults, **options})
+
+    return make

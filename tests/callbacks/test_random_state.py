@@ -1,0 +1,117 @@
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_draft.callbacks import RandomState
+from lightning_draft.callbacks.random_state import get_random_state, observing, set_random_state
+
+
+def draws():
+    """One number from each global generator."""
+    return random.random(), float(np.random.rand()), float(torch.rand(())), random.gauss(0, 1), float(np.random.randn())
+
+
+class Drawing(L.LightningModule):
+    """Trains on numbers from the global generators, over data in an order from the global generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((batch.tolist(), draws()))
+        return self.weight * torch.rand(())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def train_dataloader(self):
+        return DataLoader(torch.arange(6), batch_size=2, shuffle=True)
+
+
+def test_resumed_run_draws_what_the_uninterrupted_one_draws(make_trainer, tmp_path):
+    """Resumes between two epochs of three batches each."""
+    L.seed_everything(1, verbose=False)
+    whole = Drawing()
+    make_trainer(RandomState(), max_steps=-1, max_epochs=3).fit(whole)
+
+    L.seed_everything(1, verbose=False)
+    saver = ModelCheckpoint(tmp_path, filename="half", every_n_epochs=1, save_on_train_epoch_end=True)
+    make_trainer(RandomState(), saver, max_steps=-1, max_epochs=1, enable_checkpointing=True).fit(Drawing())
+
+    L.seed_everything(77, verbose=False)
+    resumed = Drawing()
+    make_trainer(RandomState(), saver, max_steps=-1, max_epochs=3, enable_checkpointing=True).fit(
+        resumed, ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert resumed.seen == whole.seen[3:]
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_resumes_within_an_epoch(make_trainer, tmp_path):
+    """The order of the data is theirs to keep; what the steps draw is the same."""
+    L.seed_everything(1, verbose=False)
+    whole = Drawing()
+    make_trainer(RandomState(), max_steps=3).fit(whole)
+
+    L.seed_everything(1, verbose=False)
+    saver = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2)
+    make_trainer(RandomState(), saver, max_steps=2, enable_checkpointing=True).fit(Drawing())
+
+    L.seed_everything(77, verbose=False)
+    resumed = Drawing()
+    make_trainer(RandomState(), saver, max_steps=3, enable_checkpointing=True).fit(
+        resumed, ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert [drawn for _, drawn in resumed.seen] == [drawn for _, drawn in whole.seen[2:]]
+
+
+def test_another_number_of_processes_is_said(make_trainer):
+    callback = RandomState()
+    callback.load_state_dict({"processes": [get_random_state()] * 2, "between_epochs": False})
+    with pytest.warns(UserWarning, match="2 processes and there are 1 now"):
+        make_trainer(callback, max_steps=1).fit(Drawing())
+
+
+def test_states_survive_a_weights_only_load(tmp_path):
+    random.gauss(0, 1)
+    np.random.randn()
+    torch.save(get_random_state(), tmp_path / "state.pt")
+    expected = draws()
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draws() == expected
+
+
+class Mixed(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(1, 1), nn.Sequential(nn.Dropout(0.5))])
+        self.parts[0].eval()
+
+
+def test_observing_leaves_no_trace_even_on_error():
+    module = Mixed()
+    modes = [part.training for part in module.modules()]
+    state = get_random_state()
+    expected = draws()
+    set_random_state(state)
+
+    def look():
+        with observing(module):
+            assert not any(part.training for part in module.modules())
+            assert not torch.is_grad_enabled()
+            draws()
+            raise RuntimeError("broken reward")
+
+    with pytest.raises(RuntimeError, match="broken reward"):
+        look()
+    assert draws() == expected
+    assert [part.training for part in module.modules()] == modes
+    assert torch.is_grad_enabled()

@@ -1,0 +1,221 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_draft.callbacks import AdapterEMA, SampleLogger
+from lightning_draft.callbacks.pictures import comparison, log_picture, to_picture
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel
+
+SIZE = 16
+
+
+def pixels(image):
+    """An image `(3, H, W)` as 8-bit pixels, enlarged to 16 a side."""
+    small = (image.clamp(0, 1) * 255).round().byte()
+    factor = SIZE // small.shape[-1]
+    return small.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy()
+
+
+def contains(picture, part):
+    """Whether `part` is somewhere in `picture`, exactly."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(picture), part.shape)
+    return bool((windows == part).all(axis=(-3, -2, -1)).any())
+
+
+def expected(module, prompts, seed):
+    noise = module.model.noise(len(prompts), torch.Generator().manual_seed(seed))
+    images = module.generate(prompts, noise=noise, seed=seed)
+    return images, module.score(images, prompts)["reward"]
+
+
+def test_the_files_hold_base_and_tuned_pictures(make_module, make_trainer, data, tmp_path):
+    prompts = ["a cat", "a dog"]
+    callback = SampleLogger(every_n_steps=3, prompts=prompts, seed=5, min_size=SIZE)
+    module = make_module(model=LinearModel(0.9))
+    make_trainer(callback, max_steps=4).fit(module, data)
+    folder = tmp_path / "samples"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000000.png", "step_000003.png", "step_000004.png"]
+    base, _ = expected(make_module(model=LinearModel(0.9)), prompts, 5)
+    tuned, _ = expected(module, prompts, 5)
+    start, end = (Image.open(folder / f"step_00000{step}.png") for step in (0, 4))
+    for i in range(2):
+        assert contains(start, pixels(base[i]))
+        assert contains(end, pixels(base[i]))
+        assert contains(end, pixels(tuned[i]))
+        assert not contains(start, pixels(tuned[i]))
+
+
+def test_rewards_are_logged_of_the_same_noise(make_module, make_trainer, data, logger):
+    prompts = ["a cat", "a dog", "a bird"]
+    callback, module = SampleLogger(every_n_steps=2, prompts=prompts, seed=3, to_files=False), make_module()
+    make_trainer(callback, logger=logger, max_steps=5).fit(module, data)
+    calls = logger.of("samples/")
+    assert [step for step, _ in calls] == [0, 2, 4, 5]
+    _, base = expected(make_module(), prompts, 3)
+    _, tuned = expected(module, prompts, 3)
+    assert {metrics["samples/reward_base"] for _, metrics in calls} == {base.float().mean().item()}
+    assert calls[0][1]["samples/reward"] == calls[0][1]["samples/reward_base"]
+    assert calls[-1][1]["samples/reward"] == tuned.float().mean().item()
+
+
+def test_tuned_is_the_average_where_the_run_keeps_one(make_module, make_trainer, data, logger):
+    ema, module = AdapterEMA(0.5, warmup=False), make_module()
+    make_trainer(SampleLogger(prompts=["a cat"], to_files=False), ema, logger=logger).fit(module, data)
+    trained = module.model.theta.item()
+    module.model.theta.data.copy_(ema.average["model.theta"])
+    _, reward = expected(module, ["a cat"], 0)
+    assert trained != module.model.theta.item()
+    assert logger.of("samples/")[-1][1]["samples/reward"] == reward.float().mean().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches_do_not_change_the_pictures(make_diffusion_module, make_trainer, data, tmp_path, batch_size):
+    prompts = ["red cat", "cat", "red"]
+    for name, size in (("whole", None), ("parts", batch_size)):
+        callback = SampleLogger(prompts=prompts, batch_size=size, dirpath=str(tmp_path / name))
+        make_trainer(callback, max_steps=1).fit(make_diffusion_module(), data)
+    whole, parts = (np.asarray(Image.open(tmp_path / name / "step_000001.png")) for name in ("whole", "parts"))
+    # A batched matrix product may round otherwise: by one level of 255, which also may move a digit of a caption.
+    assert (np.abs(whole.astype(int) - parts.astype(int)) > 1).mean() < 0.01
+
+
+def test_tensorboard_gets_the_picture_of_the_file(make_module, make_trainer, data, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="0")
+    make_trainer(SampleLogger(every_n_steps=2, prompts=["a cat"]), logger=logger, max_steps=2).fit(make_module(), data)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    images = events.Images("samples")
+    assert [event.step for event in images] == [0, 2]
+    written = Image.open(tmp_path / "run" / "0" / "samples" / "step_000002.png")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string))), np.asarray(written))
+    assert {"samples/reward", "samples/reward_base"} <= set(events.Tags()["scalars"])
+
+
+def test_default_prompts_are_the_held_out_ones(make_module, make_trainer, logger, tmp_path):
+    data = PromptDataModule(["x", "y"], val_prompts=["one", "two", "three"], batch_size=2)
+    module = make_module()
+    make_trainer(SampleLogger(max_samples=2, to_files=False), logger=logger, max_steps=1).fit(module, data)
+    _, reward = expected(module, ["one", "two"], 0)
+    assert logger.of("samples/")[-1][1]["samples/reward"] == reward.float().mean().item()
+    assert not (tmp_path / "samples").exists()
+
+
+def test_without_prompts_it_says_what_to_write(make_module, make_trainer):
+    data = PromptDataModule(["x", "y"], val_size=0)
+    with pytest.raises(ConfigurationError, match=r"give them as prompts: \[\.\.\.\]"):
+        make_trainer(SampleLogger()).fit(make_module(), data)
+
+
+@pytest.mark.parametrize("sampler", [DDIM(4), DDIM(4, eta=1.0)])
+def test_training_with_it_is_bitwise_the_training_without_it(make_module, make_trainer, data, sampler):
+    """The global generators and the mode, too, are what they would have been."""
+
+    class Draw(Callback):
+        def __init__(self):
+            self.drawn = []
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.drawn.append((torch.rand(()).item(), np.random.rand(), pl_module.training))
+
+    traces = []
+    for callbacks in ([], [SampleLogger(every_n_steps=1, prompts=["a cat"])]):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        draw, module = Draw(), make_module(sampler=sampler)
+        make_trainer(draw, *callbacks).fit(module, data)
+        traces.append((draw.drawn, module.model.theta.item(), torch.rand(()).item()))
+    assert traces[0] == traces[1]
+
+
+class Pictures:
+    """Takes pictures the way a tracker's client does, and keeps the call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log_image(self, *args, **options):
+        self.calls.append((args, options))
+
+
+PICTURE = Image.new("RGB", (2, 2))
+
+
+def test_a_logger_with_log_image_is_used(logger):
+    """As `WandbLogger.log_image(key, images, step)`."""
+    logger.log_image = (taker := Pictures()).log_image
+    assert log_picture(logger, "samples", PICTURE, 7)
+    assert taker.calls == [((), {"key": "samples", "images": [PICTURE], "step": 7})]
+
+
+def test_an_mlflow_client_is_used(logger, monkeypatch):
+    """As `MlflowClient.log_image(run_id, image, key=, step=)`."""
+    monkeypatch.setattr(type(logger), "experiment", taker := Pictures())
+    logger.run_id = "run"
+    assert log_picture(logger, "samples", PICTURE, 7)
+    assert taker.calls == [(("run", PICTURE), {"key": "samples", "step": 7})]
+
+
+def test_a_comet_experiment_is_used(logger, monkeypatch):
+    """As `Experiment.log_image(image_data, name=, step=)`."""
+    monkeypatch.setattr(type(logger), "experiment", taker := Pictures())
+    assert log_picture(logger, "samples", PICTURE, 7)
+    assert taker.calls == [((PICTURE,), {"name": "samples", "step": 7})]
+
+
+def test_pictures_that_go_nowhere_are_said_once(make_module, make_trainer, data, logger):
+    callback = SampleLogger(every_n_steps=1, prompts=["a cat"], to_files=False)
+    with pytest.warns(UserWarning, match="pictures go nowhere") as caught:
+        make_trainer(callback, logger=logger).fit(make_module(), data)
+    assert sum("go nowhere" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_blind_logger_is_named_with_the_place_of_the_files(make_module, make_trainer, data, logger, caplog, tmp_path):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        make_trainer(SampleLogger(prompts=["a cat"]), logger=logger).fit(make_module(), data)
+    lines = [record.message for record in caplog.records if "takes no pictures" in record.message]
+    assert lines == [f"SampleLogger: RecordingLogger takes no pictures; they are in {tmp_path / 'samples'}"]
+
+
+def test_small_images_grow_by_whole_factors():
+    image = torch.rand(3, 5, 7)
+    assert to_picture(image, 16).size == (28, 20)
+    assert to_picture(image, 5).size == (7, 5)
+    grown = np.asarray(to_picture(image, 16))
+    assert np.array_equal(grown[::4, ::4], np.asarray(to_picture(image, 5)))
+
+
+def test_out_of_range_pixels_are_clamped():
+    assert to_picture(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1), 1).getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_every_panel_has_its_prompt_and_captions():
+    """Ink above the pictures and below each; a long prompt is cut to its panel."""
+    images = {label: torch.ones(3, 3, 8, 8) for label in ("base", "tuned")}
+    scores = {label: torch.tensor([0.5, -0.25, 1.0]) for label in images}
+    prompts = ["a cat", "word " * 100, "a bird"]
+    grid = np.asarray(comparison(prompts, images, scores, min_size=64, per_row=2)).mean(-1)
+    height, width = grid.shape
+    panels = [
+        grid[row : row + height // 2, col : col + width // 2] for row in (0, height // 2) for col in (0, width // 2)
+    ]
+    for panel in panels[:3]:
+        assert (panel[:24] < 128).sum() > 20
+        below = panel[-32:]
+        assert (below[:, : width // 4] < 128).sum() > 20
+        assert (below[:, width // 4 :] < 128).sum() > 20
+    assert panels[3][10:, 10:].min() == 255
+
+
+@pytest.mark.parametrize("option", ["every_n_steps", "max_samples", "min_size", "per_row", "batch_size"])
+def test_arguments_are_checked(option):
+    with pytest.raises(ConfigurationError, match=f"{option}=0 must be at least 1"):
+        SampleLogger(**{option: 0})

@@ -1,0 +1,110 @@
+"""The command line in process, in an empty folder, on small random models."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from lightning_draft.__main__ import main
+
+SIZE = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: its exit status and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP for 16x16 pictures, with the tokenizer of `tiny_sd`."""
+    torch.manual_seed(1)
+    words = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **common,
+        "vocab_size": len(words),
+        "max_position_embeddings": words.model_max_length,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    vision = {**common, "image_size": SIZE, "patch_size": 8}
+    folder = tmp_path_factory.mktemp("clips") / "tiny-clip"
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder; modules imported from it are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def command(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run `lightning-draft` with arguments, in `workplace`."""
+
+    def run(*args: object) -> Result:
+        capsys.readouterr()
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def config(workplace: Path, tiny_sd: Path) -> Path:
+    """A config of a run of seconds, `small.yaml`."""
+    path = workplace / "small.yaml"
+    path.write_text(SMALL.format(model=tiny_sd))
+    return path
+
+
+SMALL = """\
+# A run of seconds.
+model:
+  class_path: DraftModule
+  init_args:
+    model:
+      class_path: StableDiffusion
+      init_args: {{pretrained: {model}, guidance_scale: 2.0, lora: {{rank: 2}}}}
+    sampler:
+      class_path: DDIM
+      init_args: {{num_steps: 3}}
+    truncation:
+      class_path: LastK
+      init_args: {{k: 2}}
+    reward:
+      class_path: Brightness
+      init_args: {{target: 0.9}}
+data:
+  prompts: [a cat, a red cat, red, a bed]
+  val_size: 2
+  batch_size: 2
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  val_check_interval: 2
+"""

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -167,7 +168,8 @@ def _load(pretrained: str) -> tuple[Any, Any, dict[str, Any]]:
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, CLIPConfig):
             raise ValueError(f"it holds a model of type {config.model_type!r}")
-        model, report = CLIPModel.from_pretrained(source, weights_only=True, output_loading_info=True)
+        with _no_progress_bar():
+            model, report = CLIPModel.from_pretrained(source, weights_only=True, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         return model, AutoTokenizer.from_pretrained(source), _image_processor(source)
@@ -177,6 +179,19 @@ def _load(pretrained: str) -> tuple[Any, Any, dict[str, Any]]:
             f"no CLIP could be read from {pretrained!r}: {reason}; give the folder or hub id of a transformers "
             "CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or emoji-clip"
         ) from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _image_processor(source: Path | str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class StepGradients:
 def profile_figure(profile: Mapping[int, float], step: int) -> Any:
     """Draw the profile over the steps of the chain, on a logarithmic axis; a matplotlib figure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
@@ -63,6 +64,7 @@ def profile_figure(profile: Mapping[int, float], step: int) -> Any:
         ylabel="norm of the arriving gradient",
         title=f"optimisation step {step}",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return figure
 

@@ -10,8 +10,9 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_GAP = 6
-_LINE = 16
+_GAP = 8
+_LINE = 20
+_TEXT = 13
 _INK = (20, 20, 20)
 _PAPER = (255, 255, 255)
 _SHADE = (240, 240, 240)
@@ -33,34 +34,38 @@ def to_picture(image: Tensor, min_size: int = 128) -> Image.Image:
 def comparison(
     prompts: Sequence[str],
     images: Mapping[str, Tensor],
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor] | None = None,
     *,
     min_size: int = 128,
     per_row: int = 4,
+    title: str = "",
 ) -> Image.Image:
     """Draw one panel a prompt: the prompt, its images side by side, and label and score under each.
 
     Args:
         prompts: `N` prompts.
         images: By label (such as `base` and `tuned`), `(N, 3, H, W)` each, in [0, 1].
-        scores: By label, `(N,)` each.
+        scores: By label, `(N,)` each; left out, the labels stand alone.
         min_size: The shorter side of a picture is at least this long, in pixels.
         per_row: Panels in a row.
+        title: A line above all panels.
     """
     panels = [
         _panel(
             prompt,
             [to_picture(batch[i], min_size) for batch in images.values()],
-            [f"{label}  {float(scores[label][i]):.4g}" for label in images],
+            [label if scores is None else f"{label}  {float(scores[label][i]):.4g}" for label in images],
         )
         for i, prompt in enumerate(prompts)
     ]
     columns = min(per_row, len(panels))
     rows = -(-len(panels) // columns)
     width, height = panels[0].width + _GAP, panels[0].height + _GAP
-    grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), _PAPER)
+    top = _GAP + (_LINE if title else 0)
+    grid = Image.new("RGB", (columns * width + _GAP, rows * height + top), _PAPER)
+    _write(ImageDraw.Draw(grid), (_GAP, _GAP // 2), title, grid.width - 2 * _GAP)
     for i, panel in enumerate(panels):
-        grid.paste(panel, (_GAP + i % columns * width, _GAP + i // columns * height))
+        grid.paste(panel, (_GAP + i % columns * width, top + i // columns * height))
     return grid
 
 
@@ -94,19 +99,23 @@ def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> bo
 
 
 def _panel(prompt: str, pictures: list[Image.Image], captions: list[str]) -> Image.Image:
-    font = ImageFont.load_default(size=12)
     width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) + 1)
     height = pictures[0].height + 2 * _LINE + 2 * _GAP
     panel = Image.new("RGB", (width, height), _SHADE)
     draw = ImageDraw.Draw(panel)
-    draw.text((_GAP, _GAP // 2), _shorten(prompt, font, width - 2 * _GAP), fill=_INK, font=font)
+    _write(draw, (_GAP, _GAP // 2), prompt, width - 2 * _GAP)
     left = _GAP
     for picture, caption in zip(pictures, captions, strict=True):
         panel.paste(picture, (left, _GAP + _LINE))
-        text = _shorten(caption, font, picture.width)
-        draw.text((left, _GAP + _LINE + picture.height + 1), text, fill=_INK, font=font)
+        _write(draw, (left, _GAP + _LINE + picture.height + _GAP // 2), caption, picture.width)
         left += picture.width + _GAP
     return panel
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
+    """One line of text, cut to `width` pixels."""
+    font = ImageFont.load_default(size=_TEXT)
+    draw.text(place, _shorten(text, font, width), fill=_INK, font=font)
 
 
 def _shorten(text: str, font: Any, width: float) -> str:

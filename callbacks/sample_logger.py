@@ -132,14 +132,16 @@ class SampleLogger(Callback):
         return torch.cat(images).float().cpu(), torch.cat(scores).float().cpu()
 
     def _log(self, trainer: L.Trainer, step: int, base: _Samples, tuned: _Samples) -> None:
+        rewards = {"samples/reward": float(tuned[1].mean()), "samples/reward_base": float(base[1].mean())}
+        before, after = rewards["samples/reward_base"], rewards["samples/reward"]
         grid = comparison(
             self._prompts,
             {"base": base[0], "tuned": tuned[0]},
             {"base": base[1], "tuned": tuned[1]},
             min_size=self.min_size,
             per_row=self.per_row,
+            title=f"step {step}: mean reward {before:.4g} (base), {after:.4g} (tuned)",
         )
-        rewards = {"samples/reward": float(tuned[1].mean()), "samples/reward_base": float(base[1].mean())}
         blind = []
         for logger in trainer.loggers:
             if not log_picture(logger, "samples", grid, step):

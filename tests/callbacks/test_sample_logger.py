@@ -202,16 +202,19 @@ def test_every_panel_has_its_prompt_and_captions():
     images = {label: torch.ones(3, 3, 8, 8) for label in ("base", "tuned")}
     scores = {label: torch.tensor([0.5, -0.25, 1.0]) for label in images}
     prompts = ["a cat", "word " * 100, "a bird"]
-    grid = np.asarray(comparison(prompts, images, scores, min_size=64, per_row=2)).mean(-1)
-    height, width = grid.shape
-    panels = [
-        grid[row : row + height // 2, col : col + width // 2] for row in (0, height // 2) for col in (0, width // 2)
-    ]
+    plain = comparison(prompts, images, scores, min_size=64, per_row=2)
+    titled = comparison(prompts, images, scores, min_size=64, per_row=2, title="step 3")
+    assert (titled.width, titled.height) == (plain.width, plain.height + 20)
+    assert (np.asarray(titled)[:24].mean(-1) < 128).sum() > 20
+    assert np.array_equal(np.asarray(titled)[28:], np.asarray(plain)[8:])
+
+    grid = np.asarray(plain).mean(-1)
+    height, width = (side // 2 for side in grid.shape)
+    panels = [grid[row : row + height, col : col + width] for row in (0, height) for col in (0, width)]
     for panel in panels[:3]:
-        assert (panel[:24] < 128).sum() > 20
-        below = panel[-32:]
-        assert (below[:, : width // 4] < 128).sum() > 20
-        assert (below[:, width // 4 :] < 128).sum() > 20
+        assert (panel[:32] < 128).sum() > 20
+        assert (panel[-32:, : width // 2] < 128).sum() > 20
+        assert (panel[-32:, width // 2 :] < 128).sum() > 20
     assert panels[3][10:, 10:].min() == 255
 
 

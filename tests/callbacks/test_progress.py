@@ -1,0 +1,112 @@
+import re
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from lightning_draft.callbacks import ProgressBar, progress
+from lightning_draft.errors import ConfigurationError
+
+
+class Work(Callback):
+    """Two seconds a batch, and thirty after each third step, on a clock that only it moves."""
+
+    def __init__(self, clock):
+        self.clock, self.now = clock, 0.0
+        clock.time = SimpleNamespace(monotonic=lambda: self.now)
+
+    def on_before_backward(self, *_):
+        self.now += 2
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            self.now += 30
+
+
+@pytest.fixture
+def work(monkeypatch):
+    monkeypatch.setattr(progress, "time", progress.time)
+    return Work(progress)
+
+
+def lines(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+
+
+def test_plain_lines_have_reward_pace_and_time_left(make_module, make_trainer, data, capsys, work):
+    """What other callbacks do counts into the time left and not into the step, in whatever order they come."""
+    bar = ProgressBar(every_n_steps=2)
+    trainer = make_trainer(work, bar, max_steps=6, enable_progress_bar=True, limit_val_batches=0)
+    trainer.fit(make_module(), data)
+    shown = [re.sub(r"reward -?[\d.e+-]+", "reward R", line) for line in lines(capsys)]
+    assert shown == [
+        "step 1/6  reward R  2 s/step  0:10 left",
+        "step 2/6  reward R  2 s/step  0:08 left",
+        "step 4/6  reward R  2 s/step  0:19 left",
+        "step 6/6  reward R  2 s/step  0:00 left",
+    ]
+
+
+def test_the_reward_is_the_last_step_s(make_module, make_trainer, data, capsys):
+    trainer = make_trainer(ProgressBar(every_n_steps=1), max_steps=2, enable_progress_bar=True, limit_val_batches=0)
+    trainer.fit(make_module(), data)
+    assert f"reward {trainer.callback_metrics['train/reward']:.4g}  " in lines(capsys)[-1]
+
+
+def test_accumulated_batches_are_one_step(make_module, make_trainer, data, capsys, work):
+    trainer = make_trainer(
+        ProgressBar(every_n_steps=1),
+        work,
+        max_steps=2,
+        enable_progress_bar=True,
+        accumulate_grad_batches=3,
+        limit_val_batches=0,
+    )
+    trainer.fit(make_module(), data)
+    shown = lines(capsys)
+    assert [line.split()[1] for line in shown] == ["1/2", "2/2"]
+    assert all("  6 s/step  " in line for line in shown)
+
+
+def test_validation_rewards_are_printed(make_module, make_trainer, data, capsys):
+    trainer = make_trainer(ProgressBar(), max_steps=2, enable_progress_bar=True, val_check_interval=2)
+    trainer.fit(make_module(), data)
+    (line,) = [line for line in lines(capsys) if "val/" in line]
+    assert line.startswith("step 2  ")
+    assert f"val/reward {trainer.callback_metrics['val/reward']:.4g}" in line
+    assert f"val/gain {trainer.callback_metrics['val/gain']:.4g}" in line
+
+
+def test_a_terminal_gets_one_bar_over_all_steps(make_module, make_trainer, data, capsys, monkeypatch, work):
+    monkeypatch.setattr(ProgressBar, "is_plain", property(lambda self: False))
+    bar = ProgressBar()
+    trainer = make_trainer(bar, work, max_steps=6, enable_progress_bar=True, limit_val_batches=0)
+    trainer.fit(make_module(), data)
+    assert trainer.current_epoch > 0
+    assert bar.train_progress_bar.n == 6
+    last = capsys.readouterr().out.split("\r")[-1]
+    assert re.search(r"Training: 100%\|.*\| 6/6, reward -?[\d.e+-]+, 2 s/step, 0:00 left", last), last
+
+
+def test_a_resumed_run_counts_on(make_module, make_trainer, data, capsys, tmp_path, work):
+    trainer = make_trainer(max_steps=2, limit_val_batches=0)
+    trainer.fit(make_module(), data)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    capsys.readouterr()
+    resumed = make_trainer(
+        ProgressBar(every_n_steps=1), work, max_steps=6, enable_progress_bar=True, limit_val_batches=0
+    )
+    resumed.fit(make_module(), data, ckpt_path=tmp_path / "two.ckpt")
+    shown = lines(capsys)
+    assert shown[0].startswith("step 3/6  ")
+    assert shown[0].endswith("  0:06 left")
+
+
+def test_refresh_rate_0_shows_nothing(make_module, make_trainer, data, capsys):
+    make_trainer(ProgressBar(refresh_rate=0), enable_progress_bar=True).fit(make_module(), data)
+    assert lines(capsys) == []
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ConfigurationError, match="every_n_steps=0"):
+        ProgressBar(every_n_steps=0)

@@ -115,6 +115,8 @@ def test_half_precision_images_are_scored_in_single_precision(
     reward = build(name, tiny_clip)
     images = pictures(3, 16, 16).bfloat16()
     exact = reward(images.float(), PROMPTS)
+    double = build(name, tiny_clip).double()(images.double(), PROMPTS)
+    torch.testing.assert_close(exact.double(), double.double(), rtol=1e-3, atol=1e-5)
     assert torch.equal(reward(images, PROMPTS), exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(reward(images, PROMPTS), exact, rtol=1e-6, atol=1e-7)

@@ -1,6 +1,7 @@
 """The tensor codec against Pillow's, the rewards against true files."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 
@@ -142,6 +143,16 @@ def test_the_rate_of_one_block_is_its_formula() -> None:
         scale = 0.25 * (0.5**0.5 if u == 0 else 1) * (0.5**0.5 if v == 0 else 1)
         bits += math.log2(1 + abs(scale * (levels * cosines).sum() / table[u, v]))
     assert JPEGRate(95)(grey.expand(1, 3, 8, 8), [""]).item() == pytest.approx(-bits / 8000, rel=1e-6)
+
+
+def test_blocks_are_differences_in_the_order_of_the_file() -> None:
+    """Flat grey blocks, two rows of four: with 4:2:0 chroma they are coded as two squares of four."""
+    levels = torch.tensor([[30.0, 90.0, 200.0, 40.0], [60.0, 150.0, 10.0, 250.0]], dtype=torch.float64)
+    image = levels.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(1, 3, 16, 32) / 255
+    coded = [levels[place].item() - 128 for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3))]
+    steps = [coded[0], *(after - before for before, after in itertools.pairwise(coded))]
+    bits = sum(math.log2(1 + abs(8 * step / 2)) for step in steps)
+    assert JPEGRate(95)(image, [""]).item() == pytest.approx(-bits / 8000, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (24, 40)])

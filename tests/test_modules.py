@@ -1,0 +1,533 @@
+"""Training on a small pipeline: what changes, what does not, and what a run may rely on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.losses import Hinge
+from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.modules import DraftModule, _mix
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.colour import Brightness, ColourBalance
+from lightning_draft.rewards.combine import WeightedReward, WeightedSum
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel, LinearReward
+from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomSteps
+
+TARGETS = ["to_v", "conv_out"]
+PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
+
+
+def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> DraftModule:
+    """DRaFT-1 towards red on a pipeline whose adapters start the same every time, and reach far."""
+    settings = {"guidance_scale": 1.0, "lora": LoRA(4, alpha=8.0, target_modules=TARGETS, seed=0), **(model or {})}
+    defaults: dict[str, Any] = {
+        "model": StableDiffusion(str(folder), **settings),
+        "reward": ColourBalance(),
+        "sampler": DDIM(2, spacing="trailing"),
+        "truncation": LastK(1),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    }
+    return DraftModule(**{**defaults, **options})
+
+
+def linear(**options: Any) -> DraftModule:
+    defaults: dict[str, Any] = {
+        "model": LinearModel(0.1),
+        "reward": LinearReward(),
+        "sampler": DDIM(4),
+        "truncation": Full(),
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    }
+    return DraftModule(**{**defaults, **options})
+
+
+def data(batch_size: int = 2) -> PromptDataModule:
+    return PromptDataModule(PROMPTS, batch_size=batch_size, val_size=2)
+
+
+def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def gradients(module: DraftModule, prompts: Sequence[str] = PROMPTS[:4], seed: int = 0) -> dict[str, Tensor]:
+    """Of the loss of one draw."""
+    torch.manual_seed(seed)
+    loss, _ = module.loss_and_logs(prompts, torch.Generator().manual_seed(seed))
+    parameters = module.trainable_parameters()
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def stir(module: DraftModule) -> DraftModule:
+    """Give the adapters values, so that both their factors have a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    for value in module.trainable_parameters().values():
+        value.data = 0.2 * torch.randn(value.shape, generator=generator).to(value)
+    return module
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert (value - theirs[name]).norm() <= rtol * theirs[name].norm(), name
+
+
+class Recorder(Callback):
+    """Keeps what is logged at every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        self.steps.append(logged)
+
+    def of(self, name: str) -> list[float]:
+        return [step[name] for step in self.steps]
+
+
+# Learning.
+
+
+def test_training_moves_the_adapters_alone_and_raises_the_reward(tiny_sd: Path, tmp_path: Path) -> None:
+    """And validation gains nothing before training."""
+    parts = WeightedSum({"red": WeightedReward(ColourBalance(), 2.0), "light": WeightedReward(Brightness(), 0.0)})
+    module, recorder = make(tiny_sd, reward=parts, watch={"brightness": Brightness()}), Recorder()
+    before, buffers = values(module), {name: value.clone() for name, value in module.named_buffers()}
+    trainer = trainer_of(tmp_path, recorder, max_steps=16, limit_val_batches=None)
+    (first,) = trainer.validate(module, data(), verbose=False)
+    assert first["val/gain"] == 0
+    assert first["val/reward"] == pytest.approx(2 * first["val/reward/red"])
+    assert first["val/brightness"] == pytest.approx(first["val/reward/light"])
+
+    trainer.fit(module, data())
+    after, trained = values(module), module.trainable_parameters().keys()
+    assert trained
+    assert all("lora_" in name for name in trained)
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) != (name in trained), name
+    for name, value in module.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+    rewards = recorder.of("train/reward")
+    assert len(rewards) == 16
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.05
+    assert recorder.of("train/loss") == pytest.approx([-reward for reward in rewards])
+    assert recorder.of("train/reward/red") == pytest.approx([reward / 2 for reward in rewards])
+
+    (last,) = trainer.validate(module, data(), verbose=False)
+    assert last["val/gain"] == pytest.approx(last["val/reward"] - first["val/reward"], abs=1e-6)
+    assert last["val/gain"] > 0.05
+
+
+def test_rewards_and_frozen_parts_stay_in_eval_mode(tiny_sd: Path) -> None:
+    class Noisy(ColourBalance):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.scale = nn.Parameter(torch.ones(()))
+
+    module = make(tiny_sd, reward=Noisy(), watch={"other": Noisy()}).train()
+    assert module.training
+    assert module.model.training
+    assert not module.model.unet.training
+    assert not any(part.training for part in (*module.reward.modules(), *module.watch.modules()))
+    assert not any("scale" in name for name in module.trainable_parameters())
+
+
+def test_validation_clamps_what_training_does_not() -> None:
+    class Largest(Reward):
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return images.flatten(1).amax(1)
+
+    module = linear(reward=Largest())
+    images = torch.tensor([-1.0, 0.3, 4.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    assert module.score(images, PROMPTS[:3])["reward"].tolist() == pytest.approx([0, 0.3, 1])
+    rewards, _, saturated = module._rewards(images, PROMPTS[:3])
+    assert rewards.tolist() == pytest.approx([-1, 0.3, 4])
+    assert saturated.tolist() == [1, 0, 1]
+
+
+# The loss.
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_copies_add_up_and_the_batch_is_averaged(copies: int) -> None:
+    """DRaFT-LV: `-mean_b sum_c r`, each copy with its own prompt's reward."""
+
+    class Lengths(Reward):
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return images.mean((1, 2, 3)) * torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    module, prompts = linear(reward=Lengths(), truncation=LowVariance(copies)), ["a", "bbbbb"]
+    torch.manual_seed(0)
+    loss, logs = module.loss_and_logs(prompts)
+    torch.manual_seed(0)
+    chain = module.chain(prompts)
+    latents = module.truncation(chain, module.model.noise(2))
+    rewards = latents.mean((1, 2, 3)).view(1 + copies, 2) * torch.tensor([1.0, 5.0])
+    assert loss.item() == pytest.approx(-rewards.sum(0).mean().item())
+    assert logs["train/reward"].item() == pytest.approx(rewards[0].mean().item())
+    assert not any(value.requires_grad for value in logs.values())
+
+
+def test_the_loss_map_is_applied_to_each_score() -> None:
+    module = linear(loss=Hinge(threshold=0.0, scale=3.0))
+    torch.manual_seed(0)
+    loss, _ = module.loss_and_logs(PROMPTS)
+    torch.manual_seed(0)
+    latents = Full()(module.chain(PROMPTS), module.model.noise(len(PROMPTS)))
+    assert loss.item() == pytest.approx(3 * (-latents.mean((1, 2, 3))).clamp(min=0).mean().item())
+
+
+def test_kl_weight_adds_the_drift_and_holds_the_adapters_back(tiny_sd: Path, tmp_path: Path) -> None:
+    module = stir(make(tiny_sd, kl_weight=0.5, truncation=LastK(2)))
+    torch.manual_seed(0)
+    loss, logs = module.loss_and_logs(PROMPTS[:2])
+    assert logs["train/drift"] > 0
+    assert loss.item() == pytest.approx((-logs["train/reward"] + 0.5 * logs["train/drift"]).item())
+    module.kl_weight = 0.0
+    torch.manual_seed(0)
+    plain, logs = module.loss_and_logs(PROMPTS[:2])
+    assert "train/drift" not in logs
+    assert plain.item() == pytest.approx(-logs["train/reward"].item())
+
+    def drift(weight: float) -> float:
+        module, recorder = make(tiny_sd, kl_weight=weight), Recorder()
+        trainer_of(tmp_path, recorder, max_steps=5).fit(module, data())
+        assert recorder.of("train/drift")[0] == 0
+        return recorder.of("train/drift")[-1]
+
+    assert drift(100.0) < 0.3 * drift(1e-6)
+
+
+# Gradients do not depend on how they are computed.
+
+
+@pytest.mark.parametrize("truncation", [LastK(2), LowVariance(2), DRTune(k=2, m=2)], ids=lambda t: type(t).__name__)
+def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncation: Any) -> None:
+    model = {"guidance_scale": 2.0}
+    module = stir(make(tiny_sd, model=model, truncation=truncation, checkpointing="none", kl_weight=0.1)).double()
+    expected = gradients(module)
+    for checkpointing, size in (("none", 2), ("step", 3)):
+        module.checkpointing, module.micro_batch_size = checkpointing, size
+        assert_close(gradients(module), expected, 1e-5)  # images and rewards are float32
+    module.checkpointing, module.micro_batch_size = "both", 2
+    module.model.checkpoint_blocks()
+    assert_close(gradients(module), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "truncation", "steps", "blocks"),
+    [
+        ("auto", LastK(1), False, False),
+        ("auto", LowVariance(2), False, False),
+        ("auto", LastK(2), True, False),
+        ("auto", RandomSteps(), True, False),
+        ("none", Full(), False, False),
+        ("step", LastK(1), True, False),
+        ("block", LastK(2), False, True),
+        ("both", LastK(2), True, True),
+    ],
+)
+def test_what_is_recomputed(tiny_sd: Path, checkpointing: Any, truncation: Any, steps: bool, blocks: bool) -> None:
+    module = make(tiny_sd, checkpointing=checkpointing, truncation=truncation)
+    assert module.chain(["a cat"]).checkpoint_steps == steps
+    assert module.model.block_checkpointing == blocks
+
+
+def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:
+    """Elements saved for the backward pass of four samples, one at a time against all at once."""
+
+    def kept(size: int | None) -> int:
+        module, elements = make(tiny_sd, checkpointing="none", micro_batch_size=size), 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module.loss_and_logs(PROMPTS[:4])
+        return elements
+
+    assert kept(1) < 0.1 * kept(None)
+
+
+def test_guidance_gradient_modes_share_their_pictures_and_not_their_gradients(tiny_sd: Path) -> None:
+    full = stir(make(tiny_sd, model={"guidance_scale": 2.0}))
+    half = stir(make(tiny_sd, model={"guidance_scale": 2.0, "guidance_gradient": "conditional"}))
+    assert torch.allclose(full.generate(PROMPTS[:2]), half.generate(PROMPTS[:2]), atol=1e-6)
+    ours, theirs = gradients(full), gradients(half)
+    assert any((ours[name] - theirs[name]).norm() > 0.1 * theirs[name].norm() for name in ours)
+
+
+def test_accumulated_batches_are_one_large_step(tmp_path: Path) -> None:
+    """The optimiser sees the mean of the batches' gradients, each from noise of its own."""
+    seen: list[float] = []
+    found: list[float] = []
+
+    class Watch(Callback):
+        def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+            seen.append(pl_module.model.theta.grad.item())
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            found.append(pl_module.model.theta.grad.item())
+
+    def run(accumulate: int) -> None:
+        seen.clear()
+        found.clear()
+        trainer_of(tmp_path, Watch(), max_steps=1, accumulate_grad_batches=accumulate).fit(linear(), data())
+
+    run(1)
+    first = seen[0]
+    run(2)
+    assert seen[0] == pytest.approx(first / 2)
+    assert len(seen) == 2
+    assert seen[1] - seen[0] != pytest.approx(seen[0], rel=1e-3)
+    assert found == seen[1:]
+
+
+# Random states.
+
+
+def test_the_callers_random_state_is_untouched(tmp_path: Path) -> None:
+    module = linear(truncation=LowVariance(2), sampler=DDIM(4, eta=1.0))
+    torch.manual_seed(8)
+    before = torch.get_rng_state()
+    trainer_of(tmp_path, max_steps=3, limit_val_batches=None).fit(module, data())
+    module.generate(PROMPTS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_depends_on_seed_and_position_alone(tmp_path: Path) -> None:
+    def rewards(seed: int, state: int) -> list[float]:
+        recorder = Recorder()
+        torch.manual_seed(state)
+        module = linear(truncation=RandomSteps(), sampler=DDIM(4, eta=1.0), seed=seed)
+        trainer_of(tmp_path, recorder, max_steps=3).fit(module, data())
+        return recorder.of("train/reward")
+
+    assert rewards(0, 1) == rewards(0, 2) != rewards(1, 1)
+    assert len(set(rewards(0, 1))) == 3
+
+
+def test_generate_draws_from_its_seed() -> None:
+    module = linear(sampler=DDIM(4, eta=1.0))
+    images = module.generate(PROMPTS, seed=5)
+    assert torch.equal(module.generate(PROMPTS, seed=5), images)
+    assert not torch.equal(module.generate(PROMPTS, seed=6), images)
+    assert not torch.equal(module.generate(PROMPTS), images)
+    assert not images.requires_grad
+    noise = torch.randn(len(PROMPTS), 3, 4, 4)
+    assert not torch.equal(module.generate(PROMPTS, noise=noise, seed=5), images)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize(
+    ("stop", "pipeline", "options"),
+    [
+        (2, False, {}),
+        (3, True, {"limit_val_batches": None, "val_check_interval": 1}),
+        (3, False, {"accumulate_grad_batches": 2}),
+    ],
+    ids=["at the end of an epoch", "within an epoch, validating", "accumulating"],
+)
+def test_resuming_is_bitwise_the_uninterrupted_run(
+    tiny_sd: Path, tmp_path: Path, stop: int, pipeline: bool, options: dict[str, Any]
+) -> None:
+    """Parameters, optimiser, rewards; noise, prompts and structural draws with them."""
+    settings: dict[str, Any] = {"truncation": RandomSteps(), "sampler": DDIM(2, eta=1.0), "seed": 4}
+
+    def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> Any:
+        module = make(tiny_sd, **settings) if pipeline else linear(**settings)
+        recorder = Recorder()
+        saving = {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+        trainer = trainer_of(tmp_path, recorder, *callbacks, max_steps=steps, **{**options, **saving})
+        trainer.fit(module, data(), ckpt_path=ckpt)
+        return values(module), trainer.optimizers[0].state_dict()["state"], recorder.of("train/reward")
+
+    straight = run(5)
+    first = run(stop, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1))
+    torch.manual_seed(99)
+    resumed = run(5, ckpt=str(tmp_path / f"step={stop}.ckpt"))
+    assert [*first[2], *resumed[2]] == straight[2]
+    for name, value in straight[0].items():
+        assert torch.equal(resumed[0][name], value), name
+    for index, moments in straight[1].items():
+        for name, value in moments.items():
+            assert torch.equal(resumed[1][index][name], value), (index, name)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_loads_under_weights_only(tiny_sd: Path, tmp_path: Path) -> None:
+    module = make(tiny_sd)
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    trained = module.trainable_parameters()
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], value) for name, value in trained.items())
+    other = make(tiny_sd, model={"lora": LoRA(rank=4, target_modules=["to_q"])})
+    with pytest.raises(ConfigurationError, match="other trainable parameters than this model .*the run saved beside"):
+        trainer_of(tmp_path, max_steps=2).fit(other, data(), ckpt_path=str(tmp_path / "run.ckpt"))
+
+
+# Precision.
+
+
+def test_mixed_precision_trains_float32_adapters(tiny_sd: Path, tmp_path: Path) -> None:
+    """The gradient is that of float32 but for rounding, though the chain's prefix runs the same weights without one."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    class Keep(Callback):
+        def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+            parameters = pl_module.trainable_parameters()
+            found[trainer.precision] = {name: value.grad.clone() for name, value in parameters.items()}
+
+    for precision, dtype in (("32-true", "float32"), ("bf16-mixed", "bfloat16")):
+        model = {"guidance_gradient": "conditional", "guidance_scale": 2.0, "dtype": dtype}
+        module = stir(make(tiny_sd, model=model))
+        trainer_of(tmp_path, Keep(), max_steps=1, precision=precision).fit(module, data())
+        assert {value.dtype for value in module.trainable_parameters().values()} == {torch.float32}
+    flat = {name: torch.cat([value.flatten() for value in each.values()]) for name, each in found.items()}
+    assert torch.cosine_similarity(flat["32-true"], flat["bf16-mixed"], dim=0) > 0.98
+
+
+def test_mixed_precision_learns(tiny_sd_v: Path, tmp_path: Path) -> None:
+    module, recorder = make(tiny_sd_v, model={"dtype": "bfloat16"}), Recorder()
+    trainer_of(tmp_path, recorder, max_steps=8, precision="bf16-mixed").fit(module, data())
+    rewards = recorder.of("train/reward")
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.03
+
+
+# Several processes.
+
+
+class Note(Callback):
+    """Writes down what each process drew and what it ended with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        model, self.noise, self.calls = pl_module.model, [], []
+        draw = model.noise
+
+        def drawn(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+            self.noise.append(draw(batch_size, generator))
+            return self.noise[-1]
+
+        model.noise = drawn
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.model.calls_with_gradient = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.calls.append(pl_module.model.calls_with_gradient)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        del pl_module.model.noise
+        notes = {"noise": torch.cat(self.noise), "calls": self.calls, "theta": pl_module.model.theta.detach()}
+        torch.save(notes, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_share_structure_and_parameters_and_not_noise(tmp_path: Path) -> None:
+    """And the step they take is that of the mean of their gradients."""
+
+    def module() -> DraftModule:
+        return linear(
+            truncation=RandomSteps(),
+            checkpointing="none",
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        )
+
+    options = {"strategy": "ddp_fork", "devices": 2, "limit_val_batches": None}
+    trainer_of(tmp_path, Note(tmp_path), max_steps=4, **options).fit(module(), data())
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one["calls"] == two["calls"]
+    assert len(set(one["calls"])) > 1
+    assert torch.equal(one["theta"], two["theta"])
+    assert not torch.isclose(one["noise"], two["noise"]).any()
+
+    trainer_of(tmp_path, Note(tmp_path), max_steps=1, **options).fit(module(), data())
+    slopes = []
+    for notes in (one, two):
+        alone = module()
+        chain = alone.chain(["a"] * 2, torch.Generator().manual_seed(_mix(0, 0)))
+        latents = alone.truncation(chain, notes["noise"][:2])
+        slopes.append(torch.autograd.grad(-latents.mean((1, 2, 3)).mean(), alone.model.theta)[0])
+    after = torch.load(tmp_path / "0.pt")["theta"]
+    assert after.item() == pytest.approx((0.1 - 0.1 * torch.stack(slopes).mean()).item(), rel=1e-6)
+
+
+class Save(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        torch.save(values(pl_module), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_train_a_pipeline_alike(tiny_sd: Path, tmp_path: Path) -> None:
+    """With several steps recomputed in the backward pass, in micro-batches."""
+    module = make(tiny_sd, truncation=LastK(2), micro_batch_size=1)
+    before = values(module)
+    options = {"strategy": "ddp_fork", "devices": 2}
+    trainer_of(tmp_path, Save(tmp_path), max_steps=2, **options).fit(module, data())
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, value in one.items():
+        assert torch.equal(two[name], value), name
+        assert torch.equal(before[name], value) != ("lora_" in name), name
+
+
+# Settings.
+
+
+def test_the_optimiser_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tmp_path: Path) -> None:
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    module = make(tiny_sd, lr_scheduler=scheduler)
+    trainer = trainer_of(tmp_path, max_steps=3)
+    trainer.fit(module, data())
+    (group,) = trainer.optimizers[0].param_groups
+    assert {id(value) for value in group["params"]} == {id(value) for value in module.trainable_parameters().values()}
+    assert group["lr"] == pytest.approx(1e-2 * 0.5**3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"checkpointing": "steps"}, "checkpointing='steps' is not known; write one of auto, none, step, block, both"),
+        ({"checkpointing": "block"}, 'LinearModel has no blocks to recompute; write checkpointing="step" or "none"'),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear(**options)

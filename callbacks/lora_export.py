@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_draft.callbacks.ema import averaged, trainable
@@ -80,6 +81,11 @@ class LoRAExport(Callback):
             raise ConfigurationError(
                 f"{type(pl_module.model).__name__} has no save_lora(path, metadata), so LoRAExport cannot write; "
                 "give the model one, or leave the callback out"
+            )
+        if _shards(trainer):
+            raise ConfigurationError(
+                f"LoRAExport writes whole adapters, and {type(trainer.strategy).__name__} spreads them over processes; "
+                "train with strategy: ddp, or leave the callback out and export from a checkpoint"
             )
         run = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(self.dirpath) if self.dirpath is not None else Path(run) / "lora"
@@ -178,6 +184,12 @@ class LoRAExport(Callback):
         if self._folder is None:
             raise ConfigurationError("LoRAExport knows its folder once fitting has begun; or give it a dirpath")
         return self._folder / f"{name}.safetensors"
+
+
+def _shards(trainer: L.Trainer) -> bool:
+    """Whether no process holds the adapters whole."""
+    strategy = trainer.strategy
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False)
 
 
 def header(trainer: L.Trainer, pl_module: Any, validated: bool = True) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 _GAP = 8
 _LINE = 20
-_TEXT = 13
+_TEXT = 12
 _INK = (20, 20, 20)
 _PAPER = (255, 255, 255)
 _SHADE = (240, 240, 240)
@@ -114,8 +116,16 @@ def _panel(prompt: str, pictures: list[Image.Image], captions: list[str]) -> Ima
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
     """One line of text, cut to `width` pixels."""
-    font = ImageFont.load_default(size=_TEXT)
+    font = _font()
     draw.text(place, _shorten(text, font, width), fill=_INK, font=font)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings: Pillow's own has no accents, Greek or Cyrillic."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)
 
 
 def _shorten(text: str, font: Any, width: float) -> str:

@@ -54,7 +54,7 @@ class ProgressBar(TQDMProgressBar):
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar; the clock starts."""
         self._total = float(trainer.estimated_stepping_batches)
         self._first_step = self._shown = trainer.global_step
@@ -75,9 +75,7 @@ class ProgressBar(TQDMProgressBar):
         if self._step_started is None:
             self._step_started = time.monotonic()
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Show a finished optimisation step."""
         step = trainer.global_step
         if step == self._shown:

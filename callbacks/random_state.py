@@ -74,10 +74,10 @@ class RandomState(Callback):
 def get_random_state() -> dict[str, Any]:
     """The states of python's, numpy's, torch's and the accelerators' generators, in types that any checkpoint holds."""
     version, internal, gauss = random.getstate()
-    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": (version, list(internal), gauss),
-        "numpy": (str(algorithm), keys.tolist(), int(position), int(has_gauss), float(cached)),
+        "numpy": (str(algorithm), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,

@@ -268,6 +268,16 @@ def test_figures_go_to_tensorboard(make_module, make_trainer, data, logger, monk
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(arriving(BATCH), rel=1e-5)
 
 
+def test_a_logger_without_figures_gets_a_picture(make_module, make_trainer, data, logger):
+    pictures = []
+    logger.log_image = lambda key, images, step: pictures.append((key, images[0], step))
+    monitor = GradientNormMonitor(every_n_steps=100, figure_every_n_steps=2)
+    make_trainer(monitor, logger=logger, max_steps=3).fit(make_module(), data)
+    assert [(key, step) for key, _, step in pictures] == [("gradient_norm/profile", 0), ("gradient_norm/profile", 2)]
+    assert pictures[0][1].mode == "RGB"
+    assert len(set(pictures[0][1].getdata())) > 2
+
+
 def test_the_axis_is_logarithmic():
     axes = profile_figure({0: 100.0, 1: 1.0}, step=7).axes[0]
     assert axes.get_yscale() == "log"

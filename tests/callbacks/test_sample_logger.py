@@ -218,6 +218,15 @@ def test_every_panel_has_its_prompt_and_captions():
     assert panels[3][10:, 10:].min() == 255
 
 
+def test_accents_and_other_alphabets_are_drawn():
+    """A missing letter would be the same box for all of them."""
+    image = {"base": torch.ones(1, 3, 8, 8)}
+    drawn = {
+        comparison([text], image, {"base": torch.zeros(1)}, min_size=64).tobytes() for text in "\u00fc\u03c9\u0436"
+    }
+    assert len(drawn) == 3
+
+
 @pytest.mark.parametrize("option", ["every_n_steps", "max_samples", "min_size", "per_row", "batch_size"])
 def test_arguments_are_checked(option):
     with pytest.raises(ConfigurationError, match=f"{option}=0 must be at least 1"):

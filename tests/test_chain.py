@@ -1,0 +1,356 @@
+"""The chain itself: where graphs begin, what observers see, and what is computed again."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_draft.chain import SamplingChain, State
+from lightning_draft.models.base import Conditioning, Prediction
+from lightning_draft.rewards.base import Prompt
+from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
+from lightning_draft.schedules import RectifiedFlow
+from lightning_draft.testing import GaussianModel, LinearModel, scaled_linear
+
+STEPS, THETA = 5, 0.3
+WEIGHTS = (1.0, 0.5, -1.0, 2.0)
+
+
+class Spy(LinearModel):
+    """Notes of every call the batch size, the prompts' weights, and whether input and output carry a gradient."""
+
+    def __init__(self, prediction: Prediction = "epsilon") -> None:
+        super().__init__(THETA, prediction, shape=(2, 3))
+        self.calls: list[tuple[int, bool, bool]] = []
+        self.weights: list[list[float]] = []
+
+    def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        self.weights.append(conditioning.tensors["weight"].tolist())
+        output = super().forward(x, t, conditioning)  # recomputing may end in here
+        self.calls.append((len(x), x.requires_grad, output.requires_grad))
+        return output
+
+
+def chain_of(model: LinearModel, sampler: Sampler | None = None, **options: Any) -> SamplingChain:
+    prompts = [Prompt("a", {"weight": weight}) for weight in WEIGHTS]
+    return SamplingChain(model, sampler or DDIM(STEPS), model.encode(prompts), **options)
+
+
+def noise(batch: int = 4) -> Tensor:
+    return torch.randn(batch, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+# Positions.
+
+
+def test_a_walk_in_pieces_is_the_walk() -> None:
+    for sampler in (DDIM(STEPS), DPMSolverPlusPlus(STEPS)):
+        chain = chain_of(LinearModel(THETA, shape=(2, 3)), sampler)
+        whole = chain.advance(chain.start(noise()))
+        state = chain.start(noise())
+        for steps in (2, 0, 1, None):
+            state = chain.advance(state, steps)
+        assert whole.step == state.step == chain.num_steps == STEPS
+        assert torch.equal(whole.x, state.x)
+
+
+def test_a_chain_is_not_changed_by_walking_it() -> None:
+    chain = chain_of(LinearModel(THETA, shape=(2, 3)))
+    state = chain.advance(chain.start(noise()), 2)
+    before = state.x.clone()
+    assert torch.equal(chain.advance(state).x, chain.advance(state).x)
+    assert torch.equal(state.x, before)
+    with pytest.raises(AttributeError):
+        state.step = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("steps", [-1, 4])
+def test_more_steps_than_are_left_are_refused(steps: int) -> None:
+    chain = chain_of(LinearModel(shape=(2, 3)))
+    with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 are left"):
+        chain.advance(State(noise(), 2), steps)
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size=0 must be at least 1; None takes the batch whole"):
+        chain_of(LinearModel(), micro_batch_size=0)
+    with pytest.raises(ValueError, match=r"steps_left=6 must lie in 1\.\.5"):
+        chain_of(LinearModel()).renoise(noise(), 6)
+    with pytest.raises(ValueError, match="needs a rectified-flow model"):
+        chain_of(LinearModel(), FlowEuler(4))
+
+
+def test_predict_and_transition_are_the_parts_of_a_step() -> None:
+    model = LinearModel(THETA, shape=(2, 3))
+    chain = chain_of(model, DDIM(STEPS, eta=1.0))
+    state = chain.advance(chain.start(noise()), 2)
+    t, s = chain.grid[2]
+    alpha, sigma = model.schedule.coefficients(t)
+    weight = torch.tensor(WEIGHTS).double().view(-1, 1, 1)
+    x0 = (state.x - sigma * THETA * weight * state.x) / alpha
+    torch.testing.assert_close(chain.predict(state), x0)
+    expected, _ = chain.sampler.step(model.schedule, state.x, x0, t, s)
+    transition = chain.transition(state)
+    torch.testing.assert_close(transition.mean, expected.mean)
+    assert transition.std == expected.std > 0
+    torch.manual_seed(0)
+    moved = chain.advance(state, 1).x
+    torch.manual_seed(0)
+    torch.testing.assert_close(moved, transition.mean + transition.std * torch.randn_like(moved))
+
+
+# Renoising and copies.
+
+
+@pytest.mark.parametrize("left", [1, 3, STEPS])
+def test_renoise_is_the_forward_process(left: int) -> None:
+    chain = chain_of(LinearModel(shape=(2, 3)))
+    x0, eps = noise(), torch.randn(4, 2, 3, dtype=torch.float64)
+    state = chain.renoise(x0, left, eps)
+    abar = chain.model.schedule.alphas_cumprod[int(chain.grid[STEPS - left][0])]  # type: ignore[attr-defined]
+    assert (state.step, state.memory) == (STEPS - left, None)
+    torch.testing.assert_close(state.x, abar**0.5 * x0 + (1 - abar) ** 0.5 * eps)
+    torch.manual_seed(1)
+    drawn = chain.renoise(x0, left).x
+    torch.manual_seed(1)
+    assert torch.equal(drawn, chain.renoise(x0, left, torch.randn_like(x0)).x)
+
+
+def test_renoised_data_has_the_marginal_of_its_step() -> None:
+    """Of an exact Gaussian: so a copy of DRaFT-LV is a sample of what the chain passes through."""
+    model = GaussianModel(0.5, 0.3, shape=(40_000,))
+    chain = SamplingChain(model, DDIM(STEPS), model.encode(["a"]))
+    torch.manual_seed(0)
+    state = chain.renoise(0.5 + 0.3 * torch.randn(1, 40_000, dtype=torch.float64), 2)
+    mean, std = model.marginal(chain.grid[STEPS - 2][0])
+    assert state.x.mean().item() == pytest.approx(mean, abs=5 * std / 200)
+    assert state.x.std().item() == pytest.approx(std, rel=5 / 280)
+
+
+def test_copies_lie_one_after_the_other_and_share_the_observers() -> None:
+    seen: list[int] = []
+    model = Spy()
+    chain = chain_of(model, measure_drift=True, probe=lambda step, latent: seen.append(len(latent)))
+    chain.advance(chain.start(noise()), 1)
+    copies = chain.repeat(3)
+    x = torch.cat([noise()] * 3)
+    moved = copies.advance(copies.start(x), 1).x.split(4)
+    assert model.weights[-2:] == [list(WEIGHTS) * 3] * 2  # the model and its base
+    assert torch.equal(moved[0], moved[2])
+    assert torch.equal(moved[0], chain.advance(chain.start(noise()), 1).x)
+    assert seen == [4, 12, 4]
+    assert copies.drift is not None
+    assert torch.equal(chain.drift, copies.drift)  # type: ignore[arg-type]
+    assert len(chain.conditioning) == 4
+
+
+# Where the graph begins.
+
+
+def test_the_prefix_without_gradient_builds_no_graph() -> None:
+    """No input, output or latent of it requires a gradient, and the step after it is the graph's only one."""
+    model = Spy()
+    chain = chain_of(model)
+    with torch.no_grad():
+        state = chain.advance(chain.start(noise()), STEPS - 1)
+    assert model.calls == [(4, False, False)] * (STEPS - 1)
+    assert state.x.grad_fn is None
+    assert not state.x.requires_grad
+    end = chain.advance(state).x
+    assert model.calls[-1] == (4, False, True)
+    nodes, todo = set(), [end.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    leaves = {node.variable for node in nodes if hasattr(node, "variable")}  # type: ignore[union-attr]
+    assert leaves == {model.theta}
+    assert len(nodes) < 20
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_detached_and_frozen_steps(prediction: Prediction, checkpointed: bool) -> None:
+    """Detached: the network sees no graph but has one. Frozen: it has none. The latent's own path stays."""
+    for options, call in (
+        ({}, (4, True, True)),
+        ({"detach_input": True}, (4, False, True)),
+        ({"freeze": True}, (4, True, False)),
+    ):
+        model = Spy(prediction)
+        chain = chain_of(model, checkpoint_steps=checkpointed)
+        start = noise().requires_grad_()
+        x = chain.advance(chain.start(start), 1, **options).x
+        assert model.calls[0] == call
+        slope, theta = torch.autograd.grad(x.sum(), (start, model.theta), allow_unused=True)
+        t, s = chain.grid[0]
+        (alpha, sigma), (alpha_s, sigma_s) = model.schedule.coefficients(t), model.schedule.coefficients(s)
+        if prediction == "epsilon":
+            a, b = alpha_s / alpha, sigma_s - alpha_s * sigma / alpha
+        else:
+            a, b = alpha_s * alpha + sigma_s * sigma, sigma_s * alpha - alpha_s * sigma
+        weight = torch.tensor(WEIGHTS).double().view(-1, 1, 1)
+        through = b * THETA * weight if not options else 0.0
+        torch.testing.assert_close(slope, (a + through).expand_as(slope) if not options else torch.full_like(slope, a))
+        if "freeze" in options:
+            assert theta is None
+        else:
+            assert theta.item() == pytest.approx((b * weight * start).sum().item())
+
+
+# Observers.
+
+
+def test_the_probe_sees_what_carries_a_gradient_and_its_gradient() -> None:
+    """At step `i` arrives `d x_N / d x_{i+1}`, a product of the later steps' factors."""
+    arrived: dict[int, Tensor] = {}
+
+    def probe(step: int, latent: Tensor) -> None:
+        latent.register_hook(lambda gradient: arrived.__setitem__(step, gradient))
+
+    model = LinearModel(THETA, shape=(2, 3))
+    for options in ({}, {"checkpoint_steps": True}, {"micro_batch_size": 3}):
+        arrived.clear()
+        chain = chain_of(model, probe=probe, **options)
+        with torch.no_grad():
+            state = chain.advance(chain.start(noise()), 2)
+        x2 = state.x
+        end = chain.advance(state).x
+        end.sum().backward()
+        assert sorted(arrived) == [2, 3, 4]
+        torch.testing.assert_close(arrived[4], torch.ones_like(x2))
+        plain = chain_of(model)
+        for step in (2, 3):
+            with torch.no_grad():
+                x = plain.advance(State(x2, 2), step - 1).x
+                ratio = plain.advance(State(x, step + 1)).x / x
+            torch.testing.assert_close(arrived[step], ratio)
+
+
+def test_the_probe_sees_predictions_and_nothing_without_a_graph() -> None:
+    seen: list[int] = []
+    chain = chain_of(LinearModel(THETA, shape=(2, 3)), probe=lambda step, latent: seen.append(step))
+    with torch.no_grad():
+        state = chain.advance(chain.start(noise()), 3)
+        chain.predict(state)
+    assert seen == []
+    chain.predict(state)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("sampler", [DDIM(STEPS), DPMSolverPlusPlus(STEPS), FlowEuler(STEPS), FlowSDE(STEPS)])
+def test_drift_is_that_of_the_noise_predictions(sampler: Sampler) -> None:
+    """Two linear networks at the same latents: `eps` from `x_0` and from the velocity, by hand."""
+    flow = isinstance(sampler, FlowEuler)
+    prediction: Prediction = "flow" if flow else "v_prediction"
+    model = LinearModel(THETA, prediction, RectifiedFlow() if flow else scaled_linear(), (2, 3))
+    with torch.no_grad():
+        model.theta.add_(0.1)
+    chain = chain_of(model, sampler, measure_drift=True)
+    torch.manual_seed(0)
+    chain.advance(chain.start(noise()))
+    torch.manual_seed(0)
+    plain = chain_of(model, sampler)
+    state, terms = plain.start(noise()), []
+    for t, _ in plain.grid:
+        alpha, _ = model.schedule.coefficients(t)  # d eps / d v is alpha for both, `eps = x + (1 - t) v` for flows
+        with torch.no_grad():
+            weight = torch.tensor(WEIGHTS).double().view(-1, 1, 1)
+            terms.append((alpha * 0.1 * weight * state.x).square().mean())
+            state = plain.advance(state, 1)
+    assert chain.drift is not None
+    assert chain.drift.item() == pytest.approx(torch.stack(terms).mean().item())
+    assert plain.drift is None
+
+
+def test_drift_is_measured_with_gradient_alone() -> None:
+    model = Spy()
+    chain = chain_of(model, measure_drift=True)
+    with torch.no_grad():
+        state = chain.advance(chain.start(noise()), 2)
+    state = chain.advance(state, 2, freeze=True)
+    assert chain.drift is None
+    assert len(model.calls) == 4
+    chain.advance(state)
+    assert len(model.calls) == 6
+    assert chain.drift is not None
+
+
+# What is computed again.
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({}, [4], []),
+        ({"checkpoint_steps": True}, [4], [4]),
+        ({"micro_batch_size": 4}, [4], []),
+        ({"micro_batch_size": 3}, [3, 1], [1, 3]),
+        ({"micro_batch_size": 2, "checkpoint_steps": True}, [2, 2], [2, 2]),
+        ({"micro_batch_size": 1}, [1] * 4, [1] * 4),
+    ],
+)
+def test_slices_and_what_the_backward_pass_recomputes(
+    options: dict[str, Any], forward: list[int], backward: list[int]
+) -> None:
+    model = Spy()
+    chain = chain_of(model, **options)
+    with torch.no_grad():
+        state = chain.advance(chain.start(noise()), STEPS - 1)
+    assert [size for size, _, _ in model.calls] == [4] * (STEPS - 1)
+    model.calls.clear()
+    model.weights.clear()
+    end = chain.advance(state).x
+    assert [size for size, _, _ in model.calls] == forward
+    assert [weight for part in model.weights for weight in part] == list(WEIGHTS)
+    model.weights.clear()
+    end.sum().backward()
+    assert [len(part) for part in model.weights] == backward
+
+
+def test_checkpointed_steps_keep_no_activations() -> None:
+    """Of a chain with every step attached, only latents are kept, whatever the network saves inside."""
+
+    class Wide(LinearModel):
+        def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+            inside = x.repeat(1, 50, 1).sin().cos()
+            return super().forward(x, t, conditioning) + 1e-3 * inside.mean(1, keepdim=True)
+
+    def kept(checkpointed: bool, steps: int) -> int:
+        elements = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        chain = chain_of(Wide(THETA, shape=(2, 3)), DDIM(steps), checkpoint_steps=checkpointed)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            chain.advance(chain.start(noise()))
+        return elements
+
+    def per_step(checkpointed: bool) -> float:
+        return (kept(checkpointed, 9) - kept(checkpointed, 5)) / 4
+
+    latent = noise().numel()
+    assert per_step(checkpointed=False) > 100 * latent
+    assert per_step(checkpointed=True) < 3 * latent
+
+
+# Choices that all processes share.
+
+
+def test_draws_come_from_the_generator_and_cover_their_range() -> None:
+    def draws(seed: int) -> list[float]:
+        chain = chain_of(LinearModel(), generator=torch.Generator().manual_seed(seed))
+        return [chain.randint(2, 4) if i % 2 else chain.rand() for i in range(60)]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = draws(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == draws(1) != draws(2)
+    assert set(first[1::2]) == {2, 3, 4}
+    assert all(0 <= number < 1 for number in first[::2])

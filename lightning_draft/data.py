@@ -1,6 +1,7 @@
 """Prompts: where they come from, how they are split, and in which order they are seen."""
 
 import csv
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -110,8 +111,8 @@ class PromptDataModule(L.LightningDataModule):
 
     Args:
         prompts: A list; or a `.txt` file (one a line), a `.jsonl`, `.json` or `.csv` file; or the name of a shipped
-            list (`emoji`, `animals`); or a data set folder or hub id that the `datasets` package reads. In files with columns, every
-            column but the prompt's becomes metadata that rewards may read.
+            list (`emoji`, `animals`); or a data set folder or hub id that the `datasets` package reads. In files with
+            columns, every column but the prompt's becomes metadata that rewards may read.
         val_prompts: Held-out prompts, given likewise; by default `val_size` prompts are held out of `prompts`.
         batch_size: Prompts a process and optimisation step.
         val_batch_size: Prompts a validation batch; by default `batch_size`.
@@ -133,10 +134,11 @@ class PromptDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size} must be at least 1")
         self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        for name, size in (("batch_size", self.batch_size), ("val_batch_size", self.val_batch_size)):
+            if size < 1:
+                raise ConfigurationError(f"{name}={size} must be at least 1")
         self.seed = seed
         everything = read_prompts(prompts, column, split)
         if val_prompts is None:
@@ -196,8 +198,35 @@ def _read(source: str, column: str, split: str) -> list[Prompt]:
     if path.suffix in _READERS:
         if not path.is_file():
             raise ConfigurationError(f"there is no file {source!r}; give the path of a prompt file")
-        return _READERS[path.suffix](path, column)
+        try:
+            return _READERS[path.suffix](path, column)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"{source} is not JSON: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"{source} is not text in UTF-8: {error}") from error
+    if not path.exists():
+        _refuse_slips(source)
     return _read_data_set(source, column, split)
+
+
+def shipped_lists() -> list[str]:
+    """Names of the shipped prompt lists."""
+    return sorted(
+        Path(file.name).stem for file in (files("lightning_draft") / "prompts").iterdir() if ".txt" in file.name
+    )
+
+
+def _refuse_slips(source: str) -> None:
+    """Name what was meant by a source that is surely not a data set's name."""
+    near = difflib.get_close_matches(source, shipped_lists(), n=1, cutoff=0.75)
+    if near:
+        raise ConfigurationError(f"there is no prompt list {source!r}; did you mean {near[0]}")
+    if " " in source:
+        raise ConfigurationError(
+            f"{source!r} is not the name of a file or data set; write prompts as a list: [{source}]"
+        )
+    if source.startswith((".", "/", "~")):
+        raise ConfigurationError(f"there is no file or folder {source!r}")
 
 
 def _read_text(path: Path, column: str) -> list[Prompt]:
@@ -206,6 +235,8 @@ def _read_text(path: Path, column: str) -> list[Prompt]:
 
 def _read_json(path: Path, column: str) -> list[Prompt]:
     rows = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(rows, list):
+        raise ConfigurationError(f"{path} must hold a list, of prompts or of rows with the column {column!r}")
     return [Prompt(row) if isinstance(row, str) else _from_row(row, column, str(path)) for row in rows]
 
 
@@ -226,10 +257,9 @@ def _read_data_set(source: str, column: str, split: str) -> list[Prompt]:
     try:
         from datasets import load_dataset, load_from_disk
     except ImportError as error:
-        names = ", ".join(sorted(Path(file.name).stem for file in (files("lightning_draft") / "prompts").iterdir()))
         raise ConfigurationError(
-            f"{source!r} is neither a prompt file nor a shipped list ({names}); to read it as a data set, "
-            "install the datasets package"
+            f"{source!r} is neither a prompt file nor a shipped list ({', '.join(shipped_lists())}); to read it as a "
+            "data set, install the datasets package"
         ) from error
     try:
         saved = (Path(source) / "state.json").is_file()
@@ -239,7 +269,11 @@ def _read_data_set(source: str, column: str, split: str) -> list[Prompt]:
     return [_from_row(row, column, source) for row in rows]
 
 
-def _from_row(row: dict[str, Any], column: str, source: str) -> Prompt:
+def _from_row(row: Any, column: str, source: str) -> Prompt:
+    if not isinstance(row, dict):
+        raise ConfigurationError(f"{source} holds {row!r} where a row with the column {column!r} is expected")
     if column not in row:
         raise ConfigurationError(f"{source} has no column {column!r}; it has {', '.join(row)}: set data.column")
+    if not isinstance(row[column], str):
+        raise ConfigurationError(f"{source} holds {row[column]!r} in the column {column!r}; prompts are text")
     return Prompt(row[column], {name: value for name, value in row.items() if name != column})

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
 
 import lightning_draft.losses  # noqa: F401 (its classes are known by their short names)
 import lightning_draft.rewards  # noqa: F401
@@ -26,7 +27,7 @@ from lightning_draft.callbacks.lora_export import describe
 from lightning_draft.cli import runs
 from lightning_draft.cli.checkpoint import LastCheckpoint
 from lightning_draft.cli.diagnosis import diagnose
-from lightning_draft.cli.failures import INTERRUPTED, complain, mendable
+from lightning_draft.cli.failures import INTERRUPTED, complain, mendable, unwrapped
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import StableDiffusion  # noqa: F401
@@ -49,6 +50,8 @@ CALLBACKS: dict[str, tuple[type[Callback], bool, str]] = {
     "ema": (AdapterEMA, False, "Moving average of the adapters; none by default."),
 }
 _OLD_NEWS = ("\N{ELECTRIC LIGHT BULB}", "TPU available", "Seed set", "`weights_only` was not set")
+_SAVING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+_WRITERS = (SampleLogger, LoRAExport, LastCheckpoint)
 _KEYWORDS = ("best", "hpc", "registry")
 
 
@@ -63,8 +66,7 @@ def run(verb: str, args: Sequence[str]) -> int:
         ConfigurationError: Something that a person can mend.
     """
     _quieten()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_from_here()
     options = ["--help" if arg == "--help_all" else arg for arg in args]
     with _argv([verb, *options]), mendable():
         return DraftCLI().status
@@ -132,8 +134,8 @@ class DraftCLI(LightningCLI):
         """Parse, and say what is wrong in one message."""
         try:
             super().parse_arguments(parser, args)
-        except argparse.ArgumentError as error:
-            raise ConfigurationError(_diagnosis(sys.argv[2:]) or str(error)) from error
+        except (argparse.ArgumentError, OmegaConfBaseException) as error:
+            raise ConfigurationError(diagnosis(sys.argv[2:]) or str(error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint never overrides what was typed."""
@@ -158,6 +160,11 @@ class DraftCLI(LightningCLI):
             raise ConfigurationError(f"there is no checkpoint {asked}; give its file, or `last` for this run's own")
         self.folder = runs.fresh(root, config["name"])
 
+    def instantiate_classes(self) -> None:
+        """Build everything; the errors of constructors come through as they are."""
+        with unwrapped():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run's folder, logger and callbacks to what the config says."""
         config = self._get(self.config_init, "trainer")
@@ -165,15 +172,21 @@ class DraftCLI(LightningCLI):
             fit = self.subcommand == "fit"
             place = loggers.TensorBoardLogger(self.folder.parent, name=self.folder.name, version="")
             kwargs["logger"] = place if fit else False
+        if self.subcommand == "validate" and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
         kwargs["default_root_dir"] = str(self.folder)
-        kwargs["callbacks"] = self._callbacks(config)
+        kwargs["callbacks"] = self._callbacks({**config, **kwargs})
+        if not any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"]):
+            kwargs["enable_checkpointing"] = False
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Say what is about to happen."""
+        place = Path(self.trainer.log_dir or self.folder)
         if self.trainer.is_global_zero:
-            print(_headline(self.model))
-            print(f"run folder: {self.folder}    (curves: tensorboard --logdir {self.folder.parent})", flush=True)
+            print(_headline(self.model), flush=True)
+            if not self.trainer.fast_dev_run:
+                print(f"run folder: {place}    (curves: tensorboard --logdir {self.folder.parent})", flush=True)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; Ctrl-C ends it with what it has."""
@@ -184,11 +197,16 @@ class DraftCLI(LightningCLI):
                 raise
             self.status = INTERRUPTED
             complain(f"stopped by Ctrl-C after {self.trainer.global_step} steps")
+        except Exception:
+            if self.trainer.global_step == 0 and self.trainer.is_global_zero:
+                runs.discard(self.folder)
+            raise
 
     def after_fit(self) -> None:
         """Say what is there now, and how to use it."""
+        folder = Path(self.trainer.log_dir or self.folder)
         if self.trainer.is_global_zero:
-            print("\n".join(self._farewell()), flush=True)
+            print("\n".join(self._farewell(folder)), flush=True)
 
     def validate(self, **kwargs: Any) -> None:
         """Score held-out prompts and print the means."""
@@ -206,15 +224,16 @@ class DraftCLI(LightningCLI):
             named = [callback for callback in named if not isinstance(callback, AnyProgressBar)]
         if config["enable_checkpointing"] is False:
             named = [callback for callback in named if not isinstance(callback, Checkpoint)]
+        if config["fast_dev_run"]:
+            named = [callback for callback in named if not isinstance(callback, _WRITERS)]
         return callbacks + [callback for callback in named if callback is not None]
 
-    def _farewell(self) -> Iterator[str]:
-        folder = Path(self.trainer.log_dir or self.folder)
+    def _farewell(self, folder: Path) -> Iterator[str]:
         if self.status == INTERRUPTED and (folder / "checkpoints" / "last.ckpt").is_file():
             yield f"resume:   add --ckpt_path last --name {self.config[self.subcommand]['name']}"
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, LoRAExport)]  # type: ignore[attr-defined]
         files = [file for export in exports for file in (export.best_path, export.last_path) if file.is_file()]
-        if not files:
+        if not files or self.trainer.fast_dev_run:
             return
         base = getattr(self.model.model, "pretrained", "...")
         yield f"adapters: {'  '.join(map(str, files))}"
@@ -224,7 +243,13 @@ class DraftCLI(LightningCLI):
         yield f'    pipe.load_lora_weights("{files[0]}")'
 
 
-def _diagnosis(args: list[str]) -> str | None:
+def import_from_here() -> None:
+    """Let classes of the user's be imported from the current folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def diagnosis(args: list[str]) -> str | None:
     """What is wrong with the arguments of a verb; what a module of the user's raises is raised."""
     named = {key: kind | None for key, (kind, _, _) in CALLBACKS.items()}  # type: ignore[operator]
     groups = {"model": RewardModule, "data": PromptDataModule, "trainer": Trainer}
@@ -259,7 +284,7 @@ def _dirpath(callback: Any) -> Path | None:
 
 @contextmanager
 def _argv(args: list[str]) -> Iterator[None]:
-    """Within this context the process's arguments are `args`: distributed strategies start further processes by them."""
+    """Within this context the process's arguments are `args`, by which distributed strategies start more processes."""
     before = sys.argv
     sys.argv = [before[0], *args]
     try:
@@ -270,7 +295,7 @@ def _argv(args: list[str]) -> Iterator[None]:
 
 def _quieten() -> None:
     """Keep notices that nobody can act on off the screen."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", _SAVING):
         logging.getLogger(name).addFilter(_is_news)
     for text in (".*treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*"):
         warnings.filterwarnings("ignore", text)

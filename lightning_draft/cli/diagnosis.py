@@ -64,12 +64,17 @@ def _sources(args: Sequence[str]) -> Iterator[dict[str, Any] | str]:
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         if key in ("config", "c"):
-            yield _load(Path(value))
+            yield load(Path(value))
         else:
             yield _nested(key.split("."), value)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """The content of a config file, interpolations resolved.
+
+    Raises:
+        ConfigurationError: An interpolation cannot be resolved.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -28,6 +28,19 @@ def mendable() -> Iterator[None]:
         raise ConfigurationError(str(error)) from error
 
 
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Within this context an error of a constructor is raised as it was, not as the parser retells it."""
+    try:
+        yield
+        return
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and _origin(cause).startswith("jsonargparse."):
+            cause = cause.__cause__
+    raise cause
+
+
 def is_mendable(error: BaseException) -> bool:
     """Whether the message alone says what to write instead.
 
@@ -38,13 +51,26 @@ def is_mendable(error: BaseException) -> bool:
 
     if isinstance(error, (ConfigurationError, MisconfigurationException)):
         return True
-    return isinstance(error, ValueError) and error.__traceback__ is not None and _deliberate(error.__traceback__)
+    if not isinstance(error, ValueError):
+        return False
+    place = _place(error)
+    if place is None:
+        return False
+    code = place.tb_frame.f_code
+    deliberate = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+    ours = _origin(error).startswith("lightning_draft.")
+    return deliberate and (ours or code.co_name in ("__init__", "__post_init__"))
 
 
-def _deliberate(traceback: TracebackType) -> bool:
-    while traceback.tb_next is not None:
+def _place(error: BaseException) -> TracebackType | None:
+    """Where an error was raised."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    raised = dis.opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
-    ours = frame.f_globals.get("__name__", "").startswith("lightning_draft.")
-    return raised and (ours or frame.f_code.co_name in ("__init__", "__post_init__"))
+    return traceback
+
+
+def _origin(error: BaseException) -> str:
+    """The module in which an error was raised."""
+    place = _place(error)
+    return "" if place is None else str(place.tb_frame.f_globals.get("__name__", ""))

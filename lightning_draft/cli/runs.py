@@ -32,6 +32,17 @@ def fresh(root: Path, name: str) -> Path:
     return root / f"{name}-{int(number[1] or 1) + 1}"
 
 
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that was refused before its first step, unless there are results in it."""
+    if not folder.is_dir():
+        return
+    files = list(folder.iterdir())
+    if all(file.name in ("config.yaml", "hparams.yaml") or file.name.startswith("events.out.") for file in files):
+        for file in files:
+            file.unlink()
+        folder.rmdir()
+
+
 def last_checkpoint(folders: Iterable[Path]) -> Path:
     """The newest checkpoint in the folders or in the `checkpoints` folders inside them.
 

@@ -41,9 +41,7 @@ def tiny_clip(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "tiny-clip"
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
     words.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
-    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     return folder
 
 
@@ -100,7 +98,7 @@ model:
       class_path: Brightness
       init_args: {{target: 0.9}}
 data:
-  prompts: [a cat, a red cat, red, a bed]
+  prompts: [a cat, a red cat, red, a bed, a cab, bread, a deer]
   val_size: 2
   batch_size: 2
 trainer:

@@ -1,0 +1,214 @@
+"""The verb `sample`: pictures from the same prompts and noise at several scales of a LoRA file."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_draft.callbacks.pictures import comparison
+from lightning_draft.chain import SamplingChain
+from lightning_draft.cli import pages, runs, shipped
+from lightning_draft.cli.app import diagnosis, import_from_here
+from lightning_draft.cli.diagnosis import load
+from lightning_draft.cli.failures import mendable, unwrapped
+from lightning_draft.data import PromptDataModule, read_prompts
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.lora import LoRA
+from lightning_draft.models.stable_diffusion import StableDiffusion
+from lightning_draft.modules import RewardModule
+from lightning_draft.samplers import DDIM, Sampler
+
+BATCH = 8
+_DOWN = re.compile(r"([A-Za-z_]+(?:\.\d+)?)\.(?:lora_A|lora\.down|lora_down)")
+
+
+def main(args: Sequence[str]) -> int:
+    """Parse, sample, write one PNG file.
+
+    Raises:
+        ConfigurationError: Something that a person can mend.
+    """
+    import_from_here()
+    options = _parse(args)
+    with mendable():
+        _sample(options)
+    return 0
+
+
+def lora_of(file: Path) -> LoRA:
+    """Adapters that a LoRA file fits: its rank and the layers that it names.
+
+    Raises:
+        ConfigurationError: It is not a LoRA file.
+    """
+    if not file.is_file():
+        raise ConfigurationError(f"there is no LoRA file {file}; give a .safetensors file or a run's folder")
+    try:
+        with safe_open(file, framework="pt") as content:
+            keys = [(key, match[1]) for key in content.keys() if (match := _DOWN.search(key))]  # noqa: SIM118
+            found = {layer: content.get_slice(key).get_shape()[0] for key, layer in keys}
+    except SafetensorError as error:
+        raise ConfigurationError(f"{file} is not a safetensors file: {error}") from error
+    if not found:
+        raise ConfigurationError(f"{file} holds no LoRA: none of its tensors is a lora_A")
+    return LoRA(rank=max(found.values()), target_modules=sorted(found))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    file, config = _sources(options)
+    module, prompts = (None, None) if config is None else _build(config)
+    if module is None:
+        pretrained = options.model or _base_of(file)
+        model = StableDiffusion(pretrained, lora=None if file is None else lora_of(file))
+        sampler: Sampler = DDIM(options.steps or 50)
+    else:
+        model, sampler = module.model, module.sampler  # type: ignore[assignment]
+        sampler.num_steps = options.steps or sampler.num_steps
+    if file is not None:
+        model.load_lora(file)
+    prompts = _prompts(options) or prompts
+    if not prompts:
+        raise ConfigurationError('there are no prompts; write --prompt "a cat" "a dog", or --prompts FILE')
+    prompts = prompts[: options.max]
+    scales = options.scale or ([0.0] if file is None else [0.0, 1.0])
+    target: Any = model if module is None else module
+    target.to(options.device).eval()
+    _write(options, module, model, sampler, prompts, scales)
+
+
+def _write(
+    options: argparse.Namespace,
+    module: RewardModule | None,
+    model: StableDiffusion,
+    sampler: Sampler,
+    prompts: list[str],
+    scales: list[float],
+) -> None:
+    images: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    everything = [prompt for _ in options.seed for prompt in prompts]
+    for scale in scales:
+        label = f"scale {scale:g}" if scale else "base"
+        batches = [_generate(model, sampler, prompts, seed, scale) for seed in options.seed]
+        images[label] = torch.cat(batches)
+        if module is not None:
+            scores[label] = _score(module, images[label], everything)
+            print(f"{label:10} reward {scores[label].mean():.4g}", flush=True)
+    names = [f"{p} (seed {s})" for s in options.seed for p in prompts] if len(options.seed) > 1 else everything
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    comparison(names, images, scores or None).save(options.output)
+    print(f"wrote {options.output}")
+
+
+@torch.no_grad()
+def _generate(model: StableDiffusion, sampler: Sampler, prompts: list[str], seed: int, scale: float) -> Tensor:
+    """Images `(N, 3, H, W)` on the CPU; the same noise whatever the scale."""
+    noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        torch.manual_seed(seed + start)
+        chain = SamplingChain(model, sampler, model.encode(prompts[start : start + BATCH]))
+        state = chain.start(noise[start : start + BATCH])
+        if model.lora is None:
+            images.append(model.decode(chain.advance(state).x).cpu())
+            continue
+        with model.adapter_scale(scale):
+            images.append(model.decode(chain.advance(state).x).cpu())
+    return torch.cat(images).float()
+
+
+def _score(module: RewardModule, images: Tensor, prompts: list[str]) -> Tensor:
+    parts = [
+        module.score(images[i : i + BATCH].to(module.device), prompts[i : i + BATCH])["reward"]
+        for i in range(0, len(prompts), BATCH)
+    ]
+    return torch.cat(parts).float().cpu()
+
+
+def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The LoRA file and the config: the given ones, or those of the run that the file lies in."""
+    file = None if options.lora is None else Path(options.lora).expanduser()
+    config = None if options.config is None else shipped.locate(options.config)
+    if file is not None and file.is_dir():
+        folder, file = file, runs.adapters(file)
+    elif file is not None:
+        folder = file.parent.parent
+        lora_of(file)
+    if file is not None and config is None and options.model is None and (folder / "config.yaml").is_file():
+        config = folder / "config.yaml"
+    if config is not None and options.model is not None:
+        raise ConfigurationError("give --config or --model, not both")
+    if file is None and config is None and options.model is None:
+        raise ConfigurationError("give a LoRA file, a run's folder, a --config or a --model; see sample --help")
+    return file, config
+
+
+def _base_of(file: Path | None) -> str:
+    """The base model that the header of a LoRA file names."""
+    assert file is not None
+    with safe_open(file, framework="pt") as content:
+        base = (content.metadata() or {}).get("base")
+    if base is None:
+        raise ConfigurationError(f"{file} does not say what it was trained from; write --model NAME")
+    return str(base)
+
+
+def _build(config: Path) -> tuple[RewardModule, list[str]]:
+    """The module that a config describes, and the prompts that it holds out."""
+    content = load(config)
+    parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf")
+    parser.add_subclass_arguments(RewardModule, "model")
+    parser.add_class_arguments(PromptDataModule, "data")
+    try:
+        parsed = parser.parse_object({key: content[key] for key in ("model", "data") if key in content})
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(diagnosis(["--config", str(config)]) or str(error)) from error
+    with unwrapped():
+        built = parser.instantiate_classes(parsed)
+    if not isinstance(built.model.model, StableDiffusion):
+        raise ConfigurationError(f"sample draws from StableDiffusion models; {config} has another")
+    return built.model, list(built.data.val_prompts or built.data.train_prompts)
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts: list[str] = list(options.prompt or [])
+    return prompts + list(read_prompts(options.prompts) if options.prompts else [])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"sample: {message}; see lightning-draft sample --help")
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="lightning-draft sample", allow_abbrev=False, add_help=False)
+    parser.add_argument("lora", nargs="?")
+    parser.add_argument("--config", "-c")
+    parser.add_argument("--model")
+    parser.add_argument("--scale", type=float, nargs="+")
+    parser.add_argument("--prompt", nargs="+")
+    parser.add_argument("--prompts")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--max", type=_positive, default=8)
+    parser.add_argument("--steps", type=_positive)
+    parser.add_argument("--output", "-o", type=Path, default=Path("sample.png"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if set(args) & {"-h", "--help"}:
+        print(pages.SAMPLE)
+        sys.exit(os.EX_OK)
+    return parser.parse_args(args)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number

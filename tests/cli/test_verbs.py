@@ -1,0 +1,243 @@
+"""The command line: pages, run folders, resuming, validating, sampling."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from lightning_draft import __version__
+
+HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
+PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]
+
+
+def test_pages_come_without_heavy_imports() -> None:
+    code = (
+        "import sys\nfrom lightning_draft.__main__ import main\n"
+        f"for args in {PAGES!r}: assert main(args) == 0\n"
+        f"assert not set({HEAVY!r}) & set(sys.modules), sorted(set({HEAVY!r}) & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(command: Callable) -> None:
+    assert command("--version").out == f"lightning-draft {__version__}\n"
+
+
+def test_help_names_every_callback_and_verb(command: Callable) -> None:
+    from lightning_draft.cli.app import CALLBACKS
+
+    page = command("fit", "--help").out
+    assert len(page.splitlines()) < 40
+    assert all(f"--{key}" in page for key in CALLBACKS)
+    assert all(f"lightning-draft {verb}" in command().out for verb in ("fit", "validate", "sample", "configs"))
+
+
+def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None:
+    every = command("fit", "--help_all").out
+    assert "--trainer.accumulate_grad_batches" in every
+    truncation = command("fit", "--model.help", "DraftModule").out
+    assert "Where gradient flows; `LastK(1)` by default" in " ".join(truncation.split())
+    samples = command("fit", "--samples.help", "SampleLogger").out
+    assert "Optimisation steps between grids." in samples
+
+
+def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path) -> None:
+    result = command("fit", "--config", config)
+    assert result.status == 0, result.err
+    run = Path("runs/small")
+    assert [path.name for path in Path().iterdir() if path.name != "runs"] == ["small.yaml"]
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints", "lora", "samples"}
+    assert list(run.glob("events.out.tfevents.*"))
+    assert f"run folder: {run}" in result.out
+    assert f'pipe.load_lora_weights("{run}/lora/best.safetensors")' in result.out
+    assert (run / "lora" / "best.safetensors").is_file()
+
+
+def test_the_saved_config_reruns_the_run(command: Callable, config: Path) -> None:
+    command("fit", "--config", config, "--model.truncation.k", "1", "--name", "first")
+    again = command("fit", "--config", "runs/first")
+    assert again.status == 0, again.err
+    first, second = (load_file(Path("runs") / name / "lora/last.safetensors") for name in ("first", "first-2"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    configs = [yaml.safe_load((Path("runs") / name / "config.yaml").read_text()) for name in ("first", "first-2")]
+    assert configs[0] == configs[1]
+    assert configs[0]["model"]["init_args"]["truncation"]["init_args"]["k"] == 1
+
+
+def test_resuming_equals_the_uninterrupted_run(command: Callable, config: Path) -> None:
+    command("fit", "--config", config, "--trainer.max_steps", "4", "--name", "whole")
+    command("fit", "--config", config, "--name", "parts")
+    resumed = command("fit", "--config", config, "--name", "parts", "--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert resumed.status == 0, resumed.err
+    assert {path.name for path in Path("runs").iterdir()} == {"whole", "parts"}
+    whole, parts = (torch.load(Path("runs") / name / "checkpoints/last.ckpt") for name in ("whole", "parts"))
+    assert whole["global_step"] == parts["global_step"] == 4
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name])
+    for index, state in whole["optimizer_states"][0]["state"].items():
+        assert torch.equal(state["exp_avg"], parts["optimizer_states"][0]["state"][index]["exp_avg"])
+    assert yaml.safe_load(Path("runs/parts/config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_a_checkpoint_does_not_override_what_is_typed(command: Callable, config: Path) -> None:
+    command("fit", "--config", config)
+    checkpoint = torch.load("runs/small/checkpoints/last.ckpt")
+    checkpoint["hyper_parameters"] = {"seed": 77, "kl_weight": 5.0}
+    torch.save(checkpoint, "mine.ckpt")
+    args = ["--ckpt_path", "mine.ckpt", "--name", "typed", "--model.seed", "3", "--trainer.max_steps", "3"]
+    assert command("fit", "--config", config, *args).status == 0
+    saved = yaml.safe_load(Path("runs/typed/config.yaml").read_text())["model"]["init_args"]
+    assert (saved["seed"], saved["kl_weight"]) == (3, 0.0)
+
+
+def test_last_is_the_newest_run_of_the_name_or_the_given_one(command: Callable, config: Path) -> None:
+    for _ in range(2):
+        command("fit", "--config", config)
+    steps = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
+    assert "runs/small-2/checkpoints/last.ckpt" in command("fit", "--config", config, *steps).err
+    assert "runs/small/checkpoints/last.ckpt" in command("fit", "--config", "runs/small", *steps).err
+
+
+def test_callbacks_can_be_changed_removed_and_added(command: Callable, config: Path) -> None:
+    options = ["--samples", "null", "--export.dirpath", "elsewhere", "--checkpoint", "null", "--gradients", "null"]
+    assert command("fit", "--config", config, *options).status == 0
+    assert {path.name for path in Path("elsewhere").iterdir()} == {"best.safetensors", "last.safetensors"}
+    assert not {"samples", "lora", "checkpoints"} & {path.name for path in Path("runs/small").iterdir()}
+    own = "[{class_path: ModelCheckpoint, init_args: {dirpath: kept, every_n_train_steps: 1}}]"
+    assert command("fit", "--config", config, "--trainer.callbacks", own, "--ema.decay", "0.5").status == 0
+    saved = yaml.safe_load(Path("runs/small-2/config.yaml").read_text())
+    assert saved["ema"]["class_path"].endswith("AdapterEMA")
+    assert list(Path("kept").glob("*.ckpt"))
+    assert Path("runs/small-2/checkpoints/last.ckpt").is_file()
+
+
+def test_no_logger_writes_nothing_into_the_current_folder(command: Callable, config: Path) -> None:
+    assert command("fit", "--config", config, "--trainer.logger", "false").status == 0
+    assert {path.name for path in Path().iterdir()} == {"runs", "small.yaml"}
+    assert Path("runs/small/config.yaml").is_file()
+
+
+def test_fast_dev_run_leaves_nothing(command: Callable, config: Path) -> None:
+    assert command("fit", "--config", config, "--trainer.fast_dev_run", "true").status == 0
+    assert {path.name for path in Path().iterdir()} == {"small.yaml"}
+
+
+def test_a_reward_of_ones_own_in_the_current_folder(command: Callable, config: Path) -> None:
+    Path("my_rewards.py").write_text(
+        "from lightning_draft.rewards import Reward\n"
+        "class Redness(Reward):\n"
+        "    def forward(self, images, prompts):\n"
+        "        return images[:, 0].mean((1, 2))\n"
+    )
+    text = config.read_text().replace("class_path: Brightness", "class_path: my_rewards.Redness")
+    config.write_text(text.replace("      init_args: {target: 0.9}\n", ""))
+    result = command("fit", "--config", config)
+    assert result.status == 0, result.err
+    assert "Redness" in result.out
+
+
+def test_interpolation_and_later_files_and_options_win(command: Callable, config: Path) -> None:
+    Path("more.yaml").write_text("data:\n  seed: 5\nmodel:\n  init_args:\n    seed: ${data.seed}\n    kl_weight: 0.5\n")
+    args = ["fit", "--config", config, "--config", "more.yaml", "--model.kl_weight", "0.25", "--print_config"]
+    printed = yaml.safe_load(command(*args).out)
+    arguments = printed["model"]["init_args"]
+    assert (arguments["seed"], arguments["kl_weight"]) == (5, 0.25)
+    assert arguments["truncation"]["init_args"] == {"k": 2}
+
+
+def test_validate_scores_the_checkpoint(command: Callable, config: Path) -> None:
+    command("fit", "--config", config, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05")
+    base = command("validate", "--config", "runs/small")
+    tuned = command("validate", "--config", "runs/small", "--ckpt_path", "last")
+    assert _table(base.out)["val/gain"] == 0
+    assert _table(tuned.out)["val/gain"] != 0
+    assert {path.name for path in Path("runs").iterdir()} == {"small"}
+
+
+def test_sample_draws_a_grid_at_the_given_scales(command: Callable, config: Path) -> None:
+    command("fit", "--config", config, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05")
+    result = command(
+        "sample", "runs/small", "--scale", "0", "1", "2", "--seed", "0", "1", "--prompt", "red", "-o", "a/b.png"
+    )
+    assert result.status == 0, result.err
+    rewards = _table(result.out.replace(" reward", ""))
+    assert list(rewards) == ["base", "scale 1", "scale 2"]
+    assert len(set(rewards.values())) == 3
+    with Image.open("a/b.png") as picture:
+        width = 3 * 128 + 4 * 6
+        assert picture.width == 2 * (width + 6) + 6
+
+
+def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable, config: Path, tiny_sd: Path) -> None:
+    command("fit", "--config", config)
+    lora = Path("runs/small/lora/last.safetensors").rename("my.safetensors")
+    assert command("sample", lora, "--prompt", "a cat", "--steps", "2", "-o", "one.png").status == 0
+    named = command("sample", lora, "--model", tiny_sd, "--prompt", "a cat", "--steps", "2", "-o", "two.png")
+    assert named.status == 0
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    assert "--prompt" in command("sample", lora).err
+
+
+def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, config: Path) -> None:
+    Path("pressing.py").write_text(
+        "import lightning as L\n"
+        "class Press(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 2:\n"
+        "            raise KeyboardInterrupt\n"
+    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        pressed = command(
+            "fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks", "[pressing.Press]"
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressed.status == 130
+    assert "stopped by Ctrl-C after 2 steps" in pressed.err
+    assert "--ckpt_path last --name small" in pressed.out
+    assert Path("runs/small/lora/last.safetensors").is_file()
+    resumed = command("fit", "--config", config, "--trainer.max_steps", "4", "--ckpt_path", "last", "--name", "small")
+    assert resumed.status == 0, resumed.err
+    assert torch.load("runs/small/checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_a_run_in_its_own_process(config: Path) -> None:
+    args = [sys.executable, "-m", "lightning_draft", "fit", "--config", str(config), "--model.truncation.k", "six"]
+    done = subprocess.run(args, cwd=config.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "lightning-draft: model.truncation.k: expected an integer, got 'six'\n"
+    assert done.stdout == ""
+
+
+def _table(text: str) -> dict[str, float]:
+    """The lines `name  number` of a text."""
+    found = {}
+    for line in text.splitlines():
+        name, _, value = line.rpartition(" ")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("name", ["small", "a.b"])
+def test_runs_are_numbered(tmp_path: Path, name: str) -> None:
+    from lightning_draft.cli import runs
+
+    assert runs.fresh(tmp_path, name) == tmp_path / name
+    for folder in (name, f"{name}-2", f"{name}-10", f"{name}-other"):
+        (tmp_path / folder / "lora").mkdir(parents=True)
+    assert runs.fresh(tmp_path, name) == tmp_path / f"{name}-11"
+    assert [path.name for path in runs.existing(tmp_path, name)] == [name, f"{name}-2", f"{name}-10"]

@@ -148,16 +148,17 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> PromptLoader:
         """Shuffled batches."""
-        return PromptLoader(self.train_prompts, self.batch_size, seed=self.seed, **self._processes())
+        rank, size = self._process()
+        return PromptLoader(self.train_prompts, self.batch_size, seed=self.seed, rank=rank, world_size=size)
 
     def val_dataloader(self) -> FixedPrompts:
         """The held-out prompts in their order."""
-        return FixedPrompts(self.val_prompts, self.val_batch_size, **self._processes())
+        rank, size = self._process()
+        return FixedPrompts(self.val_prompts, self.val_batch_size, rank=rank, world_size=size)
 
-    def _processes(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+    def _process(self) -> tuple[int, int]:
+        """Which process this is, of how many."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
 def hold_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:

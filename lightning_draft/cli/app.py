@@ -128,7 +128,7 @@ class DraftCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="The run writes to runs/NAME.")
         for key, (kind, used, text) in CALLBACKS.items():
             default = {"class_path": _path(kind)} if used else None
-            parser.add_argument(f"--{key}", type=kind | None, default=default, help=text)  # type: ignore[operator]
+            parser.add_argument(f"--{key}", type=kind | None, default=default, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say what is wrong in one message."""
@@ -185,7 +185,7 @@ class DraftCLI(LightningCLI):
         place = Path(self.trainer.log_dir or self.folder)
         if self.trainer.is_global_zero:
             print(_headline(self.model), flush=True)
-            if not self.trainer.fast_dev_run:
+            if not self._get(self.config, "trainer")["fast_dev_run"]:
                 print(f"run folder: {place}    (curves: tensorboard --logdir {self.folder.parent})", flush=True)
 
     def fit(self, **kwargs: Any) -> None:
@@ -233,7 +233,7 @@ class DraftCLI(LightningCLI):
             yield f"resume:   add --ckpt_path last --name {self.config[self.subcommand]['name']}"
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, LoRAExport)]  # type: ignore[attr-defined]
         files = [file for export in exports for file in (export.best_path, export.last_path) if file.is_file()]
-        if not files or self.trainer.fast_dev_run:
+        if not files or self._get(self.config, "trainer")["fast_dev_run"]:
             return
         base = getattr(self.model.model, "pretrained", "...")
         yield f"adapters: {'  '.join(map(str, files))}"
@@ -251,7 +251,7 @@ def import_from_here() -> None:
 
 def diagnosis(args: list[str]) -> str | None:
     """What is wrong with the arguments of a verb; what a module of the user's raises is raised."""
-    named = {key: kind | None for key, (kind, _, _) in CALLBACKS.items()}  # type: ignore[operator]
+    named = {key: kind | None for key, (kind, _, _) in CALLBACKS.items()}
     groups = {"model": RewardModule, "data": PromptDataModule, "trainer": Trainer}
     plain = {"seed_everything": bool | int, "name": str | None, "ckpt_path": str | None}
     rest = {"weights_only": bool | None, "verbose": bool}

@@ -208,7 +208,7 @@ def _import(name: str, classes: tuple[type, ...]) -> type | str:
     if not (isinstance(kind, type) and issubclass(kind, classes)):
         return f"{name!r} is not a {_kinds(classes)}"
     if inspect.isabstract(kind):
-        methods = ", ".join(sorted(kind.__abstractmethods__))
+        methods = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
         return f"{name!r} is abstract: it has no {methods}"
     return kind
 

@@ -1,5 +1,8 @@
 """The command line in process, in an empty folder, on small random models."""
 
+import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,11 +61,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def command(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def command(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
     """Run `lightning-draft` with arguments, in `workplace`."""
 
     def run(*args: object) -> Result:
         capsys.readouterr()
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            for handler in logging.getLogger(name).handlers:
+                # Bound to the error stream of the test that imported Lightning, which is closed by now.
+                monkeypatch.setattr(handler, "stream", sys.stderr, raising=False)
         try:
             status = main([str(arg) for arg in args])
         except SystemExit as end:
@@ -70,6 +79,29 @@ def command(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
         return Result(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of `small.yaml` has ended that changed its model visibly."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "small.yaml").write_text(SMALL.format(model=tiny_sd))
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert (
+            main(["fit", "--config", "small.yaml", "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05"]) == 0
+        )
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def trained(workplace: Path, finished: Path) -> Path:
+    """The config of a finished run, whose results are in `runs/small`."""
+    shutil.copytree(finished, workplace, dirs_exist_ok=True)
+    return workplace / "small.yaml"
 
 
 @pytest.fixture
@@ -105,4 +137,5 @@ trainer:
   max_steps: 2
   accelerator: cpu
   val_check_interval: 2
+gradients: {{figure_every_n_steps: 0}}
 """

@@ -1,5 +1,6 @@
 """The command line: pages, run folders, resuming, validating, sampling."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,22 +90,20 @@ def test_resuming_equals_the_uninterrupted_run(command: Callable, config: Path) 
     assert yaml.safe_load(Path("runs/parts/config.yaml").read_text())["ckpt_path"] is None
 
 
-def test_a_checkpoint_does_not_override_what_is_typed(command: Callable, config: Path) -> None:
-    command("fit", "--config", config)
+def test_a_checkpoint_does_not_override_what_is_typed(command: Callable, trained: Path) -> None:
     checkpoint = torch.load("runs/small/checkpoints/last.ckpt")
     checkpoint["hyper_parameters"] = {"seed": 77, "kl_weight": 5.0}
     torch.save(checkpoint, "mine.ckpt")
     args = ["--ckpt_path", "mine.ckpt", "--name", "typed", "--model.seed", "3", "--trainer.max_steps", "3"]
-    assert command("fit", "--config", config, *args).status == 0
+    assert command("fit", "--config", trained, *args).status == 0
     saved = yaml.safe_load(Path("runs/typed/config.yaml").read_text())["model"]["init_args"]
     assert (saved["seed"], saved["kl_weight"]) == (3, 0.0)
 
 
-def test_last_is_the_newest_run_of_the_name_or_the_given_one(command: Callable, config: Path) -> None:
-    for _ in range(2):
-        command("fit", "--config", config)
+def test_last_is_the_newest_run_of_the_name_or_the_given_one(command: Callable, trained: Path) -> None:
+    shutil.copytree("runs/small", "runs/small-2", copy_function=shutil.copyfile)
     steps = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
-    assert "runs/small-2/checkpoints/last.ckpt" in command("fit", "--config", config, *steps).err
+    assert "runs/small-2/checkpoints/last.ckpt" in command("fit", "--config", trained, *steps).err
     assert "runs/small/checkpoints/last.ckpt" in command("fit", "--config", "runs/small", *steps).err
 
 
@@ -155,8 +154,7 @@ def test_interpolation_and_later_files_and_options_win(command: Callable, config
     assert arguments["truncation"]["init_args"] == {"k": 2}
 
 
-def test_validate_scores_the_checkpoint(command: Callable, config: Path) -> None:
-    command("fit", "--config", config, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05")
+def test_validate_scores_the_checkpoint(command: Callable, trained: Path) -> None:
     base = command("validate", "--config", "runs/small")
     tuned = command("validate", "--config", "runs/small", "--ckpt_path", "last")
     assert _table(base.out)["val/gain"] == 0
@@ -164,8 +162,7 @@ def test_validate_scores_the_checkpoint(command: Callable, config: Path) -> None
     assert {path.name for path in Path("runs").iterdir()} == {"small"}
 
 
-def test_sample_draws_a_grid_at_the_given_scales(command: Callable, config: Path) -> None:
-    command("fit", "--config", config, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.05")
+def test_sample_draws_a_grid_at_the_given_scales(command: Callable, trained: Path) -> None:
     result = command(
         "sample", "runs/small", "--scale", "0", "1", "2", "--seed", "0", "1", "--prompt", "red", "-o", "a/b.png"
     )
@@ -174,12 +171,10 @@ def test_sample_draws_a_grid_at_the_given_scales(command: Callable, config: Path
     assert list(rewards) == ["base", "scale 1", "scale 2"]
     assert len(set(rewards.values())) == 3
     with Image.open("a/b.png") as picture:
-        width = 3 * 128 + 4 * 6
-        assert picture.width == 2 * (width + 6) + 6
+        assert 6 * 128 < picture.width < 7 * 128
 
 
-def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable, config: Path, tiny_sd: Path) -> None:
-    command("fit", "--config", config)
+def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable, trained: Path, tiny_sd: Path) -> None:
     lora = Path("runs/small/lora/last.safetensors").rename("my.safetensors")
     assert command("sample", lora, "--prompt", "a cat", "--steps", "2", "-o", "one.png").status == 0
     named = command("sample", lora, "--model", tiny_sd, "--prompt", "a cat", "--steps", "2", "-o", "two.png")

@@ -1,4 +1,4 @@
-"""Every shipped config runs: the small ones for two steps, those of real size on a small random pipeline."""
+"""Every shipped config runs: the small ones for one step, those of real size on a small random pipeline."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +22,11 @@ METHODS = {
     "drtune": "DRTune",
 }
 TINY = {
-    "trainer.max_steps": 2,
+    "trainer.max_steps": 1,
     "trainer.accelerator": "cpu",
     "trainer.accumulate_grad_batches": 1,
-    "trainer.val_check_interval": 2,
+    "trainer.val_check_interval": 1,
+    "gradients.figure_every_n_steps": 0,
     "samples.max_samples": 1,
     "model.sampler.num_steps": 10,
     "model.micro_batch_size": "null",
@@ -56,13 +57,11 @@ def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_c
     result = command("fit", "--config", name, *_options(TINY | models))
     assert result.status == 0, result.err
     assert Path(f"runs/{name}/lora/best.safetensors").is_file()
-    again = command("fit", "--config", f"runs/{name}", "--print_config")
-    assert again.status == 0, again.err
 
 
 @pytest.mark.skipif(not (assets.FOLDER / "emoji").is_dir(), reason="the shipped model is not in this checkout")
 def test_quickstart_on_the_shipped_model(command: Callable) -> None:
-    result = command("fit", "--config", "quickstart", *_options(TINY | {"trainer.max_steps": 1, "data.batch_size": 1}))
+    result = command("fit", "--config", "quickstart", *_options(TINY | {"data.batch_size": 1}))
     assert result.status == 0, result.err
     assert Path("runs/quickstart/lora/last.safetensors").is_file()
 

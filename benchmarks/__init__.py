@@ -1,0 +1,1 @@
+"""Measurements of cost and memory, held against what the algorithms must cost."""

@@ -1,0 +1,164 @@
+"""Peak memory of a training step against the number of steps T, of steps with gradient K, and of what is recomputed.
+
+    python -m benchmarks.memory
+    python -m benchmarks.memory --model sd15 --device cuda --dtype bfloat16 --steps 50
+
+Memory beyond the weights, of one step: sampling with gradient, decoder, reward, backward. On CUDA it is the allocator's
+peak; on the CPU it is the peak of the bytes that live tensors hold, counted operation by operation, which is exact and
+repeatable (the libraries' scratch space is not in it).
+"""
+
+import argparse
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import common
+from lightning_draft.models import StableDiffusion
+from lightning_draft.modules import Checkpointing, DraftModule
+from lightning_draft.rewards.colour import ColourTarget
+from lightning_draft.samplers import DDIM
+from lightning_draft.truncation import Full, LastK, Truncation
+
+MIB = 2**20
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make within this context.
+
+    Attributes:
+        now: Bytes alive.
+        peak: Most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made: outputs that share no storage with an input."""
+        kwargs = kwargs or {}
+        old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in old:
+                storage = leaf.untyped_storage()
+                old.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def peak(step: Callable[[], Tensor], device: torch.device) -> float:
+    """MiB that a forward and backward pass take at most, beyond what was there before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step().backward()
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    with LiveBytes() as live:
+        step().backward()
+    return live.peak / MIB
+
+
+class Bench:
+    """One model, measured under several settings."""
+
+    def __init__(self, model: StableDiffusion, batch: int) -> None:
+        self.model = model
+        self.batch = batch
+        model.checkpoint_decoder = True
+        model.decode_chunk = 1
+
+    def __call__(self, steps: int, truncation: Truncation, checkpointing: Checkpointing) -> float:
+        """Peak MiB of one training step."""
+        self.model.block_checkpointing = False
+        module = DraftModule(
+            self.model, ColourTarget(), DDIM(steps, spacing="trailing"), truncation, checkpointing=checkpointing
+        )
+        found = peak(lambda: module.loss_and_logs(["a cat"] * self.batch)[0], self.model.device)
+        for value in module.trainable_parameters().values():
+            value.grad = None
+        return found
+
+    def latents(self) -> float:
+        """MiB of a batch of float32 latents."""
+        channels, height, width = self.model.latent_shape
+        return self.batch * channels * height * width * 4 / MIB
+
+
+def against_steps(bench: Bench, steps: int) -> str:
+    """Full back-propagation: flat when each step is recomputed, but for the latents; else proportional to T."""
+    rows = []
+    lengths = sorted({max(2, steps // 4), max(2, steps // 2), steps, 2 * steps})
+    first: dict[str, float] = {}
+    for length in lengths:
+        row = [str(length)]
+        for mode in ("step", "none"):
+            if mode == "none" and length > steps:
+                row += ["-", "-"]
+                continue
+            measured = bench(length, Full(), mode)  # type: ignore[arg-type]
+            first.setdefault(mode, measured)
+            more = length - lengths[0]
+            expected = first[mode] + more * 3 * bench.latents() if mode == "step" else first[mode] * length / lengths[0]
+            row += [f"{expected:.1f}", f"{measured:.1f}"]
+        rows.append(row)
+    head = ["T", "expected MiB, step", "measured MiB, step", "expected MiB, none", "measured MiB, none"]
+    return (
+        "Full back-propagation against T. Expected from the first line: with each step recomputed flat, up to three "
+        "latents a step;\nwith nothing recomputed proportional to T.\n\n" + common.table(head, rows)
+    )
+
+
+def against_k(bench: Bench, steps: int) -> str:
+    """DRaFT-K: the prefix keeps nothing, so memory follows K, or is flat where steps are recomputed."""
+    rows = []
+    one = bench(steps, LastK(1), "none")
+    for k in sorted({1, 2, max(1, steps // 4), max(1, steps // 2), steps}):
+        kept, again = (bench(steps, LastK(k), mode) for mode in ("none", "step"))
+        auto = "none" if k == 1 else "step"
+        rows.append([str(k), f"{k * one:.1f}", f"{kept:.1f}", f"{one:.1f}", f"{again:.1f}", auto])
+    head = ["K", "expected MiB, none", "measured MiB, none", "expected MiB, step", "measured MiB, step", "auto is"]
+    return (
+        f"DRaFT-K against K at T = {steps}. Expected from K = 1: K times as much with nothing recomputed, as much with "
+        "steps recomputed.\n\n" + common.table(head, rows)
+    )
+
+
+def against_modes(bench: Bench, steps: int) -> str:
+    """What is recomputed, for full back-propagation."""
+    expected = {"none": "1", "block": "< none", "step": "about 1/T", "both": "< step"}
+    found = {mode: bench(steps, Full(), mode) for mode in expected}  # type: ignore[arg-type]
+    rows = [[mode, text, f"{found[mode] / found['none']:.3f}", f"{found[mode]:.1f}"] for mode, text in expected.items()]
+    head = ["checkpointing", "expected / none", "measured / none", "measured MiB"]
+    return f"Full back-propagation at T = {steps} by what is recomputed.\n\n" + common.table(head, rows)
+
+
+def main() -> None:
+    """Measure and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_arguments(parser, steps=8, batch=1)
+    arguments = parser.parse_args()
+    common.quiet()
+    model = common.open_model(arguments).to(arguments.device)
+    bench = Bench(model, arguments.batch)
+    parts = [part(bench, arguments.steps) for part in (against_steps, against_k, against_modes)]
+    common.show("\n\n".join([common.describe(arguments, model) + ".", *parts]), arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Step time of each method against the time of its network calls, measured in the same run.
+
+    python -m benchmarks.step_cost
+    python -m benchmarks.step_cost --model sd15 --device cuda --dtype bfloat16 --steps 50 --batch 4 --guidance-scale 7.5
+
+The floor of a method is its network calls and nothing else: forward without a graph, forward with one, backward. Each
+kind is timed on its own, between the training steps, and multiplied by how often the steps made it. The step is a whole
+training step of Lightning's Trainer: sampling, decoder, reward, backward, optimiser. What the decoder and the reward
+take is timed too, so that the last column shows what is left for everything else.
+"""
+
+import argparse
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from benchmarks import common
+from lightning_draft.data import PromptDataModule
+from lightning_draft.models import StableDiffusion
+from lightning_draft.modules import Checkpointing, DraftModule
+from lightning_draft.rewards.colour import ColourTarget
+from lightning_draft.samplers import DDIM
+from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table.
+
+    Args:
+        name: As in the literature.
+        truncation: What is trained.
+        checkpointing: What is recomputed.
+        forwards: Expected network cost of a sample, in forward passes and without the factor g, from the number of
+            steps: a backward pass counts as one.
+    """
+
+    name: str
+    truncation: Truncation
+    checkpointing: Checkpointing
+    forwards: Callable[[int], float]
+
+
+def methods(steps: int) -> list[Method]:
+    """Every truncation, with the cost that it must have."""
+    k = m = max(2, steps // 5)
+    chances = sum((i + 1) / (steps + 1) for i in range(steps))
+    return [
+        Method("DRaFT, all activations kept", Full(), "none", lambda t: 2 * t),
+        Method("DRaFT, steps checkpointed", Full(), "step", lambda t: 3 * t),
+        Method("DRaFT-1", LastK(1), "none", lambda t: t + 1),
+        Method(f"DRaFT-{k}", LastK(k), "none", lambda t: t + k),
+        Method(f"DRaFT-{k}, steps checkpointed", LastK(k), "step", lambda t: t + 2 * k),
+        Method("DRaFT-LV, n = 2", LowVariance(2), "none", lambda t: t + 1 + 2 * 2),
+        Method(f"ReFL, m = {m}", ReFL(m), "none", lambda t: t - (m + 1) / 2 + 2),
+        Method("AlignProp (paper), steps checkpointed", RandomK(), "step", lambda t: t + 2 * (t + 1) / 2),
+        Method("AlignProp (code)", RandomSteps(), "none", lambda t: t + chances),
+        Method(f"DRTune, k = {k}, m = {m}", DRTune(k, m), "none", lambda t: t - (m + 1) / 2 + 1 + k),
+    ]
+
+
+Kind = tuple[str, int, bool]
+"""`without`, `with` or `again` a graph; batch; whether the input carries a gradient."""
+
+
+@dataclass
+class Clock(Callback):
+    """Times training steps, notes their network and decoder calls, and times those on their own.
+
+    Args:
+        repeats: Timings of each kind of call, before the steps and after them.
+    """
+
+    repeats: int = 3
+    seconds: list[float] = field(default_factory=list)
+    calls: Counter[Kind] = field(default_factory=Counter)
+    decoded: Counter[int] = field(default_factory=Counter)
+    network: dict[Kind, list[float]] = field(default_factory=dict)
+    rest: dict[int, list[float]] = field(default_factory=dict)
+    _noting: bool = False
+    _backward: bool = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Listen to the network and the decoder."""
+        pl_module.model.unet.register_forward_pre_hook(self._note_network)
+        pl_module.model.vae.decoder.register_forward_pre_hook(self._note_decoder)
+
+    def on_before_backward(self, *_: Any) -> None:
+        """From now on calls are recomputed ones."""
+        self._backward = True
+
+    def on_after_backward(self, *_: Any) -> None:
+        """No longer."""
+        self._backward = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The first step warms up and shows which kinds of calls there are."""
+        if trainer.global_step == 1:
+            self._measure(trainer, pl_module)
+            self.calls.clear()
+            self.decoded.clear()
+        self._noting = True
+        synchronize(pl_module.device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """After the last step, time the calls again."""
+        synchronize(pl_module.device)
+        if trainer.global_step > 1:
+            self.seconds.append(time.perf_counter() - self._start)
+        self._noting = False
+        if trainer.global_step == trainer.max_steps:
+            self._measure(trainer, pl_module)
+
+    def floor(self) -> float:
+        """Seconds that the noted network calls take, a step."""
+        return sum(median(self.network[kind]) * count for kind, count in self.calls.items()) / len(self.seconds)
+
+    def beside(self) -> float:
+        """Seconds that decoder and reward take, a step."""
+        return sum(median(self.rest[size]) * count for size, count in self.decoded.items()) / len(self.seconds)
+
+    def forwards(self, batch: int) -> float:
+        """Network cost of a sample, in forward passes, a step; a backward pass counts as one."""
+        passes = sum(size * count * (2 if kind == "with" else 1) for (kind, size, _), count in self.calls.items())
+        return passes / batch / len(self.seconds)
+
+    def _note_network(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._noting:
+            kind = "again" if self._backward else "with" if torch.is_grad_enabled() else "without"
+            self.calls[kind, len(inputs[0]), inputs[0].requires_grad] += 1
+
+    def _note_decoder(self, decoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._noting and not self._backward:
+            self.decoded[len(inputs[0])] += 1
+
+    def _measure(self, trainer: L.Trainer, module: DraftModule) -> None:
+        with trainer.precision_plugin.forward_context(), torch.enable_grad():
+            for kind in self.calls:
+                times = [time_network(module.model, *kind) for _ in range(self.repeats)]  # type: ignore[arg-type]
+                self.network.setdefault(kind, []).extend(times)
+            for size in self.decoded:
+                self.rest.setdefault(size, []).extend(time_rewards(module, size) for _ in range(self.repeats))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_network(model: StableDiffusion, kind: str, batch: int, attached: bool) -> float:
+    """Seconds of one call of the bare network, and of its backward pass where it has a graph (`with`).
+
+    A recomputed call (`again`) is a forward pass with a graph; its backward pass belongs to the call it repeats.
+    """
+    weight = model.unet.conv_in.weight
+    x = torch.randn(batch, *model.latent_shape, device=weight.device, dtype=weight.dtype, requires_grad=attached)
+    text = model.encode([""]).tensors["text"].to(weight).expand(batch, -1, -1)
+    synchronize(weight.device)
+    start = time.perf_counter()
+    with torch.set_grad_enabled(kind != "without"):
+        output = model.unet(x, 500, encoder_hidden_states=text, return_dict=False)[0]
+    if kind == "with":
+        targets = [value for _, value in model.trainable_parameters()] + ([x] if attached else [])
+        torch.autograd.grad(output.sum(), targets)
+    synchronize(weight.device)
+    return time.perf_counter() - start
+
+
+def time_rewards(module: DraftModule, batch: int) -> float:
+    """Seconds of decoding and rewarding a batch of latents, with the backward pass."""
+    latents = module.model.noise(batch).requires_grad_()
+    synchronize(module.device)
+    start = time.perf_counter()
+    rewards, _, _ = module._rewards(latents, [""] * batch)
+    torch.autograd.grad(module.loss(rewards).sum(), latents)
+    synchronize(module.device)
+    return time.perf_counter() - start
+
+
+def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespace) -> list[str]:
+    """The method's line of the table."""
+    module = DraftModule(
+        model,
+        ColourTarget(),
+        DDIM(arguments.steps, spacing="trailing"),
+        method.truncation,
+        checkpointing=method.checkpointing,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+    )
+    clock = Clock(arguments.repeats)
+    device = torch.device(arguments.device)
+    trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision=arguments.precision,
+        max_steps=1 + arguments.repeats,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, PromptDataModule(["a cat"] * 8, batch_size=arguments.batch, val_size=0))
+    g = 1 if arguments.guidance_scale == 1 else 2
+    step, floor, beside = sum(clock.seconds) / len(clock.seconds), clock.floor(), clock.beside()
+    return [
+        method.name,
+        f"{method.forwards(arguments.steps) * g:.1f}",
+        f"{clock.forwards(arguments.batch):.1f}",
+        f"{floor:.3f}",
+        f"{beside:.3f}",
+        f"{step:.3f}",
+        f"{step / floor:.3f}",
+        f"{step / (floor + beside):.3f}",
+    ]
+
+
+HEAD = ["method", "expected F", "counted F", "network s", "decoder, reward s", "step s", "step / network", "step / all"]
+NOTES = """\
+F is one forward pass of the network for one sample; a backward pass counts as one F, and its time is measured. Expected
+is the mean over the method's random choices, counted is what the measured steps drew. The aim is below 1.10 for the
+step against its network calls; where the decoder is large beside the network, for the step against all."""
+
+
+def main() -> None:
+    """Measure and show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_arguments(parser, steps=10, batch=2)
+    parser.add_argument("--precision", default="32-true", help="the Trainer's: 32-true or bf16-mixed")
+    parser.add_argument(
+        "--repeats", type=int, default=4, help="measured steps, and timings of each call before and after"
+    )
+    parser.add_argument("--methods", nargs="*", default=[], help="only those whose name starts with one of these")
+    arguments = parser.parse_args()
+    common.quiet()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    model = common.open_model(arguments)
+    chosen = tuple(arguments.methods) or ("",)
+    rows = [measure(m, model, arguments) for m in methods(arguments.steps) if m.name.startswith(chosen)]
+    title = f"T = {arguments.steps}. {common.describe(arguments, model)}, {arguments.precision}."
+    common.show(f"{title}\n\n{common.table(HEAD, rows)}\n\n{NOTES}", arguments.output)
+
+
+if __name__ == "__main__":
+    main()

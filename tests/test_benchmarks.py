@@ -1,0 +1,66 @@
+"""What the benchmarks count, on a small pipeline: the cost table itself, and memory that does not grow with T."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, memory, step_cost
+from lightning_draft.models import StableDiffusion
+from lightning_draft.truncation import Full, LastK
+
+STEPS = 6
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_every_method_makes_the_calls_that_the_cost_table_allows(tiny_sd: Path, guidance_scale: float) -> None:
+    """With guidance both halves are one batch, so the calls are as many and twice as large."""
+    model = StableDiffusion(str(tiny_sd), guidance_scale=guidance_scale)
+    arguments = argparse.Namespace(
+        device="cpu", precision="32-true", repeats=1, batch=1, steps=STEPS, guidance_scale=guidance_scale
+    )
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    chosen = step_cost.methods(STEPS)
+    if guidance_scale != 1:
+        chosen = [method for method in chosen if method.name in ("DRaFT-1", "DRaFT-LV, n = 2")]
+    for method in chosen:
+        name, expected, counted, *_ = step_cost.measure(method, model, arguments)
+        least, most = {
+            "ReFL": (STEPS, STEPS + 1),
+            "AlignProp (paper)": (STEPS + 2, 3 * STEPS),
+            "AlignProp (code)": (STEPS + 1, 2 * STEPS),
+            "DRTune": (STEPS + 1, STEPS + 2),
+        }.get(name.split(",")[0], (float(expected), float(expected)))
+        assert least <= float(counted) <= most, name
+        assert least <= float(expected) <= most, name
+
+
+def test_live_bytes_are_those_that_live() -> None:
+    x = torch.zeros(1000)
+    with memory.LiveBytes() as live:
+        y = x + 1
+        view = y.view(10, 100)[2]
+        del y
+        assert (live.now, live.peak) == (4000, 4000)
+        z = torch.ones(500, dtype=torch.float64)
+        del view
+        assert (live.now, live.peak) == (4000, 8000)
+        z.mul_(2)
+        x.t()
+        assert (live.now, live.peak) == (4000, 8000)
+
+
+def test_full_back_propagation_takes_as_much_memory_for_any_number_of_steps(tiny_sd: Path) -> None:
+    bench = memory.Bench(StableDiffusion(str(tiny_sd), guidance_scale=1.0), batch=1)
+    short, long = (bench(steps, Full(), "step") for steps in (3, 9))
+    assert long - short < 6 * 3 * bench.latents()
+    assert bench(6, Full(), "none") > 1.7 * bench(3, Full(), "none")
+    assert bench(9, LastK(1), "none") == pytest.approx(bench(3, LastK(1), "none"), rel=0.02)
+    assert bench(3, Full(), "both") < short
+
+
+def test_tables_are_markdown() -> None:
+    page = common.table(["name", "n"], [["a", "1"], ["long", "22"]])
+    assert page.splitlines() == ["| name |  n |", "| ---- | -: |", "| a    |  1 |", "| long | 22 |"]

@@ -111,7 +111,7 @@ def against_steps(bench: Bench, steps: int) -> str:
             if mode == "none" and length > steps:
                 row += ["-", "-"]
                 continue
-            measured = bench(length, Full(), mode)  # type: ignore[arg-type]
+            measured = bench(length, Full(), mode)
             first.setdefault(mode, measured)
             more = length - lengths[0]
             expected = first[mode] + more * 3 * bench.latents() if mode == "step" else first[mode] * length / lengths[0]

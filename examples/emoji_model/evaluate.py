@@ -22,7 +22,8 @@ from examples.emoji_model.data import Emoji, prepare
 @torch.no_grad()
 def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, seed: int = 0) -> Tensor:
     """Sample one picture a caption in 20 steps, `(N, 3, 32, 32)` in [0, 1]."""
-    noise = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    shape = (pipe.unet.config.in_channels, *(pipe.unet.config.sample_size,) * 2)
+    noise = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
     pictures = [
         pipe(
             captions[i : i + 32],

@@ -15,10 +15,9 @@ from examples.emoji_model import parts
 from examples.emoji_model.data import Emoji, prepare
 
 
-def weights(checkpoint: Path, *, averaged: bool = True) -> dict[str, Tensor]:
-    """A network's weights in a training checkpoint: their average, or where the training left them."""
+def weights(checkpoint: Path, prefix: str = "network.") -> dict[str, Tensor]:
+    """What lies under `prefix` in a training checkpoint."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = "average.module." if averaged else "network."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -28,7 +27,7 @@ def standardised_autoencoder(checkpoint: Path, emoji: Emoji) -> AutoencoderKL:
     The latents of the pictures then have mean 0 and deviation 1 in every channel, and the scaling factor is 1.
     """
     vae = parts.autoencoder()
-    vae.load_state_dict(weights(checkpoint, averaged=False))  # too short a training for the average to keep up
+    vae.load_state_dict(weights(checkpoint))
     vae.eval().requires_grad_(False)
     latents = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3))
@@ -45,7 +44,7 @@ def standardised_autoencoder(checkpoint: Path, emoji: Emoji) -> AutoencoderKL:
 def pipeline(folder: Path, emoji: Emoji) -> StableDiffusionPipeline:
     """The text-to-image pipeline, all parts real."""
     words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    state = weights(folder / "unet" / "last.ckpt")
+    state = weights(folder / "unet" / "last.ckpt", "average.module.")
     networks = {"unet": parts.unet(), "text": parts.text_encoder(words)}
     for name, network in networks.items():
         network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})

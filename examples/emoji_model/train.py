@@ -1,15 +1,15 @@
 """Train the shipped text-to-image model and the small CLIP that rewards it.
 
-    python -m examples.emoji_model.train vae  --hours 0.25
-    python -m examples.emoji_model.train unet --hours 2
-    python -m examples.emoji_model.train clip --hours 0.2
+    python -m examples.emoji_model.train vae  --batch-size 8 --steps 2600
+    python -m examples.emoji_model.train clip --batch-size 128 --steps 2000
+    python -m examples.emoji_model.train unet --batch-size 16 --steps 10000
 
-Each part checkpoints every few minutes under `runs/emoji/<part>` and continues from there when started again;
-the denoiser and the CLIP that `export.py` packs are exponential moving averages.
+Each part checkpoints every 500 steps under `runs/emoji/<part>` and continues from there when started again.
 """
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import CLIPTokenizer
 
 from examples.emoji_model import parts
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.export import standardised_autoencoder
+from examples.emoji_model.export import standardised_autoencoder, weights
 
 
 class Batches(IterableDataset[Tensor]):
@@ -44,14 +45,11 @@ class Batches(IterableDataset[Tensor]):
 
 
 class Part(L.LightningModule):
-    """What the three trainings share: AdamW with warm-up and cosine decay, and an average of the weights."""
+    """What the three trainings share: AdamW with warm-up and cosine decay."""
 
-    def __init__(
-        self, network: nn.Module, lr: float, steps: int, weight_decay: float = 0.01, decay: float = 0.999
-    ) -> None:
+    def __init__(self, network: nn.Module, lr: float, steps: int, weight_decay: float = 0.01) -> None:
         super().__init__()
         self.network = network
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self.lr, self.steps, self.weight_decay = lr, steps, weight_decay
 
     def configure_optimizers(self) -> Any:
@@ -66,10 +64,6 @@ class Part(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Fold the new weights into the average."""
-        self.average.update_parameters(self.network)
 
 
 class Autoencoder(Part):
@@ -92,11 +86,18 @@ class Autoencoder(Part):
 
 
 class Denoiser(Part):
-    """v-prediction on the autoencoder's latents; the text encoder trains along."""
+    """v-prediction on the autoencoder's latents; the text encoder starts as the CLIP's and trains along.
+
+    What is exported is the weights' exponential moving average.
+    """
 
     def __init__(self, emoji: Emoji, steps: int, folder: Path) -> None:
-        words = parts.tokenizer(sorted(set(emoji.captions)), folder / "tokenizer")
-        super().__init__(nn.ModuleDict({"unet": parts.unet(), "text": parts.text_encoder(words)}), 6e-4, steps, 1e-3)
+        words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        text = parts.text_encoder(words)
+        text.load_state_dict(weights(folder / "clip" / "last.ckpt", "network.text_model."))
+        super().__init__(nn.ModuleDict({"unet": parts.unet(), "text": text}), 1e-3, steps, 1e-3)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+        self.average.requires_grad_(False)
         self.network["unet"].to(memory_format=torch.channels_last)
         schedule = parts.scheduler()
         self.register_buffer("alphas", schedule.alphas_cumprod.sqrt(), persistent=False)
@@ -109,8 +110,9 @@ class Denoiser(Part):
         latents = self.latents[index].to(memory_format=torch.channels_last)
         dropped = torch.rand(len(index)) < 0.1
         tokens = self.tokens[torch.where(dropped, len(self.tokens) - 1, index)]
-        # One draw of t from each of B equal strata: the same loss with less variance.
-        t = ((torch.rand(len(index)) + torch.arange(len(index))) / len(index) * 1000).long().clamp_max(999)
+        # One draw from each of B equal strata, for less variance; then towards noise, where the caption decides.
+        u = (torch.rand(len(index)) + torch.arange(len(index))) / len(index)
+        t = (1000 * (1 - (1 - u) ** 2)).long().clamp_max(999)
         noise = torch.randn_like(latents)
         alpha, sigma = self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
         target = alpha * noise - sigma * latents
@@ -119,6 +121,10 @@ class Denoiser(Part):
         loss = F.mse_loss(predicted, target)
         self.log("loss", loss, prog_bar=True)
         return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Fold the new weights into the average."""
+        self.average.update_parameters(self.network)
 
 
 class Contrast(Part):
@@ -182,11 +188,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--hours", type=float, default=2.0, help="stop after this long, wherever the schedule is")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="a process")
+    parser.add_argument("--devices", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(int(os.environ.get("LOCAL_RANK", 0)), verbose=False)
     emoji = Emoji.load(prepare(arguments.folder))
     module, indices = build(arguments.part, emoji, arguments.steps, arguments.folder)
     where = arguments.folder / arguments.part
@@ -196,7 +203,8 @@ def main() -> None:
         max_time={"seconds": int(3600 * arguments.hours)},
         callbacks=[ModelCheckpoint(where, save_last=True, every_n_train_steps=500, save_top_k=0)],
         accelerator="auto",
-        devices=1,
+        devices=arguments.devices,
+        strategy="ddp" if arguments.devices > 1 else "auto",
         gradient_clip_val=1.0,
         log_every_n_steps=20,
         enable_model_summary=False,

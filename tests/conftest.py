@@ -12,7 +12,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 torch.set_num_threads(1)
 
@@ -130,3 +138,24 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
         set_alpha_to_one=True,
     )
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sd-v", scheduler)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> Path:
+    """A two-tower CLIP for 16x16 images, with the tokenizer of `tiny_sd`."""
+    words = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**tower, **ends, "vocab_size": len(words), "max_position_embeddings": words.model_max_length}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 4}, projection_dim=8)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("clips") / "tiny-clip"
+    model.eval().save_pretrained(folder)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPProcessor(CLIPImageProcessor(**size), words).save_pretrained(folder)
+    return folder

@@ -27,7 +27,10 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """The denoiser of 16x16x4 latents, 8.6 M parameters; from 2x2 a caption becomes a layout by upsampling."""
+    """The denoiser of 16x16x4 latents, 8.7 M parameters; from 2x2 a caption becomes a layout by upsampling.
+
+    The caption reaches every block twice: by attention, and pooled beside the time.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -36,6 +39,8 @@ def unet() -> UNet2DConditionModel:
         block_out_channels=(32, 64, 128, 192),
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
         norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

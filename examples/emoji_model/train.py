@@ -190,12 +190,15 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=2.0, help="stop after this long, wherever the schedule is")
     parser.add_argument("--batch-size", type=int, default=32, help="a process")
     parser.add_argument("--devices", type=int, default=1, help="processes")
+    parser.add_argument("--init", type=Path, help="a checkpoint whose weights to start from, where names agree")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     L.seed_everything(int(os.environ.get("LOCAL_RANK", 0)), verbose=False)
     emoji = Emoji.load(prepare(arguments.folder))
     module, indices = build(arguments.part, emoji, arguments.steps, arguments.folder)
+    if arguments.init:
+        module.load_state_dict(torch.load(arguments.init, weights_only=True)["state_dict"], strict=False)
     where = arguments.folder / arguments.part
     trainer = L.Trainer(
         default_root_dir=where,

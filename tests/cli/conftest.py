@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from lightning_draft.__main__ import main
-
-SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -24,28 +20,6 @@ class Result:
     status: int
     out: str
     err: str
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP for 16x16 pictures, with the tokenizer of `tiny_sd`."""
-    torch.manual_seed(1)
-    words = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {
-        **common,
-        "vocab_size": len(words),
-        "max_position_embeddings": words.model_max_length,
-        "bos_token_id": words.bos_token_id,
-        "eos_token_id": words.eos_token_id,
-        "pad_token_id": words.pad_token_id,
-    }
-    vision = {**common, "image_size": SIZE, "patch_size": 8}
-    folder = tmp_path_factory.mktemp("clips") / "tiny-clip"
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    words.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,38 +1,14 @@
-"""A small random CLIP in the real format, pictures, and finite differences."""
+"""Pictures, and finite differences."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lightning_draft.rewards import Reward
 
-SIDE = 16
 Check = Callable[[Reward, Tensor, Sequence[str]], Tensor]
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> Path:
-    """A two-tower CLIP for 16x16 images, with the tokenizer of `tiny_sd`."""
-    words = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = {**tower, **ends, "vocab_size": len(words), "max_position_embeddings": words.model_max_length}
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(text_config=text, vision_config={**tower, "image_size": SIDE, "patch_size": 4}, projection_dim=8)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("clips") / "tiny-clip"
-    model.eval().save_pretrained(folder)
-    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    CLIPProcessor(CLIPImageProcessor(**size), words).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,58 @@
+"""What the emoji scripts compute, without their data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from examples.emoji_model import evaluate, export, parts
+from examples.emoji_model.data import Emoji
+
+
+@pytest.fixture
+def emoji() -> Emoji:
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    names = ["cat", "cat", "dog", "dog", "bed", "bed"]
+    return Emoji(
+        images,
+        names,
+        ["noto", "twemoji"] * 3,
+        drawn=torch.tensor([True, True, True, True, False, False]),
+        held_out=torch.tensor([False, False, False, True, False, False]),
+    )
+
+
+def test_standardising_changes_the_latents_and_not_the_pictures(emoji: Emoji, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = parts.autoencoder().eval()
+    state = {f"network.{key}": value for key, value in vae.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    standardised = export.standardised_autoencoder(tmp_path / "last.ckpt", emoji)
+    images = emoji.images * 2 - 1
+    with torch.no_grad():
+        before, after = vae.encode(images).latent_dist, standardised.encode(images).latent_dist
+        std, mean = torch.std_mean(before.mean, dim=(0, 2, 3), keepdim=True)
+        torch.testing.assert_close(after.mean, (before.mean - mean) / std, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(after.std, before.std / std, rtol=1e-3, atol=1e-4)
+        pictures = standardised.decode(after.mean).sample
+        torch.testing.assert_close(pictures, vae.decode(before.mean).sample, rtol=1e-3, atol=1e-3)
+
+
+def test_nearest_looks_at_training_pictures_only(emoji: Emoji) -> None:
+    noisy = (emoji.images + 0.01).clamp(0, 1)
+    found = evaluate.nearest(noisy, emoji)
+    assert found[:3] == ["cat", "cat", "dog"]
+    assert set(found) <= {"cat", "dog"}
+    only_held_out = evaluate.nearest(noisy[3:4], emoji)
+    distances = (emoji.images[:3] - noisy[3]).square().flatten(1).sum(1)
+    assert only_held_out == [emoji.names[int(distances.argmin())]]
+
+
+def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
+    captions = ["noto red apple", "twemoji deciduous tree"]
+    words = parts.tokenizer(captions, tmp_path)
+    assert isinstance(words, CLIPTokenizer)
+    tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert tokens.shape == (2, parts.MAX_LENGTH)
+    assert [words.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions

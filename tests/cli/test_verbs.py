@@ -103,8 +103,8 @@ def test_a_checkpoint_does_not_override_what_is_typed(command: Callable, trained
 def test_last_is_the_newest_run_of_the_name_or_the_given_one(command: Callable, trained: Path) -> None:
     shutil.copytree("runs/small", "runs/small-2", copy_function=shutil.copyfile)
     steps = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
-    assert "runs/small-2/checkpoints/last.ckpt" in command("fit", "--config", trained, *steps).err
-    assert "runs/small/checkpoints/last.ckpt" in command("fit", "--config", "runs/small", *steps).err
+    assert "run folder: runs/small-2 " in command("fit", "--config", trained, *steps).out
+    assert "run folder: runs/small " in command("fit", "--config", "runs/small", *steps).out
 
 
 def test_callbacks_can_be_changed_removed_and_added(command: Callable, config: Path) -> None:

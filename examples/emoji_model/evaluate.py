@@ -1,6 +1,7 @@
 """Measure what ships: does the pipeline draw what it is told, and does the CLIP know what it sees.
 
     python -m examples.emoji_model.evaluate --sheet examples/emoji_model/samples.png
+    python -m examples.emoji_model.evaluate --steps 10 --guidance 1 --lora runs/quickstart/lora/best.safetensors
 
 A drawing counts as right where the nearest training picture (L2 over the 32x32 pixels) carries the prompted name, in
 either style.
@@ -20,15 +21,15 @@ from examples.emoji_model.data import Emoji, prepare
 
 
 @torch.no_grad()
-def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, seed: int = 0) -> Tensor:
-    """Sample one picture a caption in 20 steps, `(N, 3, 32, 32)` in [0, 1]."""
+def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, steps: int = 20, seed: int = 0) -> Tensor:
+    """Sample one picture a caption, `(N, 3, 32, 32)` in [0, 1]."""
     shape = (pipe.unet.config.in_channels, *(pipe.unet.config.sample_size,) * 2)
     noise = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
     pictures = [
         pipe(
             captions[i : i + 32],
             latents=noise[i : i + 32],
-            num_inference_steps=20,
+            num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="pt",
         ).images
@@ -44,11 +45,10 @@ def nearest(pictures: Tensor, emoji: Emoji) -> list[str]:
     return [emoji.names[i] for i in rows[distances.argmin(1)].tolist()]
 
 
-def drawing_rate(pipe: StableDiffusionPipeline, emoji: Emoji, rows: list[int], guidance: float) -> tuple[float, Tensor]:
-    """Share of right drawings for the captions of `rows`, and the drawings."""
-    pictures = draw(pipe, [emoji.captions[i] for i in rows], guidance)
-    right = [found == emoji.names[i] for found, i in zip(nearest(pictures, emoji), rows, strict=True)]
-    return sum(right) / len(right), pictures
+def right(pictures: Tensor, emoji: Emoji, rows: list[int]) -> float:
+    """Share of `pictures`, drawn for the captions of `rows`, that are right."""
+    found = nearest(pictures, emoji)
+    return sum(name == emoji.names[row] for name, row in zip(found, rows, strict=True)) / len(rows)
 
 
 @torch.no_grad()
@@ -78,24 +78,30 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("lightning_draft/assets"))
     parser.add_argument("--count", type=int, default=256, help="how many training captions to draw")
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--lora", type=Path, help="load these adapters into the pipeline, by diffusers")
     parser.add_argument("--sheet", type=Path, help="PNG of 64 drawings")
     arguments = parser.parse_args()
     emoji = Emoji.load(prepare(arguments.data))
     drawn = torch.nonzero(emoji.drawn & ~emoji.held_out).squeeze(1)
     chosen = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: arguments.count]].tolist()
-    held_out = torch.nonzero(emoji.held_out).squeeze(1).tolist()
-    figures: dict[str, float] = {}
-    if (arguments.assets / "emoji").exists():
-        pipe = StableDiffusionPipeline.from_pretrained(arguments.assets / "emoji", torch_dtype=torch.float32)
-        pipe.set_progress_bar_config(disable=True)
-        figures["drawn"], pictures = drawing_rate(pipe, emoji, chosen, arguments.guidance)
-        figures["drawn, unseen pairs"], _ = drawing_rate(pipe, emoji, held_out, arguments.guidance)
-        if arguments.sheet:
-            sheet(pictures[:64], arguments.sheet)
-    if (arguments.assets / "emoji-clip").exists():
-        everything = list(range(len(emoji.images)))
-        figures["retrieved of all"] = retrieval_rate(arguments.assets / "emoji-clip", emoji, everything)
-        figures["retrieved of drawn"] = retrieval_rate(arguments.assets / "emoji-clip", emoji, drawn.tolist())
+    unseen = torch.nonzero(emoji.held_out).squeeze(1).tolist()
+    pipe = StableDiffusionPipeline.from_pretrained(arguments.assets / "emoji", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if arguments.lora:
+        pipe.load_lora_weights(arguments.lora)
+    pictures, others = (
+        draw(pipe, [emoji.captions[row] for row in rows], arguments.guidance, arguments.steps)
+        for rows in (chosen, unseen)
+    )
+    if arguments.sheet:
+        sheet(pictures[:64], arguments.sheet)
+    clip = arguments.assets / "emoji-clip"
+    figures = {
+        "drawn right": right(pictures, emoji, chosen),
+        "drawn right, unseen pairs": right(others, emoji, unseen),
+        "retrieved by the CLIP, of all captions": retrieval_rate(clip, emoji, list(range(len(emoji.images)))),
+    }
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=2))
 
 

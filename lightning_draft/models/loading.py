@@ -112,7 +112,7 @@ def check_parts(pipeline: StableDiffusionPipeline, source: str) -> None:
     channels = f"its network takes {unet.in_channels} channels and the autoencoder makes {vae.latent_channels}"
     reasons = {
         f"{channels} (inpainting?)": unet.in_channels != vae.latent_channels,
-        "its network needs more conditioning than text (SDXL?)": unet.addition_embed_type is not None,
+        "its network needs more conditioning than text (SDXL?)": unet.addition_embed_type not in (None, "text"),
         "its network needs class labels": unet.class_embed_type is not None or unet.num_class_embeds is not None,
         "its network is distilled over guidance scales (LCM?)": unet.time_cond_proj_dim is not None,
     }

@@ -22,7 +22,7 @@ def command(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.
         "budget": 1,
         "sampling-steps": STEPS,
         "batch-size": BATCH,
-        "repeats": 1,
+        "every": 60,
     }
     words = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", ["truncation_table", *words])

@@ -20,7 +20,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.preflight import check_setup, prove
-from lightning_draft.rewards.base import Reward, check_scores
+from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
 from lightning_draft.truncation import LastK, Truncation
 
@@ -53,7 +53,11 @@ class RewardModule(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.reward = _frozen(reward)
-        self.watch = nn.ModuleDict({name: _frozen(other) for name, other in (watch or {}).items()})
+        watch = watch or {}
+        if "reward" in watch:
+            raise ConfigurationError("`reward` is the trained reward's own name; call the watched one something else")
+        self.watch_names = [check_name(name) for name in watch]
+        self.watch = nn.ModuleList(_frozen(other) for other in watch.values())
         self.sampler = DDIM(50) if sampler is None else sampler
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -104,7 +108,7 @@ class RewardModule(L.LightningModule, ABC):
         """Scores `(B,)` of images clamped to [0, 1]: `reward`, its parts, and the watched rewards."""
         images = images.float().clamp(0, 1)
         total, parts = self.reward.breakdown(images, prompts)
-        watched = {name: reward(images, prompts) for name, reward in self.watch.items()}
+        watched = {name: reward(images, prompts) for name, reward in zip(self.watch_names, self.watch, strict=True)}
         return {"reward": total, **{f"reward/{name}": part for name, part in parts.items()}, **watched}
 
     def validation_step(self, prompts: Sequence[str], batch_idx: int, dataloader_idx: int = 0) -> None:

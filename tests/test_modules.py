@@ -531,3 +531,18 @@ def test_the_optimiser_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tm
 def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear(**options)
+
+
+@pytest.mark.parametrize("name", ["training", "type", "parameters"])
+def test_a_watched_reward_may_have_the_name_of_a_module_s_attribute(name: str, tiny_sd: Path) -> None:
+    module = DraftModule(
+        StableDiffusion(str(tiny_sd), guidance_scale=1.0), Brightness(), DDIM(2), watch={name: Brightness()}
+    )
+    scores = module.score(torch.rand(2, 3, 16, 16), ["a cat", "a dog"])
+    torch.testing.assert_close(scores[name], scores["reward"])
+
+
+@pytest.mark.parametrize("name", ["a.b", "reward", ""])
+def test_a_watched_reward_s_name_must_not_hide_another(name: str, tiny_sd: Path) -> None:
+    with pytest.raises(ConfigurationError, match="reward"):
+        DraftModule(StableDiffusion(str(tiny_sd)), Brightness(), watch={name: Brightness()})

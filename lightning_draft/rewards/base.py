@@ -1,10 +1,13 @@
 """What a reward is."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
 
 
 class Prompt(str):
@@ -56,6 +59,19 @@ class Reward(nn.Module, ABC):
     def breakdown(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The score `(B,)` and its parts by name, each `(B,)`; parts are what a run logs beside the total."""
         return self(images, prompts), {}
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name a reward.
+
+    Raises:
+        ConfigurationError: It cannot be part of a log key.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigurationError(
+            f"{name!r} cannot name a reward: it becomes part of a log key; use letters, digits, _ and -"
+        )
+    return name
 
 
 def check_scores(scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:

@@ -1,6 +1,5 @@
 """Sums of rewards."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import Reward, check_scores
+from lightning_draft.rewards.base import Reward, check_name, check_scores
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class WeightedSum(Reward):
                 "WeightedSum has no reward whose weight is not 0, so its score would be constant; name at least one "
                 "under `rewards`"
             )
-        self.weights = {_checked(name): part.weight for name, part in rewards.items()}
+        self.weights = {check_name(name): part.weight for name, part in rewards.items()}
         self.parts = nn.ModuleList(part.reward for part in rewards.values())
         self.differentiable = all(part.reward.differentiable for part in rewards.values() if part.weight != 0)
 
@@ -68,14 +67,6 @@ class WeightedSum(Reward):
             if weight != 0:
                 total = total + weight * score
         return total, scores
-
-
-def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ConfigurationError(
-            f"{name!r} cannot name a reward: it becomes part of a log key; use letters, digits, _ and -"
-        )
-    return name
 
 
 def _checked_scores(name: str, scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:

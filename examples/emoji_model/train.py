@@ -2,9 +2,11 @@
 
     python -m examples.emoji_model.train vae  --batch-size 8 --steps 2600
     python -m examples.emoji_model.train clip --batch-size 128 --steps 2000
-    python -m examples.emoji_model.train unet --batch-size 16 --steps 10000
+    python -m examples.emoji_model.train unet --batch-size 32 --steps 10000
 
-Each part checkpoints every 500 steps under `runs/emoji/<part>` and continues from there when started again.
+Each part checkpoints every 500 steps under `runs/emoji/<part>` and continues from there when started again. With
+`--pipeline FOLDER` the denoiser trains on that pipeline's autoencoder, tokenizer and text encoder instead of those of
+the first two trainings.
 """
 
 import argparse
@@ -17,11 +19,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from examples.emoji_model import parts
 from examples.emoji_model.data import Emoji, prepare
@@ -91,10 +94,7 @@ class Denoiser(Part):
     What is exported is the weights' exponential moving average.
     """
 
-    def __init__(self, emoji: Emoji, steps: int, folder: Path) -> None:
-        words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        text = parts.text_encoder(words)
-        text.load_state_dict(weights(folder / "clip" / "last.ckpt", "network.text_model."))
+    def __init__(self, emoji: Emoji, steps: int, vae: AutoencoderKL, words: CLIPTokenizer, text: CLIPTextModel) -> None:
         super().__init__(nn.ModuleDict({"unet": parts.unet(), "text": text}), 1e-3, steps, 1e-3)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
         self.average.requires_grad_(False)
@@ -103,7 +103,7 @@ class Denoiser(Part):
         self.register_buffer("alphas", schedule.alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigmas", (1 - schedule.alphas_cumprod).sqrt(), persistent=False)
         self.tokens = words([*emoji.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-        self.latents = encode(emoji, folder)
+        self.latents = encode(emoji, vae)
 
     def training_step(self, index: Tensor, batch_index: int) -> Tensor:
         """`index` is int64 `(B,)`; one caption in ten is dropped, for classifier-free guidance."""
@@ -152,11 +152,10 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def encode(emoji: Emoji, folder: Path) -> Tensor:
-    """Latents of every picture, float32 `(N, 4, 16, 16)`, by the standardised autoencoder."""
-    vae = standardised_autoencoder(folder / "vae" / "last.ckpt", emoji)
-    with torch.no_grad():
-        return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])
+@torch.no_grad()
+def encode(emoji: Emoji, vae: AutoencoderKL) -> Tensor:
+    """Latents of every picture, float32 `(N, 4, 16, 16)`."""
+    return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])
 
 
 def _flip(images: Tensor) -> Tensor:
@@ -171,13 +170,25 @@ def _shift(images: Tensor, most: int = 2) -> Tensor:
     return torch.stack([p[:, y : y + size, x : x + size] for p, x, y in zip(padded, dx, dy, strict=True)])
 
 
-def build(part: str, emoji: Emoji, steps: int, folder: Path) -> tuple[Part, Tensor]:
+def denoiser(emoji: Emoji, steps: int, folder: Path, pipeline: Path | None) -> Denoiser:
+    """The denoiser's training, on the other parts of `pipeline`, or on those that were trained under `folder`."""
+    if pipeline is not None:
+        vae = AutoencoderKL.from_pretrained(pipeline / "vae", torch_dtype=torch.float32).eval()
+        text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).train()
+        return Denoiser(emoji, steps, vae, CLIPTokenizer.from_pretrained(pipeline / "tokenizer"), text)
+    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = parts.text_encoder(words)
+    text.load_state_dict(weights(folder / "clip" / "last.ckpt", "network.text_model."))
+    return Denoiser(emoji, steps, standardised_autoencoder(folder / "vae" / "last.ckpt", emoji), words, text)
+
+
+def build(part: str, emoji: Emoji, steps: int, folder: Path, pipeline: Path | None) -> tuple[Part, Tensor]:
     """The training of `part`, and the pictures it may see."""
     everything = torch.arange(len(emoji.images))
     if part == "vae":
         return Autoencoder(emoji, steps), everything
     if part == "unet":
-        return Denoiser(emoji, steps, folder), everything[emoji.drawn & ~emoji.held_out]
+        return denoiser(emoji, steps, folder, pipeline), everything[emoji.drawn & ~emoji.held_out]
     return Contrast(emoji, steps, folder), everything
 
 
@@ -186,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["vae", "unet", "clip"])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--pipeline", type=Path, help="a pipeline whose other parts the denoiser is trained on")
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--hours", type=float, default=2.0, help="stop after this long, wherever the schedule is")
     parser.add_argument("--batch-size", type=int, default=32, help="a process")
@@ -196,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     L.seed_everything(int(os.environ.get("LOCAL_RANK", 0)), verbose=False)
     emoji = Emoji.load(prepare(arguments.folder))
-    module, indices = build(arguments.part, emoji, arguments.steps, arguments.folder)
+    module, indices = build(arguments.part, emoji, arguments.steps, arguments.folder, arguments.pipeline)
     if arguments.init:
         module.load_state_dict(torch.load(arguments.init, weights_only=True)["state_dict"], strict=False)
     where = arguments.folder / arguments.part

@@ -1,0 +1,182 @@
+"""Reward weights: published files, found on the hub or on disk, verified, and read without running code."""
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of weights as its authors published it.
+
+    Args:
+        repo: Id of the hub repository.
+        name: Path in that repository.
+        size: Bytes; None where they are not known.
+        sha256: Hexadecimal digest of the content; None where it is not known.
+    """
+
+    repo: str
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        """Name and repository, for messages."""
+        return f"{Path(self.name).name} of hub repository {self.repo}"
+
+
+def locate(published: PublishedFile, local: str | None = None, argument: str = "weights") -> Path:
+    """The file on this machine: `local` if given, else from the hub's cache, into which it is downloaded once.
+
+    Size and hash are verified where they are known. A local file under another name than the published one is the
+    user's own and is taken as it is.
+
+    Args:
+        published: What to find.
+        local: A file, or the folder that holds it.
+        argument: The user's name for `local`, for messages.
+
+    Raises:
+        ConfigurationError: It is not there, cannot be had, or is not the published file.
+    """
+    path = _download(published, argument) if local is None else _given(published, local, argument)
+    if path.name == Path(published.name).name:
+        _verify(path, published, argument)
+    return path
+
+
+def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """A flat state dict from safetensors, or from a pickle that holds tensors and plain containers alone.
+
+    Args:
+        path: A `.safetensors` file; any other is read by `torch.load` with `weights_only`.
+        key: Where the state dict lies in a pickle, such as `state_dict`; None if it is all there is.
+
+    Raises:
+        ConfigurationError: It cannot be read, or holds something else.
+    """
+    try:
+        content = _read(path)
+    except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError, _safetensors_error()) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigurationError(
+            f"{path} cannot be read as weights: {reason}; it must be a safetensors file, or a pickle of tensors alone, "
+            "which loads without running code"
+        ) from error
+    if key is not None and isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+        content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        inside = "" if key is None else f" under {key!r}"
+        raise ConfigurationError(f"{path} holds no state dict{inside}: it must map names to tensors")
+    return dict(content)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Copy every tensor into the module's parameter or buffer of that name, in the module's precision.
+
+    Args:
+        module: Receives them.
+        tensors: Exactly its state dict.
+        source: Where they come from, for messages.
+
+    Raises:
+        ConfigurationError: Names or shapes differ.
+    """
+    own = module.state_dict()
+    check_names(own, tensors, source)
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ConfigurationError(
+                f"{source} does not fit: {name} has shape {tuple(tensors[name].shape)} where {tuple(tensor.shape)} is "
+                "expected; give the file that the reward names"
+            )
+    module.load_state_dict(dict(tensors))
+
+
+def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], source: Path | str) -> None:
+    """Check that a state dict has the names expected of it, and no others.
+
+    Raises:
+        ConfigurationError: It has not; the message lists the first few.
+    """
+    for verb, names in (("lacks", expected.keys() - found.keys()), ("has besides", found.keys() - expected.keys())):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise ConfigurationError(
+                f"{source} does not fit: it {verb} {len(names)} tensors, among them {first}; give the file that the "
+                "reward names"
+            )
+
+
+def _given(published: PublishedFile, local: str, argument: str) -> Path:
+    path = Path(local).expanduser()
+    if path.is_dir():
+        path = path / Path(published.name).name
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{argument}={local!r}: {path} does not exist; give a file or the folder it lies in, or leave {argument} "
+            f"out to use {published}"
+        )
+    return path
+
+
+def _download(published: PublishedFile, argument: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):  # what is cached needs no connection
+        return Path(hf_hub_download(published.repo, published.name, local_files_only=True))
+    try:
+        return Path(hf_hub_download(published.repo, published.name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigurationError(
+            f"{published} is not in the hub's cache on this machine and could not be downloaded ({reason}); download "
+            f"it where there is a connection and write {argument}=FOLDER/{Path(published.name).name}"
+        ) from error
+
+
+def _verify(path: Path, published: PublishedFile, argument: str) -> None:
+    difference = None
+    size = path.stat().st_size
+    if published.size is not None and size != published.size:
+        difference = f"it has {size:,} bytes and not {published.size:,}"
+    elif published.sha256 is not None and (digest := _sha256(path)) != published.sha256:
+        difference = f"its SHA-256 starts with {digest[:12]} and not with {published.sha256[:12]}"
+    if difference is not None:
+        raise ConfigurationError(
+            f"{path} is not {published}: {difference}, so the download was cut short or the file is damaged; delete "
+            f"{path.resolve()} and download it again. If it is a version of your own, rename it and write "
+            f"{argument}=ITS_NEW_NAME"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    error: type[Exception] = SafetensorError
+    return error

@@ -1,0 +1,122 @@
+"""What a mean reward does not show: diversity, drift, saturated pixels, and distances between sets of pictures.
+
+Means of scores and their reduction over processes are Lightning's (`self.log`); pairwise and set distances are
+torchmetrics'. Its Inception features need weights that are not shipped, so sets are compared by features of any CLIP,
+which follows people's judgement more closely (Jayasumana et al.).
+
+References:
+    Binkowski et al., "Demystifying MMD GANs", arXiv:1801.01401 (the kernel distance, KID).
+    Heusel et al., arXiv:1706.08500 (the Frechet distance, FID). Jayasumana et al., arXiv:2401.09603 (CLIP features).
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional import pairwise_cosine_similarity, pairwise_euclidean_distance
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from lightning_draft.errors import ConfigurationError
+
+
+def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Mean over prompts of the mean distance between two samples of the same prompt, scalar; 0 is collapse.
+
+    Args:
+        samples: Images `(N, 3, H, W)`, clamped to [0, 1], whose distance is the root mean square difference of pixels,
+            in [0, 1]; or features `(N, D)`, such as `CLIPEncoder.images` gives, whose distance is `1 - cos`, in [0, 2].
+        prompts: `N` prompts; those with a single sample do not count.
+
+    Raises:
+        ConfigurationError: No prompt has two samples.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(str(prompt), []).append(place)
+    several = [places for places in groups.values() if len(places) > 1]
+    if not several:
+        raise ConfigurationError("diversity needs two samples or more of one prompt; repeat the prompts")
+    distances = _image_distances if samples.dim() == 4 else _cosine_distances
+    return torch.stack([_mean_pair(distances(samples[places].float())) for places in several]).mean()
+
+
+def saturated_share(images: Tensor) -> Tensor:
+    """Share of values that are at the end of the range or beyond, `(B,)` in [0, 1].
+
+    Clamping does not change it. White paper counts, so compare it with the base model's.
+
+    Args:
+        images: `(B, 3, H, W)`, in [0, 1] by convention.
+    """
+    return ((images <= 0) | (images >= 1)).flatten(1).float().mean(1)
+
+
+def image_drift(images: Tensor, base: Tensor) -> Tensor:
+    """Root mean square difference of pixels between two models' pictures from the same noise, `(B,)` in [0, 1].
+
+    Args:
+        images: `(B, 3, H, W)`, clamped to [0, 1].
+        base: The same prompts and noise, drawn by the base model.
+    """
+    return (images.float().clamp(0, 1) - base.float().clamp(0, 1)).square().flatten(1).mean(1).sqrt()
+
+
+def kernel_distance(features: Tensor, others: Tensor) -> Tensor:
+    """KID's squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, scalar; without bias, so around 0
+    for samples of one distribution, and sometimes negative.
+
+    Args:
+        features: `(N, D)`, at least 2; where `N` and `M` differ, subsets of the smaller size are averaged over.
+        others: `(M, D)`.
+    """
+    size = min(len(features), len(others))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*save all extracted features in buffer.*")
+        metric = KernelInceptionDistance(
+            _Features(features), subsets=1 if len(features) == len(others) else 100, subset_size=size
+        )
+    metric.update(features, real=True)
+    metric.update(others.to(features), real=False)
+    # The subsets are drawn from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return metric.compute()[0]
+
+
+def frechet_distance(features: Tensor, others: Tensor) -> Tensor:
+    """FID's squared Frechet distance between Gaussians fitted to the sets, scalar, at least 0; biased upwards where the
+    sets are not much larger than `D`: there, use `kernel_distance`.
+
+    Args:
+        features: `(N, D)`, at least 2.
+        others: `(M, D)`, at least 2.
+    """
+    metric = FrechetInceptionDistance(_Features(features)).to(features.device)
+    metric.update(features, real=True)
+    metric.update(others.to(features), real=False)
+    return metric.compute()
+
+
+class _Features(nn.Identity):
+    """Tells torchmetrics that what it is given is features already."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.num_features = features.shape[1]
+
+
+def _image_distances(images: Tensor) -> Tensor:
+    pixels = images.clamp(0, 1).flatten(1).double()
+    return pairwise_euclidean_distance(pixels) / pixels.shape[1] ** 0.5
+
+
+def _cosine_distances(features: Tensor) -> Tensor:
+    return 1 - pairwise_cosine_similarity(features.double())
+
+
+def _mean_pair(distances: Tensor) -> Tensor:
+    """Mean off the diagonal of `(n, n)`."""
+    count = len(distances)
+    return (distances.sum() - distances.diagonal().sum()) / (count * (count - 1))

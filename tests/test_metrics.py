@@ -1,0 +1,105 @@
+"""Diversity, drift, saturation and set distances against sums over pairs and closed forms."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.metrics import (
+    frechet_distance,
+    image_drift,
+    kernel_distance,
+    saturated_share,
+    within_prompt_diversity,
+)
+
+PROMPTS = ["cat", "dog", "cat", "bird", "dog", "cat"]
+PAIRS = {"cat": [(0, 2), (0, 5), (2, 5)], "dog": [(1, 4)]}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_diversity_of_images_is_the_mean_over_pairs_of_each_prompt() -> None:
+    images = 0.5 + 0.4 * draw(6, 3, 4, 5)
+    clamped = images.clamp(0, 1)
+    means = [
+        sum((clamped[a] - clamped[b]).square().mean().sqrt() for a, b in pairs) / len(pairs) for pairs in PAIRS.values()
+    ]
+    torch.testing.assert_close(within_prompt_diversity(images, PROMPTS), sum(means).double() / 2)
+
+
+def test_diversity_of_features_is_one_minus_the_cosine_whatever_their_length() -> None:
+    features = draw(6, 7)
+    means = [
+        sum(1 - F.cosine_similarity(features[a], features[b], 0) for a, b in pairs) / len(pairs)
+        for pairs in PAIRS.values()
+    ]
+    scaled = features * torch.arange(1, 7).unsqueeze(1)
+    torch.testing.assert_close(within_prompt_diversity(scaled, PROMPTS), sum(means).double() / 2)
+
+
+def test_collapse_has_no_diversity_and_opposites_have_the_most() -> None:
+    image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    same = within_prompt_diversity(image.expand(3, -1, -1, -1), ["a"] * 3)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    ends = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    assert within_prompt_diversity(ends, ["a", "a"]).item() == pytest.approx(1)
+    assert within_prompt_diversity(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), ["a", "a"]).item() == pytest.approx(2)
+
+
+def test_diversity_needs_two_samples_of_a_prompt() -> None:
+    with pytest.raises(ConfigurationError, match="needs two samples or more of one prompt; repeat the prompts"):
+        within_prompt_diversity(draw(2, 3), ["a", "b"])
+
+
+def test_saturation_counts_what_a_clamp_would_touch() -> None:
+    images = torch.full((2, 3, 2, 2), 0.5)
+    images[0, 0, 0, 0], images[0, 1, 0, 0], images[0, 2, 1, 1] = -0.1, 1.2, 1.0
+    expected = torch.tensor([3 / 12, 0.0])
+    torch.testing.assert_close(saturated_share(images), expected)
+    torch.testing.assert_close(saturated_share(images.clamp(0, 1)), expected)
+
+
+def test_drift_is_the_root_mean_square_of_what_can_be_seen() -> None:
+    base = torch.full((2, 3, 2, 2), 0.5)
+    images = base.clone()
+    images[0] += 0.3
+    images[1, 0, 0, 0] = 7.0
+    torch.testing.assert_close(image_drift(images, base), torch.tensor([0.3, 0.5 / 12**0.5]))
+
+
+def test_the_kernel_distance_is_the_unbiased_estimate() -> None:
+    ours, theirs = draw(9, 4), 0.5 + draw(9, 4, seed=1)
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x @ y / 4 + 1) ** 3
+
+    within = sum(
+        sum(kernel(a, b) for a, b in itertools.permutations(features, 2)) / (9 * 8) for features in (ours, theirs)
+    )
+    across = sum(kernel(a, b) for a in ours for b in theirs) / 81
+    torch.testing.assert_close(kernel_distance(ours, theirs), within - 2 * across)
+    state = torch.get_rng_state()
+    assert kernel_distance(ours, theirs[:5]) == kernel_distance(ours, theirs[:5])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_kernel_distance_of_one_distribution_is_around_zero() -> None:
+    alike = torch.stack([kernel_distance(draw(40, 4, seed=2 * i), draw(40, 4, seed=2 * i + 1)) for i in range(30)])
+    apart = kernel_distance(draw(40, 4), 1 + draw(40, 4, seed=1))
+    assert abs(alike.mean()) < 3 * alike.std() / 30**0.5
+    assert (alike < 0).any()
+    assert apart > 5 * alike.std()
+
+
+def test_the_frechet_distance_of_gaussians() -> None:
+    """Commuting covariances: `|mu - nu|^2 + sum (sqrt(a_i) - sqrt(b_i))^2`, with the sets' own moments."""
+    base = draw(50, 3).double()
+    base = torch.linalg.qr(base - base.mean(0))[0] * 7  # mean 0, covariance the identity
+    scales, shift = torch.tensor([2.0, 0.5, 3.0]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
+    distance = frechet_distance(base, base * scales + shift)
+    assert distance.item() == pytest.approx(((scales - 1) ** 2 + shift**2).sum().item(), rel=1e-6)

@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed  ## fine-tune the shipped model on a reward, in a
 	$(BIN)/lightning-draft fit --config quickstart
 
 test: $(VENV)/.installed-dev  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .

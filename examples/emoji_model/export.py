@@ -41,15 +41,25 @@ def standardised_autoencoder(checkpoint: Path, emoji: Emoji) -> AutoencoderKL:
     return vae
 
 
-def pipeline(folder: Path, emoji: Emoji) -> StableDiffusionPipeline:
-    """The text-to-image pipeline, all parts real."""
-    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+def pipeline(folder: Path, emoji: Emoji, source: Path | None = None) -> StableDiffusionPipeline:
+    """The text-to-image pipeline, all parts real.
+
+    Args:
+        folder: Of the trainings.
+        emoji: The pictures, by which the latents are standardised.
+        source: The pipeline whose autoencoder and tokenizer the denoiser was trained on, if not on those of `folder`.
+    """
+    if source is None:
+        vae = standardised_autoencoder(folder / "vae" / "last.ckpt", emoji)
+    else:
+        vae = AutoencoderKL.from_pretrained(source / "vae", torch_dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained((folder if source is None else source) / "tokenizer")
     state = weights(folder / "unet" / "last.ckpt", "average.module.")
     networks = {"unet": parts.unet(), "text": parts.text_encoder(words)}
     for name, network in networks.items():
         network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
     return StableDiffusionPipeline(
-        vae=standardised_autoencoder(folder / "vae" / "last.ckpt", emoji),
+        vae=vae,
         text_encoder=networks["text"].eval(),
         tokenizer=words,
         unet=networks["unet"].eval(),
@@ -82,13 +92,14 @@ def main() -> None:
     """Export everything that ships."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--pipeline", type=Path, help="what the denoiser was trained on, if it was given to `train`")
     parser.add_argument("--out", type=Path, default=Path("lightning_draft/assets"))
     parser.add_argument("--prompts", type=Path, default=Path("lightning_draft/prompts"))
     arguments = parser.parse_args()
     emoji = Emoji.load(prepare(arguments.folder))
     export_prompts(emoji, arguments.prompts)
     if (arguments.folder / "unet" / "last.ckpt").exists():
-        pipeline(arguments.folder, emoji).to(torch.float16).save_pretrained(arguments.out / "emoji")
+        pipeline(arguments.folder, emoji, arguments.pipeline).to(torch.float16).save_pretrained(arguments.out / "emoji")
     if (arguments.folder / "clip" / "last.ckpt").exists():
         export_clip(arguments.folder, arguments.out / "emoji-clip")
 

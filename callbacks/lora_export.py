@@ -20,7 +20,7 @@ _FALLBACK = "train/reward"
 
 
 class LoRAExport(Callback):
-    """Write `last.safetensors` and `best.safetensors`, which `StableDiffusionPipeline.load_lora_weights` opens.
+    """Write `last.safetensors` and `best.safetensors`, which the pipeline's `load_lora_weights` opens.
 
     Files are written when validation ends, every `every_n_steps` steps, when training ends and when it is interrupted,
     always as a whole. The best adapters are those with the best `monitor`; as long as the run has not logged it,

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -19,7 +28,11 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 torch.set_num_threads(1)
@@ -61,6 +74,12 @@ def _perturb(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+def _text_config(words: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
+    ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    size = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TOKENS, **{**ends, **size, **changes})
+
+
 def write_pipeline(folder: Path, scheduler: Any, **unet: Any) -> Path:
     """Write a random Stable Diffusion pipeline for 16x16 images and 8x8x4 latents, and return its folder.
 
@@ -71,17 +90,7 @@ def write_pipeline(folder: Path, scheduler: Any, **unet: Any) -> Path:
     """
     torch.manual_seed(0)
     words = _write_tokenizer(folder.with_name(folder.name + "-tokenizer"))
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+    text = _text_config(words)
     network = {
         "sample_size": 8,
         "in_channels": 4,
@@ -138,6 +147,75 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
         set_alpha_to_one=True,
     )
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sd-v", scheduler)
+
+
+def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """An encoder and its unigram tokenizer: single letters, and two words."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581red", -1.0), ("\u2581cat", -1.0), ("\u2581", -2.0)]
+    words = T5Tokenizer(vocab=[*pieces, *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config), words
+
+
+def write_sd3_pipeline(folder: Path, **transformer: Any) -> Path:
+    """Write a random Stable Diffusion 3.5 pipeline for 16x16 images and 8x8x16 latents, and return its folder.
+
+    Args:
+        folder: Where.
+        **transformer: Overrides of the denoiser's configuration.
+    """
+    torch.manual_seed(0)
+    words = _write_tokenizer(folder.with_name(folder.name + "-tokenizer"))
+    more_words = CLIPTokenizer.from_pretrained(folder.with_name(folder.name + "-tokenizer"), pad_token="z")
+    t5, pieces = _t5(40)
+    network = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 40,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 20,
+        "pos_embed_max_size": 12,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    vae = AutoencoderKL(
+        sample_size=16,
+        latent_channels=16,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=_perturb(SD3Transformer2DModel(**{**network, **transformer})),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_perturb(vae),
+        text_encoder=_perturb(CLIPTextModelWithProjection(_text_config(words, projection_dim=8))),
+        tokenizer=words,
+        text_encoder_2=_perturb(CLIPTextModelWithProjection(_text_config(words, projection_dim=12, hidden_act="gelu"))),
+        tokenizer_2=more_words,
+        text_encoder_3=_perturb(t5),
+        tokenizer_3=pieces,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that predicts the flow from three text encoders, with the parts of Stable Diffusion 3.5 medium."""
+    return write_sd3_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sd3")
 
 
 @pytest.fixture(scope="session")

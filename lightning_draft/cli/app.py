@@ -30,7 +30,7 @@ from lightning_draft.cli.diagnosis import diagnose
 from lightning_draft.cli.failures import INTERRUPTED, complain, mendable, unwrapped
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import StableDiffusion  # noqa: F401
+from lightning_draft.models import StableDiffusion, StableDiffusion3  # noqa: F401
 from lightning_draft.modules import DraftModule, RewardModule
 
 TRAINER_DEFAULTS = {
@@ -236,10 +236,12 @@ class DraftCLI(LightningCLI):
         if not files or self._get(self.config, "trainer")["fast_dev_run"]:
             return
         base = getattr(self.model.model, "pretrained", "...")
+        family = getattr(self.model.model, "family", None)
+        opener = "DiffusionPipeline" if family is None else family.pipeline_class.__name__
         yield f"adapters: {'  '.join(map(str, files))}"
         yield f"pictures: lightning-draft sample {folder}"
         yield "in diffusers:"
-        yield f'    pipe = StableDiffusionPipeline.from_pretrained("{resolve(base)}")'
+        yield f'    pipe = {opener}.from_pretrained("{resolve(base)}")'
         yield f'    pipe.load_lora_weights("{files[0]}")'
 
 

@@ -67,7 +67,7 @@ lightning-draft sample: pictures from the same prompts and noise at several scal
   --prompts FILE|NAME      or a prompt file or shipped list
   --seed N [N ...]         of the starting noise, by default 0
   --max N                  at most this many prompts, by default 8
-  --steps N                sampling steps, by default the config's, or 50
+  --steps N                sampling steps, by default the config's, or 50 (28 for Stable Diffusion 3)
   --output FILE            by default sample.png
   --device NAME            by default cuda where there is one, else cpu"""
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_draft import models
 from lightning_draft.callbacks.pictures import comparison
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, runs, shipped
@@ -21,10 +22,11 @@ from lightning_draft.cli.diagnosis import load
 from lightning_draft.cli.failures import mendable, unwrapped
 from lightning_draft.data import PromptDataModule, read_prompts
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.loading import wrapper_of
 from lightning_draft.models.lora import LoRA
-from lightning_draft.models.stable_diffusion import StableDiffusion
+from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.modules import RewardModule
-from lightning_draft.samplers import DDIM, Sampler
+from lightning_draft.samplers import DDIM, FlowEuler, Sampler
 
 BATCH = 8
 _DOWN = re.compile(r"([A-Za-z_]+(?:\.\d+)?)\.(?:lora_A|lora\.down|lora_down)")
@@ -67,10 +69,10 @@ def _sample(options: argparse.Namespace) -> None:
     module, prompts = (None, None) if config is None else _build(config)
     if module is None:
         pretrained = options.model or _base_of(file)
-        model = StableDiffusion(pretrained, lora=None if file is None else lora_of(file))
-        sampler: Sampler = DDIM(options.steps or 50)
+        model = getattr(models, wrapper_of(pretrained))(pretrained, lora=None if file is None else lora_of(file))
+        sampler: Sampler = FlowEuler(options.steps or 28) if model.prediction == "flow" else DDIM(options.steps or 50)
     else:
-        model, sampler = module.model, module.sampler  # type: ignore[assignment]
+        model, sampler = module.model, module.sampler
         sampler.num_steps = options.steps or sampler.num_steps
     if file is not None:
         model.load_lora(file)
@@ -87,7 +89,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _write(
     options: argparse.Namespace,
     module: RewardModule | None,
-    model: StableDiffusion,
+    model: PipelineModel,
     sampler: Sampler,
     prompts: list[str],
     scales: list[float],
@@ -109,7 +111,7 @@ def _write(
 
 
 @torch.no_grad()
-def _generate(model: StableDiffusion, sampler: Sampler, prompts: list[str], seed: int, scale: float) -> Tensor:
+def _generate(model: PipelineModel, sampler: Sampler, prompts: list[str], seed: int, scale: float) -> Tensor:
     """Images `(N, 3, H, W)` on the CPU; the same noise whatever the scale."""
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     images = []
@@ -173,8 +175,8 @@ def _build(config: Path) -> tuple[RewardModule, list[str]]:
         raise ConfigurationError(diagnosis(["--config", str(config)]) or str(error)) from error
     with unwrapped():
         built = parser.instantiate_classes(parsed)
-    if not isinstance(built.model.model, StableDiffusion):
-        raise ConfigurationError(f"sample draws from StableDiffusion models; {config} has another")
+    if not isinstance(built.model.model, PipelineModel):
+        raise ConfigurationError(f"sample draws from StableDiffusion and StableDiffusion3; {config} has another model")
     return built.model, list(built.data.val_prompts or built.data.train_prompts)
 
 

@@ -1,5 +1,6 @@
 """Diffusion models, one wrapper a family."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_draft.models.base import Conditioning, DiffusionModel
@@ -7,18 +8,15 @@ from lightning_draft.models.base import Conditioning, DiffusionModel
 if TYPE_CHECKING:
     from lightning_draft.models.lora import LoRA
     from lightning_draft.models.stable_diffusion import StableDiffusion
+    from lightning_draft.models.stable_diffusion_3 import StableDiffusion3
 
-__all__ = ["Conditioning", "DiffusionModel", "LoRA", "StableDiffusion"]
+__all__ = ["Conditioning", "DiffusionModel", "LoRA", "StableDiffusion", "StableDiffusion3"]
+
+_LATER = {"LoRA": "lora", "StableDiffusion": "stable_diffusion", "StableDiffusion3": "stable_diffusion_3"}
 
 
 def __getattr__(name: str) -> Any:
     """Import the wrappers when they are asked for: diffusers takes seconds to import."""
-    if name == "LoRA":
-        from lightning_draft.models.lora import LoRA
-
-        return LoRA
-    if name == "StableDiffusion":
-        from lightning_draft.models.stable_diffusion import StableDiffusion
-
-        return StableDiffusion
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

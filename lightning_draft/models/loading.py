@@ -1,27 +1,63 @@
-"""Find and open Stable Diffusion pipelines: shipped names, folders, single files, hub ids."""
+"""Find and open diffusers' pipelines: shipped names, folders, single files, hub ids."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.base import Prediction
-from lightning_draft.schedules import VariancePreserving
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
-_CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_UNUSED: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+WRAPPERS = {
+    "StableDiffusionPipeline": "StableDiffusion",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusion",
+    "StableDiffusion3Pipeline": "StableDiffusion3",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3",
+}
+"""Which class of `lightning_draft.models` opens the pipelines of which class of diffusers'."""
+
 _SHIPPED = "emoji"
-_EXAMPLE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets the pipelines of one wrapper apart.
+
+    Args:
+        wrapper: Name of the class in `lightning_draft.models`.
+        pipeline_class: Class of diffusers' that opens them.
+        called: What they are called.
+        example: Hub id of one.
+        denoiser: Name of the denoiser among a pipeline's parts.
+        text_encoders: Names of the text encoders.
+        adapted: Layers that adapters go to by default: the attention's projections.
+        unused: Arguments of `from_pretrained` that leave out what is not needed.
+        single_file: The same of `from_single_file`; `None` where single files do not hold a whole pipeline.
+    """
+
+    wrapper: str
+    pipeline_class: type[DiffusionPipeline]
+    called: str
+    example: str
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    adapted: tuple[str, ...]
+    unused: Mapping[str, Any] = field(default_factory=dict)
+    single_file: Mapping[str, Any] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the networks."""
+        return (self.denoiser, "vae", *self.text_encoders)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -36,92 +72,62 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def part_dtypes(family: Family, dtype: Precision, vae_dtype: Precision | None) -> dict[str, torch.dtype]:
+    """What each part is held in: the autoencoder in `vae_dtype` where that is given, everything else in `dtype`."""
+    dtypes = dict.fromkeys(family.parts, torch_dtype(dtype))
+    return dtypes if vae_dtype is None else {**dtypes, "vae": torch_dtype(vae_dtype)}
+
+
 def load_pipeline(
-    pretrained: str, dtypes: Mapping[str, torch.dtype], config: str | None = None
-) -> StableDiffusionPipeline:
-    """Open a text-to-image Stable Diffusion 1.x or 2.x pipeline, without its safety checker.
+    family: Family,
+    pretrained: str,
+    dtypes: Mapping[str, torch.dtype],
+    config: str | None = None,
+    **left_out: None,
+) -> Any:
+    """Open a text-to-image pipeline of a family.
 
     Safetensors are preferred; pickles are read with `weights_only`; code from a repository is never run.
 
     Args:
+        family: Which pipelines these are.
         pretrained: A shipped name, a folder, a `.safetensors` file in the original layout, or a hub id.
-        dtypes: Of each part's weights: `unet`, `vae` and `text_encoder`.
+        dtypes: Of each part's weights, by its name.
         config: For a single file: the folder or hub id of a pipeline with the same architecture.
+        **left_out: Parts to do without.
 
     Raises:
         ConfigurationError: It cannot be found, or is something else.
     """
     path = _shipped(pretrained) or Path(pretrained).expanduser()
+    options = {**family.unused, **left_out}
     with _quiet():
         if path.is_file():
-            return _single_file(path, dtypes, config)
+            return _single_file(family, path, dtypes, config)
         if path.is_dir():
-            return _folder(path, dtypes)
+            return _folder(family, path, dtypes, options)
         if _is_path(pretrained):
             raise ConfigurationError(
                 f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as "
-                f"{_EXAMPLE}, or the shipped name {_SHIPPED}"
+                f"{family.example}, or the shipped name {_SHIPPED}"
             )
-        return _hub(pretrained, dtypes)
+        return _hub(family, pretrained, dtypes, options)
 
 
-def read_schedule(pipeline: StableDiffusionPipeline) -> tuple[VariancePreserving, Prediction]:
-    """The pipeline's own noise schedule and prediction type, from its scheduler's config.
+def wrapper_of(pretrained: str) -> str:
+    """Name of the class in `lightning_draft.models` that opens a pipeline; `StableDiffusion` where that is not said.
 
-    Raises:
-        ConfigurationError: The scheduler does something that cannot be trained through, or is of another family.
+    Args:
+        pretrained: As for `load_pipeline`.
     """
-    scheduler, config = pipeline.scheduler, pipeline.scheduler.config
-    name, prediction = type(scheduler).__name__, config.get("prediction_type", "epsilon")
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None:
-        raise ConfigurationError(
-            f"the pipeline's {name} has no alphas_cumprod; put a DDIMScheduler's config in its place"
-        )
-    if config.get("thresholding"):
-        raise ConfigurationError(
-            f"the pipeline's {name} has thresholding=True, made for pixels: on latents it distorts the sample and its "
-            "clamp cuts the gradient; set it to false in scheduler/scheduler_config.json"
-        )
-    if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise ConfigurationError(
-            f"prediction_type={prediction!r} of the pipeline's {name} is not known; it must be epsilon, v_prediction "
-            "or sample"
-        )
-    if prediction == "epsilon" and float(table.min()) < 1e-6:  # some schedulers put 2^-24 in place of 0
-        raise ConfigurationError(
-            f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: at zero signal the "
-            "noise says nothing about the image; set rescale_betas_zero_snr to false, or use a v_prediction model"
-        )
-    schedule = VariancePreserving.from_table(
-        table,
-        set_alpha_to_one=config.get("set_alpha_to_one", True),
-        spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-    )
-    return schedule, prediction
-
-
-def check_parts(pipeline: StableDiffusionPipeline, source: str) -> None:
-    """Refuse networks that need more than a latent, a time and a text.
-
-    Raises:
-        ConfigurationError: Inpainting, class-conditional or guidance-distilled networks.
-    """
-    unet, vae = pipeline.unet.config, pipeline.vae.config
-    channels = f"its network takes {unet.in_channels} channels and the autoencoder makes {vae.latent_channels}"
-    reasons = {
-        f"{channels} (inpainting?)": unet.in_channels != vae.latent_channels,
-        "its network needs more conditioning than text (SDXL?)": unet.addition_embed_type not in (None, "text"),
-        "its network needs class labels": unet.class_embed_type is not None or unet.num_class_embeds is not None,
-        "its network is distilled over guidance scales (LCM?)": unet.time_cond_proj_dim is not None,
-    }
-    for reason, wrong in reasons.items():
-        if wrong:
-            raise ConfigurationError(
-                f"{source} is not a plain text-to-image Stable Diffusion 1.x or 2.x model: {reason}; "
-                f"use one that is, such as {_EXAMPLE}"
-            )
+    path = _shipped(pretrained) or Path(pretrained).expanduser()
+    if path.is_file() or (not path.is_dir() and _is_path(pretrained)):
+        return "StableDiffusion"
+    try:
+        name = DiffusionPipeline.load_config(str(path) if path.is_dir() else pretrained).get("_class_name")
+    except OSError:
+        return "StableDiffusion"
+    return WRAPPERS.get(str(name), "StableDiffusion")
 
 
 def _shipped(name: str) -> Path | None:
@@ -132,23 +138,23 @@ def _shipped(name: str) -> Path | None:
     return Path(resolve(name))
 
 
-def _folder(folder: Path, dtypes: Mapping[str, torch.dtype]) -> StableDiffusionPipeline:
+def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
     if not (folder / "model_index.json").is_file():
         raise ConfigurationError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
-            "StableDiffusionPipeline.save_pretrained wrote, not one of its parts"
+            f"{family.pipeline_class.__name__}.save_pretrained wrote, not one of its parts"
         )
-    _check_class(StableDiffusionPipeline.load_config(str(folder)), str(folder))
-    return _from_pretrained(str(folder), dtypes, _variant(folder / "unet"))
+    _check_class(family, family.pipeline_class.load_config(str(folder)), str(folder))
+    return _from_pretrained(family, str(folder), dtypes, _variant(folder / family.denoiser), options)
 
 
-def _hub(name: str, dtypes: Mapping[str, torch.dtype]) -> StableDiffusionPipeline:
+def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
     try:
-        _check_class(StableDiffusionPipeline.load_config(name), name)
+        _check_class(family, family.pipeline_class.load_config(name), name)
         try:
-            return _from_pretrained(name, dtypes, None)
+            return _from_pretrained(family, name, dtypes, None, options)
         except OSError:
-            return _from_pretrained(name, dtypes, "fp16")
+            return _from_pretrained(family, name, dtypes, "fp16", options)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(
@@ -158,13 +164,18 @@ def _hub(name: str, dtypes: Mapping[str, torch.dtype]) -> StableDiffusionPipelin
         ) from error
 
 
-def _single_file(file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> StableDiffusionPipeline:
+def _single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
+    if family.single_file is None:
+        raise ConfigurationError(
+            f"{file} is a single file, and those of {family.called} seldom hold the text encoders; give "
+            f"{family.wrapper} a diffusers pipeline folder, or a hub id such as {family.example}"
+        )
     if file.suffix != ".safetensors":
         raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
-    arguments = {} if config is None else {"config": config}
+    arguments = {**family.single_file, **({} if config is None else {"config": config})}
     common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(str(file), dtype=common, safety_checker=None, **arguments)
+        pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
     except (OSError, ValueError, SingleFileComponentError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(
@@ -176,24 +187,29 @@ def _single_file(file: Path, dtypes: Mapping[str, torch.dtype], config: str | No
     return pipeline
 
 
-def _from_pretrained(source: str, dtypes: Mapping[str, torch.dtype], variant: str | None) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(source, dtype=dict(dtypes), variant=variant, **_UNUSED)
+def _from_pretrained(
+    family: Family, source: str, dtypes: Mapping[str, torch.dtype], variant: str | None, options: Mapping[str, Any]
+) -> Any:
+    return family.pipeline_class.from_pretrained(source, dtype=dict(dtypes), variant=variant, **options)
 
 
-def _variant(unet: Path) -> str | None:
+def _variant(denoiser: Path) -> str | None:
     """`fp16`, or whatever the files are called, where the folder has only weights with such an infix."""
-    names = [file.name for file in sorted(unet.glob("diffusion_pytorch_model*")) if not file.name.endswith(".json")]
+    names = [file.name for file in sorted(denoiser.glob("diffusion_pytorch_model*")) if not file.name.endswith(".json")]
     infixes = [name.split(".")[1].split("-")[0] if name.count(".") > 1 else None for name in names]
     return None if None in infixes else next(iter(infixes), None)
 
 
-def _check_class(index: dict[str, Any], source: str) -> None:
+def _check_class(family: Family, index: dict[str, Any], source: str) -> None:
     name = index.get("_class_name")
-    if name not in _CLASSES:
-        raise ConfigurationError(
-            f"{source} is a {name}, and StableDiffusion opens Stable Diffusion 1.x and 2.x pipelines "
-            f"({_CLASSES[0]}); use such a pipeline, for example {_EXAMPLE}"
-        )
+    wrapper = WRAPPERS.get(name) if isinstance(name, str) else None
+    if wrapper == family.wrapper:
+        return
+    advice = f"use such a pipeline, for example {family.example}"
+    raise ConfigurationError(
+        f"{source} is a {name}, and {family.wrapper} opens {family.called} pipelines "
+        f"({family.pipeline_class.__name__}); {advice if wrapper is None else f'open it with {wrapper}'}"
+    )
 
 
 def _is_path(name: str) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.loading import Family
 
 ADAPTER = "default"
-_PREFIX = "unet"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class LoRA:
     Args:
         rank: Rank of the update, at least 1.
         alpha: The update is scaled by `alpha / rank`; by default `rank`, a scale of 1.
-        target_modules: Layers, by the end of their names.
+        target_modules: Layers, by the end of their names; by default the projections of the model's attention.
         seed: Of the initial values of `A`; by default they come from torch's global generator.
     """
 
     rank: int = 8
     alpha: float | None = None
-    target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: Sequence[str] | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ class LoRA:
             raise ConfigurationError(f"rank={self.rank} must be at least 1; write 4 to 64")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigurationError(f"alpha={self.alpha} must be positive; leave it out for alpha = rank")
-        if isinstance(self.target_modules, str) or not self.target_modules:
+        if isinstance(self.target_modules, str) or (self.target_modules is not None and not self.target_modules):
             raise ConfigurationError(
                 f"target_modules={self.target_modules!r} must be a list of layer names, such as [to_q, to_k, to_v]"
             )
@@ -59,17 +60,21 @@ class LoRA:
         """What multiplies `B A`: `alpha / rank`."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def config(self) -> LoraConfig:
-        """The same for peft."""
+    def config(self, default: Sequence[str] = ATTENTION) -> LoraConfig:
+        """The same for peft, on the layers of `default` where none are named."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.rank if self.alpha is None else self.alpha,
-            target_modules=list(self.target_modules),
+            target_modules=list(self.target_modules or default),
             init_lora_weights=True,
         )
 
-    def attach(self, network: UNet2DConditionModel) -> None:
+    def attach(self, network: ModelMixin, default: Sequence[str] = ATTENTION) -> None:
         """Add trainable float32 adapters to a network, whose function stays what it was.
+
+        Args:
+            network: The denoiser.
+            default: Layers to adapt where none are named.
 
         Raises:
             ConfigurationError: No layer of the network has one of the names.
@@ -77,21 +82,22 @@ class LoRA:
         with nullcontext() if self.seed is None else torch.random.fork_rng():
             if self.seed is not None:
                 torch.manual_seed(self.seed)
-            self._inject(network)
+            self._inject(network, self.config(default))
             # peft casts to the base's dtype, which would round A: draw it again in float32.
             for layer in layers(network):
                 layer.lora_A[ADAPTER].float()
                 layer.lora_B[ADAPTER].float()
                 layer.reset_lora_parameters(ADAPTER, True)
 
-    def _inject(self, network: UNet2DConditionModel) -> None:
+    def _inject(self, network: ModelMixin, config: LoraConfig) -> None:
         try:
-            network.add_adapter(self.config(), ADAPTER)
+            network.add_adapter(config, ADAPTER)
         except ValueError as error:
+            wanted = sorted(config.target_modules)
             linear = {".".join(n.split(".")[-1:]) for n, m in network.named_modules() if isinstance(m, nn.Linear)}
             names = sorted(name for name in linear if not name.isdigit())
             raise ConfigurationError(
-                f"target_modules={list(self.target_modules)} cannot be adapted ({error}); this network's linear layers "
+                f"target_modules={wanted} cannot be adapted ({error}); this network's linear layers "
                 f"are to_out.0, {', '.join(names)}"
             ) from error
 
@@ -127,20 +133,21 @@ def scaled(network: nn.Module, scale: float) -> Iterator[None]:
             layer.scaling[ADAPTER] = value
 
 
-def save(network: UNet2DConditionModel, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write a file that `StableDiffusionPipeline.load_lora_weights` opens, in the format that diffusers itself writes.
+def save(network: ModelMixin, path: str | os.PathLike[str], metadata: Mapping[str, str], family: Family) -> None:
+    """Write a file that the pipeline's `load_lora_weights` opens, in the format that diffusers itself writes.
 
     Args:
         network: With adapters.
         path: Ends in `.safetensors`; folders on the way are made.
         metadata: Text to keep in the file's header.
+        family: Of the pipeline.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ConfigurationError(f"{path} must end in .safetensors, or diffusers does not find it")
     state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    tensors = {f"{_PREFIX}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
-    config = {f"{_PREFIX}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
+    tensors = {f"{family.denoiser}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
+    config = {f"{family.denoiser}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
     header = {
         **metadata,
         "format": "pt",
@@ -153,7 +160,7 @@ def save(network: UNet2DConditionModel, path: str | os.PathLike[str], metadata: 
 
 
 @torch.no_grad()
-def load(network: UNet2DConditionModel, path: str | os.PathLike[str]) -> None:
+def load(network: ModelMixin, path: str | os.PathLike[str], family: Family) -> None:
     """Copy a LoRA file into the adapters that the network has, in place.
 
     A file whose `alpha / rank` differs is rescaled, so that the update is the file's.
@@ -161,6 +168,7 @@ def load(network: UNet2DConditionModel, path: str | os.PathLike[str]) -> None:
     Args:
         network: With adapters of the same rank on the same layers.
         path: A `.safetensors` file that `save` or diffusers wrote.
+        family: Of the pipeline.
 
     Raises:
         ConfigurationError: There is no such file, or it does not fit.
@@ -168,13 +176,16 @@ def load(network: UNet2DConditionModel, path: str | os.PathLike[str]) -> None:
     file = Path(path)
     if not file.is_file():
         raise ConfigurationError(f"there is no LoRA file {file}; give the path of a .safetensors file")
-    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+    # Stable Diffusion's reader returns alphas between the two.
+    state, *alphas, metadata = family.pipeline_class.lora_state_dict(
         str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
     )
-    state = _network_part(state, file)
+    state = _network_part(state, file, family.denoiser)
     own = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     _check_fit(own, state, file)
-    scales = {layer: _scale(state, layer, alphas or {}, metadata or {}) for layer in _layer_names(state)}
+    said = {**(metadata or {}), **((alphas[0] or {}) if alphas else {})}
+    settings = {key.removeprefix(f"{family.denoiser}."): value for key, value in said.items()}
+    scales = {layer: _scale(state, layer, settings) for layer in _layer_names(state)}
     for name, target in own.items():
         layer, factor, _ = name.rsplit(".", 2)
         source = state[name].to(target)
@@ -182,15 +193,15 @@ def load(network: UNet2DConditionModel, path: str | os.PathLike[str]) -> None:
         target.copy_(source if ratio == 1 else source * ratio)
 
 
-def _network_part(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _network_part(state: Mapping[str, Tensor], file: Path, denoiser: str) -> dict[str, Tensor]:
     """The part for the denoiser, with peft's names."""
-    others = sorted(key for key in state if not key.startswith(f"{_PREFIX}."))
+    others = sorted(key for key in state if not key.startswith(f"{denoiser}."))
     if others:
         raise ConfigurationError(
             f"{file} also adapts something other than the denoiser ({others[0]}), which is frozen here; "
             "give a LoRA file of the denoiser alone"
         )
-    stripped = {key.removeprefix(f"{_PREFIX}."): value for key, value in state.items()}
+    stripped = {key.removeprefix(f"{denoiser}."): value for key, value in state.items()}
     return stripped if any("lora_A" in key for key in stripped) else convert_unet_state_dict_to_peft(stripped)
 
 
@@ -217,11 +228,10 @@ def _ending(layer: str) -> str:
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def _scale(state: Mapping[str, Tensor], layer: str, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
+def _scale(state: Mapping[str, Tensor], layer: str, settings: Mapping[str, Any]) -> float:
     """`alpha / rank` of a layer in the file; diffusers takes a missing alpha for the rank."""
     rank = state[f"{layer}.lora_B.weight"].shape[1]
     for key in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
-        if metadata.get(f"{_PREFIX}.{key}"):
+        if settings.get(key):
             raise ConfigurationError(f"the LoRA file uses {key}, which is not supported; give one with a single alpha")
-    alpha = alphas.get(f"{_PREFIX}.{layer}.alpha", metadata.get(f"{_PREFIX}.lora_alpha", rank))
-    return float(alpha) / rank
+    return float(settings.get(f"{layer}.alpha", settings.get("lora_alpha", rank))) / rank

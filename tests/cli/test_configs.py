@@ -9,7 +9,7 @@ import yaml
 from lightning_draft.cli import shipped
 
 NAMES = shipped.names()
-EMOJI = [name for name in NAMES if not name.startswith("sd15_")]
+EMOJI = [name for name in NAMES if not name.startswith("sd")]
 METHODS = {
     "draft": "Full",
     "draft_k": "LastK",
@@ -43,9 +43,11 @@ def _content(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_clip: Path) -> None:
+def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_sd3: Path, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
     models = {"model.model.pretrained": tiny_sd}
+    if arguments["model"]["class_path"] == "StableDiffusion3":
+        models = {"model.model.pretrained": tiny_sd3, "model.model.resolution": 16}
     reward = arguments["reward"]
     if isinstance(reward, dict) and "pretrained" in reward.get("init_args", {}):
         models["model.reward.pretrained"] = tiny_clip

@@ -38,12 +38,11 @@ class CLIPScore(Reward):
         if variant not in ("cosine", "clipscore"):
             raise ConfigurationError(f"variant={variant!r} is not known; write cosine or clipscore")
         self.variant = variant
-        self.encoder = CLIPEncoder(pretrained, dtype)
+        self.encoder = CLIPEncoder.load(pretrained, dtype)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
-        features = self.encoder.images(images)
-        cosine = (features * self.encoder.texts(prompts).to(features)).sum(-1)
+        cosine = self.encoder.similarity(images, prompts)
         return cosine if self.variant == "cosine" else 2.5 * cosine.clamp(min=0)
 
 
@@ -69,7 +68,7 @@ class CLIPClassification(Reward):
         super().__init__()
         self.captions = list({_key(caption): str(caption) for caption in read_prompts(captions)}.values())
         self._columns = {_key(caption): column for column, caption in enumerate(self.captions)}
-        self.encoder = CLIPEncoder(pretrained, dtype)
+        self.encoder = CLIPEncoder.load(pretrained, dtype)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""

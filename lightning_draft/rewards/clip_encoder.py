@@ -1,10 +1,8 @@
 """CLIP of transformers as a frozen, differentiable feature extractor that reads its own preprocessing."""
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -15,113 +13,121 @@ from torch import Tensor, nn
 from lightning_draft.assets import resolve
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.preprocessing import Preprocessing
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 MAX_CACHED = 65536
 _CHUNK = 256
-_MODES = {2: "bilinear", 3: "bicubic"}
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """A CLIP image processor as tensor arithmetic: resize, centre crop, normalise.
+class ImageEncoder(nn.Module):
+    """The image tower of a CLIP, frozen; features have length 1.
 
     Args:
-        shortest: Length in pixels to which the shortest side is resized; or the size (height, width); or None.
-        crop: Height and width of the crop; None for none. Images that are smaller are padded with black.
-        mean: Subtracted, by channel.
-        std: Divided by, by channel.
-        mode: Interpolation, always with antialiasing.
-        scale: Factor of images in [0, 1] before the mean is subtracted.
-    """
-
-    shortest: int | tuple[int, int] | None
-    crop: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mode: str = "bicubic"
-    scale: float = 1.0
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read an image processor's configuration.
-
-        Raises:
-            ConfigurationError: It asks for a resize that is not bilinear or bicubic, or by the longest edge.
-        """
-        mode = _MODES.get(config.get("resample", 3))
-        size = config.get("size", 224)
-        if mode is None or (isinstance(size, Mapping) and "longest_edge" in size):
-            raise ConfigurationError(
-                f"the image processor resizes to size={size} with resample={config.get('resample')}; supported are "
-                "shortest_edge or height and width, with resample 2 (bilinear) or 3 (bicubic)"
-            )
-        if isinstance(size, Mapping):
-            size = size["shortest_edge"] if "shortest_edge" in size else _pair(size)
-        normalise = config.get("do_normalize", True)
-        return cls(
-            shortest=size if config.get("do_resize", True) else None,
-            crop=_pair(config.get("crop_size", 224)) if config.get("do_center_crop", True) else None,
-            mean=tuple(config["image_mean"]) if normalise else (0.0,) * 3,
-            std=tuple(config["image_std"]) if normalise else (1.0,) * 3,
-            mode=mode,
-            scale=255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0,
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] to the network's input, in the same dtype."""
-        height, width = images.shape[-2:]
-        size = self._resized(height, width)
-        if size != (height, width):
-            images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True)
-        if self.crop is not None:
-            images = F.pad(images, (*_margins(size[1], self.crop[1]), *_margins(size[0], self.crop[0])))
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (images * self.scale - mean) / std
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if self.shortest is None:
-            return height, width
-        if not isinstance(self.shortest, int):
-            return self.shortest
-        if height <= width:
-            return self.shortest, int(self.shortest * width / height)
-        return int(self.shortest * height / width), self.shortest
-
-
-class CLIPEncoder(nn.Module):
-    """The two towers of a CLIP, frozen; features have length 1.
-
-    Args:
-        pretrained: Folder or hub id of a transformers `CLIPModel` with its tokenizer and image processor, or the
-            shipped name `emoji-clip`.
+        model: A `CLIPVisionModelWithProjection` of transformers.
+        preprocess: Images `(B, 3, H, W)` in [0, 1] to the network's input, differentiably.
         dtype: Precision of the weights; features come in the precision of the images, at least float32.
 
     Raises:
-        ConfigurationError: Nothing is there, or it is not a CLIP, or it is incomplete.
+        ConfigurationError: The precision is not known.
     """
 
-    def __init__(self, pretrained: str, dtype: Precision = "float32") -> None:
+    def __init__(self, model: Any, preprocess: Callable[[Tensor], Tensor], dtype: Precision = "float32") -> None:
         super().__init__()
         if dtype not in get_args(Precision):
             raise ConfigurationError(f"dtype={dtype!r} is not supported; write {', '.join(get_args(Precision))}")
-        model, self.tokenizer, processor = _load(pretrained)
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
-        self.preprocess = Preprocessing.from_config(processor)
-        self.max_length = min(self.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+        self.preprocess = preprocess
+
+    @classmethod
+    def load(cls, pretrained: str, dtype: Precision = "float32") -> Self:
+        """Read the image tower of a transformers `CLIPModel`, and its image processor.
+
+        Args:
+            pretrained: Folder or hub id, or the shipped name `emoji-clip`.
+            dtype: Precision of the weights.
+
+        Raises:
+            ConfigurationError: Nothing is there, or it is not a CLIP, or it is incomplete.
+        """
+        from transformers import CLIPVisionModelWithProjection
+
+        source = resolve(pretrained)
+        with _reading(pretrained):
+            config = _clip_config(source)
+            vision = config.vision_config
+            vision.projection_dim = config.projection_dim
+            model = _model(CLIPVisionModelWithProjection, source, vision)
+            processor = _image_processor(source)
+        return cls(model, Preprocessing.from_config(processor), dtype)
+
+    def images(self, images: Tensor) -> Tensor:
+        """Features `(B, D)` of images `(B, 3, H, W)` in [0, 1], with their gradient."""
+        with full_precision(images) as x:
+            return F.normalize(self._features(self.preprocess(x).to(self.model.dtype)).to(x.dtype), dim=-1)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.model(pixel_values=pixels).image_embeds
+        return features
+
+
+class CLIPEncoder(ImageEncoder):
+    """The two towers of a CLIP, frozen; features have length 1.
+
+    Args:
+        model: A `CLIPModel` of transformers.
+        tokenizer: Its tokenizer.
+        preprocess: Images `(B, 3, H, W)` in [0, 1] to the network's input, differentiably.
+        dtype: Precision of the weights; features come in the precision of the images, at least float32.
+
+    Raises:
+        ConfigurationError: The precision is not known.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, preprocess: Callable[[Tensor], Tensor], dtype: Precision = "float32"
+    ) -> None:
+        super().__init__(model, preprocess, dtype)
+        self.tokenizer = tokenizer
+        self.max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
         self._texts: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(cls, pretrained: str, dtype: Precision = "float32", processor: str | None = None) -> Self:
+        """Read a transformers `CLIPModel` with its tokenizer and image processor.
+
+        Args:
+            pretrained: Folder or hub id, or the shipped name `emoji-clip`.
+            dtype: Precision of the weights.
+            processor: Where the tokenizer and the image processor are; None if they are beside the model.
+
+        Raises:
+            ConfigurationError: Nothing is there, or it is not a CLIP, or it is incomplete.
+        """
+        from transformers import CLIPModel
+
+        with _reading(pretrained):
+            source = resolve(pretrained)
+            model = _model(CLIPModel, source, _clip_config(source))
+        with _reading(processor or pretrained):
+            source = resolve(processor or pretrained)
+            tokenizer, config = read_tokenizer(source), _image_processor(source)
+        return cls(model, tokenizer, Preprocessing.from_config(config), dtype)
 
     @property
     def logit_scale(self) -> float:
         """The factor of cosines that the model was trained with."""
         return float(self.model.logit_scale.float().exp())
 
-    def images(self, images: Tensor) -> Tensor:
-        """Features `(B, D)` of images `(B, 3, H, W)` in [0, 1], with their gradient."""
-        with full_precision(images) as x:
-            pixels = self.preprocess(x).to(self.model.dtype)
-            return F.normalize(_tensor(self.model.get_image_features(pixel_values=pixels)).to(x.dtype), dim=-1)
+    def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine `(B,)` of each image `(B, 3, H, W)` with its prompt, in [-1, 1]."""
+        with full_precision(images):
+            features = self.images(images)
+            return (features * self.texts(prompts).to(features)).sum(-1)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return _tensor(self.model.get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -159,37 +165,62 @@ def _tensor(output: Any) -> Tensor:
     return features
 
 
-def _load(pretrained: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer, and the image processor's configuration."""
-    from transformers import AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel
+def read_tokenizer(source: Path | str) -> Any:
+    """The tokenizer in a folder or at a hub id.
 
-    source = resolve(pretrained)
+    Raises:
+        OSError: There is none.
+        ValueError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what goes wrong in reading `name` into one message, and keep the libraries quiet."""
     try:
-        config = AutoConfig.from_pretrained(source)
-        if not isinstance(config, CLIPConfig):
-            raise ValueError(f"it holds a model of type {config.model_type!r}")
-        with _no_progress_bar():
-            model, report = CLIPModel.from_pretrained(source, weights_only=True, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-        return model, AutoTokenizer.from_pretrained(source), _image_processor(source)
+        with _quiet():
+            yield
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigurationError(
-            f"no CLIP could be read from {pretrained!r}: {reason}; give the folder or hub id of a transformers "
+            f"no CLIP could be read from {name!r}: {reason}; give the folder or hub id of a transformers "
             "CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or emoji-clip"
         ) from error
 
 
+def _clip_config(source: Path | str) -> Any:
+    from transformers import AutoConfig, CLIPConfig
+
+    config = AutoConfig.from_pretrained(source)
+    if not isinstance(config, CLIPConfig):
+        raise ValueError(f"it holds a model of type {config.model_type!r}")
+    return config
+
+
+def _model(kind: Any, source: Path | str, config: Any) -> Any:
+    model, report = kind.from_pretrained(source, config=config, weights_only=True, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
+
+
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no lists of the weights that are left out on purpose."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()
 
@@ -209,13 +240,3 @@ def _image_processor(source: Path | str) -> dict[str, Any]:
         "it has no preprocessor_config.json and no image processor in processor_config.json; "
         "transformers.CLIPImageProcessor(...).save_pretrained(folder) writes one"
     )
-
-
-def _pair(size: Mapping[str, int] | int) -> tuple[int, int]:
-    return (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
-
-
-def _margins(length: int, crop: int) -> tuple[int, int]:
-    """Padding before and after that makes `crop` of `length`; negative where it cuts."""
-    before = -((length - crop) // 2) if crop <= length else math.ceil((crop - length) / 2)
-    return before, crop - length - before

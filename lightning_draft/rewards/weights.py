@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,22 @@ class PublishedFile:
     """A file of weights as its authors published it.
 
     Args:
-        repo: Id of the hub repository.
+        repo: Id of the repository.
         name: Path in that repository.
         size: Bytes; None where they are not known.
         sha256: Hexadecimal digest of the content; None where it is not known.
+        host: `hub`, from which files are downloaded; `GitHub`, from which they are not.
     """
 
     repo: str
     name: str
     size: int | None = None
     sha256: str | None = None
+    host: Literal["hub", "GitHub"] = "hub"
 
     def __str__(self) -> str:
         """Name and repository, for messages."""
-        return f"{Path(self.name).name} of hub repository {self.repo}"
+        return f"{Path(self.name).name} of {self.host} repository {self.repo}"
 
 
 def locate(published: PublishedFile, local: str | None = None, argument: str = "weights") -> Path:
@@ -93,29 +95,33 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -
     Raises:
         ConfigurationError: Names or shapes differ.
     """
-    own = module.state_dict()
-    check_names(own, tensors, source)
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise ConfigurationError(
-                f"{source} does not fit: {name} has shape {tuple(tensors[name].shape)} where {tuple(tensor.shape)} is "
-                "expected; give the file that the reward names"
-            )
+    check_fit(module.state_dict(), tensors, source)
     module.load_state_dict(dict(tensors))
 
 
-def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], source: Path | str) -> None:
-    """Check that a state dict has the names expected of it, and no others.
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path | str) -> None:
+    """Check that a state dict has the names and the shapes expected of it, and nothing else.
+
+    Args:
+        expected: A state dict that fits; its tensors may be on the meta device.
+        found: The one to check.
+        source: Where it comes from, for messages.
 
     Raises:
-        ConfigurationError: It has not; the message lists the first few.
+        ConfigurationError: It does not fit; the message lists the first few names.
     """
+    advice = "give the file that the reward names"
     for verb, names in (("lacks", expected.keys() - found.keys()), ("has besides", found.keys() - expected.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ConfigurationError(
-                f"{source} does not fit: it {verb} {len(names)} tensors, among them {first}; give the file that the "
-                "reward names"
+                f"{source} does not fit: it {verb} {len(names)} tensors, among them {first}; {advice}"
+            )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise ConfigurationError(
+                f"{source} does not fit: {name} has shape {tuple(found[name].shape)} where {tuple(tensor.shape)} is "
+                f"expected; {advice}"
             )
 
 
@@ -135,6 +141,10 @@ def _download(published: PublishedFile, argument: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if published.host != "hub":
+        raise ConfigurationError(
+            f"{published} is not downloaded by itself; save it and write {argument}=FOLDER/{Path(published.name).name}"
+        )
     with suppress(LocalEntryNotFoundError):  # what is cached needs no connection
         return Path(hf_hub_download(published.repo, published.name, local_files_only=True))
     try:

@@ -165,7 +165,7 @@ def test_climbing_the_classification_retrieves_the_caption(tiny_clip: Path, pict
 def test_text_features_are_encoded_once_and_follow_the_weights(
     tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = CLIPEncoder(str(tiny_clip))
+    encoder = CLIPEncoder.load(str(tiny_clip))
     encoded: list[str] = []
     encode = encoder._encode
     monkeypatch.setattr(encoder, "_encode", lambda texts: [encoded.extend(texts), encode(texts)][1])
@@ -179,7 +179,7 @@ def test_text_features_are_encoded_once_and_follow_the_weights(
 
 def test_the_oldest_texts_are_forgotten(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_draft.rewards.clip_encoder.MAX_CACHED", 2)
-    encoder = CLIPEncoder(str(tiny_clip))
+    encoder = CLIPEncoder.load(str(tiny_clip))
     texts = ["red", "cat", "a dog"]
     assert encoder.texts(texts).shape[0] == 3
     assert list(encoder._texts) == ["cat", "a dog"]
@@ -191,7 +191,7 @@ def test_long_prompts_are_cut_as_transformers_cuts_them(tiny_clip: Path) -> None
     tokens = processor(text=texts, return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-    torch.testing.assert_close(CLIPEncoder(str(tiny_clip)).texts(texts), expected)
+    torch.testing.assert_close(CLIPEncoder.load(str(tiny_clip)).texts(texts), expected)
 
 
 def test_training_after_validation_under_inference_mode(tiny_clip: Path, pictures: Draw) -> None:
@@ -235,15 +235,15 @@ def test_weights_are_frozen_and_in_eval_mode(tiny_clip: Path) -> None:
 def test_the_image_processor_of_a_processor_file(tiny_clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(tiny_clip, folder)
-    expected = CLIPEncoder(str(folder)).preprocess
+    expected = CLIPEncoder.load(str(folder)).preprocess
     for file in ("preprocessor_config.json", "processor_config.json"):
         (folder / file).unlink(missing_ok=True)
     with pytest.raises(ConfigurationError, match="no preprocessor_config.json .*CLIPImageProcessor"):
-        CLIPEncoder(str(folder))
+        CLIPEncoder.load(str(folder))
     config = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).to_dict()
     for file, content in (("processor_config.json", {"image_processor": config}), ("preprocessor_config.json", config)):
         (folder / file).write_text(json.dumps(content))
-        assert CLIPEncoder(str(folder)).preprocess == expected
+        assert CLIPEncoder.load(str(folder)).preprocess == expected
         (folder / file).unlink()
 
 

@@ -1,9 +1,12 @@
 """Rewards: what a model is fine-tuned for."""
 
 from lightning_draft.rewards.base import Prompt, Reward, check_scores
+from lightning_draft.rewards.classifier import ClassifierTarget
 from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, CLIPScore
 from lightning_draft.rewards.colour import Brightness, ColourBalance, ColourTarget, Saturation, Sharpness, Symmetry
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
+from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
+from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
 
 __all__ = [
@@ -11,12 +14,18 @@ __all__ = [
     "CLIPClassification",
     "CLIPScore",
     "CaptionRetrieval",
+    "ClassifierTarget",
     "ColourBalance",
     "ColourTarget",
+    "DetectedCount",
+    "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "JPEGRate",
     "JPEGSize",
+    "ObjectAbsent",
+    "ObjectCount",
+    "ObjectPresent",
     "Prompt",
     "Reward",
     "Saturation",

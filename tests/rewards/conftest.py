@@ -1,14 +1,45 @@
-"""Pictures, and finite differences."""
+"""Pictures, finite differences, and small random models in the format of real ones."""
 
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    CLIPTokenizer,
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessor,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    OwlViTImageProcessor,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
+)
 
 from lightning_draft.rewards import Reward
 
 Check = Callable[[Reward, Tensor, Sequence[str]], Tensor]
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LABELS = ("red cat", "cat, feline", "bird", "N/A")
 
 
 @pytest.fixture
@@ -49,3 +80,89 @@ def check_gradient() -> Check:
         return gradient
 
     return check
+
+
+def write(folder: Path, model: Any, *parts: Any, spread: float = 0.2) -> Path:
+    """Save a model with random weights, and its processor and tokenizer, in one folder."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    for part in (model.eval(), *parts):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_detectors(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> dict[str, Path]:
+    """Detectors by kind: two that are asked in words, two with a softmax, two with a sigmoid."""
+    folder = tmp_path_factory.mktemp("detectors")
+    words = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
+    ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**TOWER, **ends, "vocab_size": len(words), "max_position_embeddings": words.model_max_length}
+    owl = {"text_config": text, "vision_config": {**TOWER, "image_size": 16, "patch_size": 4}, "projection_dim": 16}
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
+    heads = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5}
+    heads |= {
+        f"{part}_{size}": 2 if size == "attention_heads" else 16
+        for part in ("encoder", "decoder")
+        for size in ("attention_heads", "ffn_dim")
+    }
+    stages = {"embedding_size": 8, "layer_type": "basic"}
+    resnet = ResNetConfig(**stages, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
+    detr = {**heads, **labels, "backbone_config": resnet, "use_timm_backbone": False, "use_pretrained_backbone": False}
+    rt_resnet = RTDetrResNetConfig(
+        **stages, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+    )
+    rt_detr = RTDetrConfig(
+        **heads,
+        **labels,
+        backbone_config=rt_resnet,
+        encoder_hidden_dim=16,
+        encoder_in_channels=[8] * 3,
+        decoder_in_channels=[16] * 3,
+        feat_strides=[8, 16, 32],
+        num_denoising=0,
+    )
+    yolos = YolosConfig(**TOWER, **labels, image_size=[32, 32], patch_size=8, num_detection_tokens=5)
+    square, edges = {"height": 16, "width": 16}, {"shortest_edge": 32, "longest_edge": 64}
+    torch.manual_seed(0)
+    kinds: dict[str, tuple[Any, ...]] = {
+        "owlvit": (OwlViTForObjectDetection(OwlViTConfig(**owl)), OwlViTImageProcessor(size=square), words),
+        "owlv2": (Owlv2ForObjectDetection(Owlv2Config(**owl)), Owlv2ImageProcessor(size=square), words),
+        "yolos": (YolosForObjectDetection(yolos), YolosImageProcessor(size=edges)),
+        "detr": (DetrForObjectDetection(DetrConfig(**detr)), DetrImageProcessor(size=edges)),
+        "conditional_detr": (
+            ConditionalDetrForObjectDetection(ConditionalDetrConfig(**detr)),
+            ConditionalDetrImageProcessor(size=edges),
+        ),
+        "rt_detr": (RTDetrForObjectDetection(rt_detr), RTDetrImageProcessor(size={"height": 32, "width": 32})),
+    }
+    return {kind: write(folder / kind, *parts) for kind, parts in kinds.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer of four labels for 16x16 images."""
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**TOWER, **labels, image_size=16, patch_size=4))
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    return write(tmp_path_factory.mktemp("classifiers") / "vit", model, processor)
+
+
+@pytest.fixture(scope="session")
+def tiny_image_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageReward for 32x32 images, the one that the recorded figures were taken with."""
+    recorder = runpy.run_path(str(Path(__file__).parent / "recorded" / "image_reward.py"))
+    folder: Path = recorder["write"](tmp_path_factory.mktemp("image-reward"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    tiny_clip: Path, tiny_detectors: dict[str, Path], tiny_classifier: Path, tiny_image_reward: Path
+) -> dict[str, str]:
+    """Folders of small models by what they are."""
+    folders = {"clip": tiny_clip, "classifier": tiny_classifier, "image_reward": tiny_image_reward, **tiny_detectors}
+    return {name: str(folder) for name, folder in folders.items()}

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,34 +13,48 @@ from lightning_draft.rewards import Reward, WeightedReward, WeightedSum
 CAPTIONS = ["red cat", "cat", "red", "a dog"]
 PROMPTS = ["red cat", "a bird", "cat"]
 
-Build = Callable[[str], Reward]
+Tiny = dict[str, str]
+Build = Callable[[Tiny], Reward]
 EVERY: dict[str, tuple[Build, float, float]] = {
-    "Brightness": (lambda clip: rewards.Brightness(0.3), -1, 0),
-    "CLIPClassification": (lambda clip: rewards.CLIPClassification(clip, CAPTIONS), -torch.inf, 0),
-    "CLIPScore": (lambda clip: rewards.CLIPScore(clip), -1, 1),
-    "CaptionRetrieval": (lambda clip: rewards.CaptionRetrieval(clip, CAPTIONS), 0, 1),
-    "ColourBalance": (lambda clip: rewards.ColourBalance(), -1, 1),
-    "ColourTarget": (lambda clip: rewards.ColourTarget(1.0, 0.5, 0.0), -1, 0),
-    "JPEGCompressibility": (lambda clip: rewards.JPEGCompressibility(), -1, 0),
-    "JPEGIncompressibility": (lambda clip: rewards.JPEGIncompressibility(), 0, 1),
-    "JPEGRate": (lambda clip: rewards.JPEGRate(), -torch.inf, 0),
-    "JPEGSize": (lambda clip: rewards.JPEGSize(), -torch.inf, 0),
-    "Saturation": (lambda clip: rewards.Saturation(), 0, 1),
-    "Sharpness": (lambda clip: rewards.Sharpness(), 0, 16),
-    "Symmetry": (lambda clip: rewards.Symmetry(), -1, 0),
+    "Brightness": (lambda tiny: rewards.Brightness(0.3), -1, 0),
+    "CLIPClassification": (lambda tiny: rewards.CLIPClassification(tiny["clip"], CAPTIONS), -torch.inf, 0),
+    "CLIPScore": (lambda tiny: rewards.CLIPScore(tiny["clip"]), -1, 1),
+    "CaptionRetrieval": (lambda tiny: rewards.CaptionRetrieval(tiny["clip"], CAPTIONS), 0, 1),
+    "ClassifierTarget": (lambda tiny: rewards.ClassifierTarget(tiny["classifier"], "cat"), -torch.inf, 0),
+    "ColourBalance": (lambda tiny: rewards.ColourBalance(), -1, 1),
+    "ColourTarget": (lambda tiny: rewards.ColourTarget(1.0, 0.5, 0.0), -1, 0),
+    "DetectedCount": (lambda tiny: rewards.DetectedCount(tiny["owlvit"], "cat"), 0, 16),
+    "ImageReward": (
+        lambda tiny: rewards.ImageReward(f"{tiny['image_reward']}/small.pt", tokenizer=tiny["image_reward"]),
+        -torch.inf,
+        torch.inf,
+    ),
+    "JPEGCompressibility": (lambda tiny: rewards.JPEGCompressibility(), -1, 0),
+    "JPEGIncompressibility": (lambda tiny: rewards.JPEGIncompressibility(), 0, 1),
+    "JPEGRate": (lambda tiny: rewards.JPEGRate(), -torch.inf, 0),
+    "JPEGSize": (lambda tiny: rewards.JPEGSize(), -torch.inf, 0),
+    "ObjectAbsent": (lambda tiny: rewards.ObjectAbsent(tiny["owlv2"], "cat"), -torch.inf, 0),
+    "ObjectCount": (lambda tiny: rewards.ObjectCount(tiny["owlvit"], "bird", 2), -196, 0),
+    "ObjectPresent": (lambda tiny: rewards.ObjectPresent(tiny["yolos"], "cat"), -torch.inf, 0),
+    "Saturation": (lambda tiny: rewards.Saturation(), 0, 1),
+    "Sharpness": (lambda tiny: rewards.Sharpness(), 0, 16),
+    "Symmetry": (lambda tiny: rewards.Symmetry(), -1, 0),
     "WeightedSum": (
-        lambda clip: WeightedSum(
-            {"clip": WeightedReward(rewards.CLIPScore(clip), 2.0), "dark": WeightedReward(rewards.Brightness(0.0))}
+        lambda tiny: WeightedSum(
+            {
+                "clip": WeightedReward(rewards.CLIPScore(tiny["clip"]), 2.0),
+                "dark": WeightedReward(rewards.Brightness(0.0)),
+            }
         ),
         -3,
         2,
     ),
 }
-DIFFERENTIABLE = sorted(set(EVERY) - {"CaptionRetrieval", "JPEGSize"})
+DIFFERENTIABLE = sorted(set(EVERY) - {"CaptionRetrieval", "DetectedCount", "JPEGSize"})
 
 
-def build(name: str, clip: Path) -> Reward:
-    return EVERY[name][0](str(clip)).requires_grad_(False).eval()
+def build(name: str, tiny: Tiny) -> Reward:
+    return EVERY[name][0](tiny).requires_grad_(False).eval()
 
 
 def test_the_list_is_complete() -> None:
@@ -50,8 +63,8 @@ def test_the_list_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_it_says_whether_it_has_a_gradient(name: str, tiny_clip: Path, pictures: Callable[..., Tensor]) -> None:
-    reward = build(name, tiny_clip)
+def test_it_says_whether_it_has_a_gradient(name: str, tiny: Tiny, pictures: Callable[..., Tensor]) -> None:
+    reward = build(name, tiny)
     scores = reward(pictures(3, 16, 16).requires_grad_(), PROMPTS)
     assert scores.requires_grad is reward.differentiable is (name in DIFFERENTIABLE)
     assert scores.dtype == torch.float32
@@ -62,35 +75,35 @@ def test_it_says_whether_it_has_a_gradient(name: str, tiny_clip: Path, pictures:
 def test_the_gradient_is_that_of_finite_differences(
     name: str,
     size: tuple[int, int],
-    tiny_clip: Path,
+    tiny: Tiny,
     pictures: Callable[..., Tensor],
     check_gradient: Callable[..., Tensor],
 ) -> None:
-    check_gradient(build(name, tiny_clip), pictures(3, *size), PROMPTS)
+    check_gradient(build(name, tiny), pictures(3, *size), PROMPTS)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_saturated_pixels_keep_their_gradient(
-    name: str, tiny_clip: Path, pictures: Callable[..., Tensor], check_gradient: Callable[..., Tensor]
+    name: str, tiny: Tiny, pictures: Callable[..., Tensor], check_gradient: Callable[..., Tensor]
 ) -> None:
     images = 1.05 + 0.2 * pictures(3, 16, 16)
-    gradient = check_gradient(build(name, tiny_clip), images, PROMPTS)
+    gradient = check_gradient(build(name, tiny), images, PROMPTS)
     assert (gradient != 0).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("size", [(16, 16), (7, 9), (40, 12), (33, 65)])
 def test_a_batch_scores_as_its_images_do_one_by_one(
-    name: str, size: tuple[int, int], tiny_clip: Path, pictures: Callable[..., Tensor]
+    name: str, size: tuple[int, int], tiny: Tiny, pictures: Callable[..., Tensor]
 ) -> None:
-    reward = build(name, tiny_clip)
+    reward = build(name, tiny)
     images = pictures(3, *size)
     single = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(reward(images, PROMPTS), single, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_scores_lie_in_the_stated_range(name: str, tiny_clip: Path, pictures: Callable[..., Tensor]) -> None:
+def test_scores_lie_in_the_stated_range(name: str, tiny: Tiny, pictures: Callable[..., Tensor]) -> None:
     _, lowest, highest = EVERY[name]
     checkerboard = ((torch.arange(16).view(16, 1) + torch.arange(16)) % 2).float().expand(3, 16, 16)
     images = torch.stack(
@@ -102,7 +115,7 @@ def test_scores_lie_in_the_stated_range(name: str, tiny_clip: Path, pictures: Ca
         ]
     )
     prompts = ["cat", "red", "a dog", "x"]
-    scores = build(name, tiny_clip)(torch.cat([images, pictures(4, 16, 16)]), prompts * 2)
+    scores = build(name, tiny)(torch.cat([images, pictures(4, 16, 16)]), prompts * 2)
     assert scores.min() >= lowest
     assert scores.max() <= highest
     assert scores.isfinite().all()
@@ -110,12 +123,12 @@ def test_scores_lie_in_the_stated_range(name: str, tiny_clip: Path, pictures: Ca
 
 @pytest.mark.parametrize("name", EVERY)
 def test_half_precision_images_are_scored_in_single_precision(
-    name: str, tiny_clip: Path, pictures: Callable[..., Tensor]
+    name: str, tiny: Tiny, pictures: Callable[..., Tensor]
 ) -> None:
-    reward = build(name, tiny_clip)
+    reward = build(name, tiny)
     images = pictures(3, 16, 16).bfloat16()
     exact = reward(images.float(), PROMPTS)
-    double = build(name, tiny_clip).double()(images.double(), PROMPTS)
+    double = build(name, tiny).double()(images.double(), PROMPTS)
     torch.testing.assert_close(exact.double(), double.double(), rtol=1e-3, atol=1e-5)
     assert torch.equal(reward(images, PROMPTS), exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,180 @@
+"""Object detectors of transformers as frozen, differentiable sources of logits."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.clip_encoder import Precision
+from lightning_draft.rewards.image_processor import PixelValues, read_image_processor
+from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.pretrained import check_precision, load, reading
+from lightning_draft.rewards.targets import Labels
+
+TEXT_QUERIED = ("owlvit", "owlv2")
+
+
+class Detector(nn.Module, ABC):
+    """A frozen detector.
+
+    Args:
+        model: Of transformers.
+        processor: Its image processor.
+        dtype: Precision of the weights.
+    """
+
+    threshold: float
+    """The score from which transformers' post-processing of this kind of detector counts by default."""
+
+    def __init__(self, model: Any, processor: Any, dtype: Precision) -> None:
+        super().__init__()
+        self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
+        self.processor = processor
+        self.pixels = PixelValues(processor.to_dict())
+
+    def forward(self, images: Tensor, objects: Sequence[Any]) -> Tensor:
+        """Log-odds `(B, Q)` that each of Q boxes holds the object of its image.
+
+        Args:
+            images: `(B, 3, H, W)` in [0, 1].
+            objects: `B` objects.
+        """
+        with full_precision(images) as x:
+            return self.logits(self.pixels(x).to(self.model.dtype), objects).to(x.dtype)
+
+    @abstractmethod
+    def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
+        """The same, of what the network takes."""
+
+    def check(self, name: str) -> None:
+        """Check that the detector knows an object.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+
+    @abstractmethod
+    def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
+        """How many boxes of each image transformers' post-processing keeps for its object, `(B,)`."""
+
+
+class TextQueried(Detector):
+    """OWL-ViT or OWLv2: an object is asked for in words.
+
+    Args:
+        model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection`.
+        processor: Its image processor.
+        dtype: Precision of the weights.
+        tokenizer: Of its text encoder.
+        query: Text with `{}` where the object goes.
+    """
+
+    threshold = 0.1
+
+    def __init__(self, model: Any, processor: Any, dtype: Precision, tokenizer: Any, query: str) -> None:
+        super().__init__(model, processor, dtype)
+        self.tokenizer = tokenizer
+        self.query = query
+
+    def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
+        """The class head without its query mask, which casts to float32."""
+        return self._patches(pixels, objects)[0]
+
+    @torch.no_grad()
+    def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
+        """Boxes whose score is above the threshold; OWL's post-processing suppresses no overlapping ones."""
+        with full_precision(images) as x:
+            logits, features, grid = self._patches(self.pixels(x).to(self.model.dtype), objects)
+            output = SimpleNamespace(logits=logits.unsqueeze(-1), pred_boxes=self.model.box_predictor(features, grid))
+        found = self.processor.post_process_object_detection(output, threshold=threshold)
+        return images.new_tensor([len(boxes["scores"]) for boxes in found], dtype=torch.float32)
+
+    def _patches(self, pixels: Tensor, objects: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        grid = self.model.image_embedder(pixel_values=pixels)[0]
+        features = grid.flatten(1, 2)
+        logits = self.model.class_predictor(features, self._queries(objects), None)[0]
+        return logits.squeeze(-1), features, grid
+
+    @torch.no_grad()
+    def _queries(self, objects: Sequence[Any]) -> Tensor:
+        """Features of the questions, `(B, 1, D)`."""
+        texts = [self.query.replace("{}", str(name)) for name in objects]
+        length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.model.device)
+        features = self.model.base_model.get_text_features(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        )
+        features = features if isinstance(features, Tensor) else features.pooler_output
+        return nn.functional.normalize(features, dim=-1).unsqueeze(1)
+
+
+class LabelQueried(Detector):
+    """A detector of the DETR family: an object is one of its labels.
+
+    Args:
+        model: Of `AutoModelForObjectDetection`.
+        processor: Its image processor.
+        dtype: Precision of the weights.
+        source: Where it comes from, for messages.
+    """
+
+    threshold = 0.5
+
+    def __init__(self, model: Any, processor: Any, dtype: Precision, source: str) -> None:
+        super().__init__(model, processor, dtype)
+        self.labels = Labels(model.config.id2label, source)
+
+    def check(self, name: str) -> None:
+        """Check that it is one of the labels."""
+        self.labels.number(name)
+
+    def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
+        """The logit itself of a detector trained with a sigmoid; that of `p / (1 - p)` with a softmax."""
+        scores = self.model(pixel_values=pixels).logits
+        numbers = torch.tensor([self.labels.number(name) for name in objects], device=scores.device)
+        column = numbers.view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+        own = scores.gather(-1, column).squeeze(-1)
+        if scores.shape[-1] == len(self.labels.names):
+            return own
+        return own - scores.scatter(-1, column, -torch.inf).logsumexp(-1)
+
+    @torch.no_grad()
+    def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
+        """Boxes above the threshold whose label is the object."""
+        with full_precision(images) as x:
+            output = self.model(pixel_values=self.pixels(x).to(self.model.dtype))
+        found = self.processor.post_process_object_detection(output, threshold=threshold)
+        numbers = [self.labels.number(name) for name in objects]
+        counts = [(boxes["labels"] == number).sum().item() for boxes, number in zip(found, numbers, strict=True)]
+        return images.new_tensor(counts, dtype=torch.float32)
+
+
+def open_detector(pretrained: str, query: str, dtype: Precision) -> Detector:
+    """Open a detector.
+
+    Args:
+        pretrained: Folder or hub id.
+        query: Text with `{}` where the object goes, for detectors that are asked in words.
+        dtype: Precision of the weights.
+
+    Raises:
+        ConfigurationError: There is none, or it is not of a kind that is known.
+    """
+    from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection, AutoTokenizer
+
+    check_precision(dtype)
+    if "{}" not in query:
+        raise ConfigurationError(f"query={query!r} has no place for the object; write {{}} there: a photo of a {{}}")
+    with reading("detector", pretrained, "google/owlv2-base-patch16-ensemble or hustvl/yolos-tiny") as source:
+        by_text = AutoConfig.from_pretrained(source).model_type in TEXT_QUERIED
+        model = load(AutoModelForZeroShotObjectDetection if by_text else AutoModelForObjectDetection, source)
+        processor = read_image_processor(source)
+        if by_text:
+            return TextQueried(model, processor, dtype, AutoTokenizer.from_pretrained(source), query)
+        return LabelQueried(model, processor, dtype, pretrained)

@@ -1,0 +1,138 @@
+"""Image processors of transformers as tensor arithmetic, read from their own configuration."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.preprocessing import Preprocessing
+
+SUPPORTED = (
+    *("Beit", "Bit", "CLIP", "ConvNext", "DeiT", "MobileNetV1", "MobileNetV2", "Siglip", "ViT"),
+    *("ConditionalDetr", "DeformableDetr", "Detr", "OwlViT", "Owlv2", "RTDetr", "Yolos"),
+)
+"""Processors whose arithmetic is known here; BiT's is also that of ResNet, DINOv2 and Swin-like classifiers."""
+
+_GREY = 0.5
+
+
+class PixelValues:
+    """Images in [0, 1] to a network's input, with their gradient, as one of transformers' image processors makes it.
+
+    Pillow rounds to bytes after each pass of a resize and the tensors do not: the two differ by about a level of 255.
+
+    Args:
+        config: The processor's configuration, complete: `processor.to_dict()`.
+
+    Raises:
+        ConfigurationError: The processor is not one of `SUPPORTED`, or resizes in a way that is not known.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.kind = _kind(config)
+        if self.kind not in SUPPORTED:
+            raise ConfigurationError(
+                f"the image processor {config.get('image_processor_type')} is not supported: its arithmetic is not "
+                f"known on tensors; use a model with one of the processors {', '.join(SUPPORTED)}"
+            )
+        config = _with_crop(config) if self.kind == "ConvNext" else config
+        self.size = _size(config)
+        crop = config.get("crop_size") if config.get("do_center_crop") else None
+        self.steps = Preprocessing.from_config(
+            {**config, "size": {"height": 1, "width": 1}, "do_center_crop": crop is not None, "crop_size": crop}
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` to `(B, 3, h, w)`, in the same dtype."""
+        if self.steps.shortest is None:
+            return self.steps(images)
+        if self.kind == "Owlv2":
+            images = owlv2_resize(images, self.resized(*images.shape[-2:]))
+            return replace(self.steps, shortest=None)(images)
+        return replace(self.steps, shortest=self.resized(*images.shape[-2:]))(images)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size to which an image is resized, before any crop."""
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        shortest: float = self.size["shortest_edge"]
+        longest = self.size.get("longest_edge")
+        if longest is not None and shortest * max(height, width) > longest * min(height, width):
+            shortest = longest * min(height, width) / max(height, width)
+        rounded = round(shortest)
+        across = int(shortest * max(height, width) / min(height, width))
+        size = (rounded, across) if height <= width else (across, rounded)
+        return size if self.kind != "Yolos" else (size[0] // 16 * 16, size[1] // 16 * 16)
+
+
+def read_image_processor(source: Path | str) -> Any:
+    """The image processor of a folder or hub id.
+
+    Raises:
+        OSError, ValueError: There is none.
+    """
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source)
+
+
+def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """OWLv2's own resize: grey below and to the right up to a square, a Gaussian where it shrinks, then linear.
+
+    As in the model's first implementation and in transformers 4; transformers 5 pads with black.
+
+    Args:
+        images: `(B, 3, H, W)` in [0, 1].
+        size: Height and width of the result.
+    """
+    height, width = images.shape[-2:]
+    side = max(height, width)
+    images = F.pad(images, (0, side - width, 0, side - height), value=_GREY)
+    for dim, length in zip((-2, -1), size, strict=True):
+        images = _smooth(images, (side / length - 1) / 2, dim)
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=False)
+
+
+def _smooth(images: Tensor, sigma: float, dim: int) -> Tensor:
+    """Convolve with a Gaussian of `sigma` pixels, cut after 4 sigma, along one dimension; the image is mirrored."""
+    radius = int(4 * sigma + 0.5)
+    if radius < 1:
+        return images
+    places = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    kernel = torch.softmax(-(places**2) / (2 * sigma**2), 0)
+    rows = images.movedim(dim, -1)
+    flat = F.pad(rows.reshape(-1, 1, rows.shape[-1]), (radius, radius), mode="reflect")
+    return F.conv1d(flat, kernel.view(1, 1, -1)).view(rows.shape).movedim(-1, dim)
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+        kind = kind.removesuffix(ending)
+    return kind
+
+
+def _size(config: Mapping[str, Any]) -> dict[str, int]:
+    size = config["size"]
+    found = {} if not isinstance(size, Mapping) else {key: int(length) for key, length in size.items() if length}
+    if {"height", "width"} <= found.keys() or "shortest_edge" in found:
+        return found
+    raise ConfigurationError(
+        f"the image processor resizes to {size}; supported are height and width, or shortest_edge with or without "
+        "longest_edge"
+    )
+
+
+def _with_crop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """ConvNeXt and ResNet: below 384 pixels a larger resize and a crop, else a resize to a square."""
+    side = config["size"]["shortest_edge"]
+    square = {"height": side, "width": side}
+    if side >= 384:
+        return {**config, "size": square, "do_center_crop": False}
+    larger = {"shortest_edge": int(side / config.get("crop_pct", 224 / 256))}
+    return {**config, "size": larger, "do_center_crop": True, "crop_size": square}

@@ -1,0 +1,136 @@
+"""The `hpsv2` package as a black-box reward: the reference for `HPSv2`, which needs no package.
+
+`pip install hpsv2` pins a protobuf too old for TensorBoard, and replaces pytest; its wheel lacks the vocabulary of its
+tokenizer, and imports the drawing module `turtle`, and so tkinter; it downloads 4 GB of weights only to overwrite
+them. Installed beside current packages, with none of that:
+
+    pip install --no-deps hpsv2==1.2.0
+    pip install ftfy regex clint requests torchvision
+
+with the torchvision that belongs to the installed torch.
+"""
+
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.hps import HPS_TOKENIZER, HPSVersion, clip_tokenizer, hps_file
+from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.weights import fill, locate, read_tensors
+
+_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+_INSTALL = (
+    "pip install --no-deps hpsv2==1.2.0 and then pip install ftfy regex clint requests torchvision, with the "
+    "torchvision that belongs to your torch; the reward HPSv2 computes the same and needs none of them"
+)
+
+
+class HPSv2Reference(Reward):
+    """The score of the `hpsv2` package itself, one picture at a time. Black box.
+
+    Model, preprocessing and tokenizer are the package's; images are rounded to bytes, as files are. The checkpoint is
+    read by this package, without running code.
+
+    Args:
+        version: `v2.1` or `v2.0`.
+        weights: The checkpoint, or the folder it lies in; None for the hub's cache, or the hub.
+        tokenizer: Folder or hub id of CLIP's tokenizer, from which the vocabulary comes that the package lacks.
+        architecture: The package's name for the model's sizes.
+
+    Raises:
+        ConfigurationError: The package cannot be imported, or weights or tokenizer cannot be had, or do not fit.
+    """
+
+    differentiable = False
+
+    def __init__(
+        self,
+        version: HPSVersion = "v2.1",
+        weights: str | None = None,
+        tokenizer: str = HPS_TOKENIZER,
+        architecture: str = "ViT-H-14",
+    ) -> None:
+        super().__init__()
+        path = locate(hps_file(version), weights)
+        tensors = read_tensors(path, "state_dict")
+        merges = bpe_merges(clip_tokenizer(tokenizer, len(tensors["token_embedding.weight"])))
+        self.package = import_hpsv2(merges)
+        self.model, _, self.preprocess = self.package.create_model_and_transforms(
+            architecture, light_augmentation=True, output_dict=True
+        )
+        fill(self.model, tensors, path)
+        self.model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
+        from PIL import Image
+
+        device = self.model.logit_scale.device
+        pixels = images.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+        scores = []
+        with full_precision(images):
+            for picture, prompt in zip(pixels, prompts, strict=True):
+                image = self.preprocess(Image.fromarray(picture.numpy())).unsqueeze(0).to(device)
+                output = self.model(image, self.package.tokenize([str(prompt)]).to(device))
+                scores.append((output["image_features"] * output["text_features"]).sum())
+        return torch.stack(scores).to(images.device, torch.float32)
+
+
+def bpe_merges(tokenizer: Any) -> bytes:
+    """The merges of a byte-pair tokenizer of transformers, in the form of CLIP's vocabulary file."""
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return "\n".join(["#version: 0.2", *lines]).encode()
+
+
+def import_hpsv2(merges: bytes) -> Any:
+    """The package's own copy of open_clip, imported round the file and the module that it may lack.
+
+    Args:
+        merges: Content of the vocabulary file, in place of the missing one.
+
+    Raises:
+        ConfigurationError: The package, or something else that it imports, is not installed.
+    """
+    import importlib
+
+    try:
+        with _worked_round(merges):
+            return importlib.import_module("hpsv2.src.open_clip")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigurationError(f"HPSv2Reference cannot import the hpsv2 package ({reason}); {_INSTALL}") from error
+
+
+@contextmanager
+def _worked_round(merges: bytes) -> Iterator[None]:
+    """Within this context the package finds a vocabulary where its wheel has none, and a `turtle` without tkinter."""
+
+    def opened(file: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(file).name == _VOCABULARY and not Path(file).exists():
+            return io.BytesIO(merges)
+        return original(file, *arguments, **options)
+
+    original = gzip.open
+    turtle = ModuleType("turtle")
+    turtle.forward = None  # type: ignore[attr-defined]
+    sys.modules.setdefault("turtle", turtle)
+    try:
+        with patch.object(gzip, "open", opened):
+            yield
+    finally:
+        if sys.modules["turtle"] is turtle:
+            del sys.modules["turtle"]

@@ -29,7 +29,7 @@ from lightning_draft.modules import RewardModule
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
 
 BATCH = 8
-_DOWN = re.compile(r"([A-Za-z_]+(?:\.\d+)?)\.(?:lora_A|lora\.down|lora_down)")
+_DOWN = re.compile(r"^[a-z]+\.(.+?)\.(?:lora_A|lora\.down|lora_down)\.")
 
 
 def main(args: Sequence[str]) -> int:

@@ -182,7 +182,7 @@ def load(network: ModelMixin, path: str | os.PathLike[str], family: Family) -> N
     )
     state = _network_part(state, file, family.denoiser)
     own = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    _check_fit(own, state, file)
+    _check_fit(network, own, state, file)
     said = {**(metadata or {}), **((alphas[0] or {}) if alphas else {})}
     settings = {key.removeprefix(f"{family.denoiser}."): value for key, value in said.items()}
     scales = {layer: _scale(state, layer, settings) for layer in _layer_names(state)}
@@ -205,12 +205,12 @@ def _network_part(state: Mapping[str, Tensor], file: Path, denoiser: str) -> dic
     return stripped if any("lora_A" in key for key in stripped) else convert_unet_state_dict_to_peft(stripped)
 
 
-def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
+def _check_fit(network: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], file: Path) -> None:
     odd = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
     if not odd:
         return
     ranks = sorted({value.shape[1] for key, value in state.items() if "lora_B" in key})
-    targets = sorted({_ending(layer) for layer in _layer_names(state)})
+    targets = _targets(network, _layer_names(state))
     raise ConfigurationError(
         f"{file} does not fit this model's adapters ({odd[0]}): it has rank {', '.join(map(str, ranks))} on "
         f"{', '.join(targets)}; build the model with lora=LoRA(rank={ranks[-1] if ranks else 8}, "
@@ -222,10 +222,17 @@ def _layer_names(state: Mapping[str, Tensor]) -> list[str]:
     return sorted({key.rsplit(".", 2)[0] for key in state})
 
 
-def _ending(layer: str) -> str:
-    """What `target_modules` would name the layer."""
-    parts = layer.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+def _targets(network: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The shortest `target_modules` that name these layers of a network, and none of its others."""
+    known = {name for name, _ in network.named_modules()}
+
+    def shortest(layer: str) -> str:
+        parts = layer.split(".")
+        endings = [".".join(parts[-count:]) for count in range(1, len(parts))]
+        named = ({name for name in known if name.endswith(f".{ending}")} for ending in endings)
+        return next((end for end, names in zip(endings, named, strict=True) if names <= {*layers}), layer)
+
+    return sorted({shortest(layer) for layer in layers})
 
 
 def _scale(state: Mapping[str, Tensor], layer: str, settings: Mapping[str, Any]) -> float:

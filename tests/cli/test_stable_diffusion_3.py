@@ -1,0 +1,99 @@
+"""A run on Stable Diffusion 3 from the command line: what it says, and what can be done with what it leaves."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from lightning_draft.cli.sample import lora_of
+
+CONFIG = """\
+# A run of seconds.
+model:
+  class_path: DraftModule
+  init_args:
+    model:
+      class_path: StableDiffusion3
+      init_args: {{pretrained: {model}, guidance_scale: 2.0, max_sequence_length: 20, lora: {{rank: 2}}}}
+    sampler:
+      class_path: FlowEuler
+      init_args: {{num_steps: 3}}
+    truncation:
+      class_path: LastK
+      init_args: {{k: 2}}
+    reward:
+      class_path: Brightness
+      init_args: {{target: 0.9}}
+    optimizer:
+      class_path: AdamW
+      init_args: {{lr: 0.05}}
+data:
+  prompts: [a cat, a red cat, red, a bed, a cab, bread, a deer]
+  val_size: 2
+  batch_size: 2
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  val_check_interval: 2
+gradients: {{figure_every_n_steps: 0}}
+"""
+
+
+@pytest.fixture
+def config(workplace: Path, tiny_sd3: Path) -> Path:
+    path = workplace / "flow.yaml"
+    path.write_text(CONFIG.format(model=tiny_sd3))
+    return path
+
+
+def test_what_a_run_says_is_true(command: Callable, config: Path, tiny_sd3: Path) -> None:
+    """The lines for diffusers run, and `sample` draws, from the run and from the file alone."""
+    result = command("fit", "--config", config)
+    assert result.status == 0, result.err
+    lines = re.findall(r"^    (pipe.*)$", result.out, re.MULTILINE)
+    assert lines[0] == f'pipe = StableDiffusion3Pipeline.from_pretrained("{tiny_sd3}")'
+    names: dict = {"StableDiffusion3Pipeline": StableDiffusion3Pipeline}
+    exec("\n".join(lines), names)
+    adapted = dict(names["pipe"].transformer.named_parameters())
+    saved = load_file("runs/flow/lora/best.safetensors")
+    assert len(saved) == 38
+    for name, value in saved.items():
+        layer, factor, _ = name.removeprefix("transformer.").rsplit(".", 2)
+        assert torch.equal(adapted[f"{layer}.{factor}.default_0.weight"], value)
+
+    drawn = command("sample", "runs/flow", "--scale", "0", "1", "--prompt", "red", "-o", "run.png")
+    assert drawn.status == 0, drawn.err
+    rewards = re.findall(r"reward ([\d.e+-]+)", drawn.out)
+    assert len(set(rewards)) == 2
+    file = Path("runs/flow/lora/last.safetensors").rename("my.safetensors")
+    alone = command("sample", file, "--prompt", "a cat", "--steps", "2", "-o", "one.png")
+    assert alone.status == 0, alone.err
+    named = command("sample", file, "--model", tiny_sd3, "--prompt", "a cat", "--steps", "2", "-o", "two.png")
+    assert named.status == 0, named.err
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+
+
+def test_adapters_of_a_file_are_the_layers_that_it_names(command: Callable, config: Path, tiny_sd3: Path) -> None:
+    """A file for one of two attentions does not ask for the other."""
+    from lightning_draft.models import LoRA, StableDiffusion3
+
+    model = StableDiffusion3(str(tiny_sd3), lora=LoRA(rank=3, target_modules=["attn.to_q", "ff.net.2"]))
+    model.save_lora("some.safetensors")
+    again = StableDiffusion3(str(tiny_sd3), lora=lora_of(Path("some.safetensors")))
+    again.load_lora("some.safetensors")
+    ours, theirs = dict(again.trainable_parameters()), dict(model.trainable_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_the_wrong_wrapper_or_sampler_is_named(command: Callable, config: Path, tiny_sd: Path) -> None:
+    other = command("fit", "--config", config, "--model.model.pretrained", tiny_sd)
+    assert other.status != 0
+    assert "open it with StableDiffusion\n" in other.err
+    sampler = command("fit", "--config", config, "--model.sampler", "DDIM")
+    assert sampler.status != 0
+    assert "use FlowEuler or FlowSDE" in sampler.err

@@ -1,0 +1,532 @@
+"""Stable Diffusion 3 against diffusers' own pipeline, on a small random one with all three text encoders."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from lightning.pytorch.loggers import TensorBoardLogger
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_draft.callbacks import GradientNormMonitor, LoRAExport, SampleLogger
+from lightning_draft.chain import SamplingChain
+from lightning_draft.data import PromptDataModule
+from lightning_draft.models import DiffusionModel, LoRA, StableDiffusion, StableDiffusion3
+from lightning_draft.modules import DraftModule
+from lightning_draft.rewards.colour import ColourBalance
+from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
+from lightning_draft.schedules import RectifiedFlow
+from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, Truncation
+
+PROMPTS = ["a red cat", "dog, cat"]
+LENGTH = 20
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.float32, **parts: None) -> StableDiffusion3Pipeline:
+    """The same pipeline as diffusers opens it."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtype, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(batch: int = 2, dtype: torch.dtype = torch.float32, size: int = 8) -> Tensor:
+    """Fixed starting latents."""
+    return torch.randn(batch, 16, size, size, generator=torch.Generator().manual_seed(7), dtype=dtype)
+
+
+def opened(folder: Path, **arguments: Any) -> StableDiffusion3:
+    """A model whose T5 reads few tokens."""
+    return StableDiffusion3(str(folder), **{"max_sequence_length": LENGTH, "guidance_scale": 2.0, **arguments})
+
+
+def stirred(folder: Path, **arguments: Any) -> StableDiffusion3:
+    """A model whose adapters do something."""
+    model = opened(folder, **arguments)
+    generator = torch.Generator().manual_seed(3)
+    for _, value in model.trainable_parameters():
+        value.data = 0.2 * torch.randn(value.shape, generator=generator)
+    return model
+
+
+def sample(model: DiffusionModel, start: Tensor, sampler: Sampler | None = None) -> Tensor:
+    """Latents at the end of the chain."""
+    chain = SamplingChain(model, FlowEuler(4) if sampler is None else sampler, model.encode(PROMPTS))
+    return chain.advance(chain.start(start)).x
+
+
+@torch.no_grad()
+def pictures(model: DiffusionModel) -> Tensor:
+    """Clamped images."""
+    return model.decode(sample(model, noise())).clamp(0, 1)
+
+
+def pipeline_pictures(pipeline: StableDiffusion3Pipeline, **arguments: Any) -> Tensor:
+    """The same from diffusers."""
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_length": LENGTH, "output_type": "pt"}
+    images: Tensor = pipeline(PROMPTS, latents=noise(), **{**settings, **arguments}).images
+    return images
+
+
+def gradients(model: StableDiffusion3, loss: Tensor) -> dict[str, Tensor]:
+    """The loss's gradient in every trainable parameter."""
+    names, values = zip(*model.trainable_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, values), strict=True))
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:
+    """Equal names, and values equal relative to each tensor's own norm."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert (value - theirs[name]).norm() <= rtol * theirs[name].norm(), name
+
+
+def edited(folder: Path, copy: Path, file: str, **changes: Any) -> Path:
+    """A copy of a pipeline with changes to one of its JSON files."""
+    shutil.copytree(folder, copy)
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without the norms of queries and keys, which diffusers computes in float32 whatever the weights are in."""
+    return edited(tiny_sd3, tmp_path_factory.mktemp("sd3") / "exact", "transformer/config.json", qk_norm=None)
+
+
+# Sampling.
+
+
+@pytest.mark.parametrize("t5", [True, False])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_pictures_are_those_of_the_diffusers_pipeline(tiny_sd3: Path, guidance_scale: float, t5: bool) -> None:
+    pipeline = plain(tiny_sd3, **({} if t5 else WITHOUT_T5))
+    arguments = {"negative_prompt": ["tree"] * 2, "num_inference_steps": 6, "guidance_scale": guidance_scale}
+    model = opened(tiny_sd3, guidance_scale=guidance_scale, negative_prompt="tree", t5=t5)
+    with torch.no_grad():
+        ours = sample(model, noise(), FlowEuler(6))
+        decoded = model.decode(ours)
+    theirs = pipeline_pictures(pipeline, output_type="latent", **arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoded.clamp(0, 1), pipeline_pictures(pipeline, **arguments), rtol=0, atol=1e-5)
+    assert ((decoded > 0) & (decoded < 1)).float().mean() > 0.1
+
+
+def test_pictures_of_another_resolution(tiny_sd3: Path) -> None:
+    model = opened(tiny_sd3, resolution=24)
+    assert model.image_size == (24, 24)
+    start = model.noise(2, torch.Generator().manual_seed(5))
+    assert torch.equal(start, torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(5)))
+    with torch.no_grad():
+        ours = model.decode(sample(model, start)).clamp(0, 1)
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_length": LENGTH, "output_type": "pt"}
+    theirs = plain(tiny_sd3)(PROMPTS, height=24, width=24, latents=start, **settings).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_times_are_those_of_the_pipelines_scheduler(tiny_sd3: Path, tmp_path: Path) -> None:
+    """Whatever its shift; what the network is given is the flow's time in units of training timesteps."""
+    folder = edited(tiny_sd3, tmp_path / "shifted", "scheduler/scheduler_config.json", shift=5.0)
+    model = opened(folder, guidance_scale=1.0)
+    assert model.schedule == RectifiedFlow(5.0, 1000)
+    assert model.prediction == "flow"
+    given: list[Tensor] = []
+    model.transformer.register_forward_pre_hook(
+        lambda _, __, arguments: given.append(arguments["timestep"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        sample(model, noise(), FlowEuler(7))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(7)
+    torch.testing.assert_close(torch.stack(given), scheduler.timesteps[:, None].expand(7, 2))
+
+
+def test_decoding_follows_the_autoencoders_scaling_and_shift(tiny_sd3: Path) -> None:
+    """Whole, in chunks, and recomputed in the backward pass."""
+    model = opened(tiny_sd3).double()
+    latents = noise(3, torch.float64).requires_grad_()
+    expected = model.vae.decode(latents / 1.5305 + 0.0609, return_dict=False)[0] / 2 + 0.5
+    (slope,) = torch.autograd.grad(expected.square().sum(), latents)
+    for chunk, recompute in ((None, False), (2, False), (2, True)):
+        model.decode_chunk, model.checkpoint_decoder = chunk, recompute
+        images = model.decode(latents)
+        torch.testing.assert_close(images, expected)
+        torch.testing.assert_close(torch.autograd.grad(images.square().sum(), latents)[0], slope)
+
+
+def test_stochastic_sampling_without_noise_is_the_flow(tiny_sd3: Path) -> None:
+    model = opened(tiny_sd3)
+    with torch.no_grad():
+        expected = sample(model, noise())
+        torch.testing.assert_close(sample(model, noise(), FlowSDE(4, noise_level=0.0)), expected)
+        assert not torch.allclose(sample(model, noise(), FlowSDE(4)), expected, atol=0.1)
+
+
+# Text.
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd3: Path, t5: bool) -> None:
+    model = opened(tiny_sd3, negative_prompt="tree", t5=t5)
+    calls: list[int] = []
+    assert model.text_encoder_2 is not None
+    model.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
+    first = model.encode([*PROMPTS, PROMPTS[0]])
+    second = model.encode(PROMPTS[::-1])
+    assert len(calls) == 3
+    pipeline = plain(tiny_sd3, **({} if t5 else WITHOUT_T5))
+    expected = pipeline.encode_prompt(
+        PROMPTS, None, None, negative_prompt=["tree"] * 2, max_sequence_length=LENGTH, device=torch.device("cpu")
+    )
+    for name, value in zip(("text", "negative", "pooled", "negative_pooled"), expected, strict=True):
+        torch.testing.assert_close(first.tensors[name][:2], value)
+        torch.testing.assert_close(second.tensors[name], value if "negative" in name else value.flip(0))
+    assert first.tensors["text"].shape == (3, 12 + LENGTH, 40)
+    assert first.tensors["text"][:, 12:].any() == t5
+
+
+def test_every_embedding_reaches_the_network(tiny_sd3: Path) -> None:
+    """Guidance off: the network reads the text of each encoder and the pooled one, and nothing of the negative."""
+    model = opened(tiny_sd3, guidance_scale=1.0)
+    conditioning = model.encode(PROMPTS)
+    for tensor in conditioning.tensors.values():
+        tensor.requires_grad_()
+    output = model(noise(), 0.5, conditioning)
+    slopes = torch.autograd.grad(output.square().sum(), list(conditioning.tensors.values()), allow_unused=True)
+    found = dict(zip(conditioning.tensors, slopes, strict=True))
+    assert found["negative"] is None
+    assert found["negative_pooled"] is None
+    text = found["text"]
+    assert all(part.any() for part in (text[:, :12, :16], text[:, :12, 16:32], text[:, 12:], found["pooled"]))
+
+
+def test_text_encoders_can_be_released(tiny_sd3: Path) -> None:
+    model = opened(tiny_sd3)
+    model.precompute(PROMPTS)
+    before = pictures(model)
+    model.release_text_encoder()
+    assert not any(name.startswith("text_encoder") for name in model.state_dict())
+    assert torch.equal(pictures(model), before)
+    with pytest.raises(RuntimeError, match="'a new one' has no embedding; pass every prompt.* to precompute"):
+        model.encode(["a new one"])
+
+
+def test_prompts_that_are_cut_are_named(tiny_sd3: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """By what the longest reader reads: the T5, or the CLIPs where there is none."""
+    opened(tiny_sd3).encode(["a prompt for it"])
+    assert not [warning for warning in recwarn if "cuts" in str(warning.message)]
+    with pytest.warns(UserWarning, match="reads 20 tokens and cuts: a very long prompt"):
+        opened(tiny_sd3).encode(["a very long prompt for it"])
+    with pytest.warns(UserWarning, match="reads 12 tokens and cuts: a prompt"):
+        opened(tiny_sd3, t5=False).encode(["a prompt for it"])
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_gradients_are_finite_differences(exact: Path, guidance_scale: float) -> None:
+    """Through all steps and the decoder, on the attention of image, text, and the second one of the image."""
+    model = stirred(exact, guidance_scale=guidance_scale).double()
+    conditioning, start = model.encode(PROMPTS), noise(dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return model.decode(Full()(SamplingChain(model, FlowEuler(3), conditioning), start)).square().sum()
+
+    found = gradients(model, loss())
+    parameters = dict(model.trainable_parameters())
+    for layer in ("0.attn.to_q", "0.attn2.to_v", "0.attn.add_k_proj", "0.attn.to_add_out", "1.attn.to_out.0"):
+        for factor in ("lora_A", "lora_B"):
+            name = f"transformer.transformer_blocks.{layer}.{factor}.default.weight"
+            value = parameters[name]
+            direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            values = []
+            with torch.no_grad():
+                for step in (1e-4, -1e-4):
+                    value += step * direction
+                    values.append(loss())
+                    value -= step * direction
+            slope = (found[name] * direction).sum()
+            torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-4, rtol=1e-5, atol=1e-8)
+            assert slope.abs() > 1e-6, name
+
+
+def test_guidance_gradients_against_hand_computation(exact: Path) -> None:
+    """`v_u + w (v_c - v_u)`: weights `w` and `1 - w` in full, `w` and 0 in conditional."""
+    w, x = 3.0, noise(dtype=torch.float64)
+    model = stirred(exact, guidance_scale=w, negative_prompt="tree").double()
+    both = model.encode(PROMPTS).tensors
+    time = torch.full((2,), 500.0)
+
+    def slope(text: Tensor, pooled: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+        output = model.transformer(x, text.double(), pooled.double(), time, return_dict=False)[0]
+        return gradients(model, (output * cotangent).sum())
+
+    output = model(x, 0.5, model.encode(PROMPTS))
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given = slope(both["text"], both["pooled"], cotangent)
+    negative = slope(both["negative"], both["negative_pooled"], cotangent)
+    full = {name: w * given[name] + (1 - w) * negative[name] for name in given}
+    assert_close(gradients(model, (output * cotangent).sum()), full, 1e-9)
+    model.guidance_gradient = "conditional"
+    again = model(x, 0.5, model.encode(PROMPTS))
+    torch.testing.assert_close(again, output)
+    half = {name: w * value for name, value in given.items()}
+    assert_close(gradients(model, (again * cotangent).sum()), half, 1e-9)
+
+
+def test_checkpointing_gives_equal_gradients(tiny_sd3: Path) -> None:
+    model = stirred(tiny_sd3).double()
+
+    def found(step: bool) -> dict[str, Tensor]:
+        chain = SamplingChain(model, FlowEuler(3), model.encode(PROMPTS), checkpoint_steps=step)
+        return gradients(model, model.decode(LastK(2)(chain, noise(dtype=torch.float64))).square().mean())
+
+    expected = found(step=False)
+    assert_close(found(step=True), expected, 1e-12)
+    model.checkpoint_blocks()
+    assert model.block_checkpointing
+    assert_close(found(step=False), expected, 1e-12)
+    assert_close(found(step=True), expected, 1e-12)
+
+
+def test_block_checkpointing_keeps_fewer_activations(tiny_sd3: Path) -> None:
+    model = opened(tiny_sd3)
+    conditioning = model.encode(PROMPTS)
+
+    def kept() -> int:
+        elements = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(noise(), 0.5, conditioning)
+        return elements
+
+    whole = kept()
+    model.checkpoint_blocks()
+    assert kept() < 0.5 * whole
+
+
+# Adapters.
+
+
+def test_base_is_bitwise_the_pipeline_without_adapters(tiny_sd3: Path) -> None:
+    expected = pictures(opened(tiny_sd3, lora=None))
+    assert torch.equal(pictures(opened(tiny_sd3)), expected)
+    model = stirred(tiny_sd3)
+    assert (pictures(model) - expected).abs().mean() > 1e-3
+    with model.base():
+        assert torch.equal(pictures(model), expected)
+
+
+def test_default_adapters_are_on_the_attention_of_image_and_text() -> None:
+    """Of Stable Diffusion 3.5 medium: 243 square layers of width 1536, 13 blocks with a second attention."""
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(
+            sample_size=4,
+            pos_embed_max_size=4,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
+        network.requires_grad_(False)
+        network.add_adapter(LoRA(rank=4).config(StableDiffusion3.family.adapted))
+    layers = 24 * 4 + 13 * 4 + 24 * 3 + 23
+    assert sum(value.numel() for value in network.parameters() if value.requires_grad) == layers * 4 * 2 * 1536
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=3, alpha=6.0, target_modules=["attn.to_q", "ff.net.2"])])
+def test_saved_file_gives_our_pictures_in_a_plain_pipeline(tiny_sd3: Path, tmp_path: Path, lora: LoRA) -> None:
+    model = stirred(tiny_sd3, lora=lora)
+    file = tmp_path / "lora" / "last.safetensors"
+    model.save_lora(file, {"step": "12"})
+    pipeline = plain(tiny_sd3)
+    base = pipeline_pictures(pipeline)
+    pipeline.load_lora_weights(str(file))
+    torch.testing.assert_close(pipeline_pictures(pipeline), pictures(model), rtol=0, atol=1e-5)
+    assert (pictures(model) - base).abs().mean() > 1e-3
+    scaled = pipeline_pictures(pipeline, joint_attention_kwargs={"scale": 0.5})
+    with model.adapter_scale(0.5):
+        torch.testing.assert_close(scaled, pictures(model), rtol=0, atol=1e-5)
+    with safe_open(file, "pt") as header:
+        assert header.metadata()["step"] == "12"
+        assert json.loads(header.metadata()["lora_adapter_metadata"])["transformer.r"] == lora.rank
+    again = opened(tiny_sd3, lora=LoRA(rank=lora.rank, target_modules=lora.target_modules))
+    again.load_lora(file)
+    torch.testing.assert_close(pictures(again), pictures(model), rtol=0, atol=1e-5)
+
+
+def test_load_reads_what_diffusers_writes(tiny_sd3: Path, tmp_path: Path) -> None:
+    """And says how to build a model for it: the second attention is left out by its targets."""
+    pipeline = plain(tiny_sd3)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["attn.to_q", "attn.add_k_proj"], init_lora_weights=False)
+    pipeline.transformer.add_adapter(config)
+    state = get_peft_model_state_dict(pipeline.transformer)
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=state)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with pytest.raises(ValueError, match=r"LoRA\(rank=2, target_modules=\['add_k_proj', 'attn.to_q'\]\)"):
+        opened(tiny_sd3).load_lora(file)
+    model = opened(tiny_sd3, lora=LoRA(rank=2, target_modules=["add_k_proj", "attn.to_q"]))
+    model.load_lora(file)
+    torch.testing.assert_close(pictures(model), pipeline_pictures(pipeline), rtol=0, atol=1e-5)
+
+
+def test_a_file_of_the_other_family_is_refused(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    StableDiffusion(str(tiny_sd)).save_lora(tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"adapts something other than the denoiser \(unet"):
+        opened(tiny_sd3).load_lora(tmp_path / "lora.safetensors")
+
+
+# Training.
+
+
+def module(model: StableDiffusion3, truncation: Truncation, **options: Any) -> DraftModule:
+    """Towards red."""
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-2)
+
+    return DraftModule(model, ColourBalance(), FlowEuler(4), truncation, optimizer=optimizer, **options)
+
+
+def data() -> PromptDataModule:
+    return PromptDataModule(["a red cat", "a cat", "red", "cat dog", "tree", "a dog"], batch_size=2, val_size=2)
+
+
+def trainer_of(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    defaults = {"accelerator": "cpu", "logger": False, "default_root_dir": folder, "num_sanity_val_steps": 0, **quiet}
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("truncation", [LastK(3), DRTune(2, m=2)], ids=["last_k", "drtune"])
+def test_training_moves_the_adapters_alone_and_raises_the_reward(
+    tiny_sd3: Path, tmp_path: Path, truncation: Truncation, precision: Any
+) -> None:
+    """In float32, and with the frozen parts in bfloat16 under autocast."""
+    dtype = "float32" if precision == "32-true" else "bfloat16"
+    draft = module(opened(tiny_sd3, dtype=dtype, lora=LoRA(4, alpha=16.0, seed=0)), truncation)
+    before = {name: value.detach().clone() for name, value in draft.named_parameters()}
+    buffers = {name: value.clone() for name, value in draft.named_buffers()}
+    trainer = trainer_of(tmp_path, max_steps=6, precision=precision)
+    (first,) = trainer.validate(draft, data(), verbose=False)
+    trainer.fit(draft, data())
+    (last,) = trainer.validate(draft, data(), verbose=False)
+    trained = draft.trainable_parameters()
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    # The last block drops the text, and so what its queries say.
+    idle = {name for name in trained if "blocks.1.attn.add_q_proj" in name}
+    for name, value in draft.named_parameters():
+        assert value.dtype == before[name].dtype
+        if name not in trained:
+            assert value.dtype == getattr(torch, dtype)
+            assert value.grad is None
+            assert torch.equal(value, before[name]), name
+        elif name not in idle:
+            assert not torch.equal(value, before[name]), name
+    assert all(torch.equal(value, buffers[name]) for name, value in draft.named_buffers())
+    assert first["val/gain"] == 0
+    assert last["val/gain"] > 0.001
+
+
+def test_half_precision_stays_near_float32(tiny_sd3: Path) -> None:
+    whole, half = (pictures(opened(tiny_sd3, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == torch.float32
+    assert 0 < (half - whole).abs().mean() < 0.02
+
+
+def test_callbacks_of_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
+    """Pictures, gradient norms a step, and adapters that diffusers opens."""
+    draft = module(opened(tiny_sd3, lora=LoRA(4, seed=0)), LastK(2), kl_weight=0.1, checkpointing="both")
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    callbacks = [SampleLogger(every_n_steps=1), GradientNormMonitor(), LoRAExport()]
+    trainer = trainer_of(tmp_path, *callbacks, logger=logger, max_steps=2, log_every_n_steps=1)
+    trainer.fit(draft, data())
+    assert trainer.callback_metrics["train/drift"] > 0
+    pipeline = plain(tiny_sd3)
+    pipeline.load_lora_weights(str(tmp_path / "run" / "lora" / "last.safetensors"))
+    torch.testing.assert_close(pipeline_pictures(pipeline), pictures(draft.model), rtol=0, atol=1e-5)
+    norms = [name for name in trainer.callback_metrics if "grad" in name]
+    assert norms
+    assert all(trainer.callback_metrics[name].isfinite() for name in norms)
+    assert list((tmp_path / "run").rglob("*.png"))
+
+
+# What is refused.
+
+
+def test_each_wrapper_points_to_the_other(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a StableDiffusion3Pipeline, .*; open it with StableDiffusion3$"):
+        StableDiffusion(str(tiny_sd3))
+    with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline, .*; open it with StableDiffusion$"):
+        StableDiffusion3(str(tiny_sd))
+    other = edited(tiny_sd3, tmp_path / "other", "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(ValueError, match="is a FluxPipeline, and .* for example stabilityai/stable-diffusion-3.5"):
+        StableDiffusion3(str(other))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="is a single file.* give StableDiffusion3 a diffusers pipeline folder"):
+        StableDiffusion3(str(tmp_path / "model.safetensors"))
+
+
+def test_samplers_of_the_other_kind_are_refused(tiny_sd3: Path) -> None:
+    draft = DraftModule(opened(tiny_sd3), ColourBalance(), DDIM(4), LowVariance())
+    with pytest.raises(ValueError, match="DDIM needs a variance-preserving model; use FlowEuler"):
+        draft.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dynamic_shifting": True}, "has use_dynamic_shifting=True, .* write shift, 3.0"),
+        ({"use_karras_sigmas": True}, "take use_karras_sigmas out of"),
+    ],
+)
+def test_grids_that_are_refused(tiny_sd3: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = edited(tiny_sd3, tmp_path / "pipeline", "scheduler/scheduler_config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion3(str(folder))
+
+
+def test_parts_that_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
+    pipeline = plain(tiny_sd3)
+    scheduler, pipeline.scheduler = pipeline.scheduler, DDIMScheduler()
+    pipeline.save_pretrained(tmp_path / "ddim")
+    with pytest.raises(ValueError, match="DDIMScheduler is not made for rectified flows; put a FlowMatchEuler"):
+        StableDiffusion3(str(tmp_path / "ddim"))
+    pipeline.scheduler = scheduler
+    pipeline.transformer = SD3Transformer2DModel.from_config({**pipeline.transformer.config, "in_channels": 32})
+    pipeline.save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="its network takes 32 channels and the autoencoder makes 16"):
+        StableDiffusion3(str(tmp_path / "wide"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale=-1.0 must be at least 0; write 1"),
+        ({"guidance_gradient": "off"}, "guidance_gradient='off' is not known; write full or conditional"),
+        ({"decode_chunk": 0}, "decode_chunk=0 must be at least 1"),
+        ({"dtype": "float8"}, "dtype='float8' is not supported; write float32"),
+        ({"max_sequence_length": 600}, r"max_sequence_length=600 must lie in 1..512; write 256"),
+        ({"resolution": 18}, "resolution=18 must be a multiple of 4 up to 48"),
+        ({"resolution": 52}, "resolution=52 must be a multiple of 4 up to 48"),
+    ],
+)
+def test_wrong_arguments(tiny_sd3: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion3(str(tiny_sd3), **arguments)

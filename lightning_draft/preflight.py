@@ -1,4 +1,4 @@
-"""What a direct method must be able to do, tried before the first step.
+"""What a method must be able to do, tried before the first step.
 
 A run that cannot learn is refused here with the reason and the fix, instead of after an hour of flat curves.
 """
@@ -13,13 +13,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_draft.chain import SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.truncation import LastK, LowVariance, RandomK
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from lightning_draft.modules import DraftModule
+    from lightning_draft.modules import DraftModule, RewardModule
+    from lightning_draft.policy import PolicyGradientModule
 
 _CUT = (
     "keep to tensor operations (no .item(), .detach(), numpy, PIL or no_grad), or set `differentiable = False` on it "
@@ -37,8 +39,9 @@ def check_setup(module: DraftModule) -> None:
     if not module.reward.differentiable:
         raise ConfigurationError(
             f"the reward {name} is not differentiable, and a direct method back-propagates through it; "
-            f"choose a differentiable reward for training and list {name} under `watch`, or train with a "
-            "policy-gradient method, which needs no gradient"
+            f"choose a differentiable reward for training and list {name} under `watch`, or train with the "
+            "policy-gradient method, which needs no gradient: PolicyGradientModule in the place of "
+            f"{type(module).__name__}"
         )
     if not module.trainable_parameters():
         raise ConfigurationError("the model has no trainable parameters; give it adapters, e.g. lora.rank=8")
@@ -128,18 +131,7 @@ def _check_reward(module: DraftModule, latents: Tensor, prompts: list[str]) -> N
 def _check_parameters(module: DraftModule, latents: Tensor, prompts: list[str]) -> None:
     """The reward's gradient with respect to what is trained; that the loss map is flat here is only worth a warning."""
     rewards, _, _ = module._rewards(latents, prompts * len(latents))
-    parameters = list(module.trainable_parameters().values())
-    gradients = torch.autograd.grad(rewards.sum(), parameters, allow_unused=True)
-    reached = [gradient for gradient in gradients if gradient is not None]
-    if not reached:
-        raise ConfigurationError(
-            "the reward's gradient reaches none of the trainable parameters: they are not part of the network that "
-            "samples, or the model runs it without a graph; train the denoiser's adapters"
-        )
-    _check_gradient(
-        torch.stack([gradient.float().norm() for gradient in reached]),
-        "the gradient of the reward with respect to the trainable parameters",
-    )
+    _check_reach(rewards.sum(), module, "reward")
     scores = rewards.detach().requires_grad_()
     (slope,) = torch.autograd.grad(module.loss(scores).sum(), scores)
     if not slope.any():
@@ -147,6 +139,22 @@ def _check_parameters(module: DraftModule, latents: Tensor, prompts: list[str]) 
             f"{type(module.loss).__name__} is flat at the first prompt's reward ({scores[0].item():.4g}): images that "
             "score like this teach nothing; if most do, move its threshold"
         )
+
+
+def _check_reach(value: Tensor, module: RewardModule, what: str) -> None:
+    """The gradient of a scalar with respect to what is trained."""
+    parameters = list(module.trainable_parameters().values())
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True) if value.requires_grad else ()
+    reached = [gradient for gradient in gradients if gradient is not None]
+    if not reached:
+        raise ConfigurationError(
+            f"the {what}'s gradient reaches none of the trainable parameters: they are not part of the network that "
+            "samples, or the model runs it without a graph; train the denoiser's adapters"
+        )
+    _check_gradient(
+        torch.stack([gradient.float().norm() for gradient in reached]),
+        f"the gradient of the {what} with respect to the trainable parameters",
+    )
 
 
 def _check_gradient(gradient: Tensor, what: str) -> None:
@@ -159,7 +167,7 @@ def _check_gradient(gradient: Tensor, what: str) -> None:
         )
 
 
-def _check_precision(module: DraftModule) -> None:
+def _check_precision(module: RewardModule) -> None:
     """Below float32, an optimiser step of the usual learning rates is less than the spacing of the numbers."""
     coarse = {value.dtype for value in module.trainable_parameters().values()} & {torch.bfloat16, torch.float16}
     if coarse:
@@ -180,6 +188,6 @@ def _scaled(trainer: L.Trainer | None) -> bool:
     return trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
-def _first_prompt(module: DraftModule) -> str:
+def _first_prompt(module: RewardModule) -> str:
     prompts = getattr(getattr(module._trainer, "datamodule", None), "train_prompts", None)
     return prompts[0] if prompts else "a photo"

@@ -1,6 +1,7 @@
 """Rewards: what a model is fine-tuned for."""
 
 from lightning_draft.rewards.base import Prompt, Reward, check_scores
+from lightning_draft.rewards.blackbox import PythonFunction
 from lightning_draft.rewards.classifier import ClassifierTarget
 from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, CLIPScore
 from lightning_draft.rewards.colour import Brightness, ColourBalance, ColourTarget, Saturation, Sharpness, Symmetry
@@ -8,6 +9,7 @@ from lightning_draft.rewards.combine import WeightedReward, WeightedSum
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
+from lightning_draft.rewards.service import HTTPReward, RewardServiceError
 
 __all__ = [
     "Brightness",
@@ -18,6 +20,7 @@ __all__ = [
     "ColourBalance",
     "ColourTarget",
     "DetectedCount",
+    "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
@@ -27,7 +30,9 @@ __all__ = [
     "ObjectCount",
     "ObjectPresent",
     "Prompt",
+    "PythonFunction",
     "Reward",
+    "RewardServiceError",
     "Saturation",
     "Sharpness",
     "Symmetry",

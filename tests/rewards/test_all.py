@@ -1,17 +1,30 @@
 """What holds for every reward."""
 
 import inspect
+import threading
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 import lightning_draft.rewards as rewards
+from examples.judge_server import Server, redness
 from lightning_draft.rewards import Reward, WeightedReward, WeightedSum
 
 CAPTIONS = ["red cat", "cat", "red", "a dog"]
 PROMPTS = ["red cat", "a bird", "cat"]
+
+
+
+@cache
+def judge() -> str:
+    """The address of a service that runs as long as the tests do."""
+    server = Server(redness)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
 
 Tiny = dict[str, str]
 Build = Callable[[Tiny], Reward]
@@ -24,6 +37,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "ColourBalance": (lambda tiny: rewards.ColourBalance(), -1, 1),
     "ColourTarget": (lambda tiny: rewards.ColourTarget(1.0, 0.5, 0.0), -1, 0),
     "DetectedCount": (lambda tiny: rewards.DetectedCount(tiny["owlvit"], "cat"), 0, 16),
+    "HTTPReward": (lambda tiny: rewards.HTTPReward(judge()), -1, 1),
     "ImageReward": (
         lambda tiny: rewards.ImageReward(f"{tiny['image_reward']}/small.pt", tokenizer=tiny["image_reward"]),
         -torch.inf,
@@ -36,6 +50,11 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "ObjectAbsent": (lambda tiny: rewards.ObjectAbsent(tiny["owlv2"], "cat"), -torch.inf, 0),
     "ObjectCount": (lambda tiny: rewards.ObjectCount(tiny["owlvit"], "bird", 2), -196, 0),
     "ObjectPresent": (lambda tiny: rewards.ObjectPresent(tiny["yolos"], "cat"), -torch.inf, 0),
+    "PythonFunction": (
+        lambda tiny: rewards.PythonFunction(lambda images, _: images.mean((1, 2, 3)) / 255, "numpy"),
+        0,
+        1,
+    ),
     "Saturation": (lambda tiny: rewards.Saturation(), 0, 1),
     "Sharpness": (lambda tiny: rewards.Sharpness(), 0, 16),
     "Symmetry": (lambda tiny: rewards.Symmetry(), -1, 0),
@@ -50,7 +69,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
         2,
     ),
 }
-DIFFERENTIABLE = sorted(set(EVERY) - {"CaptionRetrieval", "DetectedCount", "JPEGSize"})
+DIFFERENTIABLE = sorted(set(EVERY) - {"CaptionRetrieval", "DetectedCount", "HTTPReward", "JPEGSize", "PythonFunction"})
 
 
 def build(name: str, tiny: Tiny) -> Reward:

@@ -1,0 +1,327 @@
+"""Black boxes: what a function and a service are sent, what comes back, and what happens when nothing does."""
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+from torch import Tensor
+
+from examples.judge_server import Server, redness
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards import Prompt, Reward
+from lightning_draft.rewards.blackbox import PythonFunction
+from lightning_draft.rewards.service import HTTPReward, RewardServiceError
+
+PROMPTS = ["a cat", "a dog", "a red bird", "bread", "a bed"]
+
+
+def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+# Functions.
+
+
+@pytest.mark.parametrize("form", ["pil", "numpy", "tensor"])
+def test_a_function_is_given_what_it_asks_for(form: str, pictures: Callable[..., Tensor]) -> None:
+    images = (pictures(3, 8, 10) * 1.6 - 0.3).requires_grad_()
+    prompts = [Prompt("cats", {"count": 2}), "dogs", "birds"]
+    seen: list[Any] = []
+
+    def judge(*given: Any) -> Any:
+        seen.extend(given)
+        return np.arange(3)
+
+    scores = PythonFunction(judge, form)(images, prompts)
+    assert scores.tolist() == [0.0, 1.0, 2.0]
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+    given, words = seen
+    assert words == prompts
+    assert words[0].metadata == {"count": 2}
+    exact = images.detach().clamp(0, 1)
+    if form == "tensor":
+        assert torch.equal(given, exact)
+        return
+    if form == "pil":
+        assert {(picture.mode, picture.size) for picture in given} == {("RGB", (10, 8))}
+        given = np.stack([np.asarray(picture) for picture in given])
+    assert given.dtype == np.uint8
+    assert np.array_equal(given, (exact.permute(0, 2, 3, 1) * 255).round().byte().numpy())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1.0], r"judge returned shape \(1,\) for 2 images; return one number an image \(the prompts 'a', 'b'\)"),
+        (torch.ones(2, 1), r"shape \(2, 1\) for 2 images"),
+        (0.5, r"shape \(\) for 2 images"),
+        ([0.0, float("nan")], "judge returned scores that are not finite for the prompt 'b'$"),
+        (np.array([np.inf, 1.0]), "not finite for the prompt 'a'$"),
+        (None, "judge returned None, not numbers, for the prompts 'a', 'b'"),
+        (["good", "bad"], "not numbers, for the prompts 'a', 'b'"),
+    ],
+)
+def test_an_answer_that_is_no_score_is_an_error_that_names_the_prompts(answer: Any, message: str) -> None:
+    def judge(images: Any, prompts: Any) -> Any:
+        return answer
+
+    with pytest.raises(ValueError, match=message):
+        PythonFunction(judge)(torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
+def test_the_functions_own_error_comes_through() -> None:
+    def judge(images: Any, prompts: Any) -> Any:
+        raise KeyError("out of memory")
+
+    with pytest.raises(KeyError, match="out of memory"):
+        PythonFunction(judge)(torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
+def test_a_function_is_found_by_its_import_path_and_saved_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Callable[..., Tensor]
+) -> None:
+    """As the command line does it: parsed, saved, parsed again."""
+    (tmp_path / "my_judges.py").write_text("def lengths(images, prompts):\n    return [len(p) for p in prompts]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_judges", raising=False)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Reward, "reward")
+    config = {"class_path": "PythonFunction", "init_args": {"function": "my_judges.lengths", "images": "numpy"}}
+    saved = parser.dump(parser.parse_object({"reward": config}))
+    assert "function: my_judges.lengths" in saved
+    reward = parser.instantiate_classes(parser.parse_string(saved)).reward
+    assert isinstance(reward, PythonFunction)
+    assert reward(pictures(2, 8, 8), ["a cat", "a"]).tolist() == [5.0, 1.0]
+    assert PythonFunction("my_judges.lengths")(pictures(1, 8, 8), ["four"]).tolist() == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("brightness",), "is no import path; write module.function, such as judges.brightness"),
+        (("no_such_module.judge",), "'no_such_module.judge' cannot be imported: No module named 'no_such_module'"),
+        (("math.judge",), "'math.judge' cannot be imported: .* no attribute 'judge'"),
+        (("math.pi",), "'math.pi' is not a function"),
+        ((brightness, "jpeg"), "images='jpeg' is not known; write pil, numpy, tensor"),
+    ],
+)
+def test_what_is_no_function_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        PythonFunction(*arguments)
+
+
+# Services.
+
+
+class Flaky(ThreadingHTTPServer):
+    """Answers from a script, one entry a request: a status, a body, or seconds to sleep; then the last one for ever."""
+
+    daemon_threads = True
+
+    def __init__(self, *script: Any) -> None:
+        super().__init__(("127.0.0.1", 0), _Scripted)
+        self.script = list(script)
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.lock = threading.Lock()
+
+
+class _Scripted(BaseHTTPRequestHandler):
+    server: Flaky
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            self.server.times.append(time.monotonic())
+            self.server.headers.append(dict(self.headers))
+            entry = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        if isinstance(entry, float):
+            time.sleep(entry)
+            return
+        status, *rest = (entry,) if isinstance(entry, int) else (200, entry)
+        self.send_response(status)
+        if status == 503:
+            self.send_header("Retry-After", "1")
+        if status == 302:
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
+        self.end_headers()
+        if rest and isinstance(rest[0], list):
+            with suppress(BrokenPipeError):
+                for piece in rest[0]:
+                    self.wfile.write(piece)
+                    time.sleep(0.1)
+        elif rest:
+            self.wfile.write(rest[0])
+
+    def do_GET(self) -> None:
+        raise AssertionError("a redirect was followed")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], str]]:
+    """Start a server on a free port of this machine, and return its address; all are closed afterwards."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
+
+    def start(server: ThreadingHTTPServer) -> str:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}/score"
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def test_a_service_scores_exact_pixels_in_batches(serve: Callable, pictures: Callable[..., Tensor]) -> None:
+    seen: list[tuple[int, list[str], list[dict]]] = []
+
+    def judge(images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        seen.append((len(images), prompts, metadata))
+        return [
+            float(np.asarray(image).astype(int).sum()) + 1000 * len(p) for image, p in zip(images, prompts, strict=True)
+        ]
+
+    images = pictures(5, 7, 9)
+    prompts = [Prompt("a cat", {"count": 2}), *PROMPTS[1:]]
+    scores = HTTPReward(serve(Server(judge)), batch_size=2, concurrency=3)(images.requires_grad_(), prompts)
+    expected = (images.detach() * 255).round().sum((1, 2, 3)) + torch.tensor([1000.0 * len(p) for p in PROMPTS])
+    assert scores.tolist() == expected.tolist()
+    assert not scores.requires_grad
+    assert sorted(size for size, *_ in seen) == [1, 2, 2]
+    assert [{"count": 2}, {}] in [metadata for *_, metadata in seen]
+
+
+def test_the_shipped_server_on_jpeg(serve: Callable) -> None:
+    images = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.4, 0.6]]).view(2, 3, 1, 1).expand(2, 3, 16, 16)
+    scores = HTTPReward(serve(Server(redness)), encoding="jpeg", quality=90)(images, ["red", "blue"])
+    torch.testing.assert_close(scores, torch.tensor([1.0, -0.3]), rtol=0, atol=0.02)
+
+
+def test_no_more_requests_at_a_time_than_allowed(serve: Callable) -> None:
+    lock, running, most = threading.Lock(), 0, 0
+
+    def judge(images: list[Image.Image], prompts: list[str], metadata: list[dict]) -> list[float]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return [float(prompt) for prompt in prompts]
+
+    prompts = [str(number) for number in range(6)]
+    url = serve(Server(judge))
+    for limit in (1, 3):
+        most = 0
+        scores = HTTPReward(url, batch_size=1, concurrency=limit)(torch.zeros(6, 3, 4, 4), prompts)
+        assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+        assert most == limit
+
+
+def test_what_may_pass_is_tried_again_with_growing_pauses(serve: Callable) -> None:
+    server = Flaky(500, 429, 502, b'{"scores": [0.25]}')
+    reward = HTTPReward(serve(server), backoff=0.05)
+    assert reward(torch.zeros(1, 3, 4, 4), ["a cat"]).tolist() == [0.25]
+    pauses = [after - before for before, after in itertools.pairwise(server.times)]
+    assert all(pause >= wanted for pause, wanted in zip(pauses, [0.05, 0.1, 0.2], strict=True))
+    assert sum(pauses) < 2
+
+
+def test_a_service_may_say_how_long_to_wait(serve: Callable) -> None:
+    server = Flaky(503, b'{"scores": [1]}')
+    HTTPReward(serve(server), backoff=0.0)(torch.zeros(1, 3, 4, 4), ["a cat"])
+    assert server.times[1] - server.times[0] >= 1
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "requests", "message"),
+    [
+        ([500], {"retries": 2}, 3, "'a dog' after 3 attempts: status 500 Internal Server Error"),
+        ([404], {}, 1, "gave no scores for the prompts 'a cat', 'a dog' after 1 attempt: status 404 Not Found"),
+        ([302], {}, 1, "after 1 attempt: status 302 Found"),
+        ([2.0], {"timeout": 0.2, "retries": 1}, 2, "after 2 attempts: timed out"),
+        ([[b"{"] * 9], {"timeout": 0.25, "retries": 0}, 1, "after 1 attempt: no complete answer within 0.25 s"),
+        ([b"<html>"], {}, 1, "2 finite numbers for the prompts 'a cat', 'a dog', and answered '<html>'"),
+        ([b'{"scores": [1]}'], {}, 1, r"it returned shape \(1,\) for 2 images"),
+        ([b'{"scores": [1, NaN]}'], {}, 1, "not finite for the prompt 'a dog'"),
+        ([b'{"scores": [1, null]}'], {}, 1, "its scores are not numbers"),
+        ([b'{"scores": [1, "2"]}'], {}, 1, "its scores are not numbers"),
+        ([b'{"scores": [1, true]}'], {}, 1, "its scores are not numbers"),
+        ([b'{"values": [1, 2]}'], {}, 1, r"'scores'"),
+    ],
+)
+def test_a_failure_is_an_error_that_names_the_prompts(
+    serve: Callable, script: list[Any], options: dict[str, Any], requests: int, message: str
+) -> None:
+    server = Flaky(*script)
+    reward = HTTPReward(serve(server), **{"backoff": 0.01, **options})
+    start = time.monotonic()
+    with pytest.raises(RewardServiceError, match=message):
+        reward(torch.zeros(2, 3, 4, 4), ["a cat", "a dog"])
+    assert time.monotonic() - start < 3
+    assert len(server.times) == requests
+
+
+def test_nobody_there_is_an_error_too() -> None:
+    closed = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    closed.server_close()
+    reward = HTTPReward(f"http://127.0.0.1:{closed.server_port}", retries=1, backoff=0.01)
+    with pytest.raises(RewardServiceError, match="for the prompt 'a cat' after 2 attempts: .*refused"):
+        reward(torch.zeros(1, 3, 4, 4), ["a cat"])
+
+
+def test_one_hopeless_request_ends_the_retries_of_the_others(serve: Callable) -> None:
+    """One is refused for good while another waits a minute for its next attempt."""
+    server = Flaky(500, 404)
+    reward = HTTPReward(serve(server), batch_size=1, concurrency=2, backoff=60.0)
+    start = time.monotonic()
+    with pytest.raises(RewardServiceError, match="404"):
+        reward(torch.zeros(2, 3, 4, 4), ["a cat", "a dog"])
+    assert time.monotonic() - start < 5
+
+
+def test_the_token_comes_from_the_environment(serve: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
+    server = Flaky(b'{"scores": [1]}')
+    reward = HTTPReward(serve(server), token_variable="JUDGE_TOKEN")
+    reward(torch.zeros(1, 3, 4, 4), ["a cat"])
+    assert server.headers[0]["Authorization"] == "Bearer s3cret"
+    assert "s3cret" not in str(vars(reward))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"url": "file:///etc/hosts"}, "is not the address of a service; write http://host:port/path"),
+        ({"url": "localhost:8000"}, "is not the address of a service"),
+        ({"url": "http://me:secret@host/"}, "url holds a password, which would be saved.* use token_variable"),
+        ({"url": "http://host", "encoding": "webp"}, "encoding='webp' is not known; write png or jpeg"),
+        ({"url": "http://host", "concurrency": 0}, "batch_size and concurrency must be at least 1"),
+        ({"url": "http://host", "timeout": 0.0}, "timeout positive"),
+        ({"url": "http://host", "quality": 0}, "quality=0 is not a JPEG quality"),
+        ({"url": "http://host", "token_variable": "NO_SUCH"}, "the environment variable NO_SUCH is not set"),
+    ],
+)
+def test_what_cannot_be_a_service_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        HTTPReward(**arguments)

@@ -1,5 +1,6 @@
 """Rewards: what a model is fine-tuned for."""
 
+from lightning_draft.rewards.aesthetic import AestheticScore
 from lightning_draft.rewards.base import Prompt, Reward, check_scores
 from lightning_draft.rewards.blackbox import PythonFunction
 from lightning_draft.rewards.classifier import ClassifierTarget
@@ -7,11 +8,14 @@ from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, C
 from lightning_draft.rewards.colour import Brightness, ColourBalance, ColourTarget, Saturation, Sharpness, Symmetry
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
+from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
+from lightning_draft.rewards.pickscore import PickScore
 from lightning_draft.rewards.service import HTTPReward, RewardServiceError
 
 __all__ = [
+    "AestheticScore",
     "Brightness",
     "CLIPClassification",
     "CLIPScore",
@@ -20,6 +24,7 @@ __all__ = [
     "ColourBalance",
     "ColourTarget",
     "DetectedCount",
+    "HPSv2",
     "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
@@ -29,6 +34,7 @@ __all__ = [
     "ObjectAbsent",
     "ObjectCount",
     "ObjectPresent",
+    "PickScore",
     "Prompt",
     "PythonFunction",
     "Reward",

@@ -1,13 +1,16 @@
 """Pictures, finite differences, and small random models in the format of real ones."""
 
+import importlib
+import itertools
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPTokenizer,
     ConditionalDetrConfig,
@@ -161,8 +164,45 @@ def tiny_image_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(
-    tiny_clip: Path, tiny_detectors: dict[str, Path], tiny_classifier: Path, tiny_image_reward: Path
+    tiny_clip: Path,
+    tiny_detectors: dict[str, Path],
+    tiny_classifier: Path,
+    tiny_image_reward: Path,
+    tiny_hps: Path,
+    tiny_aesthetic: Path,
 ) -> dict[str, str]:
     """Folders of small models by what they are."""
     folders = {"clip": tiny_clip, "classifier": tiny_classifier, "image_reward": tiny_image_reward, **tiny_detectors}
     return {name: str(folder) for name, folder in folders.items()}
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`examples.reward_parity`, which has the pipelines of the rewards' authors."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    return importlib.import_module("examples.reward_parity")
+
+
+@pytest.fixture(scope="session")
+def tiny_hps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HPSv2 for 32x32 images with its tokenizer, the one that the recorded figures were taken with."""
+    recorder = runpy.run_path(str(Path(__file__).parent / "recorded" / "hpsv2.py"))
+    folder: Path = recorder["write"](tmp_path_factory.mktemp("hps"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_aesthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads for the embeddings of `tiny_clip`, in the layout of LAION's files: `v1.pth` and `v2.pth`."""
+    folder, widths = tmp_path_factory.mktemp("aesthetic"), (8, 14, 12, 10, 6, 1)
+    torch.manual_seed(0)
+    torch.save(nn.Linear(8, 1).state_dict(), folder / "v1.pth")
+    layers = [nn.Linear(*sizes) for sizes in itertools.pairwise(widths)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=2 / layer.in_features**0.5)
+    network = nn.Sequential(
+        *(layers[0], nn.Dropout(0.2), layers[1], nn.Dropout(0.2), layers[2], nn.Dropout(0.1), layers[3], layers[4])
+    )
+    torch.save({f"layers.{name}": tensor for name, tensor in network.state_dict().items()}, folder / "v2.pth")
+    return folder
+
+
+    folders |= {"hps": tiny_hps, "aesthetic": tiny_aesthetic}

@@ -17,7 +17,6 @@ CAPTIONS = ["red cat", "cat", "red", "a dog"]
 PROMPTS = ["red cat", "a bird", "cat"]
 
 
-
 @cache
 def judge() -> str:
     """The address of a service that runs as long as the tests do."""
@@ -29,6 +28,11 @@ def judge() -> str:
 Tiny = dict[str, str]
 Build = Callable[[Tiny], Reward]
 EVERY: dict[str, tuple[Build, float, float]] = {
+    "AestheticScore": (
+        lambda tiny: rewards.AestheticScore("v2", tiny["clip"], f"{tiny['aesthetic']}/v2.pth"),
+        -torch.inf,
+        torch.inf,
+    ),
     "Brightness": (lambda tiny: rewards.Brightness(0.3), -1, 0),
     "CLIPClassification": (lambda tiny: rewards.CLIPClassification(tiny["clip"], CAPTIONS), -torch.inf, 0),
     "CLIPScore": (lambda tiny: rewards.CLIPScore(tiny["clip"]), -1, 1),
@@ -37,6 +41,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "ColourBalance": (lambda tiny: rewards.ColourBalance(), -1, 1),
     "ColourTarget": (lambda tiny: rewards.ColourTarget(1.0, 0.5, 0.0), -1, 0),
     "DetectedCount": (lambda tiny: rewards.DetectedCount(tiny["owlvit"], "cat"), 0, 16),
+    "HPSv2": (lambda tiny: rewards.HPSv2(weights=f"{tiny['hps']}/tiny.pt", tokenizer=tiny["hps"]), -1, 1),
     "HTTPReward": (lambda tiny: rewards.HTTPReward(judge()), -1, 1),
     "ImageReward": (
         lambda tiny: rewards.ImageReward(f"{tiny['image_reward']}/small.pt", tokenizer=tiny["image_reward"]),
@@ -50,6 +55,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "ObjectAbsent": (lambda tiny: rewards.ObjectAbsent(tiny["owlv2"], "cat"), -torch.inf, 0),
     "ObjectCount": (lambda tiny: rewards.ObjectCount(tiny["owlvit"], "bird", 2), -196, 0),
     "ObjectPresent": (lambda tiny: rewards.ObjectPresent(tiny["yolos"], "cat"), -torch.inf, 0),
+    "PickScore": (lambda tiny: rewards.PickScore(tiny["clip"], tiny["clip"]), -100, 100),
     "PythonFunction": (
         lambda tiny: rewards.PythonFunction(lambda images, _: images.mean((1, 2, 3)) / 255, "numpy"),
         0,

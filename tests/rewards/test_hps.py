@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +19,16 @@ from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.hpsv2_reference import HPSv2Reference, bpe_merges, import_hpsv2
 from lightning_draft.rewards.open_clip import clean
 from lightning_draft.rewards.preprocessing import CLIP_MEAN, CLIP_STD, LongestSide
-from tests.rewards.recorded import hpsv2 as tiny
 
-RECORD = json.loads(Path(tiny.__file__).with_suffix(".json").read_text())
+RECORDER = Path(__file__).parent / "recorded" / "hpsv2.py"
+RECORD = json.loads(RECORDER.with_suffix(".json").read_text())
+tiny = SimpleNamespace(**runpy.run_path(str(RECORDER)))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(tiny_hps: Path) -> dict[str, str]:
     """The small checkpoint and the tokenizer that the figures were recorded with."""
-    folder = tmp_path_factory.mktemp("hps")
-    checkpoint, words = tiny.write_checkpoint(folder / "tiny.pt"), tiny.write_tokenizer(folder / "tokenizer")
-    return {"weights": str(checkpoint), "tokenizer": str(words)}
+    return {"weights": str(tiny_hps / "tiny.pt"), "tokenizer": str(tiny_hps)}
 
 
 @pytest.fixture(scope="module")

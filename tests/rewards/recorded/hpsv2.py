@@ -2,7 +2,7 @@
 
     pip install --no-deps hpsv2==1.2.0
     pip install ftfy regex clint requests torchvision
-    python -m tests.rewards.recorded.hpsv2 tests/rewards/recorded/hpsv2.json
+    python tests/rewards/recorded/hpsv2.py tests/rewards/recorded/hpsv2.json
 
 The weights, the vocabulary and the pictures are functions of their names and numbers alone.
 """
@@ -41,13 +41,11 @@ def vocabulary() -> list[str]:
     return [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in MERGES), *ENDS]
 
 
-def write_tokenizer(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def write_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary())}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in MERGES) + "\n")
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -91,9 +89,11 @@ def weights() -> dict[str, Tensor]:
     return tensors
 
 
-def write_checkpoint(file: Path) -> Path:
-    torch.save({"state_dict": weights()}, file)
-    return file
+def write(folder: Path) -> Path:
+    """The checkpoint, `tiny.pt`, and the tokenizer's files."""
+    write_tokenizer(folder)
+    torch.save({"state_dict": weights()}, folder / "tiny.pt")
+    return folder
 
 
 def pictures(height: int, width: int) -> Tensor:
@@ -125,12 +125,11 @@ def main(file: str) -> None:
     from lightning_draft.rewards.hpsv2_reference import HPSv2Reference, bpe_merges, import_hpsv2
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        words, checkpoint = write_tokenizer(folder / "tokenizer"), write_checkpoint(folder / "tiny.pt")
+        folder = write(Path(name))
         (folder / "tiny.json").write_text(json.dumps(architecture()))
-        package = import_hpsv2(bpe_merges(AutoTokenizer.from_pretrained(words)))
+        package = import_hpsv2(bpe_merges(AutoTokenizer.from_pretrained(folder)))
         package.add_model_config(folder / "tiny.json")
-        reward = HPSv2Reference("v2.1", str(checkpoint), str(words), architecture="tiny")
+        reward = HPSv2Reference("v2.1", str(folder / "tiny.pt"), name, architecture="tiny")
         scores = {f"{height}x{width}": reward(pictures(height, width), PROMPTS).tolist() for height, width in SIZES}
         tokens = [package.tokenize([prompt])[0].tolist() for prompt in PROMPTS]
     record = {"by": "hpsv2 1.2.0", "scores": scores, "tokens": [" ".join(map(str, row)) for row in tokens]}

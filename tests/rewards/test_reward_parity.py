@@ -1,0 +1,74 @@
+"""The script that records and compares figures of real weights, on small ones."""
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def figures(tmp_path: Path) -> Path:
+    """A copy of the file of figures."""
+    file = tmp_path / "scores.json"
+    file.write_text((ROOT / "examples" / "reward_scores.json").read_text())
+    return file
+
+
+def test_shipped_figures_belong_to_rewards(parity: ModuleType, figures: Path) -> None:
+    shipped = json.loads(figures.read_text())
+    assert shipped.keys() <= {"note", *parity.CASES}
+    for name in shipped.keys() & parity.CASES.keys():
+        assert len(shipped[name]["scores"]) == len(parity.PROMPTS)
+
+
+def test_pictures_are_a_function_of_their_number(parity: ModuleType) -> None:
+    pictures = parity.pictures()
+    assert [picture.size[::-1] for picture in pictures] == parity.SIZES
+    y, x, c = 123, 200, 2
+    height, width = parity.SIZES[1]
+    v, u = y / (height - 1), x / (width - 1)
+    wave = math.sin((5 + 3 * c + 1) * u + (4 + 2 * 1) * v + c) + math.cos(40 * u * v * 2)
+    assert pictures[1].getpixel((x, y))[c] == round((wave / 4 + 0.5) * 255)
+    for picture, images in zip(pictures, parity.tensors(pictures), strict=True):
+        assert torch.tensor(picture.getpixel((5, 7))).div(255).tolist() == images[0, :, 7, 5].tolist()
+
+
+def test_what_is_recorded_is_compared(
+    parity: ModuleType, figures: Path, tiny: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"pretrained={tiny['clip']}", f"head={tiny['aesthetic']}/v1.pth", f"--file={figures}"]
+    with pytest.raises(SystemExit, match=r"has no figures for aesthetic-v1 yet: .* --record"):
+        parity.main(["aesthetic-v1", *arguments])
+    assert parity.main(["aesthetic-v1", *arguments, "--record"]) == 0
+    assert parity.main(["aesthetic-v1", *arguments]) == 0
+    assert "allowed 0.1" in capsys.readouterr().out
+    content = json.loads(figures.read_text())
+    assert "transformers" in content["aesthetic-v1"]["software"]
+    content["aesthetic-v1"]["scores"][2] += 0.2
+    figures.write_text(json.dumps(content))
+    assert parity.main(["aesthetic-v1", *arguments]) == 1
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore"])
+def test_similarities_are_recorded_too(
+    name: str, parity: ModuleType, figures: Path, tiny: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = [f"processor={tiny['clip']}"] if name == "pickscore" else []
+    arguments = [name, f"pretrained={tiny['clip']}", *processor, f"--file={figures}"]
+    assert parity.main([*arguments, "--record"]) == 0
+    scores = json.loads(figures.read_text())[name]["scores"]
+    assert (max(map(abs, scores)) > 1) == (name == "pickscore")
+    parity.main(arguments)
+    lines = capsys.readouterr().out.splitlines()[1:5]
+    assert [line.split("reference")[1].split()[0] for line in lines] == [f"{score:.5f}" for score in scores]
+
+
+def test_arguments_are_pairs(parity: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parity.main(["hpsv2.1", "weights"])
+    assert "written NAME=VALUE" in capsys.readouterr().err

@@ -162,18 +162,6 @@ def tiny_image_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny(
-    tiny_clip: Path,
-    tiny_detectors: dict[str, Path],
-    tiny_classifier: Path,
-    tiny_image_reward: Path,
-    tiny_hps: Path,
-    tiny_aesthetic: Path,
-) -> dict[str, str]:
-    """Folders of small models by what they are."""
-    folders = {"clip": tiny_clip, "classifier": tiny_classifier, "image_reward": tiny_image_reward, **tiny_detectors}
-    return {name: str(folder) for name, folder in folders.items()}
 @pytest.fixture
 def parity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`examples.reward_parity`, which has the pipelines of the rewards' authors."""
@@ -205,4 +193,16 @@ def tiny_aesthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny(
+    tiny_clip: Path,
+    tiny_detectors: dict[str, Path],
+    tiny_classifier: Path,
+    tiny_image_reward: Path,
+    tiny_hps: Path,
+    tiny_aesthetic: Path,
+) -> dict[str, str]:
+    """Folders of small models by what they are."""
+    folders = {"clip": tiny_clip, "classifier": tiny_classifier, "image_reward": tiny_image_reward, **tiny_detectors}
     folders |= {"hps": tiny_hps, "aesthetic": tiny_aesthetic}
+    return {name: str(folder) for name, folder in folders.items()}

@@ -7,7 +7,7 @@ References:
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import lightning as L
 import torch
@@ -25,6 +25,8 @@ from lightning_draft.samplers import DDIM, Sampler
 from lightning_draft.truncation import LastK, Truncation
 
 Checkpointing = Literal["auto", "none", "step", "block", "both"]
+
+_CALIBRATION = 16
 
 
 class RewardModule(L.LightningModule, ABC):
@@ -54,8 +56,11 @@ class RewardModule(L.LightningModule, ABC):
         self.model = model
         self.reward = _frozen(reward)
         watch = watch or {}
-        if "reward" in watch:
-            raise ConfigurationError("`reward` is the trained reward's own name; call the watched one something else")
+        taken = {"reward", "gain"} & watch.keys()
+        if taken:
+            raise ConfigurationError(
+                f"`{taken.pop()}` is the trained reward's own name; call the watched one something else"
+            )
         self.watch_names = [check_name(name) for name in watch]
         self.watch = nn.ModuleList(_frozen(other) for other in watch.values())
         self.sampler = DDIM(50) if sampler is None else sampler
@@ -123,14 +128,35 @@ class RewardModule(L.LightningModule, ABC):
         values["val/gain"] = (scores["reward"] - self._base_scores[key]["reward"]).mean()
         self.log_dict(values, on_epoch=True, batch_size=len(prompts), sync_dist=True, add_dataloader_idx=False)
 
+    def on_train_batch_start(self, prompts: Sequence[str], batch_idx: int) -> None:
+        """Show a reward with running statistics images of the first prompts, before it is trained on."""
+        if not self.reward.uncalibrated:
+            return
+        with self.trainer.precision_plugin.forward_context():
+            for number in range(-(-_CALIBRATION // len(prompts))):
+                images = self.generate(prompts, seed=_mix(self.seed, number, self.global_rank, _CALIBRATION))
+                with torch.no_grad():
+                    self.observe(self.reward.breakdown(images.float(), prompts)[1])
+
+    def observe(self, parts: Mapping[str, Tensor]) -> None:
+        """Let the reward learn from the scores of training images, those of all processes.
+
+        Args:
+            parts: As `reward.breakdown` names them, of this process's images.
+        """
+        parts = {name: value.detach() for name, value in parts.items()}
+        if self._trainer is not None and self.trainer.world_size > 1:
+            parts = {name: cast(Tensor, self.all_gather(value)).flatten() for name, value in parts.items()}
+        self.reward.observe(parts)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is trained: the frozen parts come from where they came from."""
+        """Keep only what is trained and what rewards have learnt: the frozen parts come from where they came from."""
         trained = self.trainable_parameters()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or _learnt(k)}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of other adapters, which non-strict loading would pass over."""
-        ours, theirs = set(self.trainable_parameters()), set(checkpoint["state_dict"])
+        ours, theirs = set(self.trainable_parameters()), {k for k in checkpoint["state_dict"] if not _learnt(k)}
         if ours != theirs:
             odd = sorted(ours ^ theirs)
             raise ConfigurationError(
@@ -233,6 +259,7 @@ class DraftModule(RewardModule):
         latents = self.truncation(chain, self.model.noise(len(prompts)))
         copies = len(latents) // len(prompts)
         rewards, parts, saturated = self._rewards(latents, list(prompts) * copies)
+        self.observe(parts)
         # The copies of DRaFT-LV add up; the batch is averaged.
         loss = self.loss(rewards).view(copies, -1).sum(0).mean()
         logs = {
@@ -286,6 +313,11 @@ class DraftModule(RewardModule):
 
 def _frozen(reward: Reward) -> Reward:
     return reward.eval().requires_grad_(False)
+
+
+def _learnt(key: str) -> bool:
+    """Whether a key of the state dict is what a reward has learnt in training."""
+    return key.startswith("reward.") and key.endswith("_extra_state")
 
 
 def _mix(*numbers: int) -> int:

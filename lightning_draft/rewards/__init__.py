@@ -6,7 +6,7 @@ from lightning_draft.rewards.blackbox import PythonFunction
 from lightning_draft.rewards.classifier import ClassifierTarget
 from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, CLIPScore
 from lightning_draft.rewards.colour import Brightness, ColourBalance, ColourTarget, Saturation, Sharpness, Symmetry
-from lightning_draft.rewards.combine import WeightedReward, WeightedSum
+from lightning_draft.rewards.combine import GradientNormSum, WeightedReward, WeightedSum, ZScoreSum
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.image_reward import ImageReward
@@ -25,6 +25,7 @@ __all__ = [
     "ColourTarget",
     "DetectedCount",
     "HPSv2",
+    "GradientNormSum",
     "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
@@ -44,5 +45,6 @@ __all__ = [
     "Symmetry",
     "WeightedReward",
     "WeightedSum",
+    "ZScoreSum",
     "check_scores",
 ]

@@ -60,6 +60,21 @@ class Reward(nn.Module, ABC):
         """The score `(B,)` and its parts by name, each `(B,)`; parts are what a run logs beside the total."""
         return self(images, prompts), {}
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether the reward wants scores of some images (`observe`) before it is trained on."""
+        return False
+
+    def observe(self, scores: Mapping[str, Tensor]) -> None:
+        """Learn from scores of training images, such as running statistics; by default nothing.
+
+        The module that trains calls it after each batch, with the same scores on every process; scoring itself never
+        changes a reward. What is learnt belongs into `get_extra_state`, which checkpoints hold.
+
+        Args:
+            scores: The parts of `breakdown` by name, of the images of all processes, detached.
+        """
+
 
 def check_name(name: str) -> str:
     """Return `name` if it can name a reward.

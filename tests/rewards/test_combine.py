@@ -1,4 +1,4 @@
-"""`WeightedSum`: values, breakdown, gradients, and how it is configured."""
+"""Sums: values, breakdown, gradients, scales, saturation, and how they are configured."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,10 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.losses import Hinge, Saturating
 from lightning_draft.rewards import (
     Brightness,
     ColourBalance,
@@ -18,6 +20,8 @@ from lightning_draft.rewards import (
     WeightedReward,
     WeightedSum,
 )
+from lightning_draft.rewards.combine import GradientNormSum, RunningMoments, ZScoreSum
+from lightning_draft.testing import ConstantReward
 
 PROMPTS = ["a cat", "a dog"]
 
@@ -144,3 +148,214 @@ def test_it_is_written_in_yaml_and_overridden_on_the_command_line() -> None:
     assert isinstance(reward, WeightedSum)
     assert reward.weights == {"bright": 2.0, "sharp": 1.0}
     assert reward.parts[0].target == 0.7
+
+
+# One scale for all parts.
+
+
+def zscore(memory: int = 4096, **options: Any) -> ZScoreSum:
+    return ZScoreSum(
+        {
+            "bright": WeightedReward(Brightness(0.2), 2.0, **options),
+            "size": WeightedReward(JPEGSize(), 0.0),
+            "sharp": WeightedReward(Sharpness(), -0.5),
+        },
+        memory,
+    )
+
+
+def test_running_moments_are_those_of_all_numbers_and_then_forget() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [3 + 2 * torch.randn(size, generator=generator, dtype=torch.float64) for size in (1, 4, 7, 2)]
+    moments = RunningMoments(14)
+    assert moments.std == 1
+    for batch in batches:
+        moments.update(batch)
+    every = torch.cat(batches)
+    assert moments.mean == pytest.approx(every.mean().item(), rel=1e-12)
+    assert moments.std == pytest.approx(every.std(correction=0).item(), rel=1e-12)
+    before, new = (moments.mean, moments.variance), torch.tensor([10.0, 12.0])
+    moments.update(new)
+    mean = (14 * before[0] + 2 * 11) / 16
+    square = (14 * (before[1] + before[0] ** 2) + (100 + 144)) / 16
+    assert (moments.mean, moments.variance) == pytest.approx((mean, square - mean**2), rel=1e-12)
+    for _ in range(200):
+        moments.update(new)
+    assert (moments.mean, moments.std) == pytest.approx((11, 1), rel=1e-6)
+
+
+def test_numbers_that_differ_by_rounding_alone_have_no_scale() -> None:
+    moments = RunningMoments(100)
+    moments.update(torch.full((5,), 0.1) + torch.tensor([0, 1e-9, 0, -1e-9, 0]))
+    assert moments.std == 1
+
+
+def test_z_scores_are_those_of_the_running_statistics(pictures: Callable[..., Tensor]) -> None:
+    reward = zscore()
+    assert reward.uncalibrated
+    seen = pictures(20, 8, 8, seed=1)
+    reward.observe(reward.breakdown(seen, ["a"] * 20)[1])
+    assert not reward.uncalibrated
+    images = pictures(2, 8, 8).requires_grad_()
+    expected = torch.zeros(2)
+    for part, weight in ((Brightness(0.2), 2.0), (Sharpness(), -0.5)):
+        known = part(seen, [""] * 20)
+        expected = expected + weight * (part(images, PROMPTS) - known.mean()) / known.std(correction=0)
+    total, parts = reward.breakdown(images, PROMPTS)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts["bright"], Brightness(0.2)(images, PROMPTS))
+    ours, theirs = (torch.autograd.grad(score.sum(), images, retain_graph=True)[0] for score in (total, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_scoring_changes_no_statistics(pictures: Callable[..., Tensor]) -> None:
+    reward = zscore()
+    reward.observe(reward.breakdown(pictures(4, 8, 8), ["a"] * 4)[1])
+    before = reward.get_extra_state()
+    reward(pictures(2, 8, 8), PROMPTS)
+    reward.breakdown(pictures(2, 8, 8), PROMPTS)
+    assert reward.get_extra_state() == before
+
+
+def test_statistics_travel_in_the_state_dict_and_reach_inner_sums(pictures: Callable[..., Tensor]) -> None:
+    def nested() -> WeightedSum:
+        return WeightedSum({"looks": WeightedReward(zscore()), "red": WeightedReward(ColourBalance())})
+
+    reward, other = nested(), nested()
+    assert reward.uncalibrated
+    reward.observe(reward.breakdown(pictures(9, 8, 8), ["a"] * 9)[1])
+    assert not reward.uncalibrated
+    other.load_state_dict(reward.state_dict())
+    images = pictures(2, 8, 8, seed=3)
+    assert torch.equal(reward(images, PROMPTS), other(images, PROMPTS))
+    assert not torch.equal(reward(images, PROMPTS), nested()(images, PROMPTS))
+
+
+def test_a_threshold_is_in_the_parts_own_units(pictures: Callable[..., Tensor]) -> None:
+    images = pictures(2, 8, 8)
+    free = zscore()
+    free.observe(free.breakdown(images, PROMPTS)[1])
+    best = float(Brightness(0.2)(images, PROMPTS).min())
+    held = zscore(threshold=best)
+    held.load_state_dict(free.state_dict())
+    moments = free.moments["bright"]
+    sharp = -0.5 * (Sharpness()(images, PROMPTS) - free.moments["sharp"].mean) / free.moments["sharp"].std
+    torch.testing.assert_close(held(images, PROMPTS), sharp + 2 * (best - moments.mean) / moments.std)
+
+
+def test_a_memory_holds_two_numbers() -> None:
+    with pytest.raises(ConfigurationError, match="memory=1 holds no standard deviation"):
+        zscore(1)
+
+
+# Saturation.
+
+
+@pytest.mark.parametrize("weight", [2.0, -2.0])
+@pytest.mark.parametrize("width", [0.0, 0.05])
+def test_a_part_stops_pulling_at_its_threshold(weight: float, width: float, pictures: Callable[..., Tensor]) -> None:
+    """Against the hinge and the softplus of `losses`, which say what is missing."""
+    images = pictures(2, 8, 8).double().requires_grad_()
+    score = Sharpness()(images, PROMPTS)
+    threshold, sign = float(score.detach().mean()), weight / 2
+    reward = WeightedSum({"sharp": WeightedReward(Sharpness(), weight, threshold, width)})
+    loss = Saturating(sign * threshold, width) if width else Hinge(sign * threshold)
+    expected = weight * threshold - 2 * loss(sign * score)
+    total = reward(images, PROMPTS)
+    torch.testing.assert_close(total, expected)
+    ours, theirs = (torch.autograd.grad(value.sum(), images, retain_graph=True)[0] for value in (total, expected))
+    torch.testing.assert_close(ours, theirs)
+    missing = sign * (threshold - score.detach())
+    if width == 0:
+        assert [bool(gradient.any()) for gradient in ours] == (missing > 0).tolist()
+        assert sorted((missing > 0).tolist()) == [False, True]
+
+
+@pytest.mark.parametrize("options", [{"width": 0.1}, {"threshold": 1.0, "width": -0.1}])
+def test_a_width_needs_a_threshold(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match="must not be negative, and needs a threshold"):
+        WeightedReward(Brightness(), **options)
+
+
+# Equal pulls.
+
+
+def pulling(**threshold: float) -> GradientNormSum:
+    return GradientNormSum(
+        {
+            "bright": WeightedReward(Brightness(0.2), 2.0, **threshold),
+            "size": WeightedReward(JPEGSize(), 0.0),
+            "red": WeightedReward(ColourBalance(), -0.5),
+        }
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_part_pulls_alike_whatever_its_units(dtype: torch.dtype, pictures: Callable[..., Tensor]) -> None:
+    images = pictures(2, 8, 8).to(dtype).requires_grad_()
+    parts = {"bright": (Brightness(0.2), 2.0), "red": (ColourBalance(), -0.5)}
+    exact = images.detach().double().requires_grad_()
+    raw = {name: torch.autograd.grad(part(exact, PROMPTS).sum(), exact)[0] for name, (part, _) in parts.items()}
+    norms = {name: gradient.flatten(1).norm(dim=1).view(2, 1, 1, 1) for name, gradient in raw.items()}
+    common = sum(norms.values()) / 2
+    expected = sum(parts[name][1] * common * raw[name] / norms[name] for name in raw)
+    total, scores = pulling().breakdown(images, PROMPTS)
+    assert scores["size"].tolist() == JPEGSize()(images, PROMPTS).tolist()
+    (gradient,) = torch.autograd.grad(total.sum(), images)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
+    plain = WeightedSum({name: WeightedReward(part, weight) for name, (part, weight) in parts.items()})
+    torch.testing.assert_close(total, plain(images, PROMPTS))
+    with torch.no_grad():
+        assert torch.equal(pulling()(images, PROMPTS), plain(images, PROMPTS))
+
+
+def test_a_hundredfold_part_pulls_no_more(pictures: Callable[..., Tensor]) -> None:
+    class Hundredfold(ColourBalance):
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return 100 * super().forward(images, prompts)
+
+    def direction(red: Reward) -> Tensor:
+        images = pictures(2, 8, 8).requires_grad_()
+        reward = GradientNormSum({"bright": WeightedReward(Brightness(0.2)), "red": WeightedReward(red)})
+        (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+        return torch.nn.functional.normalize(gradient.flatten(1), dim=1)
+
+    torch.testing.assert_close(direction(ColourBalance()), direction(Hundredfold()), rtol=1e-4, atol=1e-6)
+
+
+def test_a_sum_of_one_part_is_that_part(pictures: Callable[..., Tensor]) -> None:
+    images = pictures(2, 8, 8).requires_grad_()
+    scores = [Sharpness()(images, PROMPTS), GradientNormSum({"a": WeightedReward(Sharpness())})(images, PROMPTS)]
+    one, other = (torch.autograd.grad(score.sum(), images, retain_graph=True)[0] for score in scores)
+    torch.testing.assert_close(one, other)
+
+
+def test_a_part_without_a_pull_leaves_the_others_theirs(pictures: Callable[..., Tensor]) -> None:
+    """One is constant, one has reached its threshold: neither is blown up, neither makes a number that is none."""
+    images = pictures(2, 8, 8).requires_grad_()
+    sharp = float(Sharpness()(images, PROMPTS).detach().min())
+    reward = GradientNormSum(
+        {
+            "constant": WeightedReward(ConstantReward()),
+            "sharp": WeightedReward(Sharpness(), threshold=sharp - 1),
+            "red": WeightedReward(ColourBalance()),
+        }
+    )
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    (red,) = torch.autograd.grad(ColourBalance()(images, PROMPTS).sum(), images)
+    assert gradient.isfinite().all()
+    cosine = torch.cosine_similarity(gradient.flatten(1), red.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [WeightedSum, ZScoreSum, GradientNormSum])
+def test_a_sum_is_the_same_when_its_activations_are_recomputed(
+    kind: type[WeightedSum], pictures: Callable[..., Tensor]
+) -> None:
+    parts = {"bright": WeightedReward(Brightness(0.2)), "sharp": WeightedReward(Sharpness())}
+    images = pictures(2, 8, 8).requires_grad_()
+    reward = kind(parts)
+    totals = [reward(images, PROMPTS), checkpoint(reward, images, PROMPTS, use_reentrant=False)]
+    one, other = (torch.autograd.grad(total.sum(), images)[0] for total in totals)
+    assert torch.equal(*totals)
+    assert torch.equal(one, other)

@@ -1,0 +1,172 @@
+"""What a reward learns in training: when it learns, that it is the same everywhere, and that a resumed run has it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.modules import DraftModule, _mix
+from lightning_draft.rewards import Brightness, ColourBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel
+from lightning_draft.truncation import LastK, LowVariance
+
+PROMPTS = [f"prompt {i}" for i in range(12)]
+
+
+def module(kind: type = ZScoreSum, **options: Any) -> DraftModule:
+    parts = {
+        "bright": WeightedReward(Brightness(0.2), 3.0),
+        "sharp": WeightedReward(Sharpness(), -1.0),
+        "red": WeightedReward(ColourBalance(), 0.0),
+    }
+    defaults: dict[str, Any] = {
+        "model": LinearModel(0.1),
+        "reward": kind(parts),
+        "sampler": DDIM(4),
+        "truncation": LastK(2),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
+    }
+    return DraftModule(**{**defaults, **options})
+
+
+def fit(module: DraftModule, folder: Path, *callbacks: L.Callback, ckpt_path: Any = None, **options: Any) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "max_steps": 4,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "default_root_dir": folder,
+        "num_sanity_val_steps": 0,
+    }
+    trainer = L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+    trainer.fit(module, PromptDataModule(PROMPTS, batch_size=3, val_size=3), ckpt_path=ckpt_path)
+    return trainer
+
+
+class Scores(L.Callback):
+    """All that the reward was shown, and the statistics that each step was rewarded with."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, Tensor]] = []
+        self.used: list[dict[str, list[float]]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        observe = pl_module.reward.observe
+
+        def noted(scores: dict[str, Tensor]) -> None:
+            self.shown.append(dict(scores))
+            observe(scores)
+
+        pl_module.reward.observe = noted
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+        self.used.append(pl_module.reward.get_extra_state())
+
+
+def test_statistics_start_with_16_images_and_take_in_each_batch(tmp_path: Path) -> None:
+    subject, scores = module(), Scores()
+    fit(subject, tmp_path, scores)
+    assert [len(shown["bright"]) for shown in scores.shown] == [3] * 6 + [3] * 4
+    for name in ("bright", "sharp"):
+        every = torch.cat([shown[name] for shown in scores.shown]).double()
+        count, mean, variance = subject.reward.get_extra_state()[name]
+        assert (count, mean) == pytest.approx((30, every.mean().item()))
+        assert variance == pytest.approx(every.var(correction=0).item())
+    assert "red" not in subject.reward.get_extra_state()
+
+
+def test_the_base_models_images_come_first(tmp_path: Path) -> None:
+    """Before the first step: by hand, from the first batch of prompts."""
+    scores = Scores()
+    subject = module()
+    fit(subject, tmp_path, scores, max_steps=1, limit_val_batches=0)
+    prompts = PromptDataModule(PROMPTS, batch_size=3, val_size=3).train_dataloader().batch(0)
+    fresh = module()
+    for number, shown in enumerate(scores.shown[:6]):
+        images = fresh.generate(prompts, seed=_mix(0, number, 0, 16))
+        for name, values in fresh.reward.breakdown(images, prompts)[1].items():
+            assert torch.equal(values, shown[name])
+    assert len({tuple(shown["bright"].tolist()) for shown in scores.shown}) == 7
+
+
+@pytest.mark.parametrize("kind", [ZScoreSum, GradientNormSum])
+def test_micro_batches_change_nothing(kind: type, tmp_path: Path) -> None:
+    """Their rewards are recomputed in the backward pass, with the statistics of the forward pass."""
+    whole, parts = module(kind), module(kind, micro_batch_size=1)
+    for subject in (whole, parts):
+        fit(subject, tmp_path, max_steps=3)
+    assert parts.model.theta.item() == pytest.approx(whole.model.theta.item(), rel=1e-6)
+    assert whole.model.theta.item() != pytest.approx(0.1, rel=1e-3)
+    if kind is ZScoreSum:
+        for name, state in whole.reward.get_extra_state().items():
+            assert parts.reward.get_extra_state()[name] == pytest.approx(state, rel=1e-5)
+
+
+def test_validation_teaches_nothing(tmp_path: Path) -> None:
+    one, other = module(truncation=LowVariance(2)), module(truncation=LowVariance(2))
+    fit(one, tmp_path)
+    fit(other, tmp_path, limit_val_batches=0)
+    assert one.reward.get_extra_state() == other.reward.get_extra_state()
+    assert torch.equal(one.model.theta, other.model.theta)
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = module(), module()
+    fit(whole, tmp_path, saver)
+    fit(resumed, tmp_path, ckpt_path=tmp_path / "step=2.ckpt")
+    assert torch.equal(whole.model.theta, resumed.model.theta)
+    assert whole.reward.get_extra_state() == resumed.reward.get_extra_state()
+    checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {"model.theta", "reward._extra_state"}
+    assert checkpoint["state_dict"]["reward._extra_state"]["bright"][0] == 18 + 6
+
+
+class Save(L.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        state = {"reward": pl_module.reward.get_extra_state(), "theta": pl_module.model.theta.detach()}
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_have_the_statistics_of_both(tmp_path: Path) -> None:
+    fit(module(), tmp_path, Save(tmp_path), strategy="ddp_fork", devices=2, max_steps=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one["reward"] == two["reward"]
+    assert one["reward"]["bright"][0] == 2 * (18 + 6)
+    assert torch.equal(one["theta"], two["theta"])
+
+
+def test_a_reward_without_statistics_is_resumed_with_a_checkpoint_that_has_them(tmp_path: Path) -> None:
+    """And the other way round: then they start again."""
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(module(), tmp_path, saver, max_steps=1)
+    fit(module(GradientNormSum), tmp_path, ckpt_path=tmp_path / "step=1.ckpt", max_steps=2)
+
+
+@pytest.mark.parametrize("name", ["reward", "gain"])
+def test_a_watched_reward_takes_no_name_of_the_trained_one(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"`{name}` is the trained reward's own name"):
+        module(watch={name: Brightness()})
+
+
+def test_copies_learn_on_their_own() -> None:
+    subject = module()
+    other: Callable[..., Tensor] = copy.deepcopy(subject.reward)
+    subject.reward.observe({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
+    assert other.uncalibrated  # type: ignore[attr-defined]

@@ -209,6 +209,10 @@ def write_sd3_pipeline(folder: Path, **transformer: Any) -> Path:
         tokenizer_3=pieces,
     )
     pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    published = {key: value for key, value in index.items() if key not in ("image_encoder", "feature_extractor")}
+    published["tokenizer_3"] = ["transformers", "T5TokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(published))
     return folder
 
 

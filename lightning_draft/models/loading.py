@@ -144,13 +144,13 @@ def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], opt
             f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
             f"{family.pipeline_class.__name__}.save_pretrained wrote, not one of its parts"
         )
-    _check_class(family, family.pipeline_class.load_config(str(folder)), str(folder))
+    options = {**_absent(family, str(folder)), **options}
     return _from_pretrained(family, str(folder), dtypes, _variant(folder / family.denoiser), options)
 
 
 def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
     try:
-        _check_class(family, family.pipeline_class.load_config(name), name)
+        options = {**_absent(family, name), **options}
         try:
             return _from_pretrained(family, name, dtypes, None, options)
         except OSError:
@@ -200,11 +200,17 @@ def _variant(denoiser: Path) -> str | None:
     return None if None in infixes else next(iter(infixes), None)
 
 
-def _check_class(family: Family, index: dict[str, Any], source: str) -> None:
+def _absent(family: Family, source: str) -> dict[str, None]:
+    """The parts that a pipeline was saved without, and that diffusers wants to be told of.
+
+    Raises:
+        ConfigurationError: It is of another family.
+    """
+    index = family.pipeline_class.load_config(source)
     name = index.get("_class_name")
     wrapper = WRAPPERS.get(name) if isinstance(name, str) else None
     if wrapper == family.wrapper:
-        return
+        return {part: None for part, kind in index.items() if kind == [None, None]}
     advice = f"use such a pipeline, for example {family.example}"
     raise ConfigurationError(
         f"{source} is a {name}, and {family.wrapper} opens {family.called} pipelines "

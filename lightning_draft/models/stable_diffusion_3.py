@@ -39,7 +39,10 @@ _OTHER_GRIDS = (
 
 
 class StableDiffusion3(PipelineModel):
-    """A Stable Diffusion 3 or 3.5 pipeline, frozen, with trainable adapters on its denoiser. Sample it by `FlowEuler`.
+    """A Stable Diffusion 3 or 3.5 pipeline, frozen, with trainable adapters on its denoiser.
+
+    Its samplers are `FlowEuler` and `FlowSDE`. With the published shift the last of their steps starts where all but
+    0.9 % is signal: train several steps, since the last one alone can change next to nothing.
 
     Args:
         pretrained: A diffusers pipeline folder, or a hub id.

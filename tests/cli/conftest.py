@@ -42,7 +42,7 @@ def command(
 
     def run(*args: object) -> Result:
         capsys.readouterr()
-        for name in ("lightning.pytorch", "lightning.fabric"):
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             for handler in logging.getLogger(name).handlers:
                 # Bound to the error stream of the test that imported Lightning, which is closed by now.
                 monkeypatch.setattr(handler, "stream", sys.stderr, raising=False)

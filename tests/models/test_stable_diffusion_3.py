@@ -170,6 +170,13 @@ def test_stochastic_sampling_without_noise_is_the_flow(tiny_sd3: Path) -> None:
         assert not torch.allclose(sample(model, noise(), FlowSDE(4)), expected, atol=0.1)
 
 
+def test_a_pipeline_saved_without_the_t5_needs_no_word_of_it(tiny_sd3: Path, tmp_path: Path) -> None:
+    plain(tiny_sd3, **WITHOUT_T5).save_pretrained(tmp_path / "light")
+    model = opened(tmp_path / "light")
+    assert model.text_encoder_3 is None
+    assert torch.equal(pictures(model), pictures(opened(tiny_sd3, t5=False)))
+
+
 # Text.
 
 

@@ -1,5 +1,6 @@
 """Lightning callbacks that log samples, export adapters, watch gradients, average weights and report progress."""
 
+from lightning_draft.callbacks.cost import CostMonitor
 from lightning_draft.callbacks.ema import AdapterEMA
 from lightning_draft.callbacks.gradient_norm import GradientNormMonitor
 from lightning_draft.callbacks.lora_export import LoRAExport
@@ -9,6 +10,7 @@ from lightning_draft.callbacks.sample_logger import SampleLogger
 
 __all__ = [
     "AdapterEMA",
+    "CostMonitor",
     "GradientNormMonitor",
     "LoRAExport",
     "ProgressBar",

@@ -202,7 +202,7 @@ def header(trainer: L.Trainer, pl_module: Any, validated: bool = True) -> dict[s
     """
     prefixes = ("val/", _FALLBACK) if validated else (_FALLBACK,)
     parts = {
-        "method": getattr(pl_module, "truncation", pl_module),
+        "method": getattr(pl_module, "method", pl_module),
         "sampler": pl_module.sampler,
         "reward": pl_module.reward,
         "loss": getattr(pl_module, "loss", None),

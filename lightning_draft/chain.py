@@ -1,6 +1,6 @@
 """The sampling chain: the only loop over denoising steps, and the only place that checkpoints activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,24 @@ class SamplingChain:
         for _ in range(steps):
             state = self._advance_one(state, detach_input, freeze)
         return state
+
+    def walk(self, noise: Tensor, step_noise: Iterable[Tensor]) -> Iterator[tuple[Transition, Tensor]]:
+        """Walk the whole chain with given noise; yield each step's distribution and the latent drawn from it.
+
+        Args:
+            noise: Where to start, `(B, ...)`.
+            step_noise: `num_steps` times `(B, ...)`; what a deterministic step is given is not used.
+        """
+        state = self.start(noise)
+        for _, fresh in zip(range(self.num_steps), step_noise, strict=True):
+            transition, memory = self._step(state, False, False)
+            state = State(transition.rsample(fresh), state.step + 1, memory)
+            yield transition, state.x
+
+    def revisit(self, latents: Tensor, steps: Iterable[int]) -> Iterator[Transition]:
+        """The distributions of the next latents at some steps of a walk, `latents` being `(num_steps + 1, B, ...)`."""
+        for step in steps:
+            yield self.transition(State(latents[step], step))
 
     def transition(self, state: State, *, detach_input: bool = False, freeze: bool = False) -> Transition:
         """The distribution of the next latent."""

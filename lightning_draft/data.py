@@ -28,6 +28,7 @@ class PromptLoader:
         seed: Of the order.
         rank: Which process this is.
         world_size: How many processes there are.
+        repeats: Yield every batch so many times in a row, as a method needs that trains on it for several steps.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class PromptLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        repeats: int = 1,
     ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
@@ -46,11 +48,12 @@ class PromptLoader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.repeats = repeats
         self.position = 0
 
     def __len__(self) -> int:
         """Batches in one pass; a remainder is carried into the next."""
-        return max(1, len(self.prompts) // (self.batch_size * self.world_size))
+        return self.repeats * max(1, len(self.prompts) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         """Yield one pass of batches, from where the last one ended."""
@@ -60,7 +63,7 @@ class PromptLoader:
 
     def batch(self, number: int) -> list[Prompt]:
         """The batch that this process sees at `number`."""
-        first = (number * self.world_size + self.rank) * self.batch_size
+        first = (number // self.repeats * self.world_size + self.rank) * self.batch_size
         return [self._prompt(place) for place in range(first, first + self.batch_size)]
 
     def state_dict(self) -> dict[str, int]:
@@ -149,7 +152,11 @@ class PromptDataModule(L.LightningDataModule):
     def train_dataloader(self) -> PromptLoader:
         """Shuffled batches."""
         rank, size = self._process()
-        return PromptLoader(self.train_prompts, self.batch_size, seed=self.seed, rank=rank, world_size=size)
+        asked = getattr(self.trainer and self.trainer.lightning_module, "steps_per_batch", None)
+        repeats = asked(self.batch_size) if callable(asked) else 1
+        return PromptLoader(
+            self.train_prompts, self.batch_size, seed=self.seed, rank=rank, world_size=size, repeats=repeats
+        )
 
     def val_dataloader(self) -> FixedPrompts:
         """The held-out prompts in their order."""

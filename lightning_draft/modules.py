@@ -4,7 +4,7 @@ References:
     Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv:2309.17400 (DRaFT).
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self, cast, get_args
@@ -40,6 +40,9 @@ class RewardModule(L.LightningModule, ABC):
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimiser; stepped once an optimisation step.
         seed: Of the starting noise and of every random choice of a method.
+
+    Attributes:
+        reward_queries: How many images the reward has been asked about in training.
     """
 
     def __init__(
@@ -67,8 +70,14 @@ class RewardModule(L.LightningModule, ABC):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
+        self.reward_queries = 0
         self.strict_loading = False
         self._base_scores: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    @property
+    @abstractmethod
+    def method(self) -> object:
+        """The strategy that makes this method what it is, for messages and file headers."""
 
     def train(self, mode: bool = True) -> Self:
         """Rewards stay in eval mode: dropout would make their scores noise."""
@@ -80,6 +89,10 @@ class RewardModule(L.LightningModule, ABC):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What is optimised and saved, by its name in this module."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """How many training steps in a row are given the same batch of prompts."""
+        return 1
 
     def configure_optimizers(self) -> Any:
         """Hand the trainable parameters to the optimiser, and the optimiser to the schedule."""
@@ -227,6 +240,11 @@ class DraftModule(RewardModule):
         if checkpointing in ("block", "both"):
             model.checkpoint_blocks()
 
+    @property
+    def method(self) -> Truncation:
+        """The truncation."""
+        return self.truncation
+
     def setup(self, stage: str) -> None:
         """Refuse combinations that cannot learn, before anything is loaded onto a device."""
         if stage == "fit":
@@ -299,6 +317,7 @@ class DraftModule(RewardModule):
             saturated = ((images < 0) | (images > 1)).float().flatten(1).mean(1)
             return check_scores(total, len(prompts), self.reward), parts, saturated
 
+        self.reward_queries += len(latents)
         size = self.micro_batch_size or len(latents)
         if size >= len(latents):
             return reward(latents, prompts)

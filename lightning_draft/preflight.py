@@ -43,12 +43,8 @@ def check_setup(module: DraftModule) -> None:
             "policy-gradient method, which needs no gradient: PolicyGradientModule in the place of "
             f"{type(module).__name__}"
         )
-    if not module.trainable_parameters():
-        raise ConfigurationError("the model has no trainable parameters; give it adapters, e.g. lora.rank=8")
-    try:
-        module.sampler.grid(module.model.schedule)
-    except ValueError as error:
-        raise ConfigurationError(f"the sampler does not fit the model: {error}") from error
+    _check_trainable(module)
+    _check_sampler(module)
     _check_final_step(module)
 
 
@@ -79,6 +75,96 @@ def prove(module: DraftModule, prompt: str | None = None) -> None:
                 _check_parameters(module, latents, prompts)
     finally:
         module.probes = probed
+
+
+def check_policy(module: PolicyGradientModule) -> None:
+    """The same for a policy gradient: the sampler has log-probabilities, groups and optimiser steps fit the objective.
+
+    Raises:
+        ConfigurationError: One of them does not hold.
+    """
+    _check_trainable(module)
+    _check_sampler(module)
+    name = type(module.sampler).__name__
+    try:
+        stochastic = module.steps
+    except ValueError as error:
+        raise ConfigurationError(f"the sampler does not suit policy gradients: {error}; use DDIM or FlowSDE") from error
+    if not stochastic:
+        raise ConfigurationError(
+            f"{name} adds no noise here, and a policy gradient needs steps with a log-probability; use a stochastic "
+            "sampler: DDIM(eta=1), or FlowSDE for a rectified flow"
+        )
+    for part in (module.objective, module.baseline):
+        if module.samples_per_prompt < part.min_group:
+            raise ConfigurationError(
+                f"{type(part).__name__} compares samples of the same prompt, and samples_per_prompt="
+                f"{module.samples_per_prompt}; set samples_per_prompt to {part.min_group} or more"
+            )
+    batch_size = getattr(getattr(module.trainer, "datamodule", None), "batch_size", None)
+    if isinstance(batch_size, int):
+        check_accumulation(module, batch_size)
+
+
+def check_accumulation(module: PolicyGradientModule, batch_size: int) -> None:
+    """Check that the Trainer's optimiser steps end where parts, passes or rollouts do, as the objective needs it.
+
+    Raises:
+        ConfigurationError: They do not; the message says what to set.
+    """
+    accumulate = module.trainer.accumulate_grad_batches
+    parts, steps = len(module.parts(batch_size)), module.steps_per_batch(batch_size)
+    name = type(module.objective).__name__
+    found = f"accumulate_grad_batches={accumulate} and a rollout is trained on in {steps} parts"
+    if module.inner_epochs > 1:
+        found += f" ({module.inner_epochs} inner epochs of {parts})"
+    if module.objective.on_policy and accumulate % steps:
+        once = "" if module.inner_epochs == 1 else "inner_epochs to 1 and "
+        raise ConfigurationError(
+            f"{name} is on-policy: its gradient holds for the parameters that drew the rollout alone, and more than "
+            f"one optimiser step would be made of it, as {found}; set {once}trainer.accumulate_grad_batches to "
+            f"{parts}, or use PPO, which corrects for reuse"
+        )
+    if not module.objective.separable and accumulate != parts and (module.inner_epochs > 1 or accumulate % parts):
+        raise ConfigurationError(
+            f"{name} couples all parts of a rollout, and an optimiser step would not take in each of them once, as "
+            f"{found}; set trainer.accumulate_grad_batches to {parts}"
+        )
+    if steps % accumulate and accumulate % steps:
+        raise ConfigurationError(
+            f"optimiser steps would straddle rollouts, as {found}; set trainer.accumulate_grad_batches to {parts}, or "
+            "to a number that divides it"
+        )
+
+
+def prove_policy(module: PolicyGradientModule) -> None:
+    """Look at one step of one prompt: the gradient of its log-probability must reach what is trained.
+
+    The random state, the parameters and their gradients are left untouched.
+
+    Raises:
+        ConfigurationError: It is cut, zero or not finite.
+    """
+    _check_precision(module)
+    trainer = module._trainer
+    context = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+    with module._random_state(module.seed), torch.enable_grad(), context:
+        chain = SamplingChain(module.model, module.sampler, module.model.encode([_first_prompt(module)]))
+        mean = chain.transition(State(module.model.noise(1), module.steps[-1])).mean
+        if not (_sharded(trainer) or _scaled(trainer)):
+            _check_reach((mean * torch.randn_like(mean)).sum(), module, "log-probability")
+
+
+def _check_trainable(module: RewardModule) -> None:
+    if not module.trainable_parameters():
+        raise ConfigurationError("the model has no trainable parameters; give it adapters, e.g. lora.rank=8")
+
+
+def _check_sampler(module: RewardModule) -> None:
+    try:
+        module.sampler.grid(module.model.schedule)
+    except ValueError as error:
+        raise ConfigurationError(f"the sampler does not fit the model: {error}") from error
 
 
 def _check_final_step(module: DraftModule) -> None:

@@ -17,12 +17,21 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf.errors import OmegaConfBaseException
 
-import lightning_draft.losses  # noqa: F401 (its classes are known by their short names)
+import lightning_draft.baselines  # noqa: F401 (its classes are known by their short names)
+import lightning_draft.losses  # noqa: F401
+import lightning_draft.objectives  # noqa: F401
 import lightning_draft.rewards  # noqa: F401
 import lightning_draft.samplers  # noqa: F401
 import lightning_draft.truncation  # noqa: F401
 from lightning_draft.assets import resolve
-from lightning_draft.callbacks import AdapterEMA, GradientNormMonitor, LoRAExport, ProgressBar, SampleLogger
+from lightning_draft.callbacks import (
+    AdapterEMA,
+    CostMonitor,
+    GradientNormMonitor,
+    LoRAExport,
+    ProgressBar,
+    SampleLogger,
+)
 from lightning_draft.callbacks.lora_export import describe
 from lightning_draft.cli import runs
 from lightning_draft.cli.checkpoint import LastCheckpoint
@@ -32,6 +41,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import StableDiffusion, StableDiffusion3  # noqa: F401
 from lightning_draft.modules import DraftModule, RewardModule
+from lightning_draft.policy import PolicyGradientModule  # noqa: F401
 
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
@@ -42,6 +52,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 CALLBACKS: dict[str, tuple[type[Callback], bool, str]] = {
+    "cost": (CostMonitor, True, "Reward queries, network passes and seconds so far; null for none."),
     "samples": (SampleLogger, True, "Grids of pictures, base beside tuned; null for none."),
     "export": (LoRAExport, True, "LoRA files, last and best; null for none."),
     "gradients": (GradientNormMonitor, True, "Gradient norms and what to do when they explode; null for none."),
@@ -269,7 +280,7 @@ def diagnosis(args: list[str]) -> str | None:
 
 def _headline(module: RewardModule) -> str:
     count = sum(parameter.numel() for parameter in module.trainable_parameters().values())
-    parts = [module.reward, getattr(module, "truncation", None), module.sampler]
+    parts = [module.reward, module.method, getattr(module, "baseline", None), module.sampler]
     said = ", ".join(describe(part) for part in parts if part is not None)
     return f"{type(module).__name__}: {said}; {count:,} trainable parameters"
 

@@ -23,11 +23,12 @@ lightning-draft fit: train
 
   --config NAME|FILE       a shipped config, a YAML file, or a run's folder
   --name NAME              the run writes to runs/NAME; by default the config's name, with -2, -3 ... for more runs
-  --model.KEY VALUE        the method: model, reward, sampler, truncation, loss, optimizer, kl_weight, ...
+  --model.KEY VALUE        the method: model, reward, sampler, truncation, loss, objective, baseline, optimizer, ...
   --data.KEY VALUE         the prompts: prompts, val_prompts, batch_size, ...
   --trainer.KEY VALUE      every option of Lightning's Trainer: max_steps, precision, devices, strategy, ...
   --samples.KEY VALUE      grids of pictures; `--samples null` for none; likewise --export (LoRA files),
-                           --gradients (norms), --checkpoint (to resume from), --progress, --ema (none by default)
+                           --gradients (norms), --cost (queries, passes, seconds), --checkpoint (to resume from),
+                           --progress, --ema (none by default)
   --ckpt_path FILE|last    resume
   --print_config           print the whole configuration and stop
 
@@ -35,7 +36,7 @@ Classes are given by name (LastK, DDIM, CLIPScore, WeightedSum), your own by mod
 class Redness in my_rewards.py in the current folder.
 
   --help_all               every option
-  --model.help DraftModule, --samples.help SampleLogger
+  --model.help DraftModule, --model.help PolicyGradientModule, --samples.help SampleLogger
                            the options of one class"""
 
 VALIDATE = """\

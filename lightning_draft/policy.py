@@ -1,0 +1,349 @@
+"""Policy gradients: a diffusion model as a policy whose actions are the steps of a stochastic sampler.
+
+References:
+    Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301 (DDPO).
+    Fan et al., "DPOK", arXiv:2305.16381 (the KL to the base).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_draft.baselines import Baseline, PerPromptStatistics
+from lightning_draft.chain import SamplingChain
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.base import DiffusionModel
+from lightning_draft.modules import RewardModule, _mix
+from lightning_draft.objectives import PPO, Evidence, Objective
+from lightning_draft.preflight import check_accumulation, check_policy, prove_policy
+from lightning_draft.rewards.base import Reward, check_scores
+from lightning_draft.rollout import (
+    Derivatives,
+    Part,
+    Rollout,
+    gathered,
+    parts,
+    slices,
+    stochastic_steps,
+    summarise,
+    world_size,
+)
+from lightning_draft.samplers import DDIM, Sampler
+
+
+class PolicyGradientModule(RewardModule):
+    """Raise any reward, differentiable or not, by making the steps of well rewarded samples more likely.
+
+    A rollout is drawn from each batch of prompts and trained on part by part, one part a training step: of its samples
+    `micro_batch_size` at a time, of its stochastic steps `steps_per_part`, all of it `inner_epochs` times. The
+    Trainer's `accumulate_grad_batches` says how many parts make an optimiser step: those of one pass are the usual
+    choice. Pictures are clamped to [0, 1] before they are rewarded. A step without noise has no log-probability and is
+    not trained.
+
+    Args:
+        model: The diffusion model, with its adapters.
+        reward: What to raise.
+        sampler: How images are sampled, in training and in validation; it must be stochastic, `DDIM(50, eta=1)` by
+            default.
+        objective: The loss of log-probabilities; `PPO()` by default.
+        baseline: From rewards to advantages; `PerPromptStatistics()` by default.
+        watch: Rewards that are reported on validation images and never trained on.
+        optimizer: Called with the trainable parameters.
+        lr_scheduler: Called with the optimiser; stepped once an optimisation step.
+        samples_per_prompt: How many samples are drawn for each prompt of a batch.
+        inner_epochs: How often a rollout is trained on.
+        kl_weight: Weight of the KL divergence of each step from the base model's, reduced as the objective's
+            log-probabilities; it costs one more network call a step.
+        micro_batch_size: Draw and train this many samples at a time; by default all. It changes no rollout.
+        steps_per_part: Train this many sampling steps at a time; by default all. Memory follows it.
+        seed: Of the starting noise and of the sampler's.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        reward: Reward,
+        sampler: Sampler | None = None,
+        objective: Objective | None = None,
+        baseline: Baseline | None = None,
+        watch: dict[str, Reward] | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        samples_per_prompt: int = 1,
+        inner_epochs: int = 1,
+        kl_weight: float = 0.0,
+        micro_batch_size: int | None = None,
+        steps_per_part: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        sampler = DDIM(50, eta=1.0) if sampler is None else sampler
+        super().__init__(model, reward, sampler, watch, optimizer, lr_scheduler, seed)
+        if kl_weight < 0:
+            raise ConfigurationError(f"kl_weight={kl_weight} must not be negative")
+        sizes = {
+            "samples_per_prompt": samples_per_prompt,
+            "inner_epochs": inner_epochs,
+            "micro_batch_size": 1 if micro_batch_size is None else micro_batch_size,
+            "steps_per_part": 1 if steps_per_part is None else steps_per_part,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigurationError(f"{name}={size} must be at least 1")
+        self.objective = PPO() if objective is None else objective
+        self.baseline = PerPromptStatistics() if baseline is None else baseline
+        self.samples_per_prompt = samples_per_prompt
+        self.inner_epochs = inner_epochs
+        self.kl_weight = kl_weight
+        self.micro_batch_size = micro_batch_size
+        self.steps_per_part = steps_per_part
+        self.rollout: Rollout | None = None
+        self._unused = 0
+        self._derived: tuple[int, Derivatives] | None = None
+        self._logs: dict[str, list[Tensor]] = {}
+        self._logged_step = -1
+
+    @property
+    def method(self) -> Objective:
+        """The objective."""
+        return self.objective
+
+    def setup(self, stage: str) -> None:
+        """Refuse combinations that cannot learn, before anything is loaded onto a device."""
+        if stage == "fit":
+            self.rollout = self._derived = None
+            check_policy(self)
+
+    def on_fit_start(self) -> None:
+        """Prove that the gradient of the log-probabilities reaches what is trained."""
+        prove_policy(self)
+
+    def parts(self, batch_size: int) -> list[Part]:
+        """The parts of one pass over the rollout of a batch."""
+        samples = batch_size * self.samples_per_prompt
+        return parts(samples, len(self.steps), self.micro_batch_size, self.steps_per_part)
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """How many training steps in a row are given the same batch: those that its rollout is trained on."""
+        return self.inner_epochs * len(self.parts(batch_size))
+
+    @property
+    def steps(self) -> list[int]:
+        """The stochastic sampling steps, which are trained."""
+        return stochastic_steps(self.sampler, self.model.schedule)
+
+    def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
+        """Draw a rollout where none is left, and return the loss of its next part."""
+        position = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        number, index = divmod(position, self.steps_per_batch(len(prompts)))
+        rollout = self._current(prompts, number)
+        self._unused = self.steps_per_batch(len(prompts)) - index - 1
+        every = self.parts(len(prompts))
+        part = every[index % len(every)]
+        loss, logs = self.loss_and_logs(prompts, rollout, part, self._derivatives(prompts, rollout))
+        scalars = {**self._averaged(logs), **rollout.summary}
+        self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
+        self.log_dict(scalars, batch_size=len(prompts))
+        # Lightning averages over the parts of an optimiser step; each counts by its share.
+        return loss * part.share * len(every)
+
+    def loss_and_logs(
+        self, prompts: Sequence[str], rollout: Rollout, part: Part, derivatives: Derivatives | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss averaged over a part of a rollout, scalar with a graph, and what to log of it, detached.
+
+        Args:
+            prompts: The batch that the rollout was drawn from.
+            rollout: From `draw`.
+            part: One of `parts`.
+            derivatives: From `differentiate`, where the objective is not separable.
+        """
+        log_probs, divergence = self._evaluate(prompts, rollout, part.samples, part.steps, self.kl_weight > 0)
+        evidence = self._evidence(log_probs, rollout, part.samples, part.steps)
+        if derivatives is None:
+            loss = self.objective(evidence)
+        else:
+            loss = (derivatives.weights[part.steps, part.samples] * log_probs).sum() / part.share
+        log_ratio = (log_probs - evidence.old).detach()
+        logs = {
+            "train/loss": loss.detach() if derivatives is None else derivatives.loss,
+            "train/ratio": log_ratio.exp().mean(),
+            "train/approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+            "train/clip_fraction": self.objective.clipped(evidence).float().mean(),
+        }
+        if divergence is not None:
+            loss = loss + self.kl_weight * divergence
+            logs["train/kl"] = divergence.detach()
+        return loss, logs
+
+    def differentiate(self, prompts: Sequence[str], rollout: Rollout, moved: bool = True) -> Derivatives:
+        """The objective's derivatives with respect to all log-probabilities of a rollout, without a network's graph.
+
+        Args:
+            prompts: The batch that the rollout was drawn from.
+            rollout: From `draw`.
+            moved: Whether the model has changed since; if it has not, the rollout's own log-probabilities are used.
+        """
+        whole = slice(None)
+        with torch.no_grad():
+            log_probs = self._all_log_probs(prompts, rollout) if moved else rollout.log_probs
+        leaf = log_probs.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = self.objective(self._evidence(leaf, rollout, whole, whole))
+        return Derivatives(torch.autograd.grad(loss, leaf)[0], loss.detach())
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
+        """Sample `samples_per_prompt` trajectories a prompt and reward them.
+
+        Args:
+            prompts: The batch.
+            number: Which rollout of the run it is; the noise depends on it, the seed, the process and the sample alone.
+            step: How many optimiser steps the model has behind it.
+        """
+        every = self._repeated(prompts)
+        pieces = slices(len(every), self.micro_batch_size)
+        with self._random_state(_mix(self.seed, number, self.global_rank)):
+            walks = [self._walk(every[some], number, some.start) for some in pieces]
+            latents = torch.cat([latents for latents, _ in walks], 1)
+            scores = [self._judge(latents[-1, some], every[some]) for some in pieces]
+        rewards = torch.cat([total for total, _ in scores])
+        advantages = self._advantages(rewards, every)
+        log_probs = torch.cat([log_probs for _, log_probs in walks], 1)
+        names = [str(prompt) for prompt in every]
+        summary = summarise(rewards, advantages, self.samples_per_prompt)
+        for name in scores[0][1]:
+            summary[f"train/reward/{name}"] = float(torch.cat([inner[name] for _, inner in scores]).mean())
+        rollout = Rollout(number, step, names, latents, log_probs, rewards, advantages, summary)
+        if not self.objective.needs_reference:
+            return rollout
+        with self.model.base():
+            return replace(rollout, reference=self._all_log_probs(prompts, rollout))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained, the baseline, and of every process the rollout that is not used up."""
+        super().on_save_checkpoint(checkpoint)
+        left = self.rollout if self._unused else None
+        checkpoint["baseline"] = self.baseline.state_dict()
+        checkpoint["rollouts"] = gathered(None if left is None else left.to("cpu").state_dict())
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on with the rollout that was not used up; other numbers of processes draw a new one."""
+        super().on_load_checkpoint(checkpoint)
+        self.baseline.load_state_dict(checkpoint.get("baseline", {}))
+        saved, size = checkpoint.get("rollouts", []), world_size()
+        if len(saved) != size:
+            rank_zero_warn(
+                f"the checkpoint is of {len(saved)} processes and there are {size} now: the rollout is drawn anew, and "
+                "this run will differ from the uninterrupted one"
+            )
+        elif saved[self.global_rank] is not None:
+            self.rollout = Rollout(**saved[self.global_rank])
+
+    def _current(self, prompts: Sequence[str], number: int) -> Rollout:
+        """The rollout with this number, drawn unless it is there."""
+        step = self.trainer.global_step
+        if self.rollout is None or self.rollout.number != number:
+            check_accumulation(self, len(prompts))
+            self.rollout, self._derived = self.draw(prompts, number, step), None
+        if self.rollout.prompts != [str(prompt) for prompt in self._repeated(prompts)]:
+            raise ConfigurationError(
+                f"a rollout is trained on for {self.steps_per_batch(len(prompts))} training steps, and the prompts "
+                "changed before it was used up; use PromptDataModule, or a loader that repeats each batch so many times"
+            )
+        if self.objective.on_policy and self._unused and self.rollout.step < step:
+            raise ConfigurationError(
+                f"the Trainer made an optimiser step before a rollout was used up, and {type(self.objective).__name__} "
+                "is on-policy; leave out limit_train_batches, or make it a multiple of accumulate_grad_batches"
+            )
+        self.rollout = self.rollout.to(self.device)
+        return self.rollout
+
+    def _derivatives(self, prompts: Sequence[str], rollout: Rollout) -> Derivatives | None:
+        """Those of this optimiser step, where the objective takes two passes."""
+        if self.objective.separable:
+            return None
+        step = self.trainer.global_step
+        if self._derived is None or self._derived[0] != step:
+            self._derived = step, self.differentiate(prompts, rollout, moved=rollout.step != step)
+        return self._derived[1]
+
+    def _walk(self, prompts: Sequence[str], number: int, first: int) -> tuple[Tensor, Tensor]:
+        """Latents `(T + 1, B, ...)` and log-probabilities `(S, B)`; `first` is the first sample's place."""
+        chain = self._chain(prompts)
+        seeds = [_mix(self.seed, number, self.global_rank, first + i) for i in range(len(prompts))]
+        # A generator a sample: its noise does not depend on what it is drawn with.
+        each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = torch.stack(each, 1)
+        latents, log_probs = [noise[0]], []
+        for transition, x in chain.walk(noise[0], noise[1:]):
+            latents.append(x)
+            if transition.std > 0:
+                log_probs.append(self.objective.reduce(transition.log_prob(x), x[0].numel()))
+        return torch.stack(latents), torch.stack(log_probs)
+
+    def _evaluate(
+        self, prompts: Sequence[str], rollout: Rollout, some: slice, few: slice, diverge: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities `(S, B)` of a part of a rollout, and its mean divergence from the base model."""
+        steps = self.steps[few]
+        latents = rollout.latents[:, some]
+        chain = self._chain(self._repeated(prompts)[some])
+        elements = latents[0, 0].numel()
+        ours = list(chain.revisit(latents, steps))
+        log_probs = [transition.log_prob(latents[step + 1]) for step, transition in zip(steps, ours, strict=True)]
+        reduced = self.objective.reduce(torch.stack(log_probs), elements)
+        if not diverge:
+            return reduced, None
+        with torch.no_grad(), self.model.base():
+            base = list(chain.revisit(latents, steps))
+        divergences = torch.stack([one.kl(other) for one, other in zip(ours, base, strict=True)])
+        return reduced, self.objective.reduce(divergences, elements).mean()
+
+    def _all_log_probs(self, prompts: Sequence[str], rollout: Rollout) -> Tensor:
+        """`(S, N)`, a micro-batch at a time."""
+        pieces = slices(len(rollout.prompts), self.micro_batch_size)
+        return torch.cat([self._evaluate(prompts, rollout, some, slice(None))[0] for some in pieces], 1)
+
+    def _evidence(self, log_probs: Tensor, rollout: Rollout, some: slice, few: slice) -> Evidence:
+        reference = None if rollout.reference is None else rollout.reference[few, some]
+        old, advantages = rollout.log_probs[few, some], rollout.advantages[some]
+        return Evidence(log_probs, old, advantages, self.samples_per_prompt, reference)
+
+    def _judge(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores `(B,)` of the pictures, and their parts."""
+        self.reward_queries += len(prompts)
+        images = self.model.decode(latents).float().clamp(0, 1)
+        total, inner = self.reward.breakdown(images, prompts)
+        check_scores(total, len(prompts), self.reward)
+        odd = [prompt for prompt, score in zip(prompts, total, strict=True) if not score.isfinite()]
+        if odd:
+            raise ValueError(f"{type(self.reward).__name__} gave a score that is not finite for {', '.join(odd)}")
+        return total.float(), inner
+
+    def _advantages(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+        """This process's, from a baseline that sees the rewards of all."""
+        every = gathered((rewards.cpu(), [str(prompt) for prompt in prompts]))
+        names = [name for _, prompts in every for name in prompts]
+        advantages = self.baseline(torch.cat([rewards for rewards, _ in every]), names, self.samples_per_prompt)
+        start = sum(len(prompts) for _, prompts in every[: self.global_rank])
+        return advantages[start : start + len(prompts)].to(rewards)
+
+    def _averaged(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the parts of this optimiser step so far."""
+        if self._logged_step != self.trainer.global_step:
+            self._logs, self._logged_step = {}, self.trainer.global_step
+        for name, value in logs.items():
+            self._logs.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in self._logs.items()}
+
+    def _chain(self, prompts: Sequence[str]) -> SamplingChain:
+        return SamplingChain(self.model, self.sampler, self.model.encode(prompts))
+
+    def _repeated(self, prompts: Sequence[str]) -> list[str]:
+        """Every prompt `samples_per_prompt` times in a row."""
+        return [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]

@@ -1,0 +1,135 @@
+"""Rollouts: trajectories that a stochastic sampler drew, and the parts in which they are trained on."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_draft.samplers import Sampler
+from lightning_draft.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories and what they were worth; `T` steps, `S` of them stochastic, `N` samples.
+
+    Args:
+        number: Which rollout of the run it is.
+        step: How many optimiser steps were behind the model that drew it.
+        prompts: One a sample; samples of a prompt lie side by side.
+        latents: `(T + 1, N, ...)`, from noise to sample.
+        log_probs: Of the stochastic steps, under the model that took them, `(S, N)`.
+        rewards: `(N,)`.
+        advantages: `(N,)`.
+        summary: What to log of it.
+        reference: As `log_probs` under the base model, where it was asked for.
+    """
+
+    number: int
+    step: int
+    prompts: list[str]
+    latents: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    summary: dict[str, float]
+    reference: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on another device."""
+        state: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.state_dict().items()
+        }
+        return Rollout(**state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in types that any checkpoint holds."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """An objective at a point: its value, and its derivatives by the log-probabilities.
+
+    Args:
+        weights: `(S, N)`.
+        loss: Scalar.
+    """
+
+    weights: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some steps of some samples.
+
+    Args:
+        samples: Which samples.
+        steps: Which of the stochastic steps.
+        share: Share of the whole rollout's steps and samples, in (0, 1].
+    """
+
+    samples: slice
+    steps: slice
+    share: float
+
+
+def parts(samples: int, steps: int, micro_batch_size: int | None, steps_per_part: int | None) -> list[Part]:
+    """Cut a rollout of `samples` by `steps` into parts; all steps of some samples come before the next samples."""
+    return [
+        Part(some, few, (some.stop - some.start) * (few.stop - few.start) / (samples * steps))
+        for some in slices(samples, micro_batch_size)
+        for few in slices(steps, steps_per_part)
+    ]
+
+
+def slices(length: int, size: int | None) -> list[slice]:
+    """`0..length` in slices of `size`, the last one possibly shorter."""
+    size = length if size is None else size
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:
+    """The steps that add noise, and thus have a log-probability.
+
+    Raises:
+        ValueError: The sampler does not fit the schedule, or a stochastic step needs a memory of earlier ones.
+    """
+    probe = torch.zeros(1, 1, dtype=torch.float64)
+    found = []
+    for step, (t, s) in enumerate(sampler.grid(schedule)):
+        transition, memory = sampler.step(schedule, probe, probe, t, s)
+        if transition.std > 0 and memory is not None:
+            raise ValueError(f"{type(sampler).__name__} remembers earlier steps, and a rollout holds latents alone")
+        if transition.std > 0:
+            found.append(step)
+    return found
+
+
+def summarise(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, float]:
+    """What to log of a rollout: its reward overall and by prompt, and what there is to learn from it."""
+    groups, spread = rewards.view(-1, group), advantages.view(-1, group)
+    return {
+        "train/reward": float(rewards.mean()),
+        "train/reward_within_prompts": float(groups.std(1, correction=0).mean()),
+        "train/reward_worst_prompt": float(groups.mean(1).amin()),
+        "train/reward_best_prompt": float(groups.mean(1).amax()),
+        "train/advantage_std": float(advantages.std(correction=0)),
+        "train/zero_advantage_groups": float((spread == 0).all(1).float().mean()),
+    }
+
+
+def gathered(own: Any) -> list[Any]:
+    """What every process holds, by rank."""
+    everyone = [own] * world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

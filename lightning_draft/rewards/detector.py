@@ -12,7 +12,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.clip_encoder import Precision
 from lightning_draft.rewards.image_processor import PixelValues, read_image_processor
 from lightning_draft.rewards.precision import full_precision
-from lightning_draft.rewards.pretrained import check_precision, load, reading
+from lightning_draft.rewards.pretrained import check_precision, default_dtype, load, reading
 from lightning_draft.rewards.targets import Labels
 
 TEXT_QUERIED = ("owlvit", "owlv2")
@@ -104,12 +104,10 @@ class TextQueried(Detector):
         """Features of the questions, `(B, 1, D)`."""
         texts = [self.query.replace("{}", str(name)) for name in objects]
         length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
-        tokens = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.model.device)
-        features = self.model.base_model.get_text_features(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        )
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        # Attention is causal and the feature is that of the end token, so what pads the text behind it needs no mask.
+        with default_dtype(self.model.dtype):  # transformers 4 makes the causal mask in it
+            features = self.model.base_model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device))
         features = features if isinstance(features, Tensor) else features.pooler_output
         return nn.functional.normalize(features, dim=-1).unsqueeze(1)
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from lightning_draft.assets import resolve
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.clip_encoder import Precision
@@ -55,6 +57,17 @@ def check_precision(dtype: str) -> None:
     """
     if dtype not in get_args(Precision):
         raise ConfigurationError(f"dtype={dtype!r} is not supported; write {', '.join(get_args(Precision))}")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context tensors that are made without a precision have this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

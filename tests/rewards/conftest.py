@@ -113,7 +113,14 @@ def tiny_detectors(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> d
     }
     stages = {"embedding_size": 8, "layer_type": "basic"}
     resnet = ResNetConfig(**stages, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
-    detr = {**heads, **labels, "backbone_config": resnet, "use_timm_backbone": False, "use_pretrained_backbone": False}
+    detr = {
+        **heads,
+        **labels,
+        "backbone_config": resnet,
+        "backbone": None,
+        "use_timm_backbone": False,
+        "use_pretrained_backbone": False,
+    }
     rt_resnet = RTDetrResNetConfig(
         **stages, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
     )
@@ -141,7 +148,10 @@ def tiny_detectors(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> d
         ),
         "rt_detr": (RTDetrForObjectDetection(rt_detr), RTDetrImageProcessor(size={"height": 32, "width": 32})),
     }
-    return {kind: write(folder / kind, *parts) for kind, parts in kinds.items()}
+    return {
+        kind: write(folder / kind, *parts, spread=0.2 if kind.startswith("owl") else 0.5)
+        for kind, parts in kinds.items()
+    }
 
 
 @pytest.fixture(scope="session")

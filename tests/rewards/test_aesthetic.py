@@ -39,7 +39,7 @@ def test_scores_are_those_of_the_layers(
     reward = AestheticScore(version, tiny["clip"], head)
     slope = reward.head.weight.norm().item()
     theirs = torch.tensor(parity.by_laion(pil(images), [""] * 6, head, version, tiny["clip"]))
-    assert theirs.std() > 0.04 * slope
+    assert theirs.std() > 0.02 * slope
     torch.testing.assert_close(reward(images, [""] * 6), theirs, rtol=0, atol=tolerance * slope)
 
 

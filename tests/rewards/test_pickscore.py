@@ -17,7 +17,7 @@ from lightning_draft.rewards.pickscore import PickScore
 
 Draw = Callable[..., Tensor]
 PROMPTS = ["red cat", "a bird", "cat " * 40]
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def parts(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for part in ("model", "processor"):
         (folder / part).mkdir()
     for file in tiny_clip.iterdir():
-        shutil.copy(file, folder / ("processor" if file.name in PROCESSOR_FILES else "model") / file.name)
+        shutil.copy(file, folder / ("model" if file.name in MODEL_FILES else "processor") / file.name)
     return {"pretrained": str(folder / "model"), "processor": str(folder / "processor")}
 
 

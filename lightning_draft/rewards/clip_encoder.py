@@ -147,7 +147,7 @@ class CLIPEncoder(ImageEncoder):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        with full_precision(self.model.logit_scale) as precision:
+        with full_precision(self.model.logit_scale) as precision, _default_dtype(precision.dtype):
             features = self.model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
@@ -157,6 +157,17 @@ class CLIPEncoder(ImageEncoder):
         """Forget the features when the weights move or change their precision."""
         self._texts.clear()
         return super()._apply(fn, recurse)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The precision in which transformers 4 builds its masks, whatever that of the model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import Precision
 from lightning_draft.rewards.precision import full_precision
 from lightning_draft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
-from lightning_draft.rewards.pretrained import check_precision, reading
+from lightning_draft.rewards.pretrained import check_precision
 from lightning_draft.rewards.weights import PublishedFile, fill, locate, read_tensors
 
 WEIGHTS = PublishedFile(
@@ -29,6 +29,7 @@ WEIGHTS = PublishedFile(
     sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
 )
 CONFIG = PublishedFile("THUDM/ImageReward", "med_config.json")
+VOCABULARY = PublishedFile("google-bert/bert-base-uncased", "vocab.txt")
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
@@ -59,7 +60,7 @@ class ImageReward(Reward):
     Args:
         weights: `ImageReward.pt`, or the folder that holds it; by default from the hub (THUDM/ImageReward, 1.79 GB).
         config: `med_config.json`, or the folder that holds it; by default beside the weights, else from the hub.
-        tokenizer: Folder or hub id of BERT's uncased tokenizer; its `vocab.txt` is enough.
+        tokenizer: `vocab.txt` of BERT's uncased tokenizer, or the folder that holds it; by default from the hub.
         dtype: Precision of the frozen weights.
 
     Raises:
@@ -70,7 +71,7 @@ class ImageReward(Reward):
         self,
         weights: str | None = None,
         config: str | None = None,
-        tokenizer: str = "bert-base-uncased",
+        tokenizer: str | None = None,
         dtype: Precision = "float32",
     ) -> None:
         super().__init__()
@@ -78,8 +79,9 @@ class ImageReward(Reward):
         path = locate(WEIGHTS, weights)
         if config is None and (path.parent / CONFIG.name).is_file():
             config = str(path.parent)
-        self.tokenizer = _read_tokenizer(tokenizer)
-        self.model = PreferenceModel(read_tensors(path), _read_json(locate(CONFIG, config, "config")), path)
+        text = _read_json(locate(CONFIG, config, "config"))
+        self.tokenizer = _read_tokenizer(locate(VOCABULARY, tokenizer, "tokenizer"), text["vocab_size"])
+        self.model = PreferenceModel(read_tensors(path), text, path)
         self.model.to(getattr(torch, dtype)).eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -185,12 +187,17 @@ def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _read_tokenizer(pretrained: str) -> Any:
+def _read_tokenizer(vocabulary: Path, words: int) -> Any:
+    """BERT's tokenizer and the two words that BLIP adds to it, which no prompt needs but the embedding counts."""
     from transformers import BertTokenizer
 
-    with reading("BERT tokenizer", pretrained, "bert-base-uncased, or a folder with its vocab.txt") as source:
-        tokenizer = BertTokenizer.from_pretrained(source)
+    tokenizer = BertTokenizer.from_pretrained(vocabulary.parent)
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    if len(tokenizer) != words:
+        raise ConfigurationError(
+            f"{vocabulary} makes a tokenizer of {len(tokenizer)} words with BLIP's two, and the model has {words}; "
+            f"give {VOCABULARY}, or leave tokenizer out"
+        )
     return tokenizer
 
 

@@ -4,6 +4,7 @@ from lightning_draft.callbacks.cost import CostMonitor
 from lightning_draft.callbacks.ema import AdapterEMA
 from lightning_draft.callbacks.gradient_norm import GradientNormMonitor
 from lightning_draft.callbacks.lora_export import LoRAExport
+from lightning_draft.callbacks.over_optimisation import OverOptimisationGuard
 from lightning_draft.callbacks.progress import ProgressBar
 from lightning_draft.callbacks.random_state import RandomState
 from lightning_draft.callbacks.sample_logger import SampleLogger
@@ -13,6 +14,7 @@ __all__ = [
     "CostMonitor",
     "GradientNormMonitor",
     "LoRAExport",
+    "OverOptimisationGuard",
     "ProgressBar",
     "RandomState",
     "SampleLogger",

@@ -77,16 +77,7 @@ class LoRAExport(Callback):
         """Settle the folder."""
         if stage != "fit":
             return
-        if not hasattr(pl_module.model, "save_lora"):
-            raise ConfigurationError(
-                f"{type(pl_module.model).__name__} has no save_lora(path, metadata), so LoRAExport cannot write; "
-                "give the model one, or leave the callback out"
-            )
-        if _shards(trainer):
-            raise ConfigurationError(
-                f"LoRAExport writes whole adapters, and {type(trainer.strategy).__name__} spreads them over processes; "
-                "train with strategy: ddp, or leave the callback out and export from a checkpoint"
-            )
+        check_exportable(trainer, pl_module, type(self).__name__)
         run = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(self.dirpath) if self.dirpath is not None else Path(run) / "lora"
         self._last_step = -1
@@ -184,6 +175,29 @@ class LoRAExport(Callback):
         if self._folder is None:
             raise ConfigurationError("LoRAExport knows its folder once fitting has begun; or give it a dirpath")
         return self._folder / f"{name}.safetensors"
+
+
+def check_exportable(trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+    """Check that the adapters can be written as a file.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        name: Who wants to write, for the message.
+
+    Raises:
+        ConfigurationError: The model cannot write, or no process holds its adapters whole.
+    """
+    if not hasattr(pl_module.model, "save_lora"):
+        raise ConfigurationError(
+            f"{type(pl_module.model).__name__} has no save_lora(path, metadata), so {name} cannot write; "
+            "give the model one, or leave the callback out"
+        )
+    if _shards(trainer):
+        raise ConfigurationError(
+            f"{name} writes whole adapters, and {type(trainer.strategy).__name__} spreads them over processes; "
+            "train with strategy: ddp, or leave the callback out and export from a checkpoint"
+        )
 
 
 def _shards(trainer: L.Trainer) -> bool:

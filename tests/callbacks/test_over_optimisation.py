@@ -1,0 +1,293 @@
+"""The guard: when it sees over-optimisation, what it does then, what it keeps, and that it disturbs nothing."""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_draft.callbacks import AdapterEMA, OverOptimisationGuard
+from lightning_draft.callbacks.over_optimisation import shrink_adapters
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
+from lightning_draft.modules import DraftModule
+from lightning_draft.rewards import Brightness, Sharpness
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel, LinearReward
+from lightning_draft.truncation import LastK, RandomK
+
+GUARD = {"max_prompts": 2, "samples_per_prompt": 2}
+
+
+class Saving(LinearModel):
+    """A linear model that writes its parameter where adapters would be."""
+
+    def save_lora(self, path, metadata=None):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file({"theta": self.theta.detach().clone()}, path, metadata=dict(metadata or {}))
+
+
+class Scripted(DraftModule):
+    """Mean scores by the number of finished steps; over the base model's pictures `held` has standard deviation 2."""
+
+    def __init__(self, script):
+        super().__init__(
+            Saving(0.1), LinearReward(), DDIM(4), LastK(2), watch={"held": Brightness(), "sharp": Sharpness()}
+        )
+        self.script = script
+
+    def score(self, images, prompts):
+        spread = torch.tensor([2.0, -2.0]).repeat(len(images))[: len(images)]
+        rewards = self.script[self.trainer.global_step]
+        return {name: rewards[name] + spread for name in ("reward", "held", "sharp")}
+
+    def validation_step(self, prompts, batch_idx):
+        self.log("val/reward", torch.tensor(0.0), batch_size=1)
+
+
+class Thetas(Callback):
+    def __init__(self):
+        self.at = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.at[trainer.global_step] = pl_module.model.theta.item()
+
+
+def scripted(rewards, held, sharp=None):
+    sharp = [0.0] * len(held) if sharp is None else sharp
+    rows = zip(rewards, held, sharp, strict=True)
+    return Scripted({step: {"reward": r, "held": h, "sharp": s} for step, (r, h, s) in enumerate(rows)})
+
+
+@pytest.fixture
+def run(make_trainer, data):
+    """Fit, validating after every step; returns the trainer and theta by step."""
+
+    def fit(module, *callbacks, steps=None, **options):
+        thetas = Thetas()
+        steps = len(module.script) - 1 if steps is None else steps
+        trainer = make_trainer(
+            thetas, *callbacks, max_steps=steps, val_check_interval=1, num_sanity_val_steps=0, **options
+        )
+        trainer.fit(module, data)
+        return trainer, thetas.at
+
+    return fit
+
+
+@pytest.mark.filterwarnings("ignore:over-optimised")
+@pytest.mark.parametrize(
+    ("rewards", "held", "options", "warned"),
+    [
+        ([0, 1, 2, 3], [5, 4.5, 4.1, 3.9], {}, 1),  # a fall of 1.1 / 2 from the base, at the end
+        ([0, 1, 2, 3], [5, 4.5, 4.1, 3.9], {"margin": 0.6}, 0),
+        ([0, 1, 2, 3], [5, 6, 6, 4.9], {}, 1),  # from the best look, not from the base
+        ([0, 1, 1, 0.5], [5, 6, 6, 0], {}, 0),  # the reward is below what it was at the held-out best
+        ([0, 1, 2, 3], [5, 6, 7, 8], {}, 0),
+        ([0, 1, 2, 3], [5, 0, 0, 0], {}, 3),
+        ([0, 1, 2, 3], [5, 0, 0, 0], {"patience": 2}, 1),
+        ([0, 1, 2, 3, 4], [5, 0, 5, 0, 0], {"patience": 2}, 1),
+        ([0, 1, 2, 3], [5, 0, 0, 0], {"held_out": ["sharp"]}, 0),
+    ],
+)
+def test_what_counts_as_over_optimised(run, rewards, held, options, warned):
+    guard = OverOptimisationGuard(**GUARD, **options)
+    run(scripted(rewards, held), guard)
+    assert guard.counts == {"warned": warned, "shrunk": 0, "stopped": 0}
+    assert [look.reward for look in guard.looks.values()] == rewards
+
+
+def test_any_held_out_reward_may_fall(run):
+    guard = OverOptimisationGuard(**GUARD)
+    with pytest.warns(
+        UserWarning,
+        match=r"over-optimised at step 2: the reward rose from 0 to 2 while sharp fell from 1 to -0.5, 0.75 standard "
+        r"deviations; training goes on; .*; the best adapters before, of step 1, are in .*guarded.safetensors",
+    ):
+        run(scripted([0, 1, 2], [5, 6, 7], [1, 1, -0.5]), guard)
+
+
+@pytest.mark.filterwarnings("ignore:over-optimised")
+def test_the_kept_adapters_are_the_best_that_were_not_over_optimised(run, tmp_path):
+    """Step 3 has less reward, steps 4 and 5 more at the cost of the held-out one."""
+    guard = OverOptimisationGuard(**GUARD)
+    _, thetas = run(scripted([0, 1, 3, 2, 4, 9], [5, 5, 4.5, 5, 0, 0]), guard)
+    assert guard.best_path == tmp_path / "lora" / "guarded.safetensors"
+    assert (guard.best_step, guard.best_reward) == (2, 3.0)
+    assert load_file(guard.best_path)["theta"].item() == thetas[2]
+    with safe_open(guard.best_path, "pt") as file:
+        header = file.metadata()
+    seen = json.loads(header["guard"])
+    assert (seen["reward"], seen["held_out/held"], header["step"]) == (3.0, 4.5, "2")
+
+
+def test_stop_ends_training(run, logger):
+    guard = OverOptimisationGuard("stop", **GUARD)
+    with pytest.warns(UserWarning, match="over-optimised at step 2: .*; training stops; .* of step 1"):
+        trainer, _ = run(scripted([0, 1, 2, 3, 4, 5], [5, 5, 3, 2, 1, 0]), guard, logger=logger)
+    assert trainer.global_step == 2
+    assert guard.counts["stopped"] == 1
+    assert trainer.callback_metrics["guard/fall"].item() == pytest.approx(1.0)
+    logged = {step: metrics for step, metrics in logger.of("guard/")}
+    assert list(logged) == [1, 2]
+    assert logged[1]["guard/stopped"] == 0
+    assert logged[2]["guard/stopped"] == 1
+    assert (logged[2]["guard/reward"], logged[2]["guard/held_out/held"], logged[2]["guard/fall"]) == (2, 3, 1)
+    assert {"guard/drift", "guard/diversity", "guard/sharpness", "guard/saturated"} <= logged[2].keys()
+
+
+def test_collapse_within_prompts_is_over_optimisation_where_a_limit_is_set(run):
+    class Collapsing(Scripted):
+        """From step 2 on, all pictures of a prompt are alike."""
+
+        def generate(self, prompts, noise=None, seed=None):
+            images = super().generate(prompts, noise, seed)
+            return images if self.trainer.global_step < 2 or self.model._in_base else images[:1].expand_as(images)
+
+    script = scripted([0, 1, 2, 3], [5, 5, 5, 5]).script
+    guard = OverOptimisationGuard("stop", min_diversity=0.5, **GUARD)
+    with pytest.warns(UserWarning, match="at step 2: pictures of one prompt differ by 0% of what the base model's do"):
+        trainer, _ = run(Collapsing(script), guard)
+    assert trainer.global_step == 2
+    run(Collapsing(script), guard := OverOptimisationGuard("stop", **GUARD))
+    assert guard.counts["stopped"] == 0
+
+
+def test_a_look_is_what_can_be_measured_by_hand(make_diffusion_module, make_trainer, data):
+    module = make_diffusion_module(watch={"sharp": Sharpness()})
+    guard = OverOptimisationGuard(samples_per_prompt=3, max_prompts=2, batch_size=4, seed=5)
+    make_trainer(guard, max_steps=2, val_check_interval=2, num_sanity_val_steps=0).fit(module, data)
+    prompts = [prompt for prompt in data.val_prompts[:2] for _ in range(3)]
+    noise = module.model.noise(6, torch.Generator().manual_seed(5))
+    images = module.generate(prompts, noise=noise)
+    with module.model.base():
+        base = module.generate(prompts, noise=noise)
+    start, end = guard.looks[0], guard.looks[2]
+    scores = module.score(images, prompts)
+    assert end.reward == pytest.approx(scores["reward"].mean().item(), rel=1e-5)
+    assert end.held_out == {"sharp": pytest.approx(scores["sharp"].mean().item(), rel=1e-4)}
+    assert end.drift == pytest.approx(image_drift(images, base).mean().item(), rel=1e-4)
+    assert end.diversity == pytest.approx(within_prompt_diversity(images, prompts).item(), rel=1e-4)
+    assert end.saturated == pytest.approx(saturated_share(images).mean().item(), abs=1e-3)
+    assert end.sharpness == end.held_out["sharp"]
+    assert (start.drift, start.reward) == (0, pytest.approx(module.score(base, prompts)["reward"].mean().item()))
+    assert end.drift > 0
+
+
+def test_shrinking_scales_the_update_and_nothing_else(make_diffusion_module, make_trainer, data):
+    """Once, at the start of the batch after the look; the average of the adapters too."""
+
+    class Fallen(OverOptimisationGuard):
+        def _take(self, step, look):
+            super()._take(step, look)
+            return "as told" if step == 1 else None
+
+    class Watch(Callback):
+        def __init__(self):
+            self.end, self.start = {}, {}
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.end[trainer.global_step] = copy.deepcopy((pl_module.trainable_parameters(), ema.average))
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.start[trainer.global_step] = copy.deepcopy((pl_module.trainable_parameters(), ema.average))
+
+    module, ema, watch = make_diffusion_module(watch={"sharp": Sharpness()}), AdapterEMA(0.5), Watch()
+    guard = Fallen("shrink", shrink=0.25, **GUARD)
+    options = {"max_steps": 3, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    with pytest.warns(UserWarning, match="over-optimised at step 1: as told; the adapters are scaled by 0.25"):
+        make_trainer(ema, guard, watch, **options).fit(module, data)
+    assert guard.counts["shrunk"] == 1
+    for before, after in zip(watch.end[1], watch.start[1], strict=True):
+        for name, value in before.items():
+            assert torch.equal(after[name], value * (0.25 if "lora_B" in name else 1)), name
+        assert any(value.any() for name, value in before.items() if "lora_B" in name)
+    for before, after in zip(watch.end[2], watch.start[2], strict=True):
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_shrunk_model_is_the_model_at_that_scale(make_diffusion_module, make_trainer, data):
+    module = make_diffusion_module()
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(module, data)
+    noise = module.model.noise(2, torch.Generator().manual_seed(0))
+    with module.model.adapter_scale(0.3):
+        expected = module.generate(["a cat", "red"], noise=noise)
+    tuned = module.generate(["a cat", "red"], noise=noise)
+    shrink_adapters(trainer, module, 0.3)
+    torch.testing.assert_close(module.generate(["a cat", "red"], noise=noise), expected, rtol=0, atol=1e-5)
+    assert (tuned - expected).abs().max() > 1e-3
+
+
+def test_training_with_the_guard_is_bitwise_the_training_without(make_diffusion_module, make_trainer):
+    def train(*callbacks):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        module = make_diffusion_module(
+            truncation=RandomK(), sampler=DDIM(3, eta=1.0), watch={"sharp": Sharpness()}, kl_weight=0.1
+        )
+        trainer = make_trainer(*callbacks, max_steps=2, val_check_interval=1, num_sanity_val_steps=0)
+        trainer.fit(module, PromptDataModule(["red", "cat", "a cat", "dog", "a dog"], batch_size=1, val_size=2))
+        return module, (random.random(), np.random.rand(), torch.rand(()).item())
+
+    guard = OverOptimisationGuard(**GUARD)
+    (watched, states), (plain, others) = train(guard), train()
+    assert states == others
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in watched.state_dict().items())
+    assert watched.training == plain.training
+    assert list(guard.looks) == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:over-optimised")
+def test_a_resumed_guard_judges_as_the_uninterrupted_one(run, make_trainer, data, tmp_path):
+    """Peaks, strikes, counts and the kept file come along, the file into the new folder."""
+    script = [0, 1, 2, 3, 4, 5], [5, 8, 7.5, 5, 5, 5]
+    whole = OverOptimisationGuard(patience=2, dirpath=str(tmp_path / "one"), **GUARD)
+    options = {"monitor": "val/reward", "save_top_k": -1, "save_on_train_epoch_end": False}
+    saver = ModelCheckpoint(tmp_path, filename="{step}", **options)
+    run(scripted(*script), whole, saver, enable_checkpointing=True)
+    resumed = OverOptimisationGuard(patience=2, dirpath=str(tmp_path / "two"), **GUARD)
+    trainer = make_trainer(resumed, max_steps=5, val_check_interval=1, num_sanity_val_steps=0)
+    trainer.fit(scripted(*script), data, ckpt_path=tmp_path / "step=4.ckpt")
+    ours, theirs = resumed.state_dict(), whole.state_dict()
+    assert whole.counts["warned"] == 1
+    assert {**ours, "folder": ""} == {**theirs, "folder": ""}
+    assert resumed.best_path.parent == tmp_path / "two"
+    assert load_file(resumed.best_path)["theta"] == load_file(whole.best_path)["theta"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"action": "panic"}, "action='panic' is not known; write warn, shrink, stop"),
+        ({"margin": -1.0}, "margin must not be negative"),
+        ({"shrink": 1.0}, r"shrink lies in \[0, 1\)"),
+        ({"min_diversity": 2.0}, r"min_diversity in \[0, 1\]"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt at least 2, between which diversity is measured"),
+        ({"patience": 0}, "patience, max_prompts and batch_size must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        OverOptimisationGuard(**options)
+
+
+@pytest.mark.parametrize(
+    ("model", "watch", "options", "message"),
+    [
+        (Saving(), {}, {}, "held-out ones, and there are none; name rewards that are not trained on under `watch`"),
+        (Saving(), {"held": Brightness()}, {"held_out": ["hps"]}, "hps is not watched; watched are held"),
+        (Saving(), {"held": Brightness()}, {"action": "shrink"}, "scales LoRA adapters, and this model trains none"),
+        (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts; give them as prompts"),
+        (LinearModel(), {"held": Brightness()}, {}, "no save_lora.*, so OverOptimisationGuard cannot write"),
+    ],
+)
+def test_what_cannot_be_guarded_is_refused(make_module, make_trainer, data, model, watch, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(OverOptimisationGuard(**options)).fit(make_module(model=model, watch=watch), data)

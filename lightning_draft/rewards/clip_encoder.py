@@ -192,7 +192,7 @@ def read_tokenizer(source: Path | str) -> Any:
 def _reading(name: str) -> Iterator[None]:
     """Turn what goes wrong in reading `name` into one message, and keep the libraries quiet."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigurationError):
@@ -221,7 +221,7 @@ def _model(kind: Any, source: Path | str, config: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, and no lists of the weights that are left out on purpose."""
     from transformers.utils import logging
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.clip_encoder import quiet
 from lightning_draft.rewards.weights import check_fit
 
 _TEXT, _VISION = "text_model", "vision_model"
@@ -65,7 +66,8 @@ def clip_from_open_clip(tensors: Mapping[str, Tensor], heads: int, source: Path 
     renamed = _renamed(tensors)
     with torch.device("meta"):
         check_fit(CLIPModel(config).state_dict(), renamed, source)
-    return CLIPModel.from_pretrained(None, config=config, state_dict=renamed)
+    with quiet():
+        return CLIPModel.from_pretrained(None, config=config, state_dict=renamed)
 
 
 def clean(text: str) -> str:

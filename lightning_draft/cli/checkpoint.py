@@ -1,5 +1,6 @@
 """The checkpoint that a run is resumed from."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from lightning_draft.errors import ConfigurationError
 class LastCheckpoint(Checkpoint):
     """Keep one checkpoint, `last.ckpt`: every `every_n_steps` steps, when training ends, and when it is interrupted.
 
-    It holds what is trained, the optimiser and the positions in the data; `--ckpt_path last` resumes from it. For
+    It holds what is trained, the optimiser and the positions in the data; `--ckpt_path last` resumes from it. What is
+    saved of an interrupted step is the end of the step before, so that a resumed run equals the uninterrupted one. For
     checkpoints by score add Lightning's `ModelCheckpoint` to `trainer.callbacks`.
 
     Args:
@@ -27,6 +29,8 @@ class LastCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self._path: Path | None = None
         self._saved = -1
+        self._position: tuple[int, dict[str, Any]] | None = None
+        self._interrupted = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle the folder."""
@@ -34,13 +38,17 @@ class LastCheckpoint(Checkpoint):
             run = trainer.log_dir or trainer.default_root_dir
             self._path = (Path(self.dirpath) if self.dirpath else Path(run) / "checkpoints") / "last.ckpt"
             self._saved = -1
+            self._position = None
+            self._interrupted = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What was resumed is saved already."""
         self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Save every `every_n_steps` optimisation steps."""
+        """Save every `every_n_steps` optimisation steps, and note where the data and the counters stand after each."""
+        if self._position is None or self._position[0] != trainer.global_step:
+            self._position = (trainer.global_step, deepcopy(trainer.fit_loop.state_dict()))
         if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
@@ -49,9 +57,15 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what a training interrupted by Ctrl-C had reached."""
-        if isinstance(exception, KeyboardInterrupt) and self._saved >= 0:
+        """Save what a training had reached that is interrupted by Ctrl-C, or fails in its only process."""
+        if self._saved >= 0 and (isinstance(exception, KeyboardInterrupt) or trainer.world_size == 1):
+            self._interrupted = True
             self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The batch of an interrupted step counts as not yet seen."""
+        if self._interrupted and self._position is not None and self._position[0] == trainer.global_step:
+            checkpoint["loops"]["fit_loop"] = self._position[1]
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint, unless this step's is written."""

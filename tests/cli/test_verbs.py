@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +185,7 @@ def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable,
 
 
 def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, config: Path) -> None:
+    """Pressed within a step, whose batch is drawn already; the run goes on as if nobody had."""
     Path("pressing.py").write_text(
         "import lightning as L\n"
         "class Press(L.Callback):\n"
@@ -191,20 +193,45 @@ def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, confi
         "        if trainer.global_step == 2:\n"
         "            raise KeyboardInterrupt\n"
     )
+    options = ["--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "2", "--model.sampler.eta", "1"]
     before = signal.getsignal(signal.SIGINT)
     try:
-        pressed = command(
-            "fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks", "[pressing.Press]"
-        )
+        pressed = command("fit", "--config", config, *options, "--trainer.callbacks", "[pressing.Press]")
     finally:
         signal.signal(signal.SIGINT, before)
     assert pressed.status == 130
     assert "stopped by Ctrl-C after 2 steps" in pressed.err
     assert "--ckpt_path last --name small" in pressed.out
     assert Path("runs/small/lora/last.safetensors").is_file()
-    resumed = command("fit", "--config", config, "--trainer.max_steps", "4", "--ckpt_path", "last", "--name", "small")
+    resumed = command("fit", "--config", config, *options, "--ckpt_path", "last", "--name", "small")
     assert resumed.status == 0, resumed.err
-    assert torch.load("runs/small/checkpoints/last.ckpt")["global_step"] == 4
+    assert command("fit", "--config", config, *options, "--name", "whole").status == 0
+    small, whole = (torch.load(Path("runs") / name / "checkpoints/last.ckpt") for name in ("small", "whole"))
+    assert small["global_step"] == whole["global_step"] == 4
+    assert _place(small) == _place(whole) == 8
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, small["state_dict"][name])
+    for index, state in whole["optimizer_states"][0]["state"].items():
+        assert torch.equal(state["exp_avg"], small["optimizer_states"][0]["state"][index]["exp_avg"])
+
+
+def test_a_run_that_fails_keeps_its_checkpoint(command: Callable, config: Path) -> None:
+    Path("failing.py").write_text(
+        "import lightning as L\n"
+        "class Fail(L.Callback):\n"
+        "    def on_before_backward(self, trainer, *_):\n"
+        "        if trainer.global_step == 2:\n"
+        "            raise ConnectionError('the service is down')\n"
+    )
+    with pytest.raises(ConnectionError, match="the service is down"):
+        command("fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks", "[failing.Fail]")
+    saved = torch.load("runs/small/checkpoints/last.ckpt")
+    assert saved["global_step"] == _place(saved) == 2
+
+
+def _place(checkpoint: dict[str, Any]) -> int:
+    """How many batches were seen."""
+    return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"]
 
 
 def test_a_run_in_its_own_process(config: Path) -> None:

@@ -1,0 +1,104 @@
+"""What a run spends and what it reaches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_draft.callbacks.cost import CostMonitor
+from lightning_draft.metrics import image_drift, within_prompt_diversity
+from lightning_draft.modules import RewardModule
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Fixed prompts and fixed noise, the same for every method and for the base.
+
+    Args:
+        prompts: What is drawn.
+        draws: Pictures a prompt.
+        batch_size: Pictures at a time.
+    """
+
+    prompts: Sequence[str]
+    draws: int = 3
+    batch_size: int = 48
+
+    @torch.no_grad()
+    def pictures(self, module: RewardModule) -> tuple[Tensor, list[str]]:
+        """Pictures `(N, 3, H, W)` in [0, 1] and their prompts; the random state is left alone."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.draws)]
+        starts = range(0, len(prompts), self.batch_size)
+        images = [module.generate(prompts[i : i + self.batch_size], seed=10_000 + i) for i in starts]
+        return torch.cat(images).float().clamp(0, 1), prompts
+
+    def scores(self, module: RewardModule, base: Tensor) -> dict[str, float]:
+        """Mean scores, diversity within a prompt, and drift from the base model's pictures."""
+        images, prompts = self.pictures(module)
+        scores = {name: score.mean().item() for name, score in module.score(images, prompts).items()}
+        return {
+            **scores,
+            "diversity": within_prompt_diversity(images, prompts).item(),
+            "drift": image_drift(images, base).mean().item(),
+        }
+
+
+class Meter(CostMonitor):
+    """Evaluates at given shares of a budget of network passes, and stops when it is spent.
+
+    One pass is one forward or one backward pass of the denoiser over one latent; recomputation counts.
+
+    Args:
+        budget: Passes to spend.
+        evaluate: Called at each milestone; its time and passes are not counted.
+        milestones: Shares of the budget.
+
+    Attributes:
+        curve: A row an optimisation step: what was spent so far, the batch's reward, and the gradient's norm.
+        evaluations: A row a milestone: what was spent so far, and what `evaluate` found.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        evaluate: Callable[[], dict[str, float]],
+        milestones: Sequence[float] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
+    ) -> None:
+        super().__init__()
+        self.budget = budget
+        self.evaluate = evaluate
+        self.milestones = [share * budget for share in milestones]
+        self.curve: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self._norm = 0.0
+
+    @property
+    def passes(self) -> int:
+        """Network passes so far."""
+        return self.network_forwards + self.network_backwards
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Keep the norm of the gradient, before it is clipped."""
+        gradients = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+        self._norm = torch.stack(gradients).norm().item()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        """Keep a row; evaluate, if a milestone was passed."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        reward = float(trainer.callback_metrics["train/reward"])
+        self.curve.append({**self._spent(trainer), "reward": reward, "gradient_norm": self._norm})
+        if self.milestones and self.passes >= self.milestones[0]:
+            self.milestones = [share for share in self.milestones if share > self.passes]
+            self.evaluations.append({**self._spent(trainer), **self.evaluate()})
+        trainer.should_stop = self.passes >= self.budget
+
+    def _spent(self, trainer: L.Trainer) -> dict[str, float]:
+        return {
+            "steps": trainer.global_step,
+            "passes": self.passes,
+            "queries": self.reward_queries,
+            "seconds": round(self.seconds, 3),
+        }

@@ -1,0 +1,128 @@
+"""Results as a table, as plots, and as what they say about the papers' claims."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Run = dict[str, Any]
+AXES = {"queries": "reward queries", "passes": "network passes", "seconds": "seconds of training"}
+
+
+def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Runs by (reward, method), in the order in which they come."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run["task"], run["method"]), []).append(run)
+    return groups
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is not known and given as nan."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def table(runs: Sequence[Run], base: dict[str, dict[str, float]]) -> str:
+    """Markdown: a section a reward, a row a method; means over seeds, with standard errors of the trained reward."""
+    lines: list[str] = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        start = base[task]
+        others = [name for name in start if name not in ("reward", "diversity", "drift")]
+        head = ["method", "lr", "steps", "passes", "queries", "seconds", "reward", *others, "diversity", "drift", "MiB"]
+        lines += [f"### {task}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        cells = ["base", *[""] * 5, *(_short(start[key]) for key in ("reward", *others, "diversity")), "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+        for (name, method), group in grouped(runs).items():
+            if name == task:
+                lines.append(_row(method, group, others))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def queries_to_reach(run: Run, level: float) -> float:
+    """Reward queries after which the evaluated reward first reaches `level`, between milestones on a straight line.
+
+    Infinite where it never does. `run["start"]` is the base's reward, at no queries.
+    """
+    before = (0.0, run["start"])
+    for row in run["evaluations"]:
+        here = (row["queries"], row["reward"])
+        if here[1] >= level:
+            rise = here[1] - before[1]
+            share = 1.0 if rise <= 0 else max(0.0, (level - before[1]) / rise)
+            return before[0] + share * (here[0] - before[0])
+        before = here
+    return math.inf
+
+
+def efficiency(runs: Sequence[Run], share: float = 0.5) -> str:
+    """Markdown: queries to reach `share` of the best method's gain, a row a method; medians over seeds."""
+    lines: list[str] = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
+        start = next(run["start"] for run in runs if run["task"] == task)
+        ends = [mean_and_error([run["evaluations"][-1]["reward"] for run in group])[0] for group in groups.values()]
+        level = start + share * (max(ends) - start)
+        lines += [f"### {task}: queries to reach {level:.3g}", "", "| method | queries |", "|---|---|"]
+        for method, group in groups.items():
+            reached = sorted(queries_to_reach(run, level) for run in group)[len(group) // 2]
+            lines.append(f"| {method} | {'not reached' if math.isinf(reached) else f'{reached:.0f}'} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """One PNG a reward: the evaluated reward against queries, passes and seconds."""
+    files = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        figure = Figure(figsize=(15, 5), layout="constrained")
+        panels = figure.subplots(1, len(AXES), sharey=True)
+        for (name, method), group in grouped(runs).items():
+            if name == task:
+                for axes, key in zip(panels, AXES, strict=True):
+                    _curve(axes, method, group, key)
+        for axes, label in zip(panels, AXES.values(), strict=True):
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(f"{task}: reward on held-out prompts")
+        panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        files.append(folder / f"methods-{task}.png")
+        figure.savefig(files[-1], dpi=100)
+    return files
+
+
+def _curve(axes: Any, method: str, group: list[Run], key: str) -> None:
+    """Mean over seeds at each milestone, with a bar of one standard error."""
+    milestones = list(zip(*(run["evaluations"] for run in group), strict=False))
+    spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
+    means, errors = zip(*(mean_and_error([row["reward"] for row in rows]) for rows in milestones), strict=True)
+    axes.errorbar(spent, means, [0 if math.isnan(e) else e for e in errors], marker=".", capsize=2, label=method)
+
+
+def _row(method: str, group: list[Run], others: Sequence[str]) -> str:
+    last = [run["evaluations"][-1] for run in group]
+
+    def mean(key: str) -> float:
+        return mean_and_error([row[key] for row in last])[0]
+
+    reward, error = mean_and_error([row["reward"] for row in last])
+    cells = [
+        method,
+        f"{group[0]['lr']:g}",
+        *(f"{mean(key):.0f}" for key in ("steps", "passes", "queries", "seconds")),
+        _short(reward) + ("" if math.isnan(error) else f" ± {error:.2g}"),
+        *(_short(mean(key)) for key in (*others, "diversity", "drift")),
+        f"{group[0]['peak_mib']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

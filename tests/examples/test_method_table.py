@@ -1,0 +1,129 @@
+"""The table of methods: what it counts, what it concludes, and that it picks up where it stopped."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.method_table import __main__ as command
+from examples.method_table import methods, report
+from examples.method_table.measure import Evaluation
+
+STEPS = 3
+FORWARDS = {
+    "DRaFT": 3 * STEPS,
+    "DRaFT-1": STEPS + 1,
+    "DRaFT-LV": STEPS + 1 + 2 * 2,
+    "REINFORCE": STEPS + 2 * STEPS,
+}
+"""Passes a sample in one training step."""
+
+
+@pytest.fixture
+def run(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Path]:
+    def start(*words: str, budget: int = 1, lrs: str = "1e-3") -> Path:
+        options = {
+            "out": tmp_path,
+            "model": tiny_sd,
+            "clip": tiny_clip,
+            "budget": budget,
+            "sampling-steps": STEPS,
+            "prompts": "animals",
+            "captions": "animals",
+            "every": 30,
+            "draws": 2,
+            "seeds": 0,
+            "lrs": lrs,
+        }
+        arguments = [text for key, value in options.items() for text in (f"--{key}", *str(value).split())]
+        monkeypatch.setattr(sys, "argv", ["method_table", *arguments, *words])
+        command.main()
+        return tmp_path
+
+    return start
+
+
+@pytest.mark.parametrize("method", ["DRaFT", "DRaFT-1", "DRaFT-LV", "REINFORCE"])
+def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
+    """The floor: a forward a step, a forward again where it is recomputed, a backward."""
+    out = run("--tasks", "recognised", "--methods", method)
+    result = json.loads((out / "runs" / f"recognised-{method}-lr0.001-seed0.json").read_text())
+    samples = 8 if method in methods.DIRECT else 16
+    copies = 3 if method == "DRaFT-LV" else 1
+    assert len(result["curve"]) == len(result["evaluations"]) == 1
+    assert result["evaluations"][0]["passes"] == FORWARDS[method] * samples
+    assert result["evaluations"][0]["queries"] == samples * copies
+    assert result["peak_mib"] > 0
+
+
+def test_the_best_learning_rate_is_found_on_a_seed_of_its_own(run: Callable[..., Path]) -> None:
+    out = run("--tasks", "recognised", "--methods", "DRaFT-1", budget=400, lrs="1e-9 3e-2")
+    tried = {lr: _run(out, lr, command.TUNING_SEED)["evaluations"][-1]["reward"] for lr in ("1e-09", "0.03")}
+    best = max(tried, key=lambda lr: tried[lr])
+    assert f"| DRaFT-1 | {float(best):g} |" in (out / "methods.md").read_text()
+    assert _run(out, best, 0)["evaluations"][-1]["passes"] >= 400 > _run(out, best, command.TUNING_SEED)["passes_end"]
+
+
+def _run(out: Path, lr: str, seed: int) -> dict:
+    run = json.loads((out / "runs" / f"recognised-DRaFT-1-lr{lr}-seed{seed}.json").read_text())
+    return {**run, "passes_end": run["evaluations"][-1]["passes"]}
+
+
+def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) -> None:
+    row = {"steps": 7, "passes": 9, "queries": 5, "seconds": 1.0, "reward": -0.5, "diversity": 0.1, "drift": 0.2}
+    row |= {"retrieval": 0.25, "cosine": 0.5, "jpeg": -1.0, "sharpness": 0.1}
+    kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "start": -1.0, "peak_mib": 3.0}
+    (tmp_path / "runs").mkdir()
+    for seed in (0, command.TUNING_SEED):
+        file = tmp_path / "runs" / f"recognised-DRaFT-1-lr0.001-seed{seed}.json"
+        file.write_text(json.dumps({**kept, "seed": seed, "evaluations": [row], "curve": []}))
+    run("--tasks", "recognised", "--methods", "DRaFT-1", "DRaFT-LV")
+    lines = (tmp_path / "methods.md").read_text().splitlines()
+    assert any(line.startswith("| DRaFT-1 | 0.001 | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
+    assert any(line.startswith("| DRaFT-LV | 0.001 | 1 |") for line in lines)
+    assert (tmp_path / "methods-recognised.png").stat().st_size > 0
+
+
+def test_every_method_and_truncation_is_in_it() -> None:
+    from lightning_draft.cli.hints import subclasses
+    from lightning_draft.truncation import Truncation
+
+    known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
+    assert len(methods.DIRECT) >= len(known)
+    assert set(methods.TASKS["recognised"].methods) == set(methods.METHODS)
+    assert set(methods.TASKS["jpeg"].methods) == set(methods.POLICY)
+
+
+@pytest.mark.parametrize(("level", "queries"), [(-1.0, 0), (-0.75, 50), (0.0, 150), (0.5, 175), (1.1, math.inf)])
+def test_queries_to_a_level_lie_on_the_line_between_milestones(level: float, queries: float) -> None:
+    rows = [{"queries": 100, "reward": -0.5}, {"queries": 200, "reward": 1.0}, {"queries": 400, "reward": 0.5}]
+    reached = report.queries_to_reach({"start": -1.0, "evaluations": rows}, level)
+    assert reached == pytest.approx({0.0: 100 + 100 / 3, 0.5: 100 + 200 / 3}.get(level, queries))
+
+
+def test_standard_error() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    mean, error = report.mean_and_error(values.tolist())
+    assert mean == pytest.approx(values.mean().item())
+    assert error == pytest.approx((values.std() / 3**0.5).item())
+
+
+def test_evaluation_repeats(tiny_sd: Path, tiny_clip: Path) -> None:
+    setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", STEPS)
+    module = methods.METHODS["DRaFT-1"].build(setting, "recognised", 1e-3, 0)
+    evaluation = Evaluation(["a cat", "a red bed"], draws=2)
+    images, prompts = evaluation.pictures(module)
+    first = evaluation.scores(module, images)
+    torch.randn(3)
+    assert evaluation.scores(module, images) == first
+    assert first["drift"] == 0
+    assert prompts == ["a cat", "a cat", "a red bed", "a red bed"]
+    pairs = (images[0] - images[1], images[2] - images[3])
+    expected = torch.stack([pair.square().mean().sqrt() for pair in pairs]).mean().item()
+    assert first["diversity"] == pytest.approx(expected, rel=1e-4)

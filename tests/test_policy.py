@@ -1,0 +1,570 @@
+"""Policy gradients: the gradient is the right one, whatever the parts it is computed in, and runs may be relied on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_draft.baselines import GroupMean, LeaveOneOut, PerPromptStatistics
+from lightning_draft.chain import SamplingChain
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.objectives import PPO, PRDP, Evidence, Objective, Reinforce
+from lightning_draft.policy import PolicyGradientModule
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.colour import ColourBalance
+from lightning_draft.rollout import Rollout, stochastic_steps
+from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowSDE
+from lightning_draft.schedules import RectifiedFlow, VariancePreserving
+from lightning_draft.testing import GaussianModel, LinearModel, LinearReward, scaled_linear
+
+PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
+MILD = VariancePreserving((0.9, 0.7, 0.4), final_alpha_cumprod=0.97, spacing="trailing")
+"""Three steps, the last one noisy too, that leave latents of the size of pictures."""
+
+
+class BlackBox(LinearReward):
+    differentiable = False
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.from_numpy(super().forward(images, prompts).numpy())
+
+
+def linear(**options: Any) -> PolicyGradientModule:
+    defaults: dict[str, Any] = {
+        "model": LinearModel(0.1),
+        "reward": BlackBox(),
+        "sampler": DDIM(4, eta=1.0),
+        "baseline": LeaveOneOut(),
+        "samples_per_prompt": 2,
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    }
+    return PolicyGradientModule(**{**defaults, **options})
+
+
+def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> PolicyGradientModule:
+    """A pipeline whose adapters start the same every time."""
+    lora = LoRA(4, alpha=8.0, target_modules=["to_v", "conv_out"], seed=0)
+    settings = {"guidance_scale": 1.0, "lora": lora, **(model or {})}
+    defaults = {"model": StableDiffusion(str(folder), **settings), "reward": ColourBalance()}
+    return linear(**{**defaults, "sampler": DDIM(3, eta=1.0, spacing="trailing"), **options})
+
+
+def stir(module: PolicyGradientModule) -> PolicyGradientModule:
+    """Give the adapters values, so that the model is not its base."""
+    generator = torch.Generator().manual_seed(3)
+    for value in module.trainable_parameters().values():
+        value.data = 0.2 * torch.randn(value.shape, generator=generator).to(value)
+    return module
+
+
+def data(batch_size: int = 2) -> PromptDataModule:
+    return PromptDataModule(PROMPTS, batch_size=batch_size, val_size=2)
+
+
+def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+        "limit_val_batches": 0,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+class Recorder(Callback):
+    """Keeps what is logged at every optimisation step, and the gradient that it was taken with."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.gradients: list[Tensor] = []
+        self._last = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._last = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        parameters = pl_module.trainable_parameters().values()
+        self.gradients.append(torch.cat([value.grad.flatten() for value in parameters]))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        if trainer.global_step != self._last:
+            self._last = trainer.global_step
+            self.steps.append(logged)
+
+    def of(self, name: str) -> list[float]:
+        return [step[name] for step in self.steps]
+
+
+def fit(folder: Path, module: PolicyGradientModule, steps: int = 1, batch_size: int = 2, **options: Any) -> Recorder:
+    recorder = Recorder()
+    trainer_of(folder, recorder, max_steps=steps, **options).fit(module, data(batch_size))
+    return recorder
+
+
+# The gradient.
+
+
+class Channels(LinearModel):
+    """A parameter for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1, schedule=MILD, shape=(3, 1, 1))
+        self.theta = nn.Parameter(torch.tensor([0.1, -0.1, 0.3]).view(3, 1, 1))
+
+
+def test_score_function_and_pathwise_gradients_agree_in_expectation() -> None:
+    """`E[A sum_t grad log p]` and `E[grad r]`, each from 300,000 trajectories of a chain whose every step is noisy."""
+    samples, target = 300_000, torch.tensor([1.0, -0.5, 0.3])
+
+    def reward(images: Tensor) -> Tensor:
+        return -(images.flatten(1) - target).square().sum(1)
+
+    module = linear(model=Channels(), sampler=DDIM(3, eta=1.0), objective=Reinforce("sum"), samples_per_prompt=samples)
+    torch.manual_seed(0)
+    chain = SamplingChain(module.model, module.sampler, module.model.encode([""]))
+    noise = torch.randn(4, samples, 3, 1, 1)
+    pathwise = torch.autograd.grad(reward(chain.advance(chain.start(noise[0])).x).mean(), module.model.theta)[0]
+
+    with torch.no_grad():
+        walk = list(chain.walk(noise[0], noise[1:]))
+    latents = torch.stack([noise[0], *(x for _, x in walk)])
+    log_probs = torch.stack([transition.log_prob(x) for transition, x in walk])
+    rewards = reward(latents[-1])
+    advantages = LeaveOneOut()(rewards, [""] * samples, samples)
+    rollout = Rollout(0, 0, [""] * samples, latents, log_probs, rewards, advantages, {})
+    (part,) = module.parts(1)
+    loss, _ = module.loss_and_logs([""], rollout, part)
+    score = -3 * torch.autograd.grad(loss, module.model.theta)[0]  # the loss is a mean over 3 steps
+    assert torch.cosine_similarity(score.flatten(), pathwise.flatten(), dim=0) > 0.999
+    torch.testing.assert_close(score, pathwise, rtol=0.03, atol=0.03 * pathwise.norm().item())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16 base"])
+def test_the_first_step_of_ppo_is_reinforce_s(tiny_sd: Path, tmp_path: Path, precision: str) -> None:
+    """Ratio 1 and nothing clipped, exactly, in micro-batches and with guidance."""
+    found = []
+    for objective in (PPO(clip=1e-4), Reinforce()):
+        model = {"guidance_scale": 2.0, "dtype": "bfloat16" if precision == "bf16 base" else "float32"}
+        module = stir(make(tiny_sd, model=model, objective=objective, micro_batch_size=2, steps_per_part=1))
+        mixed = "32-true" if precision == "32-true" else "bf16-mixed"
+        found.append(fit(tmp_path, module, precision=mixed, accumulate_grad_batches=6))
+    (ppo,), (reinforce,) = (recorder.steps for recorder in found)
+    assert (ppo["train/ratio"], ppo["train/clip_fraction"], ppo["train/approx_kl"]) == (1, 0, 0)
+    assert ppo["train/advantage_std"] > 0
+    torch.testing.assert_close(found[0].gradients[0], found[1].gradients[0], rtol=1e-5, atol=1e-9)
+    assert reinforce["train/reward"] == ppo["train/reward"]
+
+
+def test_ratios_leave_one_as_the_model_moves(tmp_path: Path) -> None:
+    recorder = fit(tmp_path, linear(objective=PPO(clip=1e-3), inner_epochs=3), steps=4)
+    ratios, clipped = recorder.of("train/ratio"), recorder.of("train/clip_fraction")
+    assert (ratios[0], clipped[0]) == (1, 0)
+    assert ratios[1] != 1
+    assert 0 < clipped[2] <= 1
+    assert (ratios[3], clipped[3]) == (1, 0)  # a new rollout
+
+
+def test_the_divergence_is_that_of_gaussians() -> None:
+    """With a linear model it is the squared distance of the means over twice the variance, averaged over dimensions."""
+    module = linear(kl_weight=0.5)
+    module.model.theta.data += 0.05
+    rollout = module.draw(PROMPTS[:2])
+    (part,) = module.parts(2)
+    loss, logs = module.loss_and_logs(PROMPTS[:2], rollout, part)
+    expected = []
+    for step in module.steps:
+        t, s = module.sampler.grid(module.model.schedule)[step]
+        alpha, sigma = module.model.schedule.coefficients(t)
+        x = rollout.latents[step].double()
+        ours, base = (
+            module.sampler.step(module.model.schedule, x, (x - sigma * theta * x) / alpha, t, s)[0]
+            for theta in (0.15, 0.1)
+        )
+        expected.append(((ours.mean - base.mean) ** 2).mean() / (2 * ours.std**2))
+    assert logs["train/kl"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
+    assert loss.item() == pytest.approx((logs["train/loss"] + 0.5 * logs["train/kl"]).item())
+
+
+# Parts.
+
+
+def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
+    """Bitwise where the arithmetic is element by element; elsewhere as far as it allows."""
+    for make_one, exact in ((linear, True), (lambda **options: stir(make(tiny_sd, **options)), False)):
+        whole = make_one(objective=PRDP()).draw(PROMPTS[:3], number=5)
+        for size in (1, 4):
+            pieces = make_one(objective=PRDP(), micro_batch_size=size).draw(PROMPTS[:3], number=5)
+            for name in ("latents", "log_probs", "reference", "rewards", "advantages"):
+                ours, theirs = getattr(pieces, name), getattr(whole, name)
+                assert torch.equal(ours, theirs) or not exact, name
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rollouts_depend_on_seed_and_number_alone() -> None:
+    def latents(seed: int, number: int) -> Tensor:
+        torch.manual_seed(len(str(seed)))
+        state = torch.get_rng_state()
+        rollout = linear(seed=seed).draw(PROMPTS[:2], number)
+        assert torch.equal(torch.get_rng_state(), state)
+        return rollout.latents
+
+    one = latents(0, 0)
+    assert torch.equal(latents(0, 0), one)
+    assert len(one.unique()) == one.numel()
+    for other in (latents(0, 1), latents(1, 0)):
+        assert not torch.isclose(other[0], one[0]).any()
+
+
+@pytest.mark.parametrize("objective", [Reinforce(), PPO(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
+def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None:
+    """Uneven ones too: 4 samples by 3, 4 steps by 3."""
+
+    def gradient(accumulate: int, **options: Any) -> Tensor:
+        module = linear(objective=objective, sampler=DDIM(5, eta=1.0), kl_weight=0.1, **options)
+        module.model.theta.data += 0.05
+        recorder = fit(tmp_path, module, accumulate_grad_batches=accumulate)
+        return recorder.gradients[0]
+
+    whole = gradient(1)
+    torch.testing.assert_close(gradient(4, micro_batch_size=3, steps_per_part=3), whole, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient(16, micro_batch_size=1, steps_per_part=1), whole, rtol=1e-4, atol=0)
+
+
+def test_two_passes_of_prdp_equal_autograd() -> None:
+    """In float64, after the model has moved, on a rollout of three samples a prompt."""
+    module = linear(objective=PRDP(beta=0.1, clip=1e-3), samples_per_prompt=3, micro_batch_size=2, steps_per_part=1)
+    drawn, whole = module.draw(PROMPTS[:2]), slice(None)
+    doubled = {name: getattr(drawn, name).double() for name in ("latents", "log_probs", "reference", "advantages")}
+    rollout = replace(drawn, **doubled)
+    module.model.theta.data += 0.01
+    derivatives = module.differentiate(PROMPTS[:2], rollout)
+    parts = module.parts(2)
+    assert len(parts) == 9
+    ours = sum(
+        torch.autograd.grad(part.share * module.loss_and_logs(PROMPTS[:2], rollout, part, derivatives)[0], theta)[0]
+        for part in parts
+        for theta in [module.model.theta]
+    )
+    log_probs = module._evaluate(PROMPTS[:2], rollout, whole, whole)[0]
+    evidence = Evidence(log_probs, rollout.log_probs, rollout.advantages, 3, rollout.reference)
+    loss = module.objective(evidence)
+    assert derivatives.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert 0 < module.objective.clipped(evidence).double().mean() < 1
+    torch.testing.assert_close(ours, torch.autograd.grad(loss, module.model.theta)[0], rtol=1e-9, atol=0)
+
+
+def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
+    """Elements saved for the backward pass of a part, the derivatives included."""
+
+    def kept(steps: int) -> int:
+        module = make(tiny_sd, objective=PRDP(), steps_per_part=1, sampler=DDIM(steps, eta=1.0, spacing="trailing"))
+        rollout, elements = module.draw(PROMPTS[:1]), 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            derivatives = module.differentiate(PROMPTS[:1], rollout)
+            module.loss_and_logs(PROMPTS[:1], rollout, module.parts(1)[0], derivatives)
+        return elements
+
+    assert kept(9) < 1.01 * kept(3)
+
+
+# Training.
+
+
+@pytest.mark.parametrize(
+    ("objective", "baseline", "epochs"),
+    [
+        (Reinforce(), PerPromptStatistics(8, 4), 1),
+        (PPO(clip=1e-2), PerPromptStatistics(8, 4), 2),
+        (PPO(clip=1e-2), LeaveOneOut(), 2),
+        (PPO(clip=1e-2), GroupMean(divide_by_std=True), 2),
+        (PRDP(beta=0.01, clip=1e-2), GroupMean(), 2),
+    ],
+    ids=["REINFORCE", "PPO", "LOOP", "GRPO", "PRDP"],
+)
+def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, baseline: Any, epochs: int) -> None:
+    """The model can only scale its pictures: their size, which no gradient leads to, goes down."""
+
+    class Small(Reward):
+        differentiable = False
+
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return -torch.tensor([float(image.numpy().std()) for image in images])
+
+    module = linear(
+        model=LinearModel(0.1, schedule=MILD),
+        sampler=DDIM(3, eta=1.0),
+        reward=Small(),
+        objective=objective,
+        baseline=baseline,
+        inner_epochs=epochs,
+        samples_per_prompt=8,
+    )
+    recorder = fit(tmp_path, module, steps=30)
+    rewards = recorder.of("train/reward")
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.005
+    assert module.reward_queries == 16 * 30 // epochs
+
+
+def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_path: Path) -> None:
+    module = make(tiny_sd, reward=ColourBalance(), steps_per_part=1)
+    before = values(module)
+    trainer = trainer_of(tmp_path, max_steps=2, accumulate_grad_batches=3, limit_val_batches=None)
+    (first,) = trainer.validate(module, data(), verbose=False)
+    assert first["val/gain"] == 0
+    trainer.fit(module, data())
+    after, trained = values(module), module.trainable_parameters().keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) != (name in trained), name
+    assert trainer.callback_metrics["val/gain"] != 0
+
+
+def test_what_is_said_of_a_rollout() -> None:
+    class Fixed(Reward):
+        differentiable = False
+
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return torch.tensor([1.0, 3.0, 5.0, 5.0])
+
+        def breakdown(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            assert 0 <= images.min() <= images.max() <= 1
+            return self(images, prompts), {"half": self(images, prompts) / 2}
+
+    rollout = linear(reward=Fixed(), baseline=GroupMean()).draw(PROMPTS[:2])
+    assert rollout.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert rollout.advantages.tolist() == [-1, 1, 0, 0]
+    assert rollout.summary == pytest.approx(
+        {
+            "train/reward": 3.5,
+            "train/reward/half": 1.75,
+            "train/reward_within_prompts": 0.5,
+            "train/reward_worst_prompt": 2,
+            "train/reward_best_prompt": 5,
+            "train/advantage_std": 0.5**0.5,
+            "train/zero_advantage_groups": 0.5,
+        }
+    )
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    [
+        (3, {"objective": PPO(clip=1e-2), "inner_epochs": 2, "baseline": PerPromptStatistics(6, 3)}),
+        (4, {"objective": PPO(clip=1e-2), "inner_epochs": 2, "baseline": PerPromptStatistics(6, 3)}),
+        (3, {"objective": PRDP(clip=1e-2), "inner_epochs": 2, "baseline": GroupMean()}),
+        (3, {"objective": Reinforce(), "baseline": PerPromptStatistics(6, 3)}),
+    ],
+    ids=["PPO within a rollout", "PPO between rollouts", "PRDP within a rollout", "REINFORCE"],
+)
+@pytest.mark.parametrize("pipeline", [False, True], ids=["linear", "pipeline"])
+def test_resuming_is_bitwise_the_uninterrupted_run(
+    tiny_sd: Path, tmp_path: Path, stop: int, options: dict[str, Any], pipeline: bool
+) -> None:
+    settings = {"steps_per_part": 1, "seed": 4, **options}
+
+    def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> Any:
+        settings["baseline"] = type(options["baseline"])(
+            *([6, 3] * isinstance(options["baseline"], PerPromptStatistics))
+        )
+        module = make(tiny_sd, **settings) if pipeline else linear(**settings)
+        recorder = Recorder()
+        trainer = trainer_of(
+            tmp_path, recorder, *callbacks, max_steps=steps, accumulate_grad_batches=3, enable_checkpointing=True
+        )
+        trainer.fit(module, data(), ckpt_path=ckpt)
+        return values(module), trainer.optimizers[0].state_dict()["state"], recorder
+
+    straight = run(6)
+    first = run(stop, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1))
+    file = tmp_path / f"step={stop}.ckpt"
+    kept = torch.load(file, weights_only=True)["rollouts"]
+    assert [rollout is None for rollout in kept] == [stop == 4 or "inner_epochs" not in options]
+    torch.manual_seed(99)
+    resumed = run(6, ckpt=str(file))
+    assert [*first[2].of("train/reward"), *resumed[2].of("train/reward")] == straight[2].of("train/reward")
+    for name, value in straight[0].items():
+        assert torch.equal(resumed[0][name], value), name
+    for index, moments in straight[1].items():
+        for name, value in moments.items():
+            assert torch.equal(resumed[1][index][name], value), (index, name)
+
+
+# Several processes.
+
+
+class Note(Callback):
+    """Writes down what each process drew and what it ended with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        notes = {
+            "rollout": pl_module.rollout.state_dict(),
+            "theta": pl_module.model.theta.detach(),
+            "baseline": pl_module.baseline.state_dict(),
+        }
+        torch.save(notes, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Path) -> None:
+    """And the step they take is that of the mean of their gradients, with advantages from the rewards of both."""
+
+    def module() -> PolicyGradientModule:
+        return linear(
+            baseline=PerPromptStatistics(4, 4),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            steps_per_part=1,
+        )
+
+    options = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": 3}
+    trainer_of(tmp_path, Note(tmp_path), max_steps=1, **options).fit(module(), data())
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one["theta"], two["theta"])
+    assert one["baseline"] == two["baseline"]
+    assert set(one["rollout"]["prompts"]).isdisjoint(two["rollout"]["prompts"])
+    assert not torch.isclose(one["rollout"]["latents"][0], two["rollout"]["latents"][0]).any()
+    rewards = torch.cat([notes["rollout"]["rewards"] for notes in (one, two)])
+    advantages = torch.cat([notes["rollout"]["advantages"] for notes in (one, two)])
+    torch.testing.assert_close(advantages, (rewards - rewards.mean()) / rewards.std(correction=0), rtol=1e-4, atol=1e-4)
+
+    slopes = []
+    for notes in (one, two):
+        alone, rollout = module(), Rollout(**notes["rollout"])
+        alone.steps_per_part = None
+        prompts = rollout.prompts[::2]
+        loss, _ = alone.loss_and_logs(prompts, rollout, alone.parts(2)[0])
+        slopes.append(torch.autograd.grad(loss, alone.model.theta)[0])
+    assert one["theta"].item() == pytest.approx((0.1 - 0.1 * torch.stack(slopes).mean()).item(), rel=1e-6)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "message"),
+    [
+        ({"objective": Reinforce(), "inner_epochs": 2}, {}, "Reinforce is on-policy.* set inner_epochs to 1 and tr"),
+        (
+            {"objective": Reinforce(), "steps_per_part": 1},
+            {},
+            "on-policy: .*set trainer.accumulate_grad_batches to 3, or use PPO",
+        ),
+        ({"objective": PRDP(), "steps_per_part": 1}, {}, "PRDP couples .*set trainer.accumulate_grad_batches to 3"),
+        (
+            {"objective": PRDP(), "inner_epochs": 2},
+            {"accumulate_grad_batches": 2},
+            "PRDP couples .*set trainer.accumulate_grad_batches to 1",
+        ),
+        (
+            {"steps_per_part": 1},
+            {"accumulate_grad_batches": 2},
+            "straddle rollouts, as accumulate_grad_batches=2 and a rollout is trained on in 3 parts; set .* to 3",
+        ),
+        ({"sampler": DDIM(4)}, {}, r"DDIM adds no noise here.*DDIM\(eta=1\)"),
+        ({"sampler": DPMSolverPlusPlus(4)}, {}, "DPMSolverPlusPlus adds no noise here"),
+        ({"sampler": FlowSDE(4)}, {}, "the sampler does not fit the model: FlowSDE needs a rectified-flow model"),
+        ({"samples_per_prompt": 1}, {}, "LeaveOneOut compares samples.*set samples_per_prompt to 2 or more"),
+        (
+            {"samples_per_prompt": 1, "objective": PRDP(), "baseline": PerPromptStatistics()},
+            {},
+            "PRDP compares samples",
+        ),
+        ({"model": GaussianModel()}, {}, "no trainable parameters"),
+    ],
+)
+def test_what_cannot_learn_is_refused_before_it_starts(
+    tmp_path: Path, options: dict[str, Any], trainer: dict[str, Any], message: str
+) -> None:
+    module = linear(**options)
+    with pytest.raises(ConfigurationError, match=message):
+        trainer_of(tmp_path, max_steps=1, **trainer).fit(module, data())
+    assert module.reward_queries == 0
+
+
+def test_accumulating_over_several_rollouts_is_on_policy(tmp_path: Path) -> None:
+    module = linear(objective=Reinforce(), steps_per_part=1)
+    fit(tmp_path, module, steps=2, accumulate_grad_batches=6)
+    assert module.reward_queries == 2 * 2 * 4
+
+
+def test_an_optimiser_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:
+    """As Lightning makes it at the end of an epoch that was cut short."""
+    module = linear(objective=Reinforce(), steps_per_part=1)
+    with pytest.raises(ConfigurationError, match="before a rollout was used up, and Reinforce is on-policy; leave out"):
+        fit(tmp_path, module, steps=4, accumulate_grad_batches=3, limit_train_batches=2)
+
+
+def test_a_loader_that_changes_prompts_within_a_rollout_is_an_error(tmp_path: Path) -> None:
+    module = linear(inner_epochs=2)
+    loader = torch.utils.data.DataLoader(PROMPTS, batch_size=2, collate_fn=list)
+    with pytest.raises(ConfigurationError, match="for 2 training steps, and the prompts changed before"):
+        trainer_of(tmp_path, max_steps=2).fit(module, loader)
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    class Broken(LinearReward):
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return super().forward(images, prompts).log() * float("nan")
+
+    with pytest.raises(ValueError, match="Broken gave a score that is not finite for a red cat"):
+        linear(reward=Broken()).draw(PROMPTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_prompt": 0}, "samples_per_prompt=0 must be at least 1"),
+        ({"inner_epochs": 0}, "inner_epochs=0 must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"steps_per_part": 0}, "steps_per_part=0 must be at least 1"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        linear(**options)
+
+
+def test_the_steps_that_are_trained_are_those_that_add_noise() -> None:
+    assert stochastic_steps(DDIM(4, eta=1.0), scaled_linear()) == [0, 1, 2]
+    assert stochastic_steps(DDIM(3, eta=0.5), MILD) == [0, 1, 2]
+    assert stochastic_steps(FlowSDE(3), RectifiedFlow()) == [0, 1]
+
+    class Remembering(DDIM):
+        def step(self, *arguments: Any) -> Any:
+            return super().step(*arguments)[0], "something"
+
+    with pytest.raises(ValueError, match="Remembering remembers earlier steps"):
+        stochastic_steps(Remembering(4, eta=1.0), scaled_linear())
+
+
+def test_a_rectified_flow_learns_by_its_sde(tmp_path: Path) -> None:
+    model = LinearModel(0.1, prediction="flow", schedule=RectifiedFlow())
+    recorder = fit(tmp_path, linear(model=model, sampler=FlowSDE(4), baseline=GroupMean(divide_by_std=True)))
+    assert recorder.of("train/ratio") == [1]
+    assert recorder.gradients[0].abs() > 0

@@ -7,6 +7,7 @@ from lightning_draft.callbacks.lora_export import LoRAExport
 from lightning_draft.callbacks.over_optimisation import OverOptimisationGuard
 from lightning_draft.callbacks.progress import ProgressBar
 from lightning_draft.callbacks.random_state import RandomState
+from lightning_draft.callbacks.reward_conflict import RewardConflict
 from lightning_draft.callbacks.sample_logger import SampleLogger
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "OverOptimisationGuard",
     "ProgressBar",
     "RandomState",
+    "RewardConflict",
     "SampleLogger",
 ]

@@ -29,7 +29,9 @@ from lightning_draft.callbacks import (
     CostMonitor,
     GradientNormMonitor,
     LoRAExport,
+    OverOptimisationGuard,
     ProgressBar,
+    RewardConflict,
     SampleLogger,
 )
 from lightning_draft.callbacks.lora_export import describe
@@ -59,11 +61,13 @@ CALLBACKS: dict[str, tuple[type[Callback], bool, str]] = {
     "checkpoint": (LastCheckpoint, True, "The checkpoint to resume from; null for none."),
     "progress": (ProgressBar, True, "The progress bar; null for Lightning's."),
     "ema": (AdapterEMA, False, "Moving average of the adapters; none by default."),
+    "guard": (OverOptimisationGuard, False, "What to do when held-out rewards fall; none by default."),
+    "conflict": (RewardConflict, False, "Cosine between the gradients of rewards; none by default."),
 }
 _OLD_NEWS = ("\N{ELECTRIC LIGHT BULB}", "TPU available", "Seed set", "`weights_only` was not set")
 _SAVING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
-_WRITERS = (SampleLogger, LoRAExport, LastCheckpoint)
-_KEYWORDS = ("best", "hpc", "registry")
+_WRITERS = (SampleLogger, LoRAExport, LastCheckpoint, OverOptimisationGuard)
+_KEYWORDS = ("hpc", "registry")
 
 
 def run(verb: str, args: Sequence[str]) -> int:
@@ -167,8 +171,8 @@ class DraftCLI(LightningCLI):
             inside = [folder for folder in folders if folder in file.parents]
             self.folder = inside[0] if inside else folders[-1]
             return
-        if asked and not str(asked).startswith(_KEYWORDS) and "://" not in str(asked) and not Path(asked).exists():
-            raise ConfigurationError(f"there is no checkpoint {asked}; give its file, or `last` for this run's own")
+        if asked and not str(asked).startswith(_KEYWORDS) and "://" not in str(asked):
+            config["ckpt_path"] = str(runs.checkpoint(Path(asked)))
         self.folder = runs.fresh(root, config["name"])
 
     def instantiate_classes(self) -> None:
@@ -197,7 +201,8 @@ class DraftCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(_headline(self.model), flush=True)
             if not self._get(self.config, "trainer")["fast_dev_run"]:
-                print(f"run folder: {place}    (curves: tensorboard --logdir {self.folder.parent})", flush=True)
+                curves = any(isinstance(logger, loggers.TensorBoardLogger) for logger in self.trainer.loggers)
+                print(f"run folder: {place}" + f"    (curves: tensorboard --logdir {place.parent})" * curves, flush=True)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; Ctrl-C ends it with what it has."""
@@ -246,6 +251,8 @@ class DraftCLI(LightningCLI):
         files = [file for export in exports for file in (export.best_path, export.last_path) if file.is_file()]
         if not files or self._get(self.config, "trainer")["fast_dev_run"]:
             return
+        guards = [callback for callback in self.trainer.callbacks if isinstance(callback, OverOptimisationGuard)]  # type: ignore[attr-defined]
+        files = [guard.best_path for guard in guards if guard.best_path.is_file()] + files
         base = getattr(self.model.model, "pretrained", "...")
         family = getattr(self.model.model, "family", None)
         opener = "DiffusionPipeline" if family is None else family.pipeline_class.__name__

@@ -1,0 +1,74 @@
+"""The cosine between rewards' gradients: by hand, where it is logged, and that it disturbs nothing."""
+
+import pytest
+import torch
+
+from lightning_draft.callbacks import RewardConflict
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards import Brightness, ColourBalance, JPEGSize, Sharpness, WeightedReward, WeightedSum
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel, LinearReward
+from lightning_draft.truncation import RandomK
+
+
+def summed(**parts):
+    return WeightedSum({name: WeightedReward(*part) for name, part in parts.items()})
+
+
+def logged(logger):
+    return {step: metrics for step, metrics in logger.of("conflict/")}
+
+
+def test_rewards_that_want_the_same_and_the_opposite(make_module, make_trainer, data, logger):
+    reward = summed(up=(LinearReward(2.0),), down=(LinearReward(-3.0), 0.1), off=(LinearReward(), 0.0))
+    module = make_module(reward=reward, watch={"less": LinearReward(-1.0), "size": JPEGSize()})
+    make_trainer(RewardConflict(every_n_steps=2), logger=logger, max_steps=4).fit(module, data)
+    assert list(logged(logger)) == [2, 4]
+    metrics = logged(logger)[4]
+    assert metrics["conflict/cosine/up/down"] == pytest.approx(-1)
+    assert metrics["conflict/cosine/down/watch.less"] == pytest.approx(1)
+    assert metrics["conflict/norm/up"] == pytest.approx(2 / 48**0.5)
+    assert metrics["conflict/norm/down"] == pytest.approx(3 / 48**0.5)
+    assert not any("off" in name or "size" in name for name in metrics)
+
+
+def test_a_negative_weight_turns_the_pull(make_module, make_trainer, data, logger):
+    module = make_module(reward=summed(up=(LinearReward(),), down=(LinearReward(), -0.5)))
+    make_trainer(RewardConflict(1), logger=logger, max_steps=1).fit(module, data)
+    assert logged(logger)[1]["conflict/cosine/up/down"] == pytest.approx(-1)
+
+
+def test_the_cosine_is_the_mean_over_pictures_of_the_batch(make_module, make_trainer, data, logger):
+    module = make_module(reward=Brightness(0.2), watch={"red": ColourBalance(), "sharp": Sharpness()}, sampler=DDIM(4))
+    make_trainer(RewardConflict(2, seed=3), logger=logger, max_steps=2).fit(module, data)
+    images = module.generate(["a", "b"], seed=3).requires_grad_()
+    rewards = {"reward": Brightness(0.2), "watch.red": ColourBalance(), "watch.sharp": Sharpness()}
+    found = {
+        name: torch.autograd.grad(reward(images, ["", ""]).sum(), images)[0].flatten(1)
+        for name, reward in rewards.items()
+    }
+    metrics = logged(logger)[2]
+    for one, other in (("reward", "watch.red"), ("reward", "watch.sharp"), ("watch.red", "watch.sharp")):
+        expected = torch.cosine_similarity(found[one], found[other]).mean().item()
+        assert metrics[f"conflict/cosine/{one}/{other}"] == pytest.approx(expected, abs=1e-6)
+    assert len(metrics) == 6
+
+
+def test_training_with_it_is_bitwise_the_training_without(make_diffusion_module, make_trainer, data):
+    def train(*callbacks):
+        torch.manual_seed(0)
+        reward = summed(dark=(Brightness(0.0),), red=(ColourBalance(),))
+        module = make_diffusion_module(reward=reward, truncation=RandomK(), sampler=DDIM(3, eta=1.0))
+        make_trainer(*callbacks, max_steps=2, limit_val_batches=0).fit(module, data)
+        return module, torch.rand(()).item()
+
+    (watched, drawn), (plain, other) = train(RewardConflict(1)), train()
+    assert drawn == other
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in watched.state_dict().items())
+
+
+def test_one_reward_has_nobody_to_disagree_with(make_module, make_trainer, data):
+    with pytest.raises(ConfigurationError, match="there is reward only; train on a WeightedSum, or name others"):
+        make_trainer(RewardConflict()).fit(make_module(model=LinearModel(), watch={"size": JPEGSize()}), data)
+    with pytest.raises(ConfigurationError, match="every_n_steps and max_samples must be at least 1"):
+        RewardConflict(0)

@@ -44,8 +44,10 @@ def command(
         capsys.readouterr()
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             for handler in logging.getLogger(name).handlers:
-                # Bound to the error stream of the test that imported Lightning, which is closed by now.
-                monkeypatch.setattr(handler, "stream", sys.stderr, raising=False)
+                # Bound to the error stream of the test that imported Lightning, which is closed by now; pytest's own
+                # handlers are of another class.
+                if type(handler) is logging.StreamHandler:
+                    monkeypatch.setattr(handler, "stream", sys.stderr)
         try:
             status = main([str(arg) for arg in args])
         except SystemExit as end:

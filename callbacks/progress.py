@@ -96,13 +96,15 @@ class ProgressBar(TQDMProgressBar):
         """The bar runs on over epochs."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the validation's bar; print its rewards where lines are printed."""
+        """Close the validation's bar; print its rewards, trained and watched side by side."""
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
-        if trainer.sanity_checking or not (self.is_enabled and self.is_plain):
+        if trainer.sanity_checking or not self.is_enabled:
             return
-        values = [f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if "val/" in name]
-        print("  ".join([f"step {trainer.global_step}", *values]), flush=True)
+        values = [
+            f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        ]
+        self.print("  ".join([f"step {trainer.global_step}", *values]))
 
     def line(self, trainer: L.Trainer) -> str:
         """One plain line."""
@@ -132,7 +134,7 @@ class ProgressBar(TQDMProgressBar):
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
         """Print above the bar, or plainly where there is none."""
         if self.is_plain:
-            print(*args, sep=sep, **kwargs)
+            print(*args, sep=sep, **{"flush": True, **kwargs})
         else:
             super().print(*args, sep=sep, **kwargs)
 

@@ -216,8 +216,9 @@ class PolicyGradientModule(RewardModule):
         log_probs = torch.cat([log_probs for _, log_probs in walks], 1)
         names = [str(prompt) for prompt in every]
         summary = summarise(rewards, advantages, self.samples_per_prompt)
-        for name in scores[0][1]:
-            summary[f"train/reward/{name}"] = float(torch.cat([inner[name] for _, inner in scores]).mean())
+        judged = {name: torch.cat([inner[name] for _, inner in scores]) for name in scores[0][1]}
+        self.observe(judged)
+        summary |= {f"train/reward/{name}": float(part.mean()) for name, part in judged.items()}
         rollout = Rollout(number, step, names, latents, log_probs, rewards, advantages, summary)
         if not self.objective.needs_reference:
             return rollout

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.modules import DraftModule, _mix
+from lightning_draft.policy import PolicyGradientModule
 from lightning_draft.rewards import Brightness, ColourBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
@@ -163,6 +164,22 @@ def test_a_reward_without_statistics_is_resumed_with_a_checkpoint_that_has_them(
 def test_a_watched_reward_takes_no_name_of_the_trained_one(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"`{name}` is the trained reward's own name"):
         module(watch={name: Brightness()})
+
+
+def test_rollouts_teach_a_policy_s_reward_once(tmp_path: Path) -> None:
+    """And are rewarded with what was known before them."""
+    subject, scores = policy(), Scores()
+    fit(subject, tmp_path, scores, max_steps=4, limit_val_batches=0)
+    assert [len(shown["bright"]) for shown in scores.shown] == [3] * 6 + [6] * 2
+    every = torch.cat([shown["sharp"] for shown in scores.shown]).double()
+    assert subject.reward.get_extra_state()["sharp"][1] == pytest.approx(every.mean().item())
+
+
+def policy() -> PolicyGradientModule:
+    parts = {"bright": WeightedReward(Brightness(0.2), 3.0), "sharp": WeightedReward(Sharpness(), -1.0)}
+    return PolicyGradientModule(
+        LinearModel(0.1), ZScoreSum(parts), DDIM(4, eta=1.0), samples_per_prompt=2, inner_epochs=2
+    )
 
 
 def test_copies_learn_on_their_own() -> None:

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_draft.callbacks import ProgressBar, progress
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards import Sharpness
 
 
 class Work(Callback):
@@ -110,3 +111,18 @@ def test_refresh_rate_0_shows_nothing(make_module, make_trainer, data, capsys):
 def test_arguments_are_checked():
     with pytest.raises(ConfigurationError, match="every_n_steps=0"):
         ProgressBar(every_n_steps=0)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_trained_and_watched_rewards_stand_side_by_side(make_module, make_trainer, data, capsys, monkeypatch, plain):
+    """In plain lines, and above the bar of a terminal."""
+    monkeypatch.setattr(ProgressBar, "is_plain", plain)
+    trainer = make_trainer(
+        ProgressBar(), max_steps=2, val_check_interval=2, num_sanity_val_steps=0, enable_progress_bar=True
+    )
+    trainer.fit(make_module(watch={"sharp": Sharpness()}), data)
+    (line,) = [line for line in lines(capsys) if "val/" in line]
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for name in ("val/reward", "val/sharp"):
+        assert f"{name} {values[name]:.4g}" in line
+    assert line.startswith("step 2  ")

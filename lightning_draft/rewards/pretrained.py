@@ -25,7 +25,8 @@ def reading(kind: str, pretrained: str, example: str) -> Iterator[Path | str]:
         ConfigurationError: Something is missing; the message says what and what to give instead.
     """
     try:
-        yield resolve(pretrained)
+        with _quiet():
+            yield resolve(pretrained)
     except ConfigurationError:
         raise
     except (OSError, ImportError, KeyError, ValueError) as error:
@@ -42,8 +43,7 @@ def load(auto: Any, source: Path | str) -> Any:
     Raises:
         OSError, ImportError, ValueError: There is none, or some of its weights are missing.
     """
-    with _quiet():
-        model, report = auto.from_pretrained(source, weights_only=True, output_loading_info=True)
+    model, report = auto.from_pretrained(source, weights_only=True, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     return model
@@ -72,13 +72,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars."""
+    """No progress bars, and no advice on how else the same files could be read."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()

@@ -1,0 +1,58 @@
+"""The benchmark of rewards: that it knows them all, at their real sizes, in files that they read."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_draft.rewards as rewards
+from benchmarks import reward_cost
+from lightning_draft.rewards import HPSv2, ImageReward, Reward
+from lightning_draft.rewards.combine import WeightedSum
+
+
+def test_every_reward_is_measured() -> None:
+    classes = [kind for name in rewards.__all__ if inspect.isclass(kind := getattr(rewards, name))]
+    rewards_of_one = {kind for kind in classes if issubclass(kind, Reward) and not issubclass(kind, WeightedSum)}
+    measured = {case.reward for case in reward_cost.cases("http://127.0.0.1:1")}
+    assert measured == {kind.__name__ for kind in rewards_of_one - {Reward}}
+
+
+def test_sizes_are_the_published_ones() -> None:
+    """Parameters in millions: open_clip's ViT-H-14; BLIP's large vision transformer, text encoder and the head."""
+    sizes = [
+        sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6
+        for shapes in (reward_cost.open_clip_shapes(), reward_cost.image_reward_shapes())
+    ]
+    assert sizes[0] == pytest.approx(986.11, abs=0.01)
+    assert sizes[1] == pytest.approx(303.3 + 138.0 + 0.9, rel=0.02)
+
+
+def test_the_files_are_those_that_the_rewards_read(tmp_path: Path) -> None:
+    words = reward_cost.write_clip_words(tmp_path)
+    assert (len(words), words.eos_token_id) == (reward_cost.CLIP_WORDS, reward_cost.CLIP_WORDS - 1)
+    small = reward_cost.open_clip_shapes((32, 1), (16, 1), 8, places=(5, 77), patch=8)
+    torch.save({"state_dict": reward_cost.draw(small)}, tmp_path / "clip.pt")
+    hps = HPSv2(weights=str(tmp_path / "clip.pt"), tokenizer=str(tmp_path))
+    small = reward_cost.image_reward_shapes((64, 1), (16, 1), grid=2)
+    torch.save(reward_cost.draw(small), tmp_path / "blip.pt")
+    config = {**reward_cost.tower(16, 1, 2), "vocab_size": reward_cost.BERT_WORDS + 2, "max_position_embeddings": 512}
+    config |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
+    (tmp_path / "med_config.json").write_text(json.dumps(config))
+    blip = ImageReward(str(tmp_path / "blip.pt"), tokenizer=reward_cost.write_bert_words(tmp_path))
+    for reward in (hps, blip):
+        weights, seconds, live = reward_cost.measure(reward, torch.rand(2, 3, 40, 40), repeats=1)
+        numbers = sum(parameter.numel() for parameter in reward.parameters())
+        assert 4 * numbers <= weights * 2**20 < 4 * numbers + 8000  # buffers hold numbers of places
+        assert seconds > 0
+        assert live > 0
+
+
+def test_what_is_measured_of_a_reward_whose_memory_is_known() -> None:
+    """Brightness keeps a few numbers an image beside its gradient, which is as large as the image."""
+    weights, seconds, live = reward_cost.measure(rewards.Brightness(), torch.rand(4, 3, 64, 64), repeats=2)
+    assert weights == 0
+    assert 3 * 64 * 64 * 4 <= live * 2**20 < 2.5 * 3 * 64 * 64 * 4
+    assert 0 < seconds < 1

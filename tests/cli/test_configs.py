@@ -20,6 +20,12 @@ METHODS = {
     "alignprop_paper": "RandomK",
     "drtune": "DRTune",
 }
+POLICIES = {
+    "reinforce": ("Reinforce", "PerPromptStatistics"),
+    "ppo": ("PPO", "PerPromptStatistics"),
+    "loop": ("PPO", "LeaveOneOut"),
+    "prdp": ("PRDP", "GroupMean"),
+}
 TINY = {
     "trainer.max_steps": 1,
     "trainer.accelerator": "cpu",
@@ -42,6 +48,10 @@ def _content(name: str) -> dict:
     return yaml.safe_load(shipped.locate(name).read_text(encoding="utf-8"))
 
 
+def _class(value: str | dict) -> str:
+    return value if isinstance(value, str) else value["class_path"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_sd3: Path, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
@@ -53,6 +63,8 @@ def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_s
         models["model.reward.pretrained"] = tiny_clip
     if isinstance(reward, dict) and "captions" in reward.get("init_args", {}):
         models["model.reward.captions"] = "animals"
+    if _class(_content(name)["model"]) == "PolicyGradientModule":
+        models |= {"model.steps_per_part": "null", "model.samples_per_prompt": 2}
     if name in EMOJI:
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.watch": "null"}
     result = command("fit", "--config", name, *_options(TINY | models))
@@ -70,21 +82,55 @@ def test_there_is_one_for_every_method() -> None:
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.truncation import Truncation
 
-    trained = {name: _content(name)["model"]["init_args"]["truncation"] for name in METHODS}
-    classes = {name: value if isinstance(value, str) else value["class_path"] for name, value in trained.items()}
+    classes = {name: _class(_content(name)["model"]["init_args"]["truncation"]) for name in METHODS}
     assert classes == METHODS
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert set(METHODS.values()) == known
-    assert set(EMOJI) == {*METHODS, "quickstart"}
+    assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart"}
+
+
+def test_there_is_one_for_every_objective_and_baseline() -> None:
+    from lightning_draft.baselines import Baseline
+    from lightning_draft.cli.hints import subclasses
+    from lightning_draft.objectives import Objective
+
+    for kind, key, index in ((Objective, "objective", 0), (Baseline, "baseline", 1)):
+        classes = {name: _class(_content(name)["model"]["init_args"][key]) for name in POLICIES}
+        assert classes == {name: parts[index] for name, parts in POLICIES.items()}
+        known = {each.__name__ for each in subclasses((kind,)) if each.__module__.startswith("lightning_draft.")}
+        assert set(classes.values()) == known
+
+
+def _sampled_steps(name: str) -> int:
+    """Stochastic steps of a config on its own model's grid: all but a last one that ends without noise."""
+    steps = _content(name)["model"]["init_args"]["sampler"]["init_args"]["num_steps"]
+    return steps if name.startswith("sd15_") else steps - 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "objective" in _content(name)["model"]["init_args"]])
+def test_optimiser_steps_of_a_policy_end_with_passes(name: str) -> None:
+    """As the Trainer is set on the config's own model, whose number of parts a small one need not have."""
+    content = _content(name)
+    arguments = content["model"]["init_args"]
+    samples = content["data"]["batch_size"] * arguments.get("samples_per_prompt", 1)
+    parts = _sampled_steps(name) * (samples // arguments.get("micro_batch_size", samples))
+    accumulate = content["trainer"]["accumulate_grad_batches"]
+    assert parts % accumulate == 0
+    assert content["trainer"]["val_check_interval"] % accumulate == 0
+    if _class(arguments["objective"]) in ("Reinforce", "PRDP"):
+        assert parts == accumulate
 
 
 def test_methods_differ_in_the_method_alone() -> None:
+    method = ("truncation", "kl_weight", "objective", "baseline", "inner_epochs")
+
     def rest(name: str) -> dict:
         content = _content(name)
         arguments = content["model"]["init_args"]
-        return {**content, "model": {k: v for k, v in arguments.items() if k not in ("truncation", "kl_weight")}}
+        return {**content, "model": {key: value for key, value in arguments.items() if key not in method}}
 
     assert all(rest(name) == rest("draft") for name in METHODS)
+    assert all(rest(name) == rest("ppo") for name in POLICIES)
 
 
 def test_listing_says_what_each_is(command: Callable) -> None:

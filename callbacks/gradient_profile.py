@@ -52,7 +52,7 @@ class StepGradients:
 
 
 def profile_figure(profile: Mapping[int, float], step: int) -> Any:
-    """Draw the profile over the steps of the chain, on a logarithmic axis; a matplotlib figure."""
+    """Draw the profile over the steps of the chain, on a logarithmic axis unless all are 0; a matplotlib figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -60,7 +60,7 @@ def profile_figure(profile: Mapping[int, float], step: int) -> Any:
     axes = figure.subplots()
     axes.plot(list(profile), list(profile.values()), marker="o")
     axes.set(
-        yscale="log",
+        yscale="log" if any(value > 0 for value in profile.values()) else "linear",
         xlabel="denoising step (0 is the first)",
         ylabel="norm of the arriving gradient",
         title=f"optimisation step {step}",

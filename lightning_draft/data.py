@@ -170,9 +170,11 @@ class PromptDataModule(L.LightningDataModule):
 
 def hold_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Split off `size` prompts chosen by `seed`; both parts keep their order."""
-    if not 0 <= size < len(prompts):
+    if size < 0:
+        raise ConfigurationError(f"val_size={size} must not be negative; 0 holds nothing out")
+    if size >= len(prompts):
         raise ConfigurationError(
-            f"val_size={size} leaves nothing to train on: there are {len(prompts)} prompts; lower val_size"
+            f"val_size={size} of {len(prompts)} in all leaves nothing to train on; lower val_size, or give val_prompts"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = set(torch.randperm(len(prompts), generator=generator)[:size].tolist())
@@ -191,7 +193,7 @@ def read_prompts(source: list[str] | str, column: str = "prompt", split: str = "
     if not isinstance(source, str):
         prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in source]
     else:
-        prompts = _read(source, column, split)
+        prompts = _read(source, column, split) if source.strip() else []
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ConfigurationError(f"no prompts in {source!r}; write one a line, or list them")

@@ -109,6 +109,7 @@ def test_a_bad_file_is_refused_with_the_reason(name: str, content: bytes, said: 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
+        ("", "no prompts in ''"),
         ("nowhere.txt", "there is no file 'nowhere.txt'"),
         ("./nowhere", "there is no file or folder"),
         ("annimals", "did you mean animals"),
@@ -129,8 +130,10 @@ def test_hold_out_splits_without_loss_and_keeps_the_order() -> None:
     assert hold_out(PROMPTS, 3, seed=4) == (train, held)
     assert {tuple(hold_out(PROMPTS, 3, seed)[1]) for seed in range(8)} != {tuple(held)}
     assert hold_out(PROMPTS, 0, seed=0) == (PROMPTS, [])
-    with pytest.raises(ConfigurationError, match="val_size=10 leaves nothing"):
+    with pytest.raises(ConfigurationError, match="val_size=10 of 10 in all leaves nothing"):
         hold_out(PROMPTS, 10, seed=0)
+    with pytest.raises(ConfigurationError, match="val_size=-1 must not be negative"):
+        hold_out(PROMPTS, -1, seed=0)
 
 
 def test_each_pass_sees_every_prompt_once_in_a_new_order() -> None:

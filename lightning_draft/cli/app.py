@@ -202,7 +202,8 @@ class DraftCLI(LightningCLI):
             print(_headline(self.model), flush=True)
             if not self._get(self.config, "trainer")["fast_dev_run"]:
                 curves = any(isinstance(logger, loggers.TensorBoardLogger) for logger in self.trainer.loggers)
-                print(f"run folder: {place}" + f"    (curves: tensorboard --logdir {place.parent})" * curves, flush=True)
+                hint = f"    (curves: tensorboard --logdir {place.parent})" if curves else ""
+                print(f"run folder: {place}{hint}", flush=True)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; Ctrl-C ends it with what it has."""

@@ -42,14 +42,14 @@ def diagnose(args: Sequence[str], types: Mapping[str, Any], defaults: Mapping[st
         else:
             tree = _merge(tree, source)
     known = [*types, "config", "print_config", "help"]
-    problems += [_unknown("", key, known) for key in tree if key not in known]
+    problems += [_unknown("", key, known, _inside(key, defaults)) for key in tree if key not in known]
     for key, value in tree.items():
         problems += _check(value, types.get(key, Any), key)
-    if not any(arg.startswith(("--config", "-c")) for arg in args):
+    if not any(arg.startswith(("--config", "-c")) or ".help" in arg for arg in args):
         missing = [key for key in ("data", "model") if key not in tree or not tree[key].get("init_args", tree[key])]
         if missing:
             return f"there is no {' and no '.join(missing)}: start from a config, e.g. --config quickstart"
-    return "\n".join(problems[:_MOST]) or None
+    return "\n".join((problems or list(_deep_nulls(args)))[:_MOST]) or None
 
 
 def _sources(args: Sequence[str]) -> Iterator[dict[str, Any] | str]:
@@ -65,8 +65,19 @@ def _sources(args: Sequence[str]) -> Iterator[dict[str, Any] | str]:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         if key in ("config", "c"):
             yield load(Path(value))
+        elif key.endswith(".help"):
+            yield _nested([*key.split(".")[:-1], "class_path"], value) if value != "true" else {}
         else:
             yield _nested(key.split("."), value)
+
+
+def _deep_nulls(args: Sequence[str]) -> Iterator[str]:
+    """A null for an argument of a class within a class, which the parser takes for the text `None`."""
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        name, equals, given = option.partition("=")
+        keys = [key for key in name.lstrip("-").split(".") if key != "init_args"]
+        if name.startswith("--") and len(keys) > 2 and (given if equals else value) in ("null", "~"):
+            yield f"{name}: the command line takes no null this deep; write it in a config file"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -203,7 +214,11 @@ def _import(name: str, classes: tuple[type, ...]) -> type | str:
         )
     kind = getattr(module, class_name, None)
     if kind is None:
-        own = [key for key, item in vars(module).items() if isinstance(item, type) and issubclass(item, classes)]
+        own = [
+            key
+            for key, item in vars(module).items()
+            if isinstance(item, type) and issubclass(item, classes) and not inspect.isabstract(item)
+        ]
         return f"module {module_name!r} has no class {class_name!r}{nearest(class_name, own)}"
     if not (isinstance(kind, type) and issubclass(kind, classes)):
         return f"{name!r} is not a {_kinds(classes)}"
@@ -225,9 +240,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _unknown(where: str, key: str, known: Sequence[str]) -> str:
+def _unknown(where: str, key: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    near = f"; did you mean {' or '.join(elsewhere)}" if elsewhere else nearest(key, known)
     options = f"; known are {', '.join(known)}" if known and len(known) <= 20 else ""
-    return f"{where + ' has' if where else 'there is'} no option {key!r}{nearest(key, known) or options}"
+    return f"{where + ' has' if where else 'there is'} no option {key!r}{near or options}"
+
+
+def _inside(key: str, defaults: Mapping[str, str]) -> list[str]:
+    """The options of that name which belong to a group, such as `trainer.max_steps`."""
+    kinds = {group: _import(path, (object,)) for group, path in defaults.items()}
+    return [f"{g}.{key}" for g, kind in kinds.items() if isinstance(kind, type) and key in hints.parameters(kind)]
 
 
 def _hint(name: str, classes: tuple[type, ...]) -> str:

@@ -38,14 +38,14 @@ def unwrapped() -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None and _origin(cause).startswith("jsonargparse."):
             cause = cause.__cause__
-    raise cause
+    raise cause from cause.__cause__  # without what the parser tried and said on the way
 
 
 def is_mendable(error: BaseException) -> bool:
     """Whether the message alone says what to write instead.
 
     True for Lightning's `MisconfigurationException`, and for a `ValueError` that a `raise` statement threw on purpose,
-    in this package or in a constructor.
+    in this package, in Lightning's Trainer or in a constructor.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -58,7 +58,7 @@ def is_mendable(error: BaseException) -> bool:
         return False
     code = place.tb_frame.f_code
     deliberate = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
-    ours = _origin(error).startswith("lightning_draft.")
+    ours = _origin(error).startswith(("lightning_draft.", "lightning.pytorch.trainer."))
     return deliberate and (ours or code.co_name in ("__init__", "__post_init__"))
 
 

@@ -1,6 +1,7 @@
 """Where runs lie: `runs/NAME`, `runs/NAME-2`, ... and which of their checkpoints is the last."""
 
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +17,11 @@ def default_name(configs: Iterable[Path]) -> str:
 
 
 def existing(root: Path, name: str) -> list[Path]:
-    """The folders `name`, `name-2`, ... in `root`, in that order."""
-    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
-    found = [(match, path) for path in root.glob(f"{name}*") if (match := pattern.fullmatch(path.name))]
+    """The folders `name`, `name-2`, ... in `root`, in that order; a name may lie in folders of its own."""
+    place = root / name
+    pattern = re.compile(re.escape(place.name) + r"(?:-(\d+))?")
+    there = place.parent.iterdir() if place.parent.is_dir() else ()
+    found = [(match, path) for path in there if (match := pattern.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1] or 1))]
 
 
@@ -27,7 +30,7 @@ def fresh(root: Path, name: str) -> Path:
     taken = [path for path in existing(root, name) if path.is_dir() and any(path.iterdir())]
     if not taken:
         return root / name
-    number = re.fullmatch(re.escape(name) + r"(?:-(\d+))?", taken[-1].name)
+    number = re.fullmatch(re.escape((root / name).name) + r"(?:-(\d+))?", taken[-1].name)
     assert number is not None
     return root / f"{name}-{int(number[1] or 1) + 1}"
 
@@ -41,6 +44,21 @@ def discard(folder: Path) -> None:
         for file in files:
             file.unlink()
         folder.rmdir()
+
+
+def checkpoint(path: Path) -> Path:
+    """The checkpoint that is asked for: a file, or the newest one in a run's folder.
+
+    Raises:
+        ConfigurationError: There is none, or the file is something else.
+    """
+    if (path / "checkpoints").is_dir():
+        return last_checkpoint([path])
+    if not path.exists():
+        raise ConfigurationError(f"there is no checkpoint {path}; give its file, or `last` for this run's own")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ConfigurationError(f"{path} is not a checkpoint; give a file such as runs/NAME/checkpoints/last.ckpt")
+    return path
 
 
 def last_checkpoint(folders: Iterable[Path]) -> Path:

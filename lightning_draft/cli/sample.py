@@ -1,6 +1,7 @@
 """The verb `sample`: pictures from the same prompts and noise at several scales of a LoRA file."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -105,8 +107,11 @@ def _write(
             scores[label] = _score(module, images[label], everything)
             print(f"{label:10} reward {scores[label].mean():.4g}", flush=True)
     names = [f"{p} (seed {s})" for s in options.seed for p in prompts] if len(options.seed) > 1 else everything
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    comparison(names, images, scores or None).save(options.output)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        comparison(names, images, scores or None).save(options.output)
+    except OSError as error:
+        raise ConfigurationError(f"{options.output} cannot be written: {error.strerror or error}") from error
     print(f"wrote {options.output}")
 
 
@@ -195,14 +200,14 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("lora", nargs="?")
     parser.add_argument("--config", "-c")
     parser.add_argument("--model")
-    parser.add_argument("--scale", type=float, nargs="+")
+    parser.add_argument("--scale", type=_finite, nargs="+")
     parser.add_argument("--prompt", nargs="+")
     parser.add_argument("--prompts")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--max", type=_positive, default=8)
     parser.add_argument("--steps", type=_positive)
-    parser.add_argument("--output", "-o", type=Path, default=Path("sample.png"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", "-o", type=_picture, default=Path("sample.png"))
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     if set(args) & {"-h", "--help"}:
         print(pages.SAMPLE)
         sys.exit(os.EX_OK)
@@ -214,3 +219,24 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} must be finite")
+    return number
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f"{text} must end as a picture does, such as in .png")
+    return Path(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is not here: {str(error).splitlines()[0]}") from error
+    return text

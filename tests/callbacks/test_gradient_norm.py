@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lightning_draft.callbacks import GradientNormMonitor
 from lightning_draft.callbacks.gradient_profile import profile_figure
@@ -282,6 +283,14 @@ def test_the_axis_is_logarithmic():
     axes = profile_figure({0: 100.0, 1: 1.0}, step=7).axes[0]
     assert axes.get_yscale() == "log"
     assert axes.get_title() == "optimisation step 7"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_profile_of_zeros_is_drawn_too():
+    """A flat loss sends no gradient anywhere, and 0 has no place on a logarithmic axis."""
+    figure = profile_figure({0: 0.0, 1: 0.0}, step=0)
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].get_yscale() == "linear"
 
 
 class WriteDown(Callback):

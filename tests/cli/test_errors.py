@@ -1,5 +1,6 @@
 """A person's mistake is one message and exit status 2; a bug keeps its traceback."""
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ MISTAKES = [
     (["--model.reward", "mine.Rednes"], ["module 'mine'", "did you mean Redness"]),
     (["--model.reward", "mine.Redness", "--model.reward.gian", "2"], ["(Redness)", "did you mean gain"]),
     (["--model.reward", "mine.Abstract"], ["mine.Abstract", "no forward"]),
+    (["--model.reward", "mine.Rewar"], ["module 'mine' has no class 'Rewar'\n"]),
     (["--model.reward", "lightning_draft.truncation.LastK"], ["is not a Reward"]),
     (["--model.reward", "JPEGSize"], ["JPEGSize is not differentiable"]),
     (
@@ -48,6 +50,11 @@ MISTAKES = [
         ["model.reward.rewards.a.reward", "did you mean Brightness"],
     ),
     (["--trainer.max_step", "5"], ["trainer", "'max_step'", "did you mean max_steps"]),
+    (["--max_steps", "5"], ["'max_steps'", "did you mean trainer.max_steps"]),
+    (["--batch_size", "5"], ["'batch_size'", "did you mean data.batch_size"]),
+    (["--trainer.strategy", "dpd"], ["strategy='dpd'"]),
+    (["--model.sampler.spacing", "null"], ["--model.sampler.spacing", "no null this deep"]),
+    (["--model.truncation.help", "LastKK"], ["model.truncation", "did you mean LastK"]),
     (["--trainer.max_steps", "many"], ["trainer.max_steps", "an integer", "'many'"]),
     (["--trainer.callbacks", "[EarlyStopin]"], ["trainer.callbacks[0]", "did you mean EarlyStopping"]),
     (["--samples.every_n_step", "5"], ["samples (SampleLogger)", "did you mean every_n_steps"]),
@@ -57,6 +64,8 @@ MISTAKES = [
     (["--modle.seed", "5"], ["'modle'", "did you mean model"]),
     (["stray"], ["'stray'"]),
     (["--ckpt_path", "nowhere.ckpt"], ["there is no checkpoint nowhere.ckpt"]),
+    (["--ckpt_path", "best"], ["there is no checkpoint best"]),
+    (["--ckpt_path", "small.yaml"], ["small.yaml is not a checkpoint"]),
     (["--ckpt_path", "last"], ["there is no checkpoint in runs/small"]),
 ]
 
@@ -80,7 +89,7 @@ EDITS = [
     ("      init_args: {k: 2}", "      k: 2", ["model.truncation", "k must stand under init_args"]),
     ("max_steps: 2", "max_steps: ${data.batch}", ["small.yaml", "data.batch"]),
     ("max_steps: 2", "max_steps: [", ["small.yaml, line", "not YAML"]),
-    ("class_path: Brightness\n      init_args: {target: 0.9}", "{}", ["model.reward", "class_path: Brightness"]),
+    ("class_path: Brightness\n      init_args: {target: 0.9}", "{}", ["model.reward", "class_path: ", "Brightness"]),
 ]
 
 
@@ -107,6 +116,9 @@ def test_mistake_in_a_file(command: Callable, config: Path, old: str, new: str, 
         (["sample"], "give a LoRA file"),
         (["sample", "nowhere.safetensors"], "no LoRA file nowhere.safetensors"),
         (["sample", "x.safetensors", "--scales", "1"], "unrecognized arguments"),
+        (["sample", "x.safetensors", "--scale", "nan"], "nan must be finite"),
+        (["sample", "x.safetensors", "--output", "x.foo"], "x.foo must end as a picture does"),
+        (["sample", "x.safetensors", "--device", "nowhere"], "nowhere is not here"),
     ],
 )
 def test_mistake_before_anything_is_read(command: Callable, args: list[str], said: str) -> None:
@@ -127,6 +139,16 @@ def test_a_bug_keeps_its_traceback(command: Callable, config: Path) -> None:
     with pytest.raises(KeyError, match="nothing") as info:
         command("fit", "--config", config, "--model.reward", "mine.Buggy")
     assert info.traceback[-1].path.name == "mine.py"
+
+
+def test_a_bug_in_a_constructor_is_shown_alone(command: Callable, config: Path) -> None:
+    """Without what the parser said of it on the way."""
+    (config.parent / "mine.py").write_text(OWN)
+    with pytest.raises(KeyError) as info:
+        command("fit", "--config", config, "--model.reward", "mine.Buggy")
+    shown = "".join(traceback.format_exception(info.value))
+    assert shown.count("Traceback") == 1
+    assert "Union" not in shown
 
 
 def test_a_module_that_cannot_be_imported_says_why(command: Callable, config: Path) -> None:

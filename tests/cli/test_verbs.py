@@ -254,7 +254,7 @@ def _table(text: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["small", "a.b"])
+@pytest.mark.parametrize("name", ["small", "a.b", "lr[1]", "group/small"])
 def test_runs_are_numbered(tmp_path: Path, name: str) -> None:
     from lightning_draft.cli import runs
 
@@ -262,4 +262,14 @@ def test_runs_are_numbered(tmp_path: Path, name: str) -> None:
     for folder in (name, f"{name}-2", f"{name}-10", f"{name}-other"):
         (tmp_path / folder / "lora").mkdir(parents=True)
     assert runs.fresh(tmp_path, name) == tmp_path / f"{name}-11"
-    assert [path.name for path in runs.existing(tmp_path, name)] == [name, f"{name}-2", f"{name}-10"]
+    assert [path.name for path in runs.existing(tmp_path, name)] == [
+        Path(name).name + number for number in ("", "-2", "-10")
+    ]
+
+
+def test_a_folder_stands_for_its_newest_checkpoint(command: Callable, trained: Path) -> None:
+    args = ["fit", "--config", trained, "--name", "more", "--trainer.max_steps", "3", "--trainer.logger", "CSVLogger"]
+    result = command(*args, "--trainer.logger.save_dir", "csv", "--ckpt_path", "runs/small")
+    assert result.status == 0, result.err
+    assert "step 3/3" in result.out
+    assert "tensorboard" not in result.out

@@ -150,7 +150,8 @@ def record(name: str, arguments: dict[str, str], file: Path) -> list[float]:
     scores = case.reference(pictures(), PROMPTS, **{**case.defaults, **arguments, **case.reference_only})
     figures = json.loads(file.read_text())
     software = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
-    figures[name] = {"scores": scores, "software": software, "arguments": {**case.defaults, **arguments}}
+    given = {key: Path(value).name if Path(value).exists() else value for key, value in arguments.items()}
+    figures[name] = {"scores": scores, "software": software, "arguments": {**case.defaults, **given}}
     file.write_text(json.dumps(figures, indent=2) + "\n")
     return scores
 

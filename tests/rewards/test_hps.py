@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards import Reward
 from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.hpsv2_reference import HPSv2Reference, bpe_merges, import_hpsv2
 from lightning_draft.rewards.open_clip import clean
@@ -111,7 +113,7 @@ def test_files_of_every_kind(version: Any, tmp_path: Path, files: dict[str, str]
 
 
 def test_half_precision(tmp_path: Path, files: dict[str, str], reward: HPSv2) -> None:
-    """The published files hold half-precision weights; the network may run in it, too."""
+    """Checkpoints may hold half-precision weights; the network may run in it, too."""
     torch.save({"state_dict": {name: tensor.half() for name, tensor in tiny.weights().items()}}, tmp_path / "half.pt")
     half = HPSv2(weights=str(tmp_path / "half.pt"), tokenizer=files["tokenizer"])
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
@@ -190,6 +192,15 @@ def test_the_vocabulary_that_the_package_lacks(files: dict[str, str], tmp_path: 
     assert package.lines == ["#version: 0.2", *(" ".join(merge) for merge in tiny.MERGES)]
     assert gzip.open is before
     assert "turtle" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["HPSv2", "lightning_draft.rewards.hpsv2_reference.HPSv2Reference"])
+def test_it_is_written_in_yaml(name: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Reward, "reward")
+    parsed = parser.parse_string(f"reward:\n  class_path: {name}\n  init_args:\n    version: v2.0\n")
+    assert parsed.reward.init_args.version == "v2.0"
+    assert parser.parse_string(parser.dump(parsed)) == parsed
 
 
 def test_without_the_package_its_reference_says_how_to_install_it(

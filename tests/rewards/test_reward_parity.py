@@ -49,6 +49,7 @@ def test_what_is_recorded_is_compared(
     assert "allowed 0.1" in capsys.readouterr().out
     content = json.loads(figures.read_text())
     assert "transformers" in content["aesthetic-v1"]["software"]
+    assert content["aesthetic-v1"]["arguments"] == {"version": "v1", "pretrained": "tiny-clip", "head": "v1.pth"}
     content["aesthetic-v1"]["scores"][2] += 0.2
     figures.write_text(json.dumps(content))
     assert parity.main(["aesthetic-v1", *arguments]) == 1

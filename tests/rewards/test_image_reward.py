@@ -150,3 +150,25 @@ def test_weights_are_frozen_in_eval_mode_and_in_their_precision(tiny_image_rewar
     torch.testing.assert_close(half, exact(images, PROMPTS), rtol=0, atol=0.3)
     with pytest.raises(ConfigurationError, match="dtype='int8' is not supported"):
         open_reward(tiny_image_reward, dtype="int8")
+
+
+def test_the_published_scores_are_compared(
+    tiny_image_reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script, on other weights and pictures: it scores what the reward scores, and tells when that differs."""
+    from examples import image_reward_published as published
+
+    reward = open_reward(tiny_image_reward)
+    for seed, name in enumerate(published.PUBLISHED):
+        RECORDER["picture"](40, 52, seed).save(tmp_path / name, lossless=True)
+    images = recorded_pictures("32x32").new_empty(4, 3, 40, 52)
+    for seed, image in enumerate(images):
+        image.copy_(torch.from_numpy(np.array(RECORDER["picture"](40, 52, seed))).permute(2, 0, 1) / 255)
+    expected = reward(images.float(), [published.PROMPT] * 4).tolist()
+    arguments = [str(tmp_path), f"weights={tiny_image_reward}/small.pt", f"tokenizer={tiny_image_reward}"]
+    assert published.main(arguments) == 1
+    monkeypatch.setattr(published, "PUBLISHED", dict(zip(published.PUBLISHED, expected, strict=True)))
+    assert published.main(arguments) == 0
+    assert "allowed 0.05" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        published.main([str(tmp_path), "weights"])

@@ -81,6 +81,9 @@ class CLIPEncoder(ImageEncoder):
         preprocess: Images `(B, 3, H, W)` in [0, 1] to the network's input, differentiably.
         dtype: Precision of the weights; features come in the precision of the images, at least float32.
 
+    Attributes:
+        logit_scale: The factor of cosines that the model was trained with.
+
     Raises:
         ConfigurationError: The precision is not known.
     """
@@ -88,7 +91,9 @@ class CLIPEncoder(ImageEncoder):
     def __init__(
         self, model: Any, tokenizer: Any, preprocess: Callable[[Tensor], Tensor], dtype: Precision = "float32"
     ) -> None:
+        logit_scale = float(model.logit_scale.detach().float().exp())  # bfloat16 would move it by a hundredth
         super().__init__(model, preprocess, dtype)
+        self.logit_scale = logit_scale
         self.tokenizer = tokenizer
         self.max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
         self._texts: dict[str, Tensor] = {}
@@ -114,11 +119,6 @@ class CLIPEncoder(ImageEncoder):
             source = resolve(processor or pretrained)
             tokenizer, config = read_tokenizer(source), _image_processor(source)
         return cls(model, tokenizer, Preprocessing.from_config(config), dtype)
-
-    @property
-    def logit_scale(self) -> float:
-        """The factor of cosines that the model was trained with."""
-        return float(self.model.logit_scale.float().exp())
 
     def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine `(B,)` of each image `(B, 3, H, W)` with its prompt, in [-1, 1]."""

@@ -59,9 +59,11 @@ def test_a_point_is_a_factor_e_in_the_odds(parts: dict[str, str], pictures: Draw
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.4), ("float16", 0.05)])
 def test_half_precision_weights(dtype: Any, tolerance: float, parts: dict[str, str], pictures: Draw) -> None:
     images = pictures(3, 20, 16)
-    scores = PickScore(**parts, dtype=dtype)(images, PROMPTS)
+    half, exact = PickScore(**parts, dtype=dtype), PickScore(**parts)
+    scores = half(images, PROMPTS)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, PickScore(**parts)(images, PROMPTS), rtol=0, atol=tolerance)
+    assert half.encoder.logit_scale == exact.encoder.logit_scale
+    torch.testing.assert_close(scores, exact(images, PROMPTS), rtol=0, atol=tolerance)
 
 
 def test_what_is_missing_is_named(parts: dict[str, str]) -> None:

@@ -25,6 +25,9 @@ QUERY = "a photo of a {}"
 class ObjectPresent(Reward):
     """Log-probability that at least one box holds the object, `log(1 - prod(1 - sigmoid(l)))`, at most 0.
 
+    RT-DETR and its kin, and Deformable DETR where it refines boxes, cut the gradient at their proposals inside the
+    network, so that a part of it is missing; with the others it is whole.
+
     Args:
         pretrained: Folder or hub id of an OWL-ViT or OWLv2, which are asked in words, or of a detector of the DETR
             family (YOLOS, RT-DETR, DETR, ...), which knows its labels.

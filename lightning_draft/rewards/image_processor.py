@@ -16,7 +16,7 @@ SUPPORTED = (
     *("Beit", "Bit", "CLIP", "ConvNext", "DeiT", "MobileNetV1", "MobileNetV2", "Siglip", "ViT"),
     *("ConditionalDetr", "DeformableDetr", "Detr", "OwlViT", "Owlv2", "RTDetr", "Yolos"),
 )
-"""Processors whose arithmetic is known here; BiT's is also that of ResNet, DINOv2 and Swin-like classifiers."""
+"""Processors whose arithmetic is known here. Swin uses ViT's, DINOv2 BiT's, ResNet ConvNeXT's, D-FINE RT-DETR's."""
 
 _GREY = 0.5
 

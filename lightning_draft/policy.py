@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.baselines import Baseline, PerPromptStatistics
-from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.modules import RewardModule, _mix
@@ -25,11 +24,11 @@ from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rollout import (
     Derivatives,
     Part,
+    Policy,
     Rollout,
     gathered,
     parts,
     slices,
-    stochastic_steps,
     summarise,
     world_size,
 )
@@ -125,16 +124,16 @@ class PolicyGradientModule(RewardModule):
     def parts(self, batch_size: int) -> list[Part]:
         """The parts of one pass over the rollout of a batch."""
         samples = batch_size * self.samples_per_prompt
-        return parts(samples, len(self.steps), self.micro_batch_size, self.steps_per_part)
+        return parts(samples, len(self.policy.steps), self.micro_batch_size, self.steps_per_part)
 
     def steps_per_batch(self, batch_size: int) -> int:
         """How many training steps in a row are given the same batch: those that its rollout is trained on."""
         return self.inner_epochs * len(self.parts(batch_size))
 
     @property
-    def steps(self) -> list[int]:
-        """The stochastic sampling steps, which are trained."""
-        return stochastic_steps(self.sampler, self.model.schedule)
+    def policy(self) -> Policy:
+        """The model and the sampler, as what draws trajectories and knows how likely they are."""
+        return Policy(self.model, self.sampler, self.objective.reduce, self.micro_batch_size)
 
     def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
         """Draw a rollout where none is left, and return the loss of its next part."""
@@ -145,7 +144,7 @@ class PolicyGradientModule(RewardModule):
         every = self.parts(len(prompts))
         part = every[index % len(every)]
         loss, logs = self.loss_and_logs(prompts, rollout, part, self._derivatives(prompts, rollout))
-        scalars = {**self._averaged(logs), **rollout.summary}
+        scalars: dict[str, Any] = {**self._averaged(logs), **rollout.summary}
         self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
         self.log_dict(scalars, batch_size=len(prompts))
         # Lightning averages over the parts of an optimiser step; each counts by its share.
@@ -162,7 +161,9 @@ class PolicyGradientModule(RewardModule):
             part: One of `parts`.
             derivatives: From `differentiate`, where the objective is not separable.
         """
-        log_probs, divergence = self._evaluate(prompts, rollout, part.samples, part.steps, self.kl_weight > 0)
+        some, steps = self._repeated(prompts)[part.samples], self.policy.steps[part.steps]
+        latents = rollout.latents[:, part.samples]
+        log_probs, divergence = self.policy.evaluate(some, latents, steps, diverge=self.kl_weight > 0)
         evidence = self._evidence(log_probs, rollout, part.samples, part.steps)
         if derivatives is None:
             loss = self.objective(evidence)
@@ -189,8 +190,9 @@ class PolicyGradientModule(RewardModule):
             moved: Whether the model has changed since; if it has not, the rollout's own log-probabilities are used.
         """
         whole = slice(None)
-        with torch.no_grad():
-            log_probs = self._all_log_probs(prompts, rollout) if moved else rollout.log_probs
+        log_probs = rollout.log_probs
+        if moved:
+            log_probs = self.policy.log_probs(self._repeated(prompts), rollout.latents)
         leaf = log_probs.detach().clone().requires_grad_()
         with torch.enable_grad():
             loss = self.objective(self._evidence(leaf, rollout, whole, whole))
@@ -206,14 +208,13 @@ class PolicyGradientModule(RewardModule):
             step: How many optimiser steps the model has behind it.
         """
         every = self._repeated(prompts)
-        pieces = slices(len(every), self.micro_batch_size)
+        seeds = [_mix(self.seed, number, self.global_rank, i) for i in range(len(every))]
         with self._random_state(_mix(self.seed, number, self.global_rank)):
-            walks = [self._walk(every[some], number, some.start) for some in pieces]
-            latents = torch.cat([latents for latents, _ in walks], 1)
+            latents, log_probs = self.policy.sample(every, seeds)
+            pieces = slices(len(every), self.micro_batch_size)
             scores = [self._judge(latents[-1, some], every[some]) for some in pieces]
         rewards = torch.cat([total for total, _ in scores])
         advantages = self._advantages(rewards, every)
-        log_probs = torch.cat([log_probs for _, log_probs in walks], 1)
         names = [str(prompt) for prompt in every]
         summary = summarise(rewards, advantages, self.samples_per_prompt)
         judged = {name: torch.cat([inner[name] for _, inner in scores]) for name in scores[0][1]}
@@ -223,7 +224,7 @@ class PolicyGradientModule(RewardModule):
         if not self.objective.needs_reference:
             return rollout
         with self.model.base():
-            return replace(rollout, reference=self._all_log_probs(prompts, rollout))
+            return replace(rollout, reference=self.policy.log_probs(every, latents))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, the baseline, and of every process the rollout that is not used up."""
@@ -273,43 +274,6 @@ class PolicyGradientModule(RewardModule):
             self._derived = step, self.differentiate(prompts, rollout, moved=rollout.step != step)
         return self._derived[1]
 
-    def _walk(self, prompts: Sequence[str], number: int, first: int) -> tuple[Tensor, Tensor]:
-        """Latents `(T + 1, B, ...)` and log-probabilities `(S, B)`; `first` is the first sample's place."""
-        chain = self._chain(prompts)
-        seeds = [_mix(self.seed, number, self.global_rank, first + i) for i in range(len(prompts))]
-        # A generator a sample: its noise does not depend on what it is drawn with.
-        each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
-        noise = torch.stack(each, 1)
-        latents, log_probs = [noise[0]], []
-        for transition, x in chain.walk(noise[0], noise[1:]):
-            latents.append(x)
-            if transition.std > 0:
-                log_probs.append(self.objective.reduce(transition.log_prob(x), x[0].numel()))
-        return torch.stack(latents), torch.stack(log_probs)
-
-    def _evaluate(
-        self, prompts: Sequence[str], rollout: Rollout, some: slice, few: slice, diverge: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities `(S, B)` of a part of a rollout, and its mean divergence from the base model."""
-        steps = self.steps[few]
-        latents = rollout.latents[:, some]
-        chain = self._chain(self._repeated(prompts)[some])
-        elements = latents[0, 0].numel()
-        ours = list(chain.revisit(latents, steps))
-        log_probs = [transition.log_prob(latents[step + 1]) for step, transition in zip(steps, ours, strict=True)]
-        reduced = self.objective.reduce(torch.stack(log_probs), elements)
-        if not diverge:
-            return reduced, None
-        with torch.no_grad(), self.model.base():
-            base = list(chain.revisit(latents, steps))
-        divergences = torch.stack([one.kl(other) for one, other in zip(ours, base, strict=True)])
-        return reduced, self.objective.reduce(divergences, elements).mean()
-
-    def _all_log_probs(self, prompts: Sequence[str], rollout: Rollout) -> Tensor:
-        """`(S, N)`, a micro-batch at a time."""
-        pieces = slices(len(rollout.prompts), self.micro_batch_size)
-        return torch.cat([self._evaluate(prompts, rollout, some, slice(None))[0] for some in pieces], 1)
-
     def _evidence(self, log_probs: Tensor, rollout: Rollout, some: slice, few: slice) -> Evidence:
         reference = None if rollout.reference is None else rollout.reference[few, some]
         old, advantages = rollout.log_probs[few, some], rollout.advantages[some]
@@ -341,9 +305,6 @@ class PolicyGradientModule(RewardModule):
         for name, value in logs.items():
             self._logs.setdefault(name, []).append(value)
         return {name: torch.stack(values).mean() for name, values in self._logs.items()}
-
-    def _chain(self, prompts: Sequence[str]) -> SamplingChain:
-        return SamplingChain(self.model, self.sampler, self.model.encode(prompts))
 
     def _repeated(self, prompts: Sequence[str]) -> list[str]:
         """Every prompt `samples_per_prompt` times in a row."""

@@ -87,7 +87,7 @@ def check_policy(module: PolicyGradientModule) -> None:
     _check_sampler(module)
     name = type(module.sampler).__name__
     try:
-        stochastic = module.steps
+        stochastic = module.policy.steps
     except ValueError as error:
         raise ConfigurationError(f"the sampler does not suit policy gradients: {error}; use DDIM or FlowSDE") from error
     if not stochastic:
@@ -150,7 +150,7 @@ def prove_policy(module: PolicyGradientModule) -> None:
     context = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
     with module._random_state(module.seed), torch.enable_grad(), context:
         chain = SamplingChain(module.model, module.sampler, module.model.encode([_first_prompt(module)]))
-        mean = chain.transition(State(module.model.noise(1), module.steps[-1])).mean
+        mean = chain.transition(State(module.model.noise(1), module.policy.steps[-1])).mean
         if not (_sharded(trainer) or _scaled(trainer)):
             _check_reach((mean * torch.randn_like(mean)).sum(), module, "log-probability")
 

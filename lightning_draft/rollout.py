@@ -1,5 +1,6 @@
 """Rollouts: trajectories that a stochastic sampler drew, and the parts in which they are trained on."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_draft.chain import SamplingChain
+from lightning_draft.models.base import DiffusionModel
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
 
@@ -90,6 +93,77 @@ def slices(length: int, size: int | None) -> list[slice]:
     """`0..length` in slices of `size`, the last one possibly shorter."""
     size = length if size is None else size
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+class Policy:
+    """A model and a stochastic sampler, as what draws trajectories and knows how likely their steps are.
+
+    Args:
+        model: The diffusion model.
+        sampler: The sampler.
+        reduce: Turns a sum over a given number of latent dimensions into the unit of log-probabilities.
+        micro_batch_size: Handle this many samples at a time; by default all.
+
+    Attributes:
+        steps: The stochastic steps.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        sampler: Sampler,
+        reduce: Callable[[Tensor, int], Tensor],
+        micro_batch_size: int | None,
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.reduce = reduce
+        self.micro_batch_size = micro_batch_size
+        self.steps = stochastic_steps(sampler, model.schedule)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Latents `(T + 1, N, ...)` and log-probabilities `(S, N)`, each sample from a seed of its own."""
+        pieces = [self._walk(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
+        latents, log_probs = zip(*pieces, strict=True)
+        return torch.cat(latents, 1), torch.cat(log_probs, 1)
+
+    def evaluate(
+        self, prompts: Sequence[str], latents: Tensor, steps: Sequence[int], diverge: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities `(S, B)` of some steps, and if asked for their mean KL divergence from the base model."""
+        chain = self._chain(prompts)
+        ours = list(chain.revisit(latents, steps))
+        taken = [transition.log_prob(latents[step + 1]) for step, transition in zip(steps, ours, strict=True)]
+        elements = latents[0, 0].numel()
+        log_probs = self.reduce(torch.stack(taken), elements)
+        if not diverge:
+            return log_probs, None
+        with torch.no_grad(), self.model.base():
+            base = list(chain.revisit(latents, steps))
+        divergence = torch.stack([one.kl(other) for one, other in zip(ours, base, strict=True)])
+        return log_probs, self.reduce(divergence, elements).mean()
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Sequence[str], latents: Tensor) -> Tensor:
+        """Of all stochastic steps, `(S, N)`, without a graph."""
+        pieces = slices(len(prompts), self.micro_batch_size)
+        return torch.cat([self.evaluate(prompts[some], latents[:, some], self.steps)[0] for some in pieces], 1)
+
+    def _walk(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chain = self._chain(prompts)
+        # A generator a sample: its noise does not depend on what it is drawn with.
+        each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = torch.stack(each, 1)
+        latents, log_probs = [noise[0]], []
+        for transition, x in chain.walk(noise[0], noise[1:]):
+            latents.append(x)
+            if transition.std > 0:
+                log_probs.append(self.reduce(transition.log_prob(x), x[0].numel()))
+        return torch.stack(latents), torch.stack(log_probs)
+
+    def _chain(self, prompts: Sequence[str]) -> SamplingChain:
+        return SamplingChain(self.model, self.sampler, self.model.encode(prompts))
 
 
 def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:

@@ -188,7 +188,7 @@ def test_the_divergence_is_that_of_gaussians() -> None:
     (part,) = module.parts(2)
     loss, logs = module.loss_and_logs(PROMPTS[:2], rollout, part)
     expected = []
-    for step in module.steps:
+    for step in module.policy.steps:
         t, s = module.sampler.grid(module.model.schedule)[step]
         alpha, sigma = module.model.schedule.coefficients(t)
         x = rollout.latents[step].double()
@@ -249,7 +249,7 @@ def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None
 def test_two_passes_of_prdp_equal_autograd() -> None:
     """In float64, after the model has moved, on a rollout of three samples a prompt."""
     module = linear(objective=PRDP(beta=0.1, clip=1e-3), samples_per_prompt=3, micro_batch_size=2, steps_per_part=1)
-    drawn, whole = module.draw(PROMPTS[:2]), slice(None)
+    drawn, every = module.draw(PROMPTS[:2]), [prompt for prompt in PROMPTS[:2] for _ in range(3)]
     doubled = {name: getattr(drawn, name).double() for name in ("latents", "log_probs", "reference", "advantages")}
     rollout = replace(drawn, **doubled)
     module.model.theta.data += 0.01
@@ -261,7 +261,7 @@ def test_two_passes_of_prdp_equal_autograd() -> None:
         for part in parts
         for theta in [module.model.theta]
     )
-    log_probs = module._evaluate(PROMPTS[:2], rollout, whole, whole)[0]
+    log_probs = module.policy.evaluate(every, rollout.latents, module.policy.steps)[0]
     evidence = Evidence(log_probs, rollout.log_probs, rollout.advantages, 3, rollout.reference)
     loss = module.objective(evidence)
     assert derivatives.loss.item() == pytest.approx(loss.item(), rel=1e-12)

@@ -67,9 +67,12 @@ def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_s
         models |= {"model.steps_per_part": "null", "model.samples_per_prompt": 2}
     if name in EMOJI:
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.watch": "null"}
+    if name == "guard":
+        models |= {"model.watch": '{"recognised": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
     result = command("fit", "--config", name, *_options(TINY | models))
     assert result.status == 0, result.err
     assert Path(f"runs/{name}/lora/best.safetensors").is_file()
+    assert Path(f"runs/{name}/lora/guarded.safetensors").is_file() == (name == "guard")
 
 
 def test_quickstart_on_the_shipped_model(command: Callable) -> None:
@@ -86,7 +89,7 @@ def test_there_is_one_for_every_method() -> None:
     assert classes == METHODS
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert set(METHODS.values()) == known
-    assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart"}
+    assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart", "guard"}
 
 
 def test_there_is_one_for_every_objective_and_baseline() -> None:

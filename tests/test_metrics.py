@@ -1,10 +1,13 @@
 """Diversity, drift, saturation and set distances against sums over pairs and closed forms."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchmetrics.functional.multimodal import clip_score
+from transformers import CLIPModel, CLIPProcessor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.metrics import (
@@ -14,6 +17,7 @@ from lightning_draft.metrics import (
     saturated_share,
     within_prompt_diversity,
 )
+from lightning_draft.rewards import CLIPScore
 
 PROMPTS = ["cat", "dog", "cat", "bird", "dog", "cat"]
 PAIRS = {"cat": [(0, 2), (0, 5), (2, 5)], "dog": [(1, 4)]}
@@ -103,3 +107,41 @@ def test_the_frechet_distance_of_gaussians() -> None:
     scales, shift = torch.tensor([2.0, 0.5, 3.0]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
     distance = frechet_distance(base, base * scales + shift)
     assert distance.item() == pytest.approx(((scales - 1) ** 2 + shift**2).sum().item(), rel=1e-6)
+
+
+class AsBefore(torch.nn.Module):
+    """A CLIP of transformers 5 that returns features as torchmetrics expects them, which is as transformers 4 did."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip, self.config = clip, clip.config
+
+    def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        found = self.clip.get_image_features(pixels)
+        return getattr(found, "pooler_output", found)
+
+    def get_text_features(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        found = self.clip.get_text_features(tokens, mask)
+        return getattr(found, "pooler_output", found)
+
+
+def test_clip_score_is_that_of_torchmetrics(tiny_clip: Path) -> None:
+    """Whose own loading of a CLIP fails with transformers 5; it counts in hundreds."""
+    images = (255 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).byte()
+    prompts = ["red", "cat", "a dog", "red cat"]
+    clip, processor = AsBefore(CLIPModel.from_pretrained(tiny_clip)), CLIPProcessor.from_pretrained(tiny_clip)
+    ours = CLIPScore(str(tiny_clip))(images / 255, prompts)
+    for some in (slice(0, 1), slice(0, 4)):
+        theirs = clip_score(list(images[some]), prompts[some], lambda: (clip, processor))
+        torch.testing.assert_close(100 * ours[some].mean().clamp(min=0), theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_sets_of_pictures_are_compared_by_the_features_of_a_clip(tiny_clip: Path) -> None:
+    """A set is nearer to noisy copies of itself than to another set, for either distance."""
+    generator = torch.Generator().manual_seed(0)
+    pictures, others = torch.rand(2, 24, 3, 16, 16, generator=generator) * torch.tensor([1.0, 0.4]).view(2, 1, 1, 1, 1)
+    copies = pictures + 0.02 * torch.randn(pictures.shape, generator=generator)
+    encoder = CLIPScore(str(tiny_clip)).encoder
+    ours, near, far = (encoder.images(images) for images in (pictures, copies, others))
+    for distance in (kernel_distance, frechet_distance):
+        assert distance(ours, near) < 0.2 * distance(ours, far)

@@ -159,8 +159,16 @@ class PromptDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> FixedPrompts:
-        """The held-out prompts in their order."""
+        """The held-out prompts in their order.
+
+        Raises:
+            ConfigurationError: A process would have none, and the others would wait for it.
+        """
         rank, size = self._process()
+        if 0 < len(self.val_prompts) < size:
+            raise ConfigurationError(
+                f"{len(self.val_prompts)} held-out prompts do not go round {size} processes; hold out at least {size}"
+            )
         return FixedPrompts(self.val_prompts, self.val_batch_size, rank=rank, world_size=size)
 
     def _process(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -186,3 +187,12 @@ def test_data_module() -> None:
 def test_batch_sizes_are_checked(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=0 must be at least 1"):
         PromptDataModule(["a", "b"], val_size=1, **{name: 0})
+
+
+def test_held_out_prompts_go_round_the_processes() -> None:
+    data = PromptDataModule(["a", "b", "c"], val_prompts=["d", "e"])
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    assert list(data.val_dataloader()) == [["e"]]
+    data.trainer = SimpleNamespace(global_rank=1, world_size=3)
+    with pytest.raises(ConfigurationError, match="2 held-out prompts do not go round 3 processes"):
+        data.val_dataloader()

@@ -289,6 +289,39 @@ def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
     assert kept(9) < 1.01 * kept(3)
 
 
+def test_a_walk_is_the_chain_s_own_steps_and_is_revisited_exactly(tiny_sd: Path) -> None:
+    module = make(tiny_sd)
+    chain = SamplingChain(module.model, DDIM(3, eta=1.0), module.model.encode(PROMPTS[:2]))
+    torch.manual_seed(0)
+    noise = torch.randn(4, 2, *module.model.latent_shape)
+    with torch.no_grad():
+        walk = list(chain.walk(noise[0], noise[1:]))
+        state = chain.start(noise[0])
+        for (transition, x), fresh in zip(walk, noise[1:], strict=True):
+            expected = chain.transition(state)
+            assert torch.equal(x, expected.mean + expected.std * fresh)
+            assert torch.equal(transition.mean, expected.mean)
+            state = replace(state, x=x, step=state.step + 1)
+    again = chain.revisit(torch.stack([noise[0], *(x for _, x in walk)]), range(3))
+    for (transition, x), other in zip(walk, again, strict=True):
+        assert torch.equal(other.log_prob(x), transition.log_prob(x))
+
+
+def test_prompts_are_repeated_for_as_long_as_their_rollout_lasts(tmp_path: Path) -> None:
+    """Every prompt has its turn, passes are whole rollouts, and a resumed loader knows its place."""
+    module, datamodule = linear(inner_epochs=2, steps_per_part=1), data()
+    trainer_of(tmp_path, max_epochs=1).fit(module, datamodule)
+    loader = datamodule.train_dataloader()
+    assert len(loader) == 2 * 6
+    seen = list(loader)
+    assert all(seen[i] == seen[i - i % 6] for i in range(12))
+    assert sorted(seen[0] + seen[6]) == sorted(datamodule.train_prompts)
+    assert module.reward_queries == 2 * 2 * 2
+    again = datamodule.train_dataloader()
+    again.load_state_dict({"position": 7})
+    assert list(again) == seen[7:]
+
+
 # Training.
 
 

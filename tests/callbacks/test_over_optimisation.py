@@ -291,3 +291,40 @@ def test_wrong_settings_are_refused(options, message):
 def test_what_cannot_be_guarded_is_refused(make_module, make_trainer, data, model, watch, options, message):
     with pytest.raises(ConfigurationError, match=message):
         make_trainer(OverOptimisationGuard(**options)).fit(make_module(model=model, watch=watch), data)
+
+
+class Disagreeing(Scripted):
+    """On the second process nothing falls."""
+
+    def score(self, images, prompts):
+        scores = super().score(images, prompts)
+        return scores if self.global_rank == 0 else {name: scores["reward"] for name in scores}
+
+
+class Note(Callback):
+    """Writes down what each process's guard did."""
+
+    def __init__(self, guard, folder):
+        self.guard, self.folder = guard, folder
+
+    def on_train_end(self, trainer, pl_module):
+        state = {"step": trainer.global_step, **self.guard.state_dict(), "theta": pl_module.model.theta.item()}
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(state))
+
+
+def test_two_processes_decide_alike_and_one_writes(make_trainer, data, tmp_path):
+    module = Disagreeing(scripted([0, 1, 2, 3], [5, 5, 3, 2]).script)
+    guard = OverOptimisationGuard("stop", **GUARD)
+    trainer = make_trainer(
+        *(guard, Note(guard, tmp_path)),
+        max_steps=3,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        strategy="ddp_fork",
+        devices=2,
+    )
+    trainer.fit(module, data)
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == two
+    assert (one["step"], one["counts"]["stopped"], one["best"]) == (2, 1, [1, 1.0])
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["guarded.safetensors"]

@@ -101,7 +101,7 @@ class PolicyGradientModule(RewardModule):
         self.micro_batch_size = micro_batch_size
         self.steps_per_part = steps_per_part
         self.rollout: Rollout | None = None
-        self._unused = 0
+        self._unused = 0  # parts of the rollout that are still to be trained on
         self._derived: tuple[int, Derivatives] | None = None
         self._logs: dict[str, list[Tensor]] = {}
         self._logged_step = -1
@@ -244,7 +244,7 @@ class PolicyGradientModule(RewardModule):
                 "this run will differ from the uninterrupted one"
             )
         elif saved[self.global_rank] is not None:
-            self.rollout = Rollout(**saved[self.global_rank])
+            self.rollout, self._unused = Rollout(**saved[self.global_rank]), 1
 
     def _current(self, prompts: Sequence[str], number: int) -> Rollout:
         """The rollout with this number, drawn unless it is there."""

@@ -495,6 +495,27 @@ def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Pat
     assert one["theta"].item() == pytest.approx((0.1 - 0.1 * torch.stack(slopes).mean()).item(), rel=1e-6)
 
 
+def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
+    """Within a rollout; one process draws a new one, and says so."""
+    settings = {"objective": PPO(clip=1e-2), "inner_epochs": 2}
+    options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": True}
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+
+    def run(steps: int, *callbacks: Callback, ckpt: Path | None = None) -> list[dict[str, Any]]:
+        trainer = trainer_of(tmp_path, Note(tmp_path), *callbacks, max_steps=steps, **options)
+        trainer.fit(linear(**settings), data(), ckpt_path=ckpt)
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+
+    straight = run(4)
+    run(3, saving)
+    resumed = run(4, ckpt=tmp_path / "step=3.ckpt")
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert torch.equal(ours["theta"], theirs["theta"])
+        assert torch.equal(ours["rollout"]["latents"], theirs["rollout"]["latents"])
+    with pytest.warns(UserWarning, match="of 2 processes and there are 1 now: the rollout is drawn anew"):
+        trainer_of(tmp_path, max_steps=4).fit(linear(**settings), data(), ckpt_path=tmp_path / "step=3.ckpt")
+
+
 # What is refused.
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 import lightning_draft.baselines  # noqa: F401 (its classes are known by their short names)
@@ -206,14 +207,15 @@ class DraftCLI(LightningCLI):
                 print(f"run folder: {place}{hint}", flush=True)
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; Ctrl-C ends it with what it has."""
+        """Train; Ctrl-C or SIGTERM ends it with what it has."""
         try:
             self.trainer.fit(**kwargs)
-        except SystemExit:
+        except SystemExit as end:
             if not self.trainer.interrupted:
                 raise
             self.status = INTERRUPTED
-            complain(f"stopped by Ctrl-C after {self.trainer.global_step} steps")
+            way = "SIGTERM" if isinstance(end, SIGTERMException) else "Ctrl-C"
+            complain(f"stopped by {way} after {self.trainer.global_step} steps")
         except Exception:
             if self.trainer.global_step == 0 and self.trainer.is_global_zero:
                 runs.discard(self.folder)

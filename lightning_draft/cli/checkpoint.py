@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_draft.errors import ConfigurationError
 
@@ -57,8 +58,9 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what a training had reached that is interrupted by Ctrl-C, or fails in its only process."""
-        if self._saved >= 0 and (isinstance(exception, KeyboardInterrupt) or trainer.world_size == 1):
+        """Save what a training had reached that Ctrl-C or SIGTERM ends, or that fails in its only process."""
+        together = isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or trainer.world_size == 1
+        if self._saved >= 0 and together:
             self._interrupted = True
             self.save(trainer)
 

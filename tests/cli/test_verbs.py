@@ -215,18 +215,27 @@ def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, confi
         assert torch.equal(state["exp_avg"], small["optimizer_states"][0]["state"][index]["exp_avg"])
 
 
-def test_a_run_that_fails_keeps_its_checkpoint(command: Callable, config: Path) -> None:
+def test_a_run_that_fails_or_is_terminated_keeps_its_checkpoint(command: Callable, config: Path) -> None:
     Path("failing.py").write_text(
-        "import lightning as L\n"
+        "import lightning as L, os, signal\n"
         "class Fail(L.Callback):\n"
         "    def on_before_backward(self, trainer, *_):\n"
         "        if trainer.global_step == 2:\n"
         "            raise ConnectionError('the service is down')\n"
+        "class Terminate(L.Callback):\n"
+        "    def on_before_backward(self, trainer, *_):\n"
+        "        if trainer.global_step == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
     )
+    options = ["fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks"]
     with pytest.raises(ConnectionError, match="the service is down"):
-        command("fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks", "[failing.Fail]")
+        command(*options, "[failing.Fail]")
     saved = torch.load("runs/small/checkpoints/last.ckpt")
     assert saved["global_step"] == _place(saved) == 2
+    ended = command(*options, "[failing.Terminate]")
+    assert "stopped by SIGTERM after 3 steps" in ended.err
+    saved = torch.load("runs/small-2/checkpoints/last.ckpt")
+    assert saved["global_step"] == _place(saved) == 3
 
 
 def _place(checkpoint: dict[str, Any]) -> int:

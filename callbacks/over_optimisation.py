@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -183,7 +184,8 @@ class OverOptimisationGuard(Callback):
             with observing(pl_module), trainer.precision_plugin.forward_context():
                 look = trainer.strategy.broadcast(self._seen(*self._sample(pl_module)))
             fault = self._take(trainer.global_step, look)
-            if fault is None and (self.best_reward is None or look.reward > self.best_reward):
+            best = -math.inf if self.best_reward is None else self.best_reward
+            if fault is None and math.isfinite(look.reward) and look.reward > best:
                 self.best_reward, self.best_step = look.reward, trainer.global_step
                 if trainer.is_global_zero:
                     metadata = {**header(trainer, pl_module), "guard": json.dumps(_flat(look))}

@@ -28,7 +28,8 @@ lightning-draft fit: train
   --trainer.KEY VALUE      every option of Lightning's Trainer: max_steps, precision, devices, strategy, ...
   --samples.KEY VALUE      grids of pictures; `--samples null` for none; likewise --export (LoRA files),
                            --gradients (norms), --cost (queries, passes, seconds), --checkpoint (to resume from),
-                           --progress, --ema (none by default)
+                           --progress; and none by default: --ema (moving average), --guard (held-out rewards that
+                           fall), --conflict (of rewards): --guard OverOptimisationGuard --guard.action stop
   --ckpt_path FILE|last    resume
   --print_config           print the whole configuration and stop
 

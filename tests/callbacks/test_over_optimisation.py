@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def test_the_kept_adapters_are_the_best_that_were_not_over_optimised(run, tmp_pa
         header = file.metadata()
     seen = json.loads(header["guard"])
     assert (seen["reward"], seen["held_out/held"], header["step"]) == (3.0, 4.5, "2")
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_adapters_whose_reward_is_no_number_are_not_kept(run, broken):
+    guard = OverOptimisationGuard(**GUARD)
+    _, thetas = run(scripted([0, broken, 1, broken], [5, 5, 5, 5]), guard)
+    assert (guard.best_step, guard.best_reward) == (2, 1.0)
+    assert load_file(guard.best_path)["theta"].item() == thetas[2]
 
 
 def test_stop_ends_training(run, logger):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_draft.baselines import GroupMean, LeaveOneOut, PerPromptStatistics
+from lightning_draft.callbacks.lora_export import header
 from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
@@ -371,6 +372,7 @@ def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_p
     for name, value in after.items():
         assert torch.equal(value, before[name]) != (name in trained), name
     assert trainer.callback_metrics["val/gain"] != 0
+    assert header(trainer, module)["method"] == "PPO(reduction='mean', clip=0.0001, advantage_clip=5.0, form='min')"
 
 
 def test_what_is_said_of_a_rollout() -> None:
@@ -558,6 +560,20 @@ def test_what_cannot_learn_is_refused_before_it_starts(
     with pytest.raises(ConfigurationError, match=message):
         trainer_of(tmp_path, max_steps=1, **trainer).fit(module, data())
     assert module.reward_queries == 0
+
+
+class Unused(LinearModel):
+    """Its parameter takes no part in sampling."""
+
+    def forward(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
+        return 0.1 * x
+
+
+def test_log_probabilities_that_ignore_what_is_trained_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="the log-probability's gradient reaches none of the trainable"):
+        fit(tmp_path, linear(model=Unused(0.1)))
+    with pytest.raises(ConfigurationError, match="trainable parameters are in bfloat16, in which small updates round"):
+        fit(tmp_path, make(tiny_sd), precision="bf16-true")
 
 
 def test_accumulating_over_several_rollouts_is_on_policy(tmp_path: Path) -> None:

@@ -162,6 +162,10 @@ class DraftCLI(LightningCLI):
         configs = [Path(str(path)) for path in config.get("config") or []]
         config["name"] = config["name"] or runs.default_name(configs)
         root = Path(config["trainer"]["default_root_dir"] or runs.ROOT)
+        if config["trainer"]["val_check_interval"] == 0:
+            raise ConfigurationError(
+                "trainer.val_check_interval=0: for no validation write trainer.limit_val_batches=0"
+            )
         asked = config["ckpt_path"]
         if asked == "last":
             saved = [path.parent for path in configs if path.name == "config.yaml"]

@@ -55,6 +55,7 @@ MISTAKES = [
     (["--trainer.strategy", "dpd"], ["strategy='dpd'"]),
     (["--model.sampler.spacing", "null"], ["--model.sampler.spacing", "no null this deep"]),
     (["--model.truncation.help", "LastKK"], ["model.truncation", "did you mean LastK"]),
+    (["--trainer.val_check_interval", "0"], ["for no validation write trainer.limit_val_batches=0"]),
     (["--trainer.max_steps", "many"], ["trainer.max_steps", "an integer", "'many'"]),
     (["--trainer.callbacks", "[EarlyStopin]"], ["trainer.callbacks[0]", "did you mean EarlyStopping"]),
     (["--samples.every_n_step", "5"], ["samples (SampleLogger)", "did you mean every_n_steps"]),

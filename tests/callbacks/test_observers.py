@@ -17,14 +17,17 @@ import lightning_draft
 from lightning_draft import callbacks
 from lightning_draft.callbacks import (
     AdapterEMA,
+    CostMonitor,
     GradientNormMonitor,
     LoRAExport,
+    OverOptimisationGuard,
     ProgressBar,
     RandomState,
+    RewardConflict,
     SampleLogger,
 )
 from lightning_draft.data import PromptDataModule
-from lightning_draft.rewards.colour import ColourTarget
+from lightning_draft.rewards.colour import ColourBalance, ColourTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LowVariance, RandomK
 
@@ -61,6 +64,9 @@ def observers(folder):
         AdapterEMA(0.9),
         ProgressBar(every_n_steps=1),
         RandomState(),
+        CostMonitor(),
+        OverOptimisationGuard(max_prompts=1, samples_per_prompt=2, dirpath=str(folder / "lora")),
+        RewardConflict(every_n_steps=2, max_samples=1),
     ]
 
 
@@ -83,7 +89,7 @@ def train(make_diffusion_module, make_trainer):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        module, trace = make_diffusion_module(**options), Trace()
+        module, trace = make_diffusion_module(watch={"red": ColourBalance()}, **options), Trace()
         trainer = make_trainer(
             *extra,
             trace,

@@ -15,18 +15,22 @@ from torch import Tensor
 
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import check_scores
 from lightning_draft.truncation import LastK, LowVariance, RandomK
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from lightning_draft.modules import DraftModule, RewardModule
+    from lightning_draft.modules import DraftModule
     from lightning_draft.policy import PolicyGradientModule
+    from lightning_draft.reward_module import RewardModule
 
 _CUT = (
     "keep to tensor operations (no .item(), .detach(), numpy, PIL or no_grad), or set `differentiable = False` on it "
     "and list it under `watch`"
 )
+_MORE_STEPS = "set the sampler's spacing to trailing where it has one, or train more steps, e.g. LastK(k=2)"
+_FAINT = 0.02  # of the coefficients in use, DRaFT's own grid of 50 steps has -0.134
 
 
 def check_setup(module: DraftModule) -> None:
@@ -71,7 +75,7 @@ def prove(module: DraftModule, prompt: str | None = None) -> None:
             latents = module.truncation(chain, module.model.noise(1))
             _check_latents(module, latents)
             _check_reward(module, latents, prompts)
-            if not (_sharded(trainer) or _scaled(trainer)):
+            if not (sharded(trainer) or _scaled(trainer)):
                 _check_parameters(module, latents, prompts)
     finally:
         module.probes = probed
@@ -151,7 +155,7 @@ def prove_policy(module: PolicyGradientModule) -> None:
     with module._random_state(module.seed), torch.enable_grad(), context:
         chain = SamplingChain(module.model, module.sampler, module.model.encode([_first_prompt(module)]))
         mean = chain.transition(State(module.model.noise(1), module.policy.steps[-1])).mean
-        if not (_sharded(trainer) or _scaled(trainer)):
+        if not (sharded(trainer) or _scaled(trainer)):
             _check_reach((mean * torch.randn_like(mean)).sum(), module, "log-probability")
 
 
@@ -168,16 +172,23 @@ def _check_sampler(module: RewardModule) -> None:
 
 
 def _check_final_step(module: DraftModule) -> None:
-    """Methods that train the last step alone learn nothing where that step ignores the network."""
+    """Methods that train the last step alone learn nothing where that step ignores the network, or nearly does."""
     only_last = isinstance(module.truncation, LowVariance) or (
         isinstance(module.truncation, (LastK, RandomK))
         and module.truncation.gradient_steps(module.sampler.num_steps) == 1
     )
-    if only_last and abs(module.sampler.final_coefficient(module.model.schedule)) < 1e-8:
+    if not only_last:
+        return
+    name, weight = type(module.truncation).__name__, abs(module.sampler.final_coefficient(module.model.schedule))
+    if weight < 1e-8:
         raise ConfigurationError(
-            f"{type(module.truncation).__name__} trains the last sampling step alone, but on this timestep grid that "
-            "step does not use the network's output (its coefficient is 0); set the sampler's spacing to trailing, or "
-            "train more steps, e.g. LastK(k=2)"
+            f"{name} trains the last sampling step alone, but on this timestep grid that step does not use the "
+            f"network's output (its coefficient is 0); {_MORE_STEPS}"
+        )
+    if weight < _FAINT:
+        rank_zero_warn(
+            f"{name} trains the last sampling step alone, and on this timestep grid the network's output counts there "
+            f"by a factor of {weight:.2g} only, so training will change the pictures very little; {_MORE_STEPS}"
         )
 
 
@@ -199,9 +210,13 @@ def _check_reward(module: DraftModule, latents: Tensor, prompts: list[str]) -> N
     name = type(module.reward).__name__
     with torch.no_grad():
         images = module.model.decode(latents).float()
+    if not images.isfinite().all():
+        raise ConfigurationError(
+            "decoding gave images that are not finite; use a wider dtype for the model (bfloat16 or float32)"
+        )
     images = images.detach().requires_grad_()
     try:
-        reward = module.reward(images, prompts * len(images))
+        reward = check_scores(module.reward(images, prompts * len(images)), len(images), module.reward)
     except RuntimeError as error:
         if "requires grad" not in str(error):
             raise
@@ -211,7 +226,11 @@ def _check_reward(module: DraftModule, latents: Tensor, prompts: list[str]) -> N
         raise ConfigurationError(
             f"the reward {name} returned a score without a gradient although it says it is differentiable; {_CUT}"
         )
-    _check_gradient(gradient, f"the gradient of the reward {name} with respect to the images")
+    _check_gradient(
+        gradient,
+        f"the gradient of the reward {name} with respect to the images",
+        "look for a sqrt, a norm, a log or a division at 0 in the reward, and add a small number under it",
+    )
 
 
 def _check_parameters(module: DraftModule, latents: Tensor, prompts: list[str]) -> None:
@@ -240,12 +259,13 @@ def _check_reach(value: Tensor, module: RewardModule, what: str) -> None:
     _check_gradient(
         torch.stack([gradient.float().norm() for gradient in reached]),
         f"the gradient of the {what} with respect to the trainable parameters",
+        "use a wider dtype, a smaller guidance scale or fewer steps",
     )
 
 
-def _check_gradient(gradient: Tensor, what: str) -> None:
+def _check_gradient(gradient: Tensor, what: str, cure: str) -> None:
     if not gradient.isfinite().all():
-        raise ConfigurationError(f"{what} is not finite; use a wider dtype, a smaller guidance scale or fewer steps")
+        raise ConfigurationError(f"{what} is not finite; {cure}")
     if not gradient.any():
         raise ConfigurationError(
             f"{what} is exactly zero, so nothing can be learnt; look for a clamp, a round or a threshold on the "
@@ -264,7 +284,8 @@ def _check_precision(module: RewardModule) -> None:
         )
 
 
-def _sharded(trainer: L.Trainer | None) -> bool:
+def sharded(trainer: L.Trainer | None) -> bool:
+    """Whether each process holds a part of the parameters only."""
     return trainer is not None and isinstance(
         trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
     )

@@ -1,6 +1,7 @@
 """What cannot learn is refused before the first step, each with its own reason and fix."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class SquareRoot(Reward):
         return (images - images).flatten(1).norm(dim=1) + (0 * images).flatten(1).sum(1).abs().sqrt()
 
 
+class Listed(Reward):
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return list(images.mean((1, 2, 3)))  # type: ignore[return-value]
+
+
 class OneForAll(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean()
@@ -79,6 +85,13 @@ class CutByTheUser(Truncation):
 class Overflowing(LinearModel):
     def forward(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
         return super().forward(x, t, conditioning) * math.inf
+
+
+class Undecodable(LinearModel):
+    """Finite latents, and a decoder that overflows."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents) * math.inf
 
 
 class Unused(LinearModel):
@@ -151,9 +164,15 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("elsewhere", {"reward": Elsewhere()}, "Elsewhere returned a score without a gradient"),
     ("rounded", {"reward": Rounded()}, "reward Rounded with respect to the images is exactly zero.*a clamp, a round"),
     ("constant", {"reward": ConstantReward()}, "ConstantReward with respect to the images is exactly zero"),
-    ("nan", {"reward": SquareRoot()}, "reward SquareRoot with respect to the images is not finite; use a wider dtype"),
+    (
+        "nan",
+        {"reward": SquareRoot()},
+        "reward SquareRoot with respect to the images is not finite; look for a sqrt, a norm, a log or a division at 0",
+    ),
+    ("list", {"reward": Listed()}, r"^Listed.forward returned a list for 1 images; return a tensor of shape \(1,\)"),
     ("one score", {"reward": OneForAll()}, r"OneForAll.forward returned shape \(\) for 1 images; return one score"),
     ("cut", {"truncation": CutByTheUser()}, "CutByTheUser returned latents without a gradient.*freeze=True"),
+    ("white noise", {"model": Undecodable()}, "^decoding gave images that are not finite; use a wider dtype"),
     ("overflow", {"model": Overflowing()}, "sampling gave latents that are not finite; use a wider dtype"),
     ("unused", {"model": Unused()}, "reaches none of the trainable parameters: .*train the denoiser's adapters"),
     ("explosion", {"model": Exploding()}, "with respect to the trainable parameters is not finite; use a wider dtype"),
@@ -182,6 +201,21 @@ def test_a_dead_last_step_is_no_hindrance_to_more_steps() -> None:
     for truncation in (LastK(2), Full(), ReFL(m=1), RandomK(max_k=2)):
         check_setup(make(model=LinearModel(schedule=DEAD_END), truncation=truncation))
     check_setup(make(model=LinearModel(0.1, "flow", RectifiedFlow()), sampler=FlowEuler(1), truncation=LastK(1)))
+
+
+def test_a_faint_last_step_is_a_warning() -> None:
+    """SD 1.x's own grid counts the network by 0.0121 there, a flow of shift 3 by 0.009, DRaFT's grid by 0.134."""
+    faint = LinearModel(schedule=scaled_linear(spacing="leading", final_alpha_cumprod=None, steps_offset=1))
+    flow = LinearModel(0.1, "flow", RectifiedFlow(shift=3.0))
+    for truncation in (LastK(1), LowVariance(2), RandomK(max_k=1)):
+        with pytest.warns(UserWarning, match=r"counts there by a factor of 0\.012 only.*trailing.*LastK\(k=2\)"):
+            check_setup(make(model=faint, sampler=DDIM(50), truncation=truncation))
+    with pytest.warns(UserWarning, match=r"by a factor of 0\.009 only"):
+        check_setup(make(model=flow, sampler=FlowEuler(28), truncation=LastK(1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_setup(make(model=faint, sampler=DDIM(50), truncation=LastK(2)))
+        check_setup(make(model=LinearModel(schedule=scaled_linear()), sampler=DDIM(50), truncation=LastK(1)))
 
 
 def test_proving_leaves_everything_as_it_was() -> None:

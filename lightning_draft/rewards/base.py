@@ -90,13 +90,18 @@ def check_name(name: str) -> str:
 
 
 def check_scores(scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:
-    """Return `scores` if their shape is `(batch_size,)`.
+    """Return `scores` if they are a tensor of shape `(batch_size,)`.
 
     Raises:
-        ValueError: It is not; the message names the reward.
+        ConfigurationError: They are not; the message names the reward.
     """
+    if not isinstance(scores, Tensor):
+        raise ConfigurationError(
+            f"{type(reward).__name__}.forward returned a {type(scores).__name__} for {batch_size} images; return a "
+            f"tensor of shape ({batch_size},), such as torch.stack of tensors"
+        )
     if scores.shape != (batch_size,):
-        raise ValueError(
+        raise ConfigurationError(
             f"{type(reward).__name__}.forward returned shape {tuple(scores.shape)} for {batch_size} images; "
             f"return one score an image, shape ({batch_size},)"
         )

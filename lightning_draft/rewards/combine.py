@@ -256,5 +256,5 @@ def image_gradient(scores: Tensor, images: Tensor) -> Tensor:
 def _checked_scores(name: str, scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:
     try:
         return check_scores(scores, batch_size, reward)
-    except ValueError as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"reward {name!r}: {error}") from error

@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_draft.baselines import Baseline, PerPromptStatistics
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
-from lightning_draft.modules import RewardModule, _mix
 from lightning_draft.objectives import PPO, Evidence, Objective
 from lightning_draft.preflight import check_accumulation, check_policy, prove_policy
+from lightning_draft.reward_module import RewardModule, mix
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rollout import (
     Derivatives,
@@ -113,6 +113,7 @@ class PolicyGradientModule(RewardModule):
 
     def setup(self, stage: str) -> None:
         """Refuse combinations that cannot learn, before anything is loaded onto a device."""
+        super().setup(stage)
         if stage == "fit":
             self.rollout = self._derived = None
             check_policy(self)
@@ -208,8 +209,8 @@ class PolicyGradientModule(RewardModule):
             step: How many optimiser steps the model has behind it.
         """
         every = self._repeated(prompts)
-        seeds = [_mix(self.seed, number, self.global_rank, i) for i in range(len(every))]
-        with self._random_state(_mix(self.seed, number, self.global_rank)):
+        seeds = [mix(self.seed, number, self.global_rank, i) for i in range(len(every))]
+        with self._random_state(mix(self.seed, number, self.global_rank)):
             latents, log_probs = self.policy.sample(every, seeds)
             pieces = slices(len(every), self.micro_batch_size)
             scores = [self._judge(latents[-1, some], every[some]) for some in pieces]

@@ -14,7 +14,8 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
 from lightning_draft.models import LoRA, StableDiffusion
-from lightning_draft.modules import DraftModule, _mix
+from lightning_draft.modules import DraftModule
+from lightning_draft.reward_module import mix
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.colour import Brightness, ColourBalance
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
@@ -222,6 +223,20 @@ def test_kl_weight_adds_the_drift_and_holds_the_adapters_back(tiny_sd: Path, tmp
     assert drift(100.0) < 0.3 * drift(1e-6)
 
 
+def test_gain_is_over_the_base_that_is_sampled_now(tmp_path: Path) -> None:
+    """Whatever was validated before: with another sampler, other prompts, batches of another size."""
+    module, trainer = linear(), trainer_of(tmp_path, limit_val_batches=None)
+    module.model.theta.data += 0.3
+    for sampler, prompts, size in ((DDIM(4), PROMPTS, 2), (DDIM(2), PROMPTS, 2), (DDIM(2), PROMPTS[::-1], 3)):
+        module.sampler = sampler
+        prompt_data = PromptDataModule(prompts, batch_size=2, val_size=3, val_batch_size=size)
+        (found,) = trainer.validate(module, prompt_data, verbose=False)
+        fresh = linear(sampler=sampler)
+        (base,) = trainer.validate(fresh, prompt_data, verbose=False)
+        assert base["val/gain"] == 0
+        assert found["val/gain"] == pytest.approx(found["val/reward"] - base["val/reward"], abs=1e-6)
+
+
 # Gradients do not depend on how they are computed.
 
 
@@ -394,6 +409,10 @@ def test_a_checkpoint_holds_what_is_trained_and_loads_under_weights_only(tiny_sd
     other = make(tiny_sd, model={"lora": LoRA(rank=4, target_modules=["to_q"])})
     with pytest.raises(ConfigurationError, match="other trainable parameters than this model .*the run saved beside"):
         trainer_of(tmp_path, max_steps=2).fit(other, data(), ckpt_path=str(tmp_path / "run.ckpt"))
+    wider = make(tiny_sd, model={"lora": LoRA(rank=6, target_modules=TARGETS)})
+    message = r"^the checkpoint's '\S+lora_A\S+' has shape \(4, \d+.*\) and this model's \(6, \d+.*LoRA ranks differ"
+    with pytest.raises(ConfigurationError, match=message):
+        trainer_of(tmp_path, max_steps=2).fit(wider, data(), ckpt_path=str(tmp_path / "run.ckpt"))
 
 
 # Precision.
@@ -477,7 +496,7 @@ def test_two_processes_share_structure_and_parameters_and_not_noise(tmp_path: Pa
     slopes = []
     for notes in (one, two):
         alone = module()
-        chain = alone.chain(["a"] * 2, torch.Generator().manual_seed(_mix(0, 0)))
+        chain = alone.chain(["a"] * 2, torch.Generator().manual_seed(mix(0, 0)))
         latents = alone.truncation(chain, notes["noise"][:2])
         slopes.append(torch.autograd.grad(-latents.mean((1, 2, 3)).mean(), alone.model.theta)[0])
     after = torch.load(tmp_path / "0.pt")["theta"]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.modules import DraftModule, _mix
+from lightning_draft.modules import DraftModule
 from lightning_draft.policy import PolicyGradientModule
+from lightning_draft.reward_module import mix
 from lightning_draft.rewards import Brightness, ColourBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
@@ -89,6 +90,19 @@ def test_statistics_start_with_16_images_and_take_in_each_batch(tmp_path: Path) 
     assert "red" not in subject.reward.get_extra_state()
 
 
+def test_gain_is_measured_with_the_statistics_of_the_moment(tmp_path: Path) -> None:
+    """The base, too: without training nothing is gained, before the first statistics and after."""
+    seen: list[float] = []
+
+    class Gain(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            seen.append(float(trainer.callback_metrics["val/gain"]))
+
+    still = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    fit(still, tmp_path, Gain(), num_sanity_val_steps=1)
+    assert seen == [0, 0, 0]
+
+
 def test_the_base_models_images_come_first(tmp_path: Path) -> None:
     """Before the first step: by hand, from the first batch of prompts."""
     scores = Scores()
@@ -97,7 +111,7 @@ def test_the_base_models_images_come_first(tmp_path: Path) -> None:
     prompts = PromptDataModule(PROMPTS, batch_size=3, val_size=3).train_dataloader().batch(0)
     fresh = module()
     for number, shown in enumerate(scores.shown[:6]):
-        images = fresh.generate(prompts, seed=_mix(0, number, 0, 16))
+        images = fresh.generate(prompts, seed=mix(0, number, 0, 16))
         for name, values in fresh.reward.breakdown(images, prompts)[1].items():
             assert torch.equal(values, shown[name])
     assert len({tuple(shown["bright"].tolist()) for shown in scores.shown}) == 7

@@ -114,8 +114,8 @@ class PromptDataModule(L.LightningDataModule):
 
     Args:
         prompts: A list; or a `.txt` file (one a line), a `.jsonl`, `.json` or `.csv` file; or the name of a shipped
-            list (`emoji`, `animals`); or a data set folder or hub id that the `datasets` package reads. In files with
-            columns, every column but the prompt's becomes metadata that rewards may read.
+            list (`emoji`, `emoji_names`, `animals`); or a data set folder or hub id that the `datasets` package reads.
+            In files with columns, every column but the prompt's becomes metadata that rewards may read.
         val_prompts: Held-out prompts, given likewise; by default `val_size` prompts are held out of `prompts`.
         batch_size: Prompts a process and optimisation step.
         val_batch_size: Prompts a validation batch; by default `batch_size`.
@@ -209,10 +209,10 @@ def read_prompts(source: list[str] | str, column: str = "prompt", split: str = "
 
 
 def _read(source: str, column: str, split: str) -> list[Prompt]:
-    shipped = files("lightning_draft") / "prompts" / f"{source}.txt"
+    shipped = _shipped().get(source)
     path = Path(source)
-    if shipped.is_file():
-        return [Prompt(line.strip()) for line in shipped.read_text().splitlines()]
+    if shipped is not None:
+        return _READERS[shipped.suffix](shipped, column)
     if path.suffix in _READERS:
         if not path.is_file():
             raise ConfigurationError(f"there is no file {source!r}; give the path of a prompt file")
@@ -229,9 +229,13 @@ def _read(source: str, column: str, split: str) -> list[Prompt]:
 
 def shipped_lists() -> list[str]:
     """Names of the shipped prompt lists."""
-    return sorted(
-        Path(file.name).stem for file in (files("lightning_draft") / "prompts").iterdir() if ".txt" in file.name
-    )
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Path]:
+    """Files of the shipped prompt lists by name."""
+    folder = Path(str(files("lightning_draft") / "prompts"))
+    return {file.stem: file for file in folder.iterdir() if file.suffix in (".txt", ".csv")}
 
 
 def _refuse_slips(source: str) -> None:

@@ -81,11 +81,21 @@ def test_another_column(tmp_path: Path) -> None:
 
 
 def test_every_shipped_list_is_read_whole_and_without_repetition() -> None:
-    assert "animals" in shipped_lists()
+    assert {"animals", "emoji_names"} <= set(shipped_lists())
     for name in shipped_lists():
-        lines = (files("lightning_draft") / "prompts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-        assert read_prompts(name) == lines
+        columns = name == "emoji_names"
+        file = files("lightning_draft") / "prompts" / f"{name}.{'csv' if columns else 'txt'}"
+        lines = file.read_text(encoding="utf-8").splitlines()[int(columns) :]
+        assert read_prompts(name) == [line.split(",")[0] for line in lines]
         assert len(set(lines)) == len(lines)
+
+
+def test_bare_names_come_with_a_caption_that_the_model_knows() -> None:
+    names = read_prompts("emoji_names")
+    captions = [prompt.metadata["caption"] for prompt in names]
+    assert captions == [f"twemoji {name}" for name in names]
+    assert set(captions) <= set(read_prompts("emoji"))
+    assert not set(names) & set(read_prompts("emoji"))
 
 
 @pytest.mark.parametrize(

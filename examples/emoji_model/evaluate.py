@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from examples.emoji_model.data import Emoji, prepare
+from examples.emoji_model.nearest import NearestPicture
+from lightning_draft.data import read_prompts
 
 
 @torch.no_grad()
@@ -36,19 +38,6 @@ def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, st
         for i in range(0, len(captions), 32)
     ]
     return torch.cat(pictures)
-
-
-def nearest(pictures: Tensor, emoji: Emoji) -> list[str]:
-    """Names of the training pictures nearest to each of `pictures`."""
-    rows = torch.nonzero(emoji.drawn & ~emoji.held_out).squeeze(1)
-    distances = torch.cdist(pictures.flatten(1), emoji.images[rows].flatten(1))
-    return [emoji.names[i] for i in rows[distances.argmin(1)].tolist()]
-
-
-def right(pictures: Tensor, emoji: Emoji, rows: list[int]) -> float:
-    """Share of `pictures`, drawn for the captions of `rows`, that are right."""
-    found = nearest(pictures, emoji)
-    return sum(name == emoji.names[row] for name, row in zip(found, rows, strict=True)) / len(rows)
 
 
 @torch.no_grad()
@@ -90,18 +79,18 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     if arguments.lora:
         pipe.load_lora_weights(arguments.lora)
-    pictures, others = (
-        draw(pipe, [emoji.captions[row] for row in rows], arguments.guidance, arguments.steps)
-        for rows in (chosen, unseen)
-    )
-    if arguments.sheet:
-        sheet(pictures[:64], arguments.sheet)
-    clip = arguments.assets / "emoji-clip"
-    figures = {
-        "drawn right": right(pictures, emoji, chosen),
-        "drawn right, unseen pairs": right(others, emoji, unseen),
-        "retrieved by the CLIP, of all captions": retrieval_rate(clip, emoji, list(range(len(emoji.images)))),
+    lists = {
+        "drawn right": [emoji.captions[row] for row in chosen],
+        "drawn right, unseen pairs": [emoji.captions[row] for row in unseen],
+        "drawn right, bare names": [str(prompt) for prompt in read_prompts("emoji_names")],
     }
+    judge = NearestPicture(str(prepare(arguments.data)))
+    pictures = {name: draw(pipe, prompts, arguments.guidance, arguments.steps) for name, prompts in lists.items()}
+    if arguments.sheet:
+        sheet(pictures["drawn right"][:64], arguments.sheet)
+    clip = arguments.assets / "emoji-clip"
+    figures = {name: judge(drawn, lists[name]).mean().item() for name, drawn in pictures.items()}
+    figures["retrieved by the CLIP, of all captions"] = retrieval_rate(clip, emoji, list(range(len(emoji.images))))
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=2))
 
 

@@ -82,10 +82,17 @@ def export_clip(folder: Path, out: Path) -> None:
 
 
 def export_prompts(emoji: Emoji, out: Path) -> None:
-    """Write the captions that the pipeline was trained to draw, and those held out from it."""
+    """Write the captions that the pipeline was trained to draw, those held out from it, and some bare names.
+
+    A bare name is a caption without its style, which the pipeline never saw; Twemoji's caption is beside it.
+    """
     for name, chosen in {"emoji": emoji.drawn & ~emoji.held_out, "emoji_unseen": emoji.held_out}.items():
         captions = [emoji.captions[row] for row in torch.nonzero(chosen).squeeze(1).tolist()]
         (out / f"{name}.txt").write_text("\n".join(sorted(captions)) + "\n")
+    twemoji = [row for row in torch.nonzero(emoji.drawn & ~emoji.held_out).squeeze(1) if emoji.styles[row] == "twemoji"]
+    names = sorted(emoji.names[row] for row in twemoji)[::6]
+    lines = ["prompt,caption", *(f"{name},twemoji {name}" for name in names)]
+    (out / "emoji_names.csv").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:

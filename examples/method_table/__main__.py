@@ -4,7 +4,7 @@
     python -m examples.method_table --report
 
 Cost is counted in network passes: one is one forward or one backward pass of the denoiser over one latent, and
-recomputation counts. All direct methods spend the same; policy gradients spend three times as much. Learning rates are
+recomputation counts. All direct methods spend the same; policy gradients spend twice as much. Learning rates are
 chosen first, for every method alike: the best of `--lrs` after a quarter of the budget, on a seed of its own. Every run
 is kept as a file as soon as it has ended, so an interrupted table goes on where it stopped, and `--methods` and
 `--seeds` share the work among processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
@@ -42,7 +42,7 @@ class Table:
 
     def __init__(self, setting: Setting, out: Path, budget: int, evaluation: tuple[int, int]) -> None:
         self.setting, self.out, self.budget = setting, out, budget
-        self.prompts = [str(prompt) for prompt in read_prompts(setting.prompts)]
+        self.prompts = read_prompts(setting.prompts)
         every, draws = evaluation
         self.evaluation = Evaluation(self.prompts[::every], draws)
         (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -134,15 +134,16 @@ def main() -> None:
     """Run what is missing, then write table and curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--budget", type=int, default=20_000, help="network passes a run")
+    parser.add_argument("--budget", type=int, default=8_000, help="network passes a run")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--clip", default="emoji-clip")
-    parser.add_argument("--sampling-steps", type=int, default=10)
-    parser.add_argument("--prompts", default="emoji_unseen", help="the model never saw pictures of these by default")
+    parser.add_argument("--sampling-steps", type=int, default=5)
+    parser.add_argument("--prompts", default="emoji_names", help="with a column `caption`: what is to be drawn")
+    parser.add_argument("--pictures", type=Path, default=Path("runs/emoji/emoji32.npz"), help="for `nearest`, if there")
     parser.add_argument("--captions", default="emoji", help="what the CLIP tells prompts from")
     parser.add_argument("--every", type=int, default=2, help="evaluate on every so manyth prompt")
     parser.add_argument("--draws", type=int, default=3, help="evaluation pictures a prompt")
@@ -150,7 +151,14 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*(many workers|eval mode|treespec).*")
-    setting = Setting(arguments.model, arguments.clip, arguments.prompts, arguments.captions, arguments.sampling_steps)
+    setting = Setting(
+        arguments.model,
+        arguments.clip,
+        arguments.prompts,
+        arguments.captions,
+        arguments.sampling_steps,
+        str(arguments.pictures) if arguments.pictures.exists() else None,
+    )
     table = Table(setting, arguments.out, arguments.budget, (arguments.every, arguments.draws))
     for seed in [] if arguments.report else arguments.seeds:
         for task in arguments.tasks:

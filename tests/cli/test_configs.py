@@ -52,7 +52,7 @@ def _class(value: str | dict) -> str:
     return value if isinstance(value, str) else value["class_path"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
 def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_sd3: Path, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
     models = {"model.model.pretrained": tiny_sd}
@@ -76,6 +76,7 @@ def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_s
 
 
 def test_quickstart_on_the_shipped_model(command: Callable) -> None:
+    """Its adapters sit where this model's captions enter, so it runs on no other."""
     result = command("fit", "--config", "quickstart", *_options(TINY | {"data.batch_size": 1}))
     assert result.status == 0, result.err
     assert Path("runs/quickstart/lora/last.safetensors").is_file()

@@ -31,7 +31,7 @@ def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("class_path", ["examples.custom_reward.Warmth", "my_rewards.Warmth"])
 def test_it_is_found_from_the_current_folder(
-    class_path: str, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    class_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The shipped example as it stands, and a copy in a file of another name."""
     monkeypatch.chdir(tmp_path)
@@ -44,7 +44,6 @@ def test_it_is_found_from_the_current_folder(
     fragment = Path("reward.yaml")
     fragment.write_text(FRAGMENT.read_text().replace("examples.custom_reward.Warmth", class_path))
     small = {
-        "model.init_args.model.init_args.pretrained": tiny_sd,
         "model.init_args.sampler.init_args.num_steps": 3,
         "model.init_args.watch": "null",
         "data.prompts": "[a cat, a red cat, red, a bed]",

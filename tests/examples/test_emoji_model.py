@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from examples.emoji_model import evaluate, export, parts
+from examples.emoji_model import export, parts
 from examples.emoji_model.data import Emoji
+from examples.emoji_model.nearest import NearestPicture
 
 
 @pytest.fixture
@@ -39,14 +41,19 @@ def test_standardising_changes_the_latents_and_not_the_pictures(emoji: Emoji, tm
         torch.testing.assert_close(pictures, vae.decode(before.mean).sample, rtol=1e-3, atol=1e-3)
 
 
-def test_nearest_looks_at_training_pictures_only(emoji: Emoji) -> None:
+def test_nearest_looks_at_training_pictures_only(emoji: Emoji, tmp_path: Path) -> None:
+    file = tmp_path / "emoji.npz"
+    pictures = (emoji.images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    drawn, held_out = emoji.drawn.numpy(), emoji.held_out.numpy()
+    np.savez(file, images=pictures, names=emoji.names, styles=emoji.styles, drawn=drawn, held_out=held_out)
+    judge = NearestPicture(str(file))
     noisy = (emoji.images + 0.01).clamp(0, 1)
-    found = evaluate.nearest(noisy, emoji)
-    assert found[:3] == ["cat", "cat", "dog"]
-    assert set(found) <= {"cat", "dog"}
-    only_held_out = evaluate.nearest(noisy[3:4], emoji)
-    distances = (emoji.images[:3] - noisy[3]).square().flatten(1).sum(1)
-    assert only_held_out == [emoji.names[int(distances.argmin())]]
+    assert judge(noisy[:3], ["cat", "twemoji cat", "noto dog"]).tolist() == [1, 1, 1]
+    assert judge(noisy[:3], ["dog", "noto dog", "cat"]).tolist() == [0, 0, 0]
+    seen = emoji.drawn & ~emoji.held_out
+    distances = (emoji.images[seen] - noisy[3]).square().flatten(1).sum(1)
+    found = [name for name, used in zip(emoji.names, seen, strict=True) if used][int(distances.argmin())]
+    assert judge(noisy[3:4].repeat(2, 1, 1, 1), [found, "bed"]).tolist() == [1, 0]
 
 
 def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from examples.method_table import __main__ as command
 from examples.method_table import methods, report
 from examples.method_table.measure import Evaluation
+from lightning_draft.rewards import Prompt
 
 STEPS = 3
 FORWARDS = {
@@ -27,6 +28,9 @@ FORWARDS = {
 def run(
     tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Path]:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,caption\n" + "".join(f"{name},a {name}\n" for name in ("cat", "dog", "bed", "ant")))
+
     def start(*words: str, budget: int = 1, lrs: str = "1e-3") -> Path:
         options = {
             "out": tmp_path,
@@ -34,9 +38,10 @@ def run(
             "clip": tiny_clip,
             "budget": budget,
             "sampling-steps": STEPS,
-            "prompts": "animals",
+            "prompts": prompts,
             "captions": "animals",
-            "every": 30,
+            "pictures": tmp_path / "none",
+            "every": 2,
             "draws": 2,
             "seeds": 0,
             "lrs": lrs,
@@ -77,7 +82,7 @@ def _run(out: Path, lr: str, seed: int) -> dict:
 
 def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) -> None:
     row = {"steps": 7, "passes": 9, "queries": 5, "seconds": 1.0, "reward": -0.5, "diversity": 0.1, "drift": 0.2}
-    row |= {"retrieval": 0.25, "cosine": 0.5, "jpeg": -1.0, "sharpness": 0.1}
+    row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
     kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "start": -1.0, "peak_mib": 3.0}
     (tmp_path / "runs").mkdir()
     for seed in (0, command.TUNING_SEED):
@@ -117,13 +122,13 @@ def test_standard_error() -> None:
 def test_evaluation_repeats(tiny_sd: Path, tiny_clip: Path) -> None:
     setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", STEPS)
     module = methods.METHODS["DRaFT-1"].build(setting, "recognised", 1e-3, 0)
-    evaluation = Evaluation(["a cat", "a red bed"], draws=2)
+    evaluation = Evaluation([Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})], draws=2)
     images, prompts = evaluation.pictures(module)
     first = evaluation.scores(module, images)
     torch.randn(3)
     assert evaluation.scores(module, images) == first
     assert first["drift"] == 0
-    assert prompts == ["a cat", "a cat", "a red bed", "a red bed"]
+    assert prompts == ["cat", "cat", "bed", "bed"]
     pairs = (images[0] - images[1], images[2] - images[3])
     expected = torch.stack([pair.square().mean().sqrt() for pair in pairs]).mean().item()
     assert first["diversity"] == pytest.approx(expected, rel=1e-4)

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from lightning_draft import assets
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards import CaptionRetrieval, CLIPClassification, CLIPScore
+from lightning_draft.rewards import CaptionRetrieval, CLIPClassification, CLIPScore, Prompt
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, Preprocessing
 
 Draw = Callable[..., Tensor]
@@ -295,3 +295,13 @@ def test_options_are_known_ones(tiny_clip: Path) -> None:
         CLIPScore(str(tiny_clip), "dot")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="dtype='int8' is not supported; write float32, bfloat16, float16"):
         CLIPScore(str(tiny_clip), dtype="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [CLIPClassification, CaptionRetrieval])
+def test_the_caption_may_stand_in_the_metadata(kind: type, tiny_clip: Path, pictures: Draw) -> None:
+    images = pictures(3, 16, 16)
+    named = [Prompt("x", {"shown": prompt}) for prompt in PROMPTS]
+    by_column = kind(str(tiny_clip), CAPTIONS, column="shown")
+    assert torch.equal(by_column(images, named), kind(str(tiny_clip), CAPTIONS)(images, PROMPTS))
+    with pytest.raises(ConfigurationError, match="no 'shown' in its metadata"):
+        by_column(images, PROMPTS)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import ImageEncoder, Precision
-from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.clip_encoder import ImageEncoder
+from lightning_draft.rewards.precision import Precision, full_precision
 from lightning_draft.rewards.weights import PublishedFile, locate, read_tensors
 
 AestheticVersion = Literal["v1", "v2"]

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import Precision
 from lightning_draft.rewards.image_processor import PixelValues, read_image_processor
-from lightning_draft.rewards.precision import full_precision
-from lightning_draft.rewards.pretrained import check_precision, load, reading
+from lightning_draft.rewards.precision import Precision, check_precision, full_precision
+from lightning_draft.rewards.pretrained import load, reading
 from lightning_draft.rewards.targets import Labels, wanted
+
+_WANTED = "an image classifier as transformers saves it, such as google/vit-base-patch16-224"
 
 
 class ClassifierTarget(Reward):
@@ -32,7 +33,7 @@ class ClassifierTarget(Reward):
 
         super().__init__()
         check_precision(dtype)
-        with reading("image classifier", pretrained, "google/vit-base-patch16-224") as source:
+        with reading("image classifier", pretrained, _WANTED) as source:
             model = load(AutoModelForImageClassification, source)
             processor = read_image_processor(source)
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)

@@ -1,24 +1,21 @@
 """CLIP of transformers as a frozen, differentiable feature extractor that reads its own preprocessing."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_draft.assets import resolve
-from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.precision import Precision, check_precision, default_dtype, full_precision
 from lightning_draft.rewards.preprocessing import Preprocessing
-
-Precision = Literal["float32", "bfloat16", "float16"]
+from lightning_draft.rewards.pretrained import load, reading
 
 MAX_CACHED = 65536
 _CHUNK = 256
+_WANTED = "a transformers CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or emoji-clip"
 
 
 class ImageEncoder(nn.Module):
@@ -35,8 +32,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, model: Any, preprocess: Callable[[Tensor], Tensor], dtype: Precision = "float32") -> None:
         super().__init__()
-        if dtype not in get_args(Precision):
-            raise ConfigurationError(f"dtype={dtype!r} is not supported; write {', '.join(get_args(Precision))}")
+        check_precision(dtype)
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
         self.preprocess = preprocess
 
@@ -53,12 +49,11 @@ class ImageEncoder(nn.Module):
         """
         from transformers import CLIPVisionModelWithProjection
 
-        source = resolve(pretrained)
-        with _reading(pretrained):
+        with reading("CLIP", pretrained, _WANTED) as source:
             config = _clip_config(source)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
-            model = _model(CLIPVisionModelWithProjection, source, vision)
+            model = load(CLIPVisionModelWithProjection, source, vision)
             processor = _image_processor(source)
         return cls(model, Preprocessing.from_config(processor), dtype)
 
@@ -112,11 +107,9 @@ class CLIPEncoder(ImageEncoder):
         """
         from transformers import CLIPModel
 
-        with _reading(pretrained):
-            source = resolve(pretrained)
-            model = _model(CLIPModel, source, _clip_config(source))
-        with _reading(processor or pretrained):
-            source = resolve(processor or pretrained)
+        with reading("CLIP", pretrained, _WANTED) as source:
+            model = load(CLIPModel, source, _clip_config(source))
+        with reading("CLIP", processor or pretrained, _WANTED) as source:
             tokenizer, config = read_tokenizer(source), _image_processor(source)
         return cls(model, tokenizer, Preprocessing.from_config(config), dtype)
 
@@ -147,7 +140,10 @@ class CLIPEncoder(ImageEncoder):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        with full_precision(self.model.logit_scale) as precision, _default_dtype(precision.dtype):
+        with (
+            full_precision(self.model.logit_scale) as precision,
+            default_dtype(precision.dtype),
+        ):  # in which transformers 4 builds masks
             features = self.model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
@@ -157,17 +153,6 @@ class CLIPEncoder(ImageEncoder):
         """Forget the features when the weights move or change their precision."""
         self._texts.clear()
         return super()._apply(fn, recurse)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The precision in which transformers 4 builds its masks, whatever that of the model."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -188,22 +173,6 @@ def read_tokenizer(source: Path | str) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn what goes wrong in reading `name` into one message, and keep the libraries quiet."""
-    try:
-        with quiet():
-            yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigurationError(
-            f"no CLIP could be read from {name!r}: {reason}; give the folder or hub id of a transformers "
-            "CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or emoji-clip"
-        ) from error
-
-
 def _clip_config(source: Path | str) -> Any:
     from transformers import AutoConfig, CLIPConfig
 
@@ -211,29 +180,6 @@ def _clip_config(source: Path | str) -> Any:
     if not isinstance(config, CLIPConfig):
         raise ValueError(f"it holds a model of type {config.model_type!r}")
     return config
-
-
-def _model(kind: Any, source: Path | str, config: Any) -> Any:
-    model, report = kind.from_pretrained(source, config=config, weights_only=True, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-    return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, and no lists of the weights that are left out on purpose."""
-    from transformers.utils import logging
-
-    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _image_processor(source: Path | str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import Precision
 from lightning_draft.rewards.detector import open_detector
+from lightning_draft.rewards.precision import Precision
 from lightning_draft.rewards.targets import wanted
 
 QUERY = "a photo of a {}"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.clip_encoder import Precision
 from lightning_draft.rewards.image_processor import PixelValues, read_image_processor
-from lightning_draft.rewards.precision import full_precision
-from lightning_draft.rewards.pretrained import check_precision, default_dtype, load, reading
+from lightning_draft.rewards.precision import Precision, check_precision, default_dtype, full_precision
+from lightning_draft.rewards.pretrained import load, reading
 from lightning_draft.rewards.targets import Labels
 
 TEXT_QUERIED = ("owlvit", "owlv2")
+_WANTED = "a detector as transformers saves it, such as google/owlv2-base-patch16-ensemble or hustvl/yolos-tiny"
 
 
 class Detector(nn.Module, ABC):
@@ -169,7 +169,7 @@ def open_detector(pretrained: str, query: str, dtype: Precision) -> Detector:
     check_precision(dtype)
     if "{}" not in query:
         raise ConfigurationError(f"query={query!r} has no place for the object; write {{}} there: a photo of a {{}}")
-    with reading("detector", pretrained, "google/owlv2-base-patch16-ensemble or hustvl/yolos-tiny") as source:
+    with reading("detector", pretrained, _WANTED) as source:
         by_text = AutoConfig.from_pretrained(source).model_type in TEXT_QUERIED
         model = load(AutoModelForZeroShotObjectDetection if by_text else AutoModelForObjectDetection, source)
         processor = read_image_processor(source)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import CLIPEncoder, Precision, read_tokenizer
+from lightning_draft.rewards.clip_encoder import CLIPEncoder, read_tokenizer
 from lightning_draft.rewards.open_clip import clean, clip_from_open_clip
+from lightning_draft.rewards.precision import Precision
 from lightning_draft.rewards.preprocessing import LongestSide
 from lightning_draft.rewards.weights import PublishedFile, locate, read_tensors
 

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import Precision
-from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.precision import Precision, check_precision, full_precision
 from lightning_draft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
-from lightning_draft.rewards.pretrained import check_precision
 from lightning_draft.rewards.weights import PublishedFile, fill, locate, read_tensors
 
 WEIGHTS = PublishedFile(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.clip_encoder import quiet
+from lightning_draft.rewards.pretrained import quiet
 from lightning_draft.rewards.weights import check_fit
 
 _TEXT, _VISION = "text_model", "vision_model"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import CLIPEncoder, Precision
+from lightning_draft.rewards.clip_encoder import CLIPEncoder
+from lightning_draft.rewards.precision import Precision
 
 
 class PickScore(Reward):

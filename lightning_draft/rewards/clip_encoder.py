@@ -15,7 +15,10 @@ from lightning_draft.rewards.pretrained import load, reading
 
 MAX_CACHED = 65536
 _CHUNK = 256
-_WANTED = "a transformers CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or emoji-clip"
+_WANTED = (
+    "a transformers CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or "
+    "emoji-clip"
+)
 
 
 class ImageEncoder(nn.Module):
@@ -140,10 +143,9 @@ class CLIPEncoder(ImageEncoder):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        with (
-            full_precision(self.model.logit_scale) as precision,
-            default_dtype(precision.dtype),
-        ):  # in which transformers 4 builds masks
+        # transformers 4 builds its masks in the default precision, whatever that of the model.
+        with full_precision(self.model.logit_scale) as precision, default_dtype(precision.dtype):
+            # in which transformers 4 builds masks
             features = self.model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )

@@ -52,7 +52,7 @@ def load(kind: Any, source: Path | str, config: Any = None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no lists of weights that are left out on purpose, no advice on how else to read the same files."""
+    """No progress bars, lists of weights left out on purpose, or advice on how else to read the same files."""
     from transformers.utils import logging
 
     enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

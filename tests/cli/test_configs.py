@@ -137,6 +137,17 @@ def test_methods_differ_in_the_method_alone() -> None:
     assert all(rest(name) == rest("ppo") for name in POLICIES)
 
 
+def test_a_last_step_that_is_trained_alone_uses_the_network() -> None:
+    """On the grid of SD 1.x's own scheduler file it hardly does; the preflight warns of it."""
+    for name in set(NAMES) - set(EMOJI):
+        arguments = _content(name)["model"]["init_args"]
+        if arguments.get("truncation", {}) in (
+            {"class_path": "LowVariance", "init_args": {"copies": 2}},
+            {"class_path": "LastK", "init_args": {"k": 1}},
+        ):
+            assert arguments["sampler"]["init_args"]["spacing"] == "trailing", name
+
+
 def test_listing_says_what_each_is(command: Callable) -> None:
     listed = command("configs", "list").out.splitlines()
     assert [line.split()[0] for line in listed] == NAMES

@@ -110,8 +110,8 @@ class PerPromptStatistics(Baseline):
         return {"seen": {prompt: list(values) for prompt, values in self._seen.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember them again."""
-        self._seen = {prompt: list(values) for prompt, values in state["seen"].items()}
+        """Remember them again; the state of another baseline has none, and what is remembered is gathered anew."""
+        self._seen = {prompt: list(values) for prompt, values in state.get("seen", {}).items()}
 
 
 def _centred(rewards: Tensor, group: int) -> Tensor:

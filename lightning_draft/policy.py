@@ -238,7 +238,9 @@ class PolicyGradientModule(RewardModule):
         """Go on with the rollout that was not used up; other numbers of processes draw a new one."""
         super().on_load_checkpoint(checkpoint)
         self.baseline.load_state_dict(checkpoint.get("baseline", {}))
-        saved, size = checkpoint.get("rollouts", []), world_size()
+        saved, size = checkpoint.get("rollouts"), world_size()
+        if saved is None:  # of a method without rollouts
+            return
         if len(saved) != size:
             rank_zero_warn(
                 f"the checkpoint is of {len(saved)} processes and there are {size} now: the rollout is drawn anew, and "

@@ -1,5 +1,6 @@
 """Policy gradients: the gradient is the right one, whatever the parts it is computed in, and runs may be relied on."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.modules import DraftModule
 from lightning_draft.objectives import PPO, PRDP, Evidence, Objective, Reinforce
 from lightning_draft.policy import PolicyGradientModule
 from lightning_draft.rewards.base import Reward
@@ -464,6 +466,20 @@ class Note(Callback):
             "baseline": pl_module.baseline.state_dict(),
         }
         torch.save(notes, self.folder / f"{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize(
+    "first", [linear(), DraftModule(LinearModel(), LinearReward(), DDIM(4))], ids=["LOOP", "DRaFT"]
+)
+def test_a_checkpoint_of_another_baseline_or_method_goes_on_without_what_it_lacks(first: Any, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.fit(first, data())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    other = linear(baseline=PerPromptStatistics())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the checkpoint is of")
+        trainer_of(tmp_path, max_steps=2).fit(other, data(), ckpt_path=str(tmp_path / "first.ckpt"))
+    assert len(other.baseline.state_dict()["seen"]) == 2
 
 
 def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Path) -> None:

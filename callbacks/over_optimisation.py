@@ -155,6 +155,12 @@ class OverOptimisationGuard(Callback):
             raise ConfigurationError("OverOptimisationGuard has no prompts; give them as prompts: [...]")
         self._prompts = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         self._names = _held_out(self.held_out, pl_module)
+        if getattr(pl_module, "learns", False):
+            rank_zero_warn(
+                "OverOptimisationGuard compares the trained reward over time, and the scale of "
+                f"{type(pl_module.reward).__name__} moves with its statistics, so what it says may be wrong; train "
+                "on a WeightedSum of fixed weights"
+            )
         if self.action == "shrink" and not any(_is_factor(name) for name in trainable(pl_module)):
             raise ConfigurationError(
                 "action=shrink scales LoRA adapters, and this model trains none; write warn or stop"
@@ -330,6 +336,8 @@ def _held_out(names: list[str] | None, pl_module: Any) -> list[str]:
             "that are not trained on under `watch`"
         )
     unknown = sorted(set(names or []) - set(watched))
+    if names == []:
+        raise ConfigurationError("held_out=[] leaves nothing to judge by; leave it out to judge by all that is watched")
     if unknown:
         raise ConfigurationError(f"held_out: {', '.join(unknown)} is not watched; watched are {', '.join(watched)}")
     return watched if names is None else names

@@ -34,6 +34,7 @@ class RewardModule(L.LightningModule, ABC):
 
     Attributes:
         reward_queries: How many images the reward has been asked about in training.
+        learns: Whether the reward has statistics that training changes, so that its scale moves with them.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class RewardModule(L.LightningModule, ABC):
         self.seed = seed
         self.reward_queries = 0
         self.strict_loading = False
-        self._learns = any(_learnt(f"reward.{key}") for key in reward.state_dict())
+        self.learns = any(_learnt(f"reward.{key}") for key in reward.state_dict())
         self._base_scores: dict[tuple[Any, ...], Tensor] = {}
 
     @property
@@ -157,7 +158,7 @@ class RewardModule(L.LightningModule, ABC):
         if self._trainer is not None and self.trainer.world_size > 1:
             parts = {name: cast(Tensor, self.all_gather(value)).flatten() for name, value in parts.items()}
         self.reward.observe(parts)
-        if self._learns:  # and no longer scores the base's images as it did
+        if self.learns:  # and no longer scores the base's images as it did
             self._base_scores.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

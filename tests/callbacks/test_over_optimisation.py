@@ -20,6 +20,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
 from lightning_draft.modules import DraftModule
 from lightning_draft.rewards import Brightness, Sharpness
+from lightning_draft.rewards.combine import WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import LastK, RandomK
@@ -292,6 +293,7 @@ def test_wrong_settings_are_refused(options, message):
     [
         (Saving(), {}, {}, "held-out ones, and there are none; name rewards that are not trained on under `watch`"),
         (Saving(), {"held": Brightness()}, {"held_out": ["hps"]}, "hps is not watched; watched are held"),
+        (Saving(), {"held": Brightness()}, {"held_out": []}, "leaves nothing to judge by; leave it out"),
         (Saving(), {"held": Brightness()}, {"action": "shrink"}, "scales LoRA adapters, and this model trains none"),
         (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts; give them as prompts"),
         (LinearModel(), {"held": Brightness()}, {}, "no save_lora.*, so OverOptimisationGuard cannot write"),
@@ -300,6 +302,13 @@ def test_wrong_settings_are_refused(options, message):
 def test_what_cannot_be_guarded_is_refused(make_module, make_trainer, data, model, watch, options, message):
     with pytest.raises(ConfigurationError, match=message):
         make_trainer(OverOptimisationGuard(**options)).fit(make_module(model=model, watch=watch), data)
+
+
+def test_a_trained_reward_whose_scale_moves_is_a_warning(make_module, make_trainer, data):
+    reward = ZScoreSum({"light": WeightedReward(Brightness())})
+    module = make_module(model=Saving(), reward=reward, watch={"held": Brightness()})
+    with pytest.warns(UserWarning, match="the scale of ZScoreSum moves with its statistics.*WeightedSum of fixed"):
+        make_trainer(OverOptimisationGuard(), max_steps=1).fit(module, data)
 
 
 class Disagreeing(Scripted):

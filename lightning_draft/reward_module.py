@@ -14,7 +14,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.preflight import sharded
-from lightning_draft.rewards.base import Reward, check_name
+from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
 
 _CALIBRATION = 16
@@ -123,7 +123,11 @@ class RewardModule(L.LightningModule, ABC):
         """Scores `(B,)` of images clamped to [0, 1]: `reward`, its parts, and the watched rewards."""
         images = images.float().clamp(0, 1)
         total, parts = self.reward.breakdown(images, prompts)
-        watched = {name: reward(images, prompts) for name, reward in zip(self.watch_names, self.watch, strict=True)}
+        check_scores(total, len(prompts), self.reward)
+        watched = {
+            name: check_scores(reward(images, prompts), len(prompts), reward)
+            for name, reward in zip(self.watch_names, self.watch, strict=True)
+        }
         return {"reward": total, **{f"reward/{name}": part for name, part in parts.items()}, **watched}
 
     def validation_step(self, prompts: Sequence[str], batch_idx: int, dataloader_idx: int = 0) -> None:

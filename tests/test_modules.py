@@ -561,6 +561,17 @@ def test_a_watched_reward_may_have_the_name_of_a_module_s_attribute(name: str, t
     torch.testing.assert_close(scores[name], scores["reward"])
 
 
+class Listed(Reward):
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Any:
+        return list(images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("options", [{"reward": Listed()}, {"watch": {"odd": Listed()}}], ids=["trained", "watched"])
+def test_what_is_scored_in_validation_must_be_a_score_an_image(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"^Listed.forward returned a list for 2 images; return a tensor of"):
+        linear(**options).score(torch.rand(2, 3, 4, 4), ["a cat", "a dog"])
+
+
 @pytest.mark.parametrize("name", ["a.b", "reward", ""])
 def test_a_watched_reward_s_name_must_not_hide_another(name: str, tiny_sd: Path) -> None:
     with pytest.raises(ConfigurationError, match="reward"):

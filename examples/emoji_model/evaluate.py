@@ -82,7 +82,7 @@ def main() -> None:
     lists = {
         "drawn right": [emoji.captions[row] for row in chosen],
         "drawn right, unseen pairs": [emoji.captions[row] for row in unseen],
-        "drawn right, bare names": [str(prompt) for prompt in read_prompts("emoji_names")],
+        "drawn right, bare names": [str(prompt) for prompt in read_prompts("emoji_names")] * 4,
     }
     judge = NearestPicture(str(prepare(arguments.data)))
     pictures = {name: draw(pipe, prompts, arguments.guidance, arguments.steps) for name, prompts in lists.items()}

@@ -118,13 +118,18 @@ def trainer(max_steps: int, callbacks: list[L.Callback]) -> L.Trainer:
 
 
 def write(table: Table, tasks: Sequence[str]) -> str:
-    """Write the table and the curves of all runs that are there; return the table."""
-    files = sorted((table.out / "runs").glob("*-seed*.json"))
-    runs = [json.loads(file.read_text()) for file in files]
-    order = list(METHODS)
-    runs = [run for run in runs if run["seed"] != TUNING_SEED and run["task"] in tasks]
-    runs.sort(key=lambda run: (list(TASKS).index(run["task"]), order.index(run["method"]), run["seed"]))
-    page = report.table(runs, {task: table.base(task) for task in tasks}) + "\n" + report.efficiency(runs)
+    """Write the table and the curves of the runs that are there, at the learning rates chosen; return the table."""
+    every = [json.loads(file.read_text()) for file in (table.out / "runs").glob("*-seed*.json")]
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for run in every:
+        if run["seed"] == TUNING_SEED:
+            key, found = (run["task"], run["method"]), (run["evaluations"][-1]["reward"], run["lr"])
+            best[key] = max(best.get(key, found), found)
+    runs = [run for run in every if run["seed"] != TUNING_SEED and run["task"] in tasks]
+    runs = [run for run in runs if best[run["task"], run["method"]][1] == run["lr"]]
+    runs.sort(key=lambda run: (list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]))
+    found = {run["task"] for run in runs}
+    page = report.table(runs, {task: table.base(task) for task in found}) + "\n" + report.efficiency(runs)
     (table.out / "methods.md").write_text(page)
     report.plot(runs, table.out)
     return page

@@ -45,14 +45,14 @@ def table(runs: Sequence[Run], base: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def queries_to_reach(run: Run, level: float) -> float:
-    """Reward queries after which the evaluated reward first reaches `level`, between milestones on a straight line.
+def to_reach(run: Run, level: float, key: str = "queries") -> float:
+    """What was spent when the evaluated reward first reached `level`, between milestones on a straight line.
 
-    Infinite where it never does. `run["start"]` is the base's reward, at no queries.
+    Infinite where it never does. `run["start"]` is the base's reward, at no cost.
     """
     before = (0.0, run["start"])
     for row in run["evaluations"]:
-        here = (row["queries"], row["reward"])
+        here = (row[key], row["reward"])
         if here[1] >= level:
             rise = here[1] - before[1]
             share = 1.0 if rise <= 0 else max(0.0, (level - before[1]) / rise)
@@ -61,18 +61,28 @@ def queries_to_reach(run: Run, level: float) -> float:
     return math.inf
 
 
-def efficiency(runs: Sequence[Run], share: float = 0.5) -> str:
-    """Markdown: queries to reach `share` of the best method's gain, a row a method; medians over seeds."""
+def efficiency(runs: Sequence[Run], share: float = 0.5, window: int = 10) -> str:
+    """Markdown, a row a method, medians over seeds: what learning takes.
+
+    - queries and passes to reach `share` of the best method's gain on the evaluation;
+    - norm of the gradient over the first `window` steps, before clipping;
+    - training reward after as many optimisation steps as the shortest run has, a mean over `window` steps.
+    """
     lines: list[str] = []
     for task in dict.fromkeys(run["task"] for run in runs):
         groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
         start = next(run["start"] for run in runs if run["task"] == task)
         ends = [mean_and_error([run["evaluations"][-1]["reward"] for run in group])[0] for group in groups.values()]
         level = start + share * (max(ends) - start)
-        lines += [f"### {task}: queries to reach {level:.3g}", "", "| method | queries |", "|---|---|"]
+        steps = min(len(run["curve"]) for group in groups.values() for run in group)
+        head = ["method", f"queries to {level:.3g}", "passes to it", "first gradient norm", f"reward at step {steps}"]
+        lines += [f"### {task}: what learning takes", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method, group in groups.items():
-            reached = sorted(queries_to_reach(run, level) for run in group)[len(group) // 2]
-            lines.append(f"| {method} | {'not reached' if math.isinf(reached) else f'{reached:.0f}'} |")
+            reached = [_median([to_reach(run, level, key) for run in group]) for key in ("queries", "passes")]
+            norm = _median([row["gradient_norm"] for run in group for row in run["curve"][:window]])
+            late = _median([_mean(run["curve"][max(0, steps - window) : steps], "reward") for run in group])
+            cells = [method, *("not reached" if math.isinf(x) else f"{x:.0f}" for x in reached), _short(norm)]
+            lines.append(f"| {' | '.join([*cells, _short(late)])} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -122,6 +132,14 @@ def _row(method: str, group: list[Run], others: Sequence[str]) -> str:
         f"{group[0]['peak_mib']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else math.nan
+
+
+def _mean(rows: Sequence[dict[str, float]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows) if rows else math.nan
 
 
 def _short(value: float) -> str:

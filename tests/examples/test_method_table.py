@@ -85,13 +85,15 @@ def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) 
     row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
     kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "start": -1.0, "peak_mib": 3.0}
     (tmp_path / "runs").mkdir()
+    curve = [{"reward": -0.7, "gradient_norm": 2.5}]
     for seed in (0, command.TUNING_SEED):
         file = tmp_path / "runs" / f"recognised-DRaFT-1-lr0.001-seed{seed}.json"
-        file.write_text(json.dumps({**kept, "seed": seed, "evaluations": [row], "curve": []}))
+        file.write_text(json.dumps({**kept, "seed": seed, "evaluations": [row], "curve": curve}))
     run("--tasks", "recognised", "--methods", "DRaFT-1", "DRaFT-LV")
     lines = (tmp_path / "methods.md").read_text().splitlines()
     assert any(line.startswith("| DRaFT-1 | 0.001 | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
     assert any(line.startswith("| DRaFT-LV | 0.001 | 1 |") for line in lines)
+    assert "| DRaFT-1 | 2 | 4 | 2.5 | -0.7 |" in lines
     assert (tmp_path / "methods-recognised.png").stat().st_size > 0
 
 
@@ -108,7 +110,7 @@ def test_every_method_and_truncation_is_in_it() -> None:
 @pytest.mark.parametrize(("level", "queries"), [(-1.0, 0), (-0.75, 50), (0.0, 150), (0.5, 175), (1.1, math.inf)])
 def test_queries_to_a_level_lie_on_the_line_between_milestones(level: float, queries: float) -> None:
     rows = [{"queries": 100, "reward": -0.5}, {"queries": 200, "reward": 1.0}, {"queries": 400, "reward": 0.5}]
-    reached = report.queries_to_reach({"start": -1.0, "evaluations": rows}, level)
+    reached = report.to_reach({"start": -1.0, "evaluations": rows}, level)
     assert reached == pytest.approx({0.0: 100 + 100 / 3, 0.5: 100 + 200 / 3}.get(level, queries))
 
 

@@ -2,9 +2,9 @@
 
     python -m examples.over_optimisation
 
-Sharpness is trained, by DRaFT-1; that the shipped CLIP recognises the prompt is held out. The run is made twice from
-the same seed: once to the end, once under `OverOptimisationGuard(action="stop")`. Writes `OUT/over_optimisation.md`,
-the models on the guard's fixed prompts and noise, and `OUT/over_optimisation.png`, the curves and the pictures.
+A small JPEG file is trained, by DRaFT-1; that the shipped CLIP recognises the prompt is held out. The run is made twice
+from the same seed: once to the end, once under `OverOptimisationGuard(action="stop")`. `OUT/over_optimisation.md` has
+the models on the guard's fixed prompts and noise, and `OUT/over_optimisation.png` the curves and the pictures.
 """
 
 import argparse
@@ -24,16 +24,18 @@ from lightning_draft.callbacks.over_optimisation import Look
 from lightning_draft.data import PromptDataModule
 from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.modules import DraftModule
-from lightning_draft.rewards import CLIPClassification, Sharpness
+from lightning_draft.rewards import CLIPClassification, JPEGRate
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LastK
+
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "time_emb_proj")
 
 
 def build(arguments: argparse.Namespace) -> DraftModule:
     """The module that both runs train."""
     return DraftModule(
-        model=StableDiffusion(arguments.model, lora=LoRA(rank=8, seed=0), guidance_scale=1.0),
-        reward=Sharpness(),
+        model=StableDiffusion(arguments.model, lora=LoRA(rank=8, target_modules=LAYERS, seed=0), guidance_scale=1.0),
+        reward=JPEGRate(),
         sampler=DDIM(arguments.sampling_steps),
         truncation=LastK(1),
         watch={"recognised": CLIPClassification(arguments.clip, captions=arguments.prompts)},
@@ -81,7 +83,7 @@ def pictures(module: DraftModule, prompts: list[str]) -> Tensor:
 def table(rows: dict[str, Look]) -> str:
     """Models as markdown."""
     lines = [
-        "| adapters | sharpness (trained) | recognised (held out) | drift | diversity | saturated |",
+        "| adapters | JPEG rate (trained) | recognised (held out) | drift | diversity | saturated |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -104,7 +106,7 @@ def plot(looks: dict[int, Look], stopped: int, kept: int | None, rows: dict[str,
     if kept is not None:
         left.axvline(kept, color="C2", linestyle="--")
     left.set(xlabel="optimisation steps; green: what the guard keeps, grey: what it prevents")
-    left.set_ylabel("trained: sharpness", color="C0")
+    left.set_ylabel("trained: JPEG rate", color="C0")
     right.set_ylabel("held out: log p(prompt | picture)", color="C3")
     axes = gallery.subplots(len(rows), len(next(iter(rows.values()))), squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):

@@ -93,27 +93,29 @@ def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
     for task in dict.fromkeys(run["task"] for run in runs):
         figure = Figure(figsize=(15, 5), layout="constrained")
         panels = figure.subplots(1, len(AXES), sharey=True)
-        for (name, method), group in grouped(runs).items():
-            if name == task:
-                for axes, key in zip(panels, AXES, strict=True):
-                    _curve(axes, method, group, key)
+        groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
+        for place, (method, group) in enumerate(groups.items()):
+            for axes, key in zip(panels, AXES, strict=True):
+                _curve(axes, method, group, key, "-" if place < 10 else "--")
         for axes, label in zip(panels, AXES.values(), strict=True):
             axes.set_xscale("log")
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
-        panels[0].set_ylabel(f"{task}: reward on held-out prompts")
+        panels[0].set_ylabel(f"{task}: reward on fresh noise")
         panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
         files.append(folder / f"methods-{task}.png")
         figure.savefig(files[-1], dpi=100)
     return files
 
 
-def _curve(axes: Any, method: str, group: list[Run], key: str) -> None:
+def _curve(axes: Any, method: str, group: list[Run], key: str, line: str) -> None:
     """Mean over seeds at each milestone, with a bar of one standard error."""
     milestones = list(zip(*(run["evaluations"] for run in group), strict=False))
     spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
     means, errors = zip(*(mean_and_error([row["reward"] for row in rows]) for rows in milestones), strict=True)
-    axes.errorbar(spent, means, [0 if math.isnan(e) else e for e in errors], marker=".", capsize=2, label=method)
+    axes.errorbar(
+        spent, means, [0 if math.isnan(e) else e for e in errors], marker=".", capsize=2, linestyle=line, label=method
+    )
 
 
 def _row(method: str, group: list[Run], others: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 
 .PHONY: quickstart test lint clean
 
-quickstart: $(VENV)/.installed  ## fine-tune the shipped model on a reward, in a few minutes on a laptop
+quickstart: $(VENV)/.installed  ## fine-tune the shipped model on a reward, in a minute on a laptop
 	$(BIN)/lightning-draft fit --config quickstart
 
 test: $(VENV)/.installed-dev  ## run the tests

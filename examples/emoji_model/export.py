@@ -90,9 +90,10 @@ def export_prompts(emoji: Emoji, out: Path) -> None:
         captions = [emoji.captions[row] for row in torch.nonzero(chosen).squeeze(1).tolist()]
         (out / f"{name}.txt").write_text("\n".join(sorted(captions)) + "\n")
     twemoji = [row for row in torch.nonzero(emoji.drawn & ~emoji.held_out).squeeze(1) if emoji.styles[row] == "twemoji"]
-    names = sorted(emoji.names[row] for row in twemoji)[::6]
-    lines = ["prompt,caption", *(f"{name},twemoji {name}" for name in names)]
-    (out / "emoji_names.csv").write_text("\n".join(lines) + "\n")
+    names = sorted(emoji.names[row] for row in twemoji)
+    for list_name, some in {"emoji_names": names[::6], "emoji_all_names": names}.items():
+        lines = ["prompt,caption", *(f"{name},twemoji {name}" for name in some)]
+        (out / f"{list_name}.csv").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:

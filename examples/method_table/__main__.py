@@ -4,10 +4,12 @@
     python -m examples.method_table --report
 
 Cost is counted in network passes: one is one forward or one backward pass of the denoiser over one latent, and
-recomputation counts. All direct methods spend the same; policy gradients spend twice as much. Learning rates are
-chosen first, for every method alike: the best of `--lrs` after a quarter of the budget, on a seed of its own. Every run
-is kept as a file as soon as it has ended, so an interrupted table goes on where it stopped, and `--methods` and
-`--seeds` share the work among processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
+recomputation counts. All direct methods spend the same; policy gradients spend four times as much. Settings are
+chosen first, for every method alike: the best after a quarter of its budget, on a seed of its own, of three learning
+rates and, where a method has a parameter of its own (PPO's and LOOP's clip, PRDP's beta), of three values of that with
+each of them. Every run is kept as a file as soon as it has ended, so an interrupted table goes on where it
+stopped, and `--methods`, `--tasks` and `--seeds` share the work among processes. The table goes to `OUT/methods.md`,
+the curves to `OUT/methods-*.png`.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,9 @@ import lightning as L
 from benchmarks.memory import MIB, LiveBytes
 from examples.method_table import report
 from examples.method_table.measure import Evaluation, Meter
-from examples.method_table.methods import METHODS, TASKS, Setting
+from examples.method_table.methods import METHODS, TASKS, Setting, Trial
 from lightning_draft.data import PromptDataModule, read_prompts
-from lightning_draft.modules import RewardModule
+from lightning_draft.rewards import Prompt
 
 TUNING_SEED = 1000
 
@@ -37,35 +40,36 @@ class Table:
         setting: What all methods share.
         out: Folder of the runs.
         budget: Network passes a run.
-        evaluation: Pictures are evaluated of every so manyth prompt, and so many of each, from noise of their own.
+        evaluation: How many prompts are evaluated, evenly spread over all, and how many pictures of each, from noise of
+            their own.
     """
 
     def __init__(self, setting: Setting, out: Path, budget: int, evaluation: tuple[int, int]) -> None:
-        self.setting, self.out, self.budget = setting, out, budget
-        self.prompts = read_prompts(setting.prompts)
-        every, draws = evaluation
-        self.evaluation = Evaluation(self.prompts[::every], draws)
+        self.setting, self.out, self.budget, self.evaluated = setting, out, budget, evaluation
         (out / "runs").mkdir(parents=True, exist_ok=True)
 
     def base(self, task: str) -> dict[str, float]:
         """What the model reaches before any training."""
         file = self.out / "runs" / f"{task}-base.json"
         if not file.exists():
-            module = METHODS[TASKS[task].methods[0]].build(self.setting, task, lr=1e-3, seed=0)
-            images, _ = self.evaluation.pictures(module)
-            file.write_text(json.dumps(self.evaluation.scores(module, images)))
+            module = METHODS[TASKS[task].methods[0]].build(self.setting, task, Trial(1e-3, 1.0), seed=0)
+            evaluation = self._evaluation(task)
+            images, _ = evaluation.pictures(module)
+            file.write_text(json.dumps(evaluation.scores(module, images)))
         return json.loads(file.read_text())
 
-    def learning_rate(self, task: str, method: str, lrs: Sequence[float]) -> float:
-        """The best of `lrs` after a quarter of the budget."""
-        gains = {lr: self.run(task, method, lr, TUNING_SEED, 0.25)["evaluations"][-1]["reward"] for lr in lrs}
-        return max(gains, key=lambda lr: gains[lr])
+    def tuned(self, task: str, method: str, lrs: Sequence[float] | None) -> Trial:
+        """The best trial after a quarter of the budget, where the task is not told to take over another's."""
+        task = TASKS[task].tuned_on or task
+        trials = METHODS[method].trials(lrs)
+        rewards = [report.last(self.run(task, method, trial, TUNING_SEED, 0.25)) for trial in trials]
+        return trials[rewards.index(max(rewards))]
 
-    def run(self, task: str, method: str, lr: float, seed: int, share: float = 1.0) -> report.Run:
+    def run(self, task: str, method: str, trial: Trial, seed: int, share: float = 1.0) -> report.Run:
         """Train once, or read what was kept of it."""
-        file = self.out / "runs" / f"{task}-{method}-lr{lr:g}-seed{seed}.json"
+        file = self.out / "runs" / f"{task}-{method}-{METHODS[method].label(trial)}-seed{seed}.json"
         if not file.exists():
-            result = self._train(task, method, lr, seed, round(share * self.budget * METHODS[method].budget))
+            result = self._train(task, method, trial, seed, round(share * self.budget * METHODS[method].budget))
             file.write_text(json.dumps(result))
             last = result["evaluations"][-1]
             print(
@@ -75,28 +79,49 @@ class Table:
             )
         return json.loads(file.read_text())
 
-    def _train(self, task: str, method: str, lr: float, seed: int, budget: int) -> dict[str, Any]:
+    def runs(self, tasks: Sequence[str]) -> list[report.Run]:
+        """Those of the kept runs that were made with the chosen settings, in the table's order."""
+        every = [json.loads(file.read_text()) for file in (self.out / "runs").glob("*-seed*.json")]
+        tuning = sorted((run for run in every if run["seed"] == TUNING_SEED), key=report.last)
+        best = {(run["task"], run["method"]): (run["lr"], run["own"]) for run in tuning}
+
+        def chosen(run: report.Run) -> bool:
+            source = TASKS[run["task"]].tuned_on or run["task"]
+            return run["seed"] != TUNING_SEED and best.get((source, run["method"])) == (run["lr"], run["own"])
+
+        def place(run: report.Run) -> tuple[int, int, int]:
+            return list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]
+
+        return sorted((run for run in every if run["task"] in tasks and chosen(run)), key=place)
+
+    def _train(self, task: str, method: str, trial: Trial, seed: int, budget: int) -> dict[str, Any]:
         start = self.base(task)
-        module = METHODS[method].build(self.setting, task, lr, seed)
-        pictures = self._base_pictures(module)
-        meter = Meter(budget, lambda: self.evaluation.scores(module, pictures))
-        trainer(-1, [meter]).fit(module, self._prompts(method, seed))
-        identity = {"task": task, "method": method, "lr": lr, "seed": seed, "start": start["reward"]}
-        spent = {"peak_mib": self._peak(task, method, lr)} if seed == 0 else {}
+        module = METHODS[method].build(self.setting, task, trial, seed)
+        evaluation = self._evaluation(task)
+        with module.model.base():
+            pictures, _ = evaluation.pictures(module)
+        meter = Meter(budget, lambda: evaluation.scores(module, pictures))
+        trainer(-1, [meter]).fit(module, self._prompts(task, method, seed))
+        identity = {"task": task, "method": method, **asdict(trial), "seed": seed, "start": start["reward"]}
+        spent = {"peak_mib": self._peak(task, method, trial)} if seed == 0 else {}
         return {**identity, **spent, "evaluations": meter.evaluations, "curve": meter.curve}
 
-    def _base_pictures(self, module: RewardModule) -> Any:
-        with module.model.base():
-            return self.evaluation.pictures(module)[0]
+    def _read(self, task: str) -> list[Prompt]:
+        return read_prompts(self.setting.many if TASKS[task].many else self.setting.prompts)
 
-    def _prompts(self, method: str, seed: int) -> PromptDataModule:
-        return PromptDataModule(self.prompts, val_size=0, batch_size=METHODS[method].batch_size, seed=seed)
+    def _evaluation(self, task: str) -> Evaluation:
+        number, draws = self.evaluated
+        prompts = self._read(task)
+        return Evaluation(prompts[:: max(1, len(prompts) // number)][:number], draws)
 
-    def _peak(self, task: str, method: str, lr: float) -> float:
+    def _prompts(self, task: str, method: str, seed: int) -> PromptDataModule:
+        return PromptDataModule(self._read(task), val_size=0, batch_size=METHODS[method].batch_size, seed=seed)
+
+    def _peak(self, task: str, method: str, trial: Trial) -> float:
         """MiB that live tensors take at most in a training step, beyond what is there before it."""
-        module = METHODS[method].build(self.setting, task, lr, 0)
+        module = METHODS[method].build(self.setting, task, trial, 0)
         with LiveBytes() as live:
-            trainer(1, []).fit(module, self._prompts(method, 0))
+            trainer(1, []).fit(module, self._prompts(task, method, 0))
         return live.peak / MIB
 
 
@@ -118,16 +143,8 @@ def trainer(max_steps: int, callbacks: list[L.Callback]) -> L.Trainer:
 
 
 def write(table: Table, tasks: Sequence[str]) -> str:
-    """Write the table and the curves of the runs that are there, at the learning rates chosen; return the table."""
-    every = [json.loads(file.read_text()) for file in (table.out / "runs").glob("*-seed*.json")]
-    best: dict[tuple[str, str], tuple[float, float]] = {}
-    for run in every:
-        if run["seed"] == TUNING_SEED:
-            key, found = (run["task"], run["method"]), (run["evaluations"][-1]["reward"], run["lr"])
-            best[key] = max(best.get(key, found), found)
-    runs = [run for run in every if run["seed"] != TUNING_SEED and run["task"] in tasks]
-    runs = [run for run in runs if best[run["task"], run["method"]][1] == run["lr"]]
-    runs.sort(key=lambda run: (list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]))
+    """Write the table and the curves of the runs that are there, with the settings chosen; return the table."""
+    runs = table.runs(tasks)
     found = {run["task"] for run in runs}
     page = report.table(runs, {task: table.base(task) for task in found}) + "\n" + report.efficiency(runs)
     (table.out / "methods.md").write_text(page)
@@ -143,14 +160,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--lrs", nargs="+", type=float, help="instead of each method's own three")
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--clip", default="emoji-clip")
     parser.add_argument("--sampling-steps", type=int, default=5)
     parser.add_argument("--prompts", default="emoji_names", help="with a column `caption`: what is to be drawn")
     parser.add_argument("--pictures", type=Path, default=Path("runs/emoji/emoji32.npz"), help="for `nearest`, if there")
+    parser.add_argument("--many", default="emoji_all_names", help="the same, for the task on many prompts")
     parser.add_argument("--captions", default="emoji", help="what the CLIP tells prompts from")
-    parser.add_argument("--every", type=int, default=2, help="evaluate on every so manyth prompt")
+    parser.add_argument("--evaluated", type=int, default=46, help="evaluate on so many prompts, evenly spread")
     parser.add_argument("--draws", type=int, default=3, help="evaluation pictures a prompt")
     parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
     arguments = parser.parse_args()
@@ -160,16 +178,17 @@ def main() -> None:
         arguments.model,
         arguments.clip,
         arguments.prompts,
+        arguments.many,
         arguments.captions,
         arguments.sampling_steps,
         str(arguments.pictures) if arguments.pictures.exists() else None,
     )
-    table = Table(setting, arguments.out, arguments.budget, (arguments.every, arguments.draws))
+    table = Table(setting, arguments.out, arguments.budget, (arguments.evaluated, arguments.draws))
     for seed in [] if arguments.report else arguments.seeds:
         for task in arguments.tasks:
             for method in TASKS[task].methods:
                 if method in arguments.methods:
-                    table.run(task, method, table.learning_rate(task, method, arguments.lrs), seed)
+                    table.run(task, method, table.tuned(task, method, arguments.lrs), seed)
     print(write(table, arguments.tasks))
 
 

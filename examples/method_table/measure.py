@@ -65,7 +65,7 @@ class Meter(CostMonitor):
         self,
         budget: int,
         evaluate: Callable[[], dict[str, float]],
-        milestones: Sequence[float] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
+        milestones: Sequence[float] = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
     ) -> None:
         super().__init__()
         self.budget = budget

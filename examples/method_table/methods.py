@@ -1,6 +1,6 @@
 """What the table compares: the methods, and the rewards they are compared on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Setting:
         model: The pipeline.
         clip: The CLIP of the rewards.
         prompts: What is drawn; the column `caption` says what the picture should be recognised as.
+        many: The same, more of them.
         captions: What the CLIP tells prompts from.
         sampling_steps: T; DDPM's ancestral sampler for all, since policy gradients need a stochastic one.
         pictures: Prepared emoji pictures, to look for the nearest in; None leaves that figure out.
@@ -37,6 +38,7 @@ class Setting:
     model: str
     clip: str
     prompts: str
+    many: str
     captions: str
     sampling_steps: int
     pictures: str | None = None
@@ -51,17 +53,34 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A reward.
+    """A reward on a list of prompts.
 
     Args:
         reward: What is trained on.
         watch: What is only looked at.
         methods: Which methods can train on it.
+        many: Whether the prompts are the many ones.
+        tuned_on: The task whose choice of settings is taken over; by default its own.
     """
 
     reward: Callable[[Setting], Reward]
     watch: Callable[[Setting], dict[str, Reward]]
     methods: tuple[str, ...]
+    many: bool = False
+    tuned_on: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice of what is tuned.
+
+    Args:
+        lr: Learning rate.
+        own: Value of the method's own parameter, if it has one.
+    """
+
+    lr: float
+    own: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,18 +88,33 @@ class Method:
     """A method with its own settings.
 
     Args:
-        module: Builds the module from what all methods share.
+        module: Builds the module from the value of the method's own parameter and from what all methods share.
+        lrs: Learning rates that tuning tries.
         batch_size: Prompts a step.
         budget: Share of the budget; policy gradients get more than direct methods, or there would be little to see.
+        own: Name of a parameter that is tuned together with the learning rate.
+        values: What is tried for it.
     """
 
     module: Callable[..., RewardModule]
+    lrs: tuple[float, ...]
     batch_size: int = 8
     budget: float = 1.0
+    own: str = ""
+    values: tuple[float, ...] = ()
 
-    def build(self, setting: Setting, task: str, lr: float, seed: int) -> RewardModule:
+    def trials(self, lrs: Sequence[float] | None = None) -> list[Trial]:
+        """All that tuning tries."""
+        return [Trial(lr, own) for own in self.values or (None,) for lr in lrs or self.lrs]
+
+    def label(self, trial: Trial) -> str:
+        """The trial in a word, such as `lr0.003-clip0.1`."""
+        return f"lr{trial.lr:g}" + (f"-{self.own}{trial.own:g}" if trial.own is not None else "")
+
+    def build(self, setting: Setting, task: str, trial: Trial, seed: int) -> RewardModule:
         """A fresh module."""
         return self.module(
+            trial.own,
             model=StableDiffusion(
                 setting.model,
                 lora=LoRA(rank=setting.rank, target_modules=LAYERS, seed=seed),
@@ -89,14 +123,14 @@ class Method:
             reward=TASKS[task].reward(setting),
             sampler=DDIM(setting.sampling_steps, eta=1.0),
             watch=TASKS[task].watch(setting),
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=trial.lr, weight_decay=1e-4),
             seed=seed,
         )
 
 
 def direct(truncation: Callable[[], Truncation]) -> Method:
     """Back-propagation through the sampler."""
-    return Method(lambda **common: DraftModule(truncation=truncation(), **common))
+    return Method(lambda _, **common: DraftModule(truncation=truncation(), **common), lrs=(3e-3, 1e-2, 3e-2))
 
 
 DIRECT = {
@@ -111,35 +145,47 @@ DIRECT = {
 }
 
 
-def policy(objective: Callable[[], Objective], baseline: Callable[[], Baseline], inner_epochs: int) -> Method:
+def policy(
+    objective: Callable[[Any], Objective],
+    baseline: Callable[[], Baseline],
+    inner_epochs: int,
+    own: str = "",
+    values: tuple[float, ...] = (),
+) -> Method:
     """A policy gradient: rollouts of 4 samples for each of 4 prompts."""
 
-    def module(**common: Any) -> PolicyGradientModule:
+    def module(value: float | None, **common: Any) -> PolicyGradientModule:
         return PolicyGradientModule(
-            objective=objective(), baseline=baseline(), samples_per_prompt=4, inner_epochs=inner_epochs, **common
+            objective=objective(value), baseline=baseline(), samples_per_prompt=4, inner_epochs=inner_epochs, **common
         )
 
-    return Method(module, batch_size=4, budget=2.0)
+    return Method(module, lrs=(1e-3, 3e-3, 1e-2), batch_size=4, budget=4.0, own=own, values=values)
 
 
+CLIPS = (0.03, 0.1, 0.3)
 POLICY = {
-    "REINFORCE": policy(lambda: Reinforce("sum"), lambda: PerPromptStatistics(min_count=4), 1),
-    "PPO": policy(lambda: PPO(0.1, "sum"), lambda: PerPromptStatistics(min_count=4), 2),
-    "LOOP": policy(lambda: PPO(0.1, "sum"), LeaveOneOut, 2),
-    "PRDP": policy(lambda: PRDP(1.0, 0.1, "sum"), GroupMean, 2),
+    "REINFORCE": policy(lambda _: Reinforce("sum"), lambda: PerPromptStatistics(min_count=4), 1),
+    "PPO": policy(lambda clip: PPO(clip, "sum"), lambda: PerPromptStatistics(min_count=4), 2, "clip", CLIPS),
+    "LOOP": policy(lambda clip: PPO(clip, "sum"), LeaveOneOut, 2, "clip", CLIPS),
+    "PRDP": policy(lambda beta: PRDP(beta, 0.1, "sum"), GroupMean, 2, "beta", (0.001, 0.01, 0.1)),
 }
 METHODS: dict[str, Method] = {**DIRECT, **POLICY}
 
+
+def _recognised(setting: Setting) -> Reward:
+    return CLIPClassification(setting.clip, captions=setting.captions, column="caption")
+
+
 TASKS = {
-    "recognised": Task(
-        lambda setting: CLIPClassification(setting.clip, captions=setting.captions, column="caption"),
+    "recognised": Task(_recognised, lambda setting: {**setting.held_out(), "jpeg": JPEGSize()}, methods=tuple(METHODS)),
+    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.held_out(), methods=tuple(POLICY)),
+    "many": Task(
+        _recognised,
         lambda setting: {**setting.held_out(), "jpeg": JPEGSize()},
-        tuple(METHODS),
-    ),
-    "jpeg": Task(
-        lambda setting: JPEGSize(),
-        lambda setting: setting.held_out(),
-        tuple(POLICY),
+        methods=tuple(POLICY),
+        many=True,
+        tuned_on="recognised",
     ),
 }
-"""Rewards: the prompt recognised by the CLIP, which has a gradient, and the true JPEG size, which has none."""
+"""The prompt recognised by the CLIP, which has a gradient; the true JPEG size, which has none; the first on many
+prompts."""

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 Run = dict[str, Any]
+BEST = ("reward", "nearest")
 AXES = {"queries": "reward queries", "passes": "network passes", "seconds": "seconds of training"}
 
 
@@ -17,6 +18,11 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
     for run in runs:
         groups.setdefault((run["task"], run["method"]), []).append(run)
     return groups
+
+
+def last(run: Run) -> float:
+    """The reward that a run ended with, on the evaluation."""
+    return float(run["evaluations"][-1]["reward"])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -34,9 +40,22 @@ def table(runs: Sequence[Run], base: dict[str, dict[str, float]]) -> str:
     for task in dict.fromkeys(run["task"] for run in runs):
         start = base[task]
         others = [name for name in start if name not in ("reward", "diversity", "drift")]
-        head = ["method", "lr", "steps", "passes", "queries", "seconds", "reward", *others, "diversity", "drift", "MiB"]
+        head = [
+            "method",
+            "lr",
+            "own",
+            "steps",
+            "passes",
+            "queries",
+            "seconds",
+            "reward",
+            *others,
+            "diversity",
+            "drift",
+            "MiB",
+        ]
         lines += [f"### {task}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        cells = ["base", *[""] * 5, *(_short(start[key]) for key in ("reward", *others, "diversity")), "", ""]
+        cells = ["base", *[""] * 6, *(_short(start[key]) for key in ("reward", *others, "diversity")), "", ""]
         lines.append(f"| {' | '.join(cells)} |")
         for (name, method), group in grouped(runs).items():
             if name == task:
@@ -61,30 +80,63 @@ def to_reach(run: Run, level: float, key: str = "queries") -> float:
     return math.inf
 
 
-def efficiency(runs: Sequence[Run], share: float = 0.5, window: int = 10) -> str:
-    """Markdown, a row a method, medians over seeds: what learning takes.
+def efficiency(runs: Sequence[Run], share: float = 0.5, window: int = 10, rival: str = "PPO") -> str:
+    """Markdown, a row a method: what learning takes, and whether it lasts.
 
-    - queries and passes to reach `share` of the best method's gain on the evaluation;
-    - norm of the gradient over the first `window` steps, before clipping;
-    - training reward after as many optimisation steps as the shortest run has, a mean over `window` steps.
+    - medians over seeds of queries, passes and steps to reach `share` of the best method's gain on the evaluation;
+    - how many times fewer queries than the `rival` spends in all a method takes to reach the rival's mean end;
+    - medians of the norm of the gradient over the first `window` steps, before clipping, and of the training reward
+      after as many optimisation steps as the shortest run has, a mean over `window` steps;
+    - the best mean over seeds at any milestone, of the reward and, if it was taken, of the rate of nearest pictures; as
+      a maximum of noisy figures it flatters.
     """
     lines: list[str] = []
     for task in dict.fromkeys(run["task"] for run in runs):
         groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
-        start = next(run["start"] for run in runs if run["task"] == task)
-        ends = [mean_and_error([run["evaluations"][-1]["reward"] for run in group])[0] for group in groups.values()]
-        level = start + share * (max(ends) - start)
+        start = next(iter(groups.values()))[0]["start"]
+        level = start + share * (max(_mean_last(group) for group in groups.values()) - start)
         steps = min(len(run["curve"]) for group in groups.values() for run in group)
-        head = ["method", f"queries to {level:.3g}", "passes to it", "first gradient norm", f"reward at step {steps}"]
+        head = [
+            "method",
+            f"queries to {level:.3g}",
+            "passes to it",
+            "steps to it",
+            f"{rival}'s queries / own to its end",
+        ]
+        head += ["first gradient norm", f"reward at step {steps}", "best reward", "best nearest"]
         lines += [f"### {task}: what learning takes", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method, group in groups.items():
-            reached = [_median([to_reach(run, level, key) for run in group]) for key in ("queries", "passes")]
+            reached = [_median([to_reach(run, level, key) for run in group]) for key in ("queries", "passes", "steps")]
             norm = _median([row["gradient_norm"] for run in group for row in run["curve"][:window]])
             late = _median([_mean(run["curve"][max(0, steps - window) : steps], "reward") for run in group])
-            cells = [method, *("not reached" if math.isinf(x) else f"{x:.0f}" for x in reached), _short(norm)]
-            lines.append(f"| {' | '.join([*cells, _short(late)])} |")
+            cells = [method, *("not reached" if math.isinf(x) else f"{x:.0f}" for x in reached)]
+            cells += [_advantage(group, groups.get(rival, [])), _short(norm), _short(late)]
+            cells += [_short(best(group, key)) if key in group[0]["evaluations"][0] else "" for key in BEST]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def best(group: Sequence[Run], key: str) -> float:
+    """The greatest mean over seeds at any milestone."""
+    return max(mean_and_error([row[key] for row in rows])[0] for rows in zip(*_evaluations(group), strict=False))
+
+
+def _advantage(group: Sequence[Run], rivals: Sequence[Run]) -> str:
+    """How many times fewer queries it takes to reach the rivals' end than they spend."""
+    if not rivals:
+        return ""
+    spent = _median([run["evaluations"][-1]["queries"] for run in rivals])
+    needed = _median([to_reach(run, _mean_last(rivals)) for run in group])
+    return "not reached" if math.isinf(needed) else f"{spent / needed:.1f}"
+
+
+def _mean_last(group: Sequence[Run]) -> float:
+    return mean_and_error([last(run) for run in group])[0]
+
+
+def _evaluations(group: Sequence[Run]) -> list[list[dict[str, float]]]:
+    return [run["evaluations"] for run in group]
 
 
 def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -110,7 +162,7 @@ def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 def _curve(axes: Any, method: str, group: list[Run], key: str, line: str) -> None:
     """Mean over seeds at each milestone, with a bar of one standard error."""
-    milestones = list(zip(*(run["evaluations"] for run in group), strict=False))
+    milestones = list(zip(*_evaluations(group), strict=False))
     spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
     means, errors = zip(*(mean_and_error([row["reward"] for row in rows]) for rows in milestones), strict=True)
     axes.errorbar(
@@ -119,15 +171,16 @@ def _curve(axes: Any, method: str, group: list[Run], key: str, line: str) -> Non
 
 
 def _row(method: str, group: list[Run], others: Sequence[str]) -> str:
-    last = [run["evaluations"][-1] for run in group]
+    ends = [run["evaluations"][-1] for run in group]
 
     def mean(key: str) -> float:
-        return mean_and_error([row[key] for row in last])[0]
+        return mean_and_error([row[key] for row in ends])[0]
 
-    reward, error = mean_and_error([row["reward"] for row in last])
+    reward, error = mean_and_error([row["reward"] for row in ends])
     cells = [
         method,
         f"{group[0]['lr']:g}",
+        "" if group[0]["own"] is None else f"{group[0]['own']:g}",
         *(f"{mean(key):.0f}" for key in ("steps", "passes", "queries", "seconds")),
         _short(reward) + ("" if math.isnan(error) else f" ± {error:.2g}"),
         *(_short(mean(key)) for key in (*others, "diversity", "drift")),

@@ -41,7 +41,8 @@ def run(
             "prompts": prompts,
             "captions": "animals",
             "pictures": tmp_path / "none",
-            "every": 2,
+            "many": prompts,
+            "evaluated": 2,
             "draws": 2,
             "seeds": 0,
             "lrs": lrs,
@@ -83,7 +84,7 @@ def _run(out: Path, lr: str, seed: int) -> dict:
 def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) -> None:
     row = {"steps": 7, "passes": 9, "queries": 5, "seconds": 1.0, "reward": -0.5, "diversity": 0.1, "drift": 0.2}
     row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
-    kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "start": -1.0, "peak_mib": 3.0}
+    kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "own": None, "start": -1.0, "peak_mib": 3.0}
     (tmp_path / "runs").mkdir()
     curve = [{"reward": -0.7, "gradient_norm": 2.5}]
     for seed in (0, command.TUNING_SEED):
@@ -91,9 +92,9 @@ def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) 
         file.write_text(json.dumps({**kept, "seed": seed, "evaluations": [row], "curve": curve}))
     run("--tasks", "recognised", "--methods", "DRaFT-1", "DRaFT-LV")
     lines = (tmp_path / "methods.md").read_text().splitlines()
-    assert any(line.startswith("| DRaFT-1 | 0.001 | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
-    assert any(line.startswith("| DRaFT-LV | 0.001 | 1 |") for line in lines)
-    assert "| DRaFT-1 | 2 | 4 | 2.5 | -0.7 |" in lines
+    assert any(line.startswith("| DRaFT-1 | 0.001 |  | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
+    assert any(line.startswith("| DRaFT-LV | 0.001 |  | 1 |") for line in lines)
+    assert any(line.startswith("| DRaFT-1 | 2 | 4 | 4 |  | 2.5 | -0.7 |") for line in lines)
     assert (tmp_path / "methods-recognised.png").stat().st_size > 0
 
 
@@ -105,6 +106,32 @@ def test_every_method_and_truncation_is_in_it() -> None:
     assert len(methods.DIRECT) >= len(known)
     assert set(methods.TASKS["recognised"].methods) == set(methods.METHODS)
     assert set(methods.TASKS["jpeg"].methods) == set(methods.POLICY)
+
+
+def test_a_parameter_of_its_own_is_tuned_with_the_learning_rate_and_taken_over(run: Callable[..., Path]) -> None:
+    """PRDP's squared error is 1/beta^2 of the reward's at the start: what was tried was really used."""
+    out = run("--tasks", "recognised", "many", "--methods", "PRDP", lrs="1e-3 1e-2")
+    found = [json.loads(file.read_text()) for file in (out / "runs").glob("*-PRDP-*.json")]
+    tried = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.TUNING_SEED}
+    assert set(tried) == {(lr, beta) for lr in (1e-3, 1e-2) for beta in methods.METHODS["PRDP"].values}
+    norms = {beta: tried[1e-3, beta]["curve"][0]["gradient_norm"] for beta in methods.METHODS["PRDP"].values}
+    assert norms[0.001] == pytest.approx(100 * norms[0.1], rel=1e-3)
+    best = max(tried, key=lambda trial: tried[trial]["evaluations"][-1]["reward"])
+    trained = {each["task"]: (each["lr"], each["own"]) for each in found if each["seed"] == 0}
+    assert trained == {"recognised": best, "many": best}
+
+
+def test_queries_are_compared_with_those_of_the_rival() -> None:
+    def run(method: str, *rows: tuple[int, float]) -> report.Run:
+        evaluations = [{"queries": q, "passes": q, "steps": q, "reward": reward} for q, reward in rows]
+        curve = [{"reward": 0.0, "gradient_norm": 1.0}]
+        return {"task": "t", "method": method, "start": -1.0, "evaluations": evaluations, "curve": curve}
+
+    runs = [run("PPO", (400, -0.2), (800, -0.5)), run("DRaFT", (40, -0.5), (80, 0.0)), run("PRDP", (800, -0.6))]
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in report.efficiency(runs).splitlines() if "|" in line}
+    assert rows["DRaFT"][4] == "20.0"
+    assert rows["PRDP"][4] == "not reached"
+    assert rows["PPO"][7] == "-0.2"
 
 
 @pytest.mark.parametrize(("level", "queries"), [(-1.0, 0), (-0.75, 50), (0.0, 150), (0.5, 175), (1.1, math.inf)])
@@ -122,8 +149,8 @@ def test_standard_error() -> None:
 
 
 def test_evaluation_repeats(tiny_sd: Path, tiny_clip: Path) -> None:
-    setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", STEPS)
-    module = methods.METHODS["DRaFT-1"].build(setting, "recognised", 1e-3, 0)
+    setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", "animals", STEPS)
+    module = methods.METHODS["DRaFT-1"].build(setting, "recognised", methods.Trial(1e-3), 0)
     evaluation = Evaluation([Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})], draws=2)
     images, prompts = evaluation.pictures(module)
     first = evaluation.scores(module, images)

@@ -38,7 +38,7 @@ class Baseline(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, in plain types."""
+        """What a checkpoint must hold, in plain types; a copy, which later rewards do not change."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most have none)

@@ -227,11 +227,17 @@ class PolicyGradientModule(RewardModule):
         with self.model.base():
             return replace(rollout, reference=self.policy.log_probs(every, latents))
 
+    def memory(self) -> dict[str, Any]:
+        """What training changes besides parameters: the baseline and the rollout that is not used up, too."""
+        left = self.rollout if self._unused else None
+        return {**super().memory(), "baseline": self.baseline.state_dict(), "rollout": left}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, the baseline, and of every process the rollout that is not used up."""
         super().on_save_checkpoint(checkpoint)
-        left = self.rollout if self._unused else None
-        checkpoint["baseline"] = self.baseline.state_dict()
+        memory = self.settled()
+        left = memory["rollout"]
+        checkpoint["baseline"] = memory["baseline"]
         checkpoint["rollouts"] = gathered(None if left is None else left.to("cpu").state_dict())
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

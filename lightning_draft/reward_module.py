@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Self, cast
 
 import lightning as L
@@ -66,6 +67,7 @@ class RewardModule(L.LightningModule, ABC):
         self.strict_loading = False
         self.learns = any(_learnt(f"reward.{key}") for key in reward.state_dict())
         self._base_scores: dict[tuple[Any, ...], Tensor] = {}
+        self._remembered: tuple[int, dict[str, Any]] = (-1, {})  # by which optimiser step, and what
 
     @property
     @abstractmethod
@@ -75,6 +77,7 @@ class RewardModule(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Forget what the base model scored: sampler, guidance and data may have changed since."""
         self._base_scores.clear()
+        self._remembered = (-1, {})
 
     def train(self, mode: bool = True) -> Self:
         """Rewards stay in eval mode: dropout would make their scores noise."""
@@ -144,6 +147,8 @@ class RewardModule(L.LightningModule, ABC):
 
     def on_train_batch_start(self, prompts: Sequence[str], batch_idx: int) -> None:
         """Show a reward with running statistics images of the first prompts, before it is trained on."""
+        if self._remembered[0] != self.trainer.global_step:
+            self._remembered = self.trainer.global_step, self.memory()
         if not self.reward.uncalibrated:
             return
         with self.trainer.precision_plugin.forward_context():
@@ -165,10 +170,23 @@ class RewardModule(L.LightningModule, ABC):
         if self.learns:  # and no longer scores the base's images as it did
             self._base_scores.clear()
 
+    def memory(self) -> dict[str, Any]:
+        """What training changes besides parameters, as it is now: `learnt`, the states of rewards by their keys."""
+        parts = self.reward.named_modules(prefix="reward") if self.learns else ()
+        own = nn.Module.get_extra_state
+        states = {n: part.get_extra_state() for n, part in parts if type(part).get_extra_state is not own}
+        return {"learnt": {f"{name}._extra_state": deepcopy(state) for name, state in states.items()}}
+
+    def settled(self) -> dict[str, Any]:
+        """What `memory` was after the last optimiser step, which is what a checkpoint's parameters belong to."""
+        step, memory = self._remembered
+        return memory if step == self.trainer.global_step else self.memory()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained and what rewards have learnt: the frozen parts come from where they came from."""
-        trained = self.trainable_parameters()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or _learnt(k)}
+        trained, learnt = self.trainable_parameters(), self.settled()["learnt"]
+        kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or _learnt(k)}
+        checkpoint["state_dict"] = {k: learnt.get(k, v) for k, v in kept.items()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of other adapters, which loading would pass over or report name by name."""

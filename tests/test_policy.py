@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lightning_draft.baselines import GroupMean, LeaveOneOut, PerPromptStatistics
 from lightning_draft.callbacks.lora_export import header
 from lightning_draft.chain import SamplingChain
+from lightning_draft.cli.checkpoint import LastCheckpoint
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.modules import DraftModule
 from lightning_draft.objectives import PPO, PRDP, Evidence, Objective, Reinforce
 from lightning_draft.policy import PolicyGradientModule
-from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.colour import ColourBalance
+from lightning_draft.rewards import Brightness, ColourBalance, Reward, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.rollout import Rollout, stochastic_steps
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowSDE
 from lightning_draft.schedules import RectifiedFlow, VariancePreserving
@@ -272,6 +272,27 @@ def test_two_passes_of_prdp_equal_autograd() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(loss, module.model.theta)[0], rtol=1e-9, atol=0)
 
 
+def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> None:
+    """The second of a rollout, against autograd, with log-probabilities of the base written out as a reference."""
+    start, lr = torch.tensor(0.15), 1e-3
+    module = linear(
+        objective=PRDP(beta=0.1, clip=10.0),
+        inner_epochs=2,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
+    )
+    module.model.theta.data.copy_(start)
+    first, second = fit(tmp_path, module, steps=2).gradients
+    rollout, fresh = module.rollout, linear()
+    assert rollout is not None
+    reference = fresh.policy.log_probs(rollout.prompts, rollout.latents)
+    fresh.model.theta.data.copy_(start - lr * first.squeeze())
+    log_probs, _ = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps)
+    loss = module.objective(Evidence(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
+    expected = torch.autograd.grad(loss, fresh.model.theta)[0]
+    torch.testing.assert_close(second.squeeze(), expected, rtol=1e-4, atol=0)
+    assert (second - first).abs() > 1e-2 * first.abs()
+
+
 def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
     """Elements saved for the backward pass of a part, the derivatives included."""
 
@@ -448,6 +469,49 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
     for index, moments in straight[1].items():
         for name, value in moments.items():
             assert torch.equal(resumed[1][index][name], value), (index, name)
+
+
+class Cut(Callback):
+    """Ctrl-C before a backward pass."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def on_before_backward(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("at", "accumulate", "options"),
+    [
+        (9, 3, {"objective": PPO(clip=1e-2), "inner_epochs": 2}),
+        (12, 3, {"objective": PPO(clip=1e-2), "inner_epochs": 2}),
+        (9, 3, {"objective": Reinforce()}),
+        (11, 6, {"objective": Reinforce()}),
+        (12, 3, {"objective": PRDP(clip=1e-2), "inner_epochs": 2}),
+    ],
+    ids=["last part of a pass", "last of a rollout", "last of the only pass", "in a step's second rollout", "PRDP"],
+)
+def test_a_run_cut_within_a_rollout_is_resumed_bitwise(
+    tmp_path: Path, at: int, accumulate: int, options: dict[str, Any]
+) -> None:
+    """What baselines and rewards learnt of the step that was cut is forgotten with it."""
+
+    def run(*callbacks: Callback, ckpt: Path | None = None) -> Any:
+        parts = {"bright": WeightedReward(Brightness(0.2), 3.0), "sharp": WeightedReward(Sharpness(), -1.0)}
+        reward, baseline = ZScoreSum(parts), PerPromptStatistics(6, 3)
+        module = linear(reward=reward, baseline=baseline, steps_per_part=1, **options)
+        saving = LastCheckpoint(dirpath=str(tmp_path))
+        settings = {"max_steps": 6, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+        trainer_of(tmp_path, saving, *callbacks, **settings).fit(module, data(), ckpt_path=ckpt)
+        return module.model.theta.item(), baseline.state_dict(), reward.get_extra_state()
+
+    straight = run()
+    with pytest.raises(SystemExit):
+        run(Cut(at))
+    assert run(ckpt=tmp_path / "last.ckpt") == straight
 
 
 # Several processes.

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_draft.cli.checkpoint import LastCheckpoint
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.modules import DraftModule
@@ -148,6 +149,29 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     checkpoint = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == {"model.theta", "reward._extra_state"}
     assert checkpoint["state_dict"]["reward._extra_state"]["bright"][0] == 18 + 6
+
+
+def test_what_was_learnt_of_a_step_that_was_cut_is_forgotten(tmp_path: Path) -> None:
+    """Ctrl-C between the reward and the backward pass of the second half of an optimiser step."""
+
+    class Cut(L.Callback):
+        def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.fit_loop.epoch_loop.total_batch_idx == 5:
+                raise KeyboardInterrupt
+
+    def run(*callbacks: L.Callback, ckpt_path: Path | None = None) -> DraftModule:
+        subject = module()
+        saving = LastCheckpoint(dirpath=str(tmp_path))
+        options = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "limit_val_batches": 0}
+        fit(subject, tmp_path, saving, *callbacks, ckpt_path=ckpt_path, **options)
+        return subject
+
+    whole = run()
+    with pytest.raises(SystemExit):
+        run(Cut())
+    resumed = run(ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.reward.get_extra_state() == whole.reward.get_extra_state()
+    assert torch.equal(resumed.model.theta, whole.model.theta)
 
 
 class Save(L.Callback):

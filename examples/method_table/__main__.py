@@ -5,11 +5,11 @@
 
 Cost is counted in network passes: one is one forward or one backward pass of the denoiser over one latent, and
 recomputation counts. All direct methods spend the same; policy gradients spend four times as much. Settings are
-chosen first, for every method alike: the best after a quarter of its budget, on a seed of its own, of three learning
-rates and, where a method has a parameter of its own (PPO's and LOOP's clip, PRDP's beta), of three values of that with
-each of them. Every run is kept as a file as soon as it has ended, so an interrupted table goes on where it
-stopped, and `--methods`, `--tasks` and `--seeds` share the work among processes. The table goes to `OUT/methods.md`,
-the curves to `OUT/methods-*.png`.
+chosen first, for every method alike, by the trained reward: three learning rates and, where a method has a parameter of
+its own (PPO's and LOOP's clip, PRDP's beta), three values of that with each of them are tried for a quarter of the
+budget; the best two go on to a run at full length on another seed, and the better of these is chosen. Every run is
+kept as a file as soon as it has ended, so an interrupted table goes on where it stopped, and `--methods`, `--tasks` and
+`--seeds` share the work among processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from examples.method_table.methods import METHODS, TASKS, Setting, Trial
 from lightning_draft.data import PromptDataModule, read_prompts
 from lightning_draft.rewards import Prompt
 
-TUNING_SEED = 1000
+HEAT, FINAL = 1000, 1001
+"""Seeds of the short and of the long tuning runs; training seeds are below them."""
 
 
 class Table:
@@ -59,17 +60,22 @@ class Table:
         return json.loads(file.read_text())
 
     def tuned(self, task: str, method: str, lrs: Sequence[float] | None) -> Trial:
-        """The best trial after a quarter of the budget, where the task is not told to take over another's."""
+        """The best trial at full length of the best two after a quarter; a task may take over another's."""
         task = TASKS[task].tuned_on or task
-        trials = METHODS[method].trials(lrs)
-        rewards = [report.last(self.run(task, method, trial, TUNING_SEED, 0.25)) for trial in trials]
-        return trials[rewards.index(max(rewards))]
+
+        def best(trials: Sequence[Trial], seed: int, share: float, number: int) -> list[Trial]:
+            rewards = {trial: report.last(self.run(task, method, trial, seed, share)) for trial in trials}
+            return sorted(trials, key=lambda trial: -rewards[trial])[:number]
+
+        finalists = best(METHODS[method].trials(lrs), HEAT, 0.25, 2)
+        return best(finalists, FINAL, 1.0, 1)[0]
 
     def run(self, task: str, method: str, trial: Trial, seed: int, share: float = 1.0) -> report.Run:
         """Train once, or read what was kept of it."""
         file = self.out / "runs" / f"{task}-{method}-{METHODS[method].label(trial)}-seed{seed}.json"
         if not file.exists():
-            result = self._train(task, method, trial, seed, round(share * self.budget * METHODS[method].budget))
+            budget = share * self.budget * METHODS[method].budget * TASKS[task].budget
+            result = self._train(task, method, trial, seed, round(budget))
             file.write_text(json.dumps(result))
             last = result["evaluations"][-1]
             print(
@@ -82,12 +88,12 @@ class Table:
     def runs(self, tasks: Sequence[str]) -> list[report.Run]:
         """Those of the kept runs that were made with the chosen settings, in the table's order."""
         every = [json.loads(file.read_text()) for file in (self.out / "runs").glob("*-seed*.json")]
-        tuning = sorted((run for run in every if run["seed"] == TUNING_SEED), key=report.last)
-        best = {(run["task"], run["method"]): (run["lr"], run["own"]) for run in tuning}
+        finals = sorted((run for run in every if run["seed"] == FINAL), key=report.last)
+        best = {(run["task"], run["method"]): (run["lr"], run["own"]) for run in finals}
 
         def chosen(run: report.Run) -> bool:
             source = TASKS[run["task"]].tuned_on or run["task"]
-            return run["seed"] != TUNING_SEED and best.get((source, run["method"])) == (run["lr"], run["own"])
+            return run["seed"] < HEAT and best.get((source, run["method"])) == (run["lr"], run["own"])
 
         def place(run: report.Run) -> tuple[int, int, int]:
             return list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]

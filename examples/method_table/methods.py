@@ -59,6 +59,7 @@ class Task:
         reward: What is trained on.
         watch: What is only looked at.
         methods: Which methods can train on it.
+        budget: Share of the methods' budgets.
         many: Whether the prompts are the many ones.
         tuned_on: The task whose choice of settings is taken over; by default its own.
     """
@@ -66,6 +67,7 @@ class Task:
     reward: Callable[[Setting], Reward]
     watch: Callable[[Setting], dict[str, Reward]]
     methods: tuple[str, ...]
+    budget: float = 1.0
     many: bool = False
     tuned_on: str | None = None
 
@@ -178,7 +180,7 @@ def _recognised(setting: Setting) -> Reward:
 
 TASKS = {
     "recognised": Task(_recognised, lambda setting: {**setting.held_out(), "jpeg": JPEGSize()}, methods=tuple(METHODS)),
-    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.held_out(), methods=tuple(POLICY)),
+    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.held_out(), methods=tuple(POLICY), budget=0.5),
     "many": Task(
         _recognised,
         lambda setting: {**setting.held_out(), "jpeg": JPEGSize()},

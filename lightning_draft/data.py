@@ -29,6 +29,8 @@ class PromptLoader:
         rank: Which process this is.
         world_size: How many processes there are.
         repeats: Yield every batch so many times in a row, as a method needs that trains on it for several steps.
+        multiple: Let a pass be a multiple of so many batches: those that the Trainer accumulates gradients over, since
+            it ends an optimiser step with every pass.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class PromptLoader:
         rank: int = 0,
         world_size: int = 1,
         repeats: int = 1,
+        multiple: int = 1,
     ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
@@ -49,11 +52,13 @@ class PromptLoader:
         self.rank = rank
         self.world_size = world_size
         self.repeats = repeats
+        self.multiple = multiple
         self.position = 0
 
     def __len__(self) -> int:
         """Batches in one pass; a remainder is carried into the next."""
-        return self.repeats * max(1, len(self.prompts) // (self.batch_size * self.world_size))
+        batches = self.repeats * max(1, len(self.prompts) // (self.batch_size * self.world_size))
+        return -(-batches // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         """Yield one pass of batches, from where the last one ended."""
@@ -153,9 +158,14 @@ class PromptDataModule(L.LightningDataModule):
         """Shuffled batches."""
         rank, size = self._process()
         asked = getattr(self.trainer and self.trainer.lightning_module, "steps_per_batch", None)
-        repeats = asked(self.batch_size) if callable(asked) else 1
         return PromptLoader(
-            self.train_prompts, self.batch_size, seed=self.seed, rank=rank, world_size=size, repeats=repeats
+            self.train_prompts,
+            self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=size,
+            repeats=asked(self.batch_size) if callable(asked) else 1,
+            multiple=self.trainer.accumulate_grad_batches if self.trainer else 1,
         )
 
     def val_dataloader(self) -> FixedPrompts:

@@ -157,6 +157,13 @@ def test_each_pass_sees_every_prompt_once_in_a_new_order() -> None:
     assert PromptLoader(PROMPTS, 4, shuffle=False).batch(2) == [*PROMPTS[8:], *PROMPTS[:2]]
 
 
+def test_a_pass_is_whole_optimiser_steps() -> None:
+    """Longer than the prompts need, and the order goes on as ever."""
+    plain, longer = PromptLoader(PROMPTS, 5, repeats=3), PromptLoader(PROMPTS, 5, repeats=3, multiple=4)
+    assert (len(plain), len(longer)) == (6, 8)
+    assert list(longer) == [*plain, *islice(plain, 2)]
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_a_resumed_loader_goes_on_where_it_was(stop: int) -> None:
     def endless(loader: PromptLoader):  # noqa: ANN202

@@ -220,18 +220,26 @@ def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
 
 
 def test_rollouts_depend_on_seed_and_number_alone() -> None:
-    def latents(seed: int, number: int) -> Tensor:
-        torch.manual_seed(len(str(seed)))
-        state = torch.get_rng_state()
-        rollout = linear(seed=seed).draw(PROMPTS[:2], number)
-        assert torch.equal(torch.get_rng_state(), state)
-        return rollout.latents
+    """What a reward draws, too."""
 
-    one = latents(0, 0)
-    assert torch.equal(latents(0, 0), one)
-    assert len(one.unique()) == one.numel()
-    for other in (latents(0, 1), latents(1, 0)):
-        assert not torch.isclose(other[0], one[0]).any()
+    class Moody(LinearReward):
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return torch.rand(len(prompts))
+
+    def draw(seed: int, number: int, before: int) -> Rollout:
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        rollout = linear(seed=seed, reward=Moody()).draw(PROMPTS[:2], number)
+        assert torch.equal(torch.get_rng_state(), state)
+        return rollout
+
+    one, again = draw(0, 0, before=1), draw(0, 0, before=2)
+    assert torch.equal(again.latents, one.latents)
+    assert torch.equal(again.rewards, one.rewards)
+    assert len(one.latents.unique()) == one.latents.numel()
+    for other in (draw(0, 1, before=1), draw(1, 0, before=1)):
+        assert not torch.isclose(other.latents[0], one.latents[0]).any()
+        assert not torch.isclose(other.rewards, one.rewards).any()
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PPO(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
@@ -247,6 +255,22 @@ def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None
     whole = gradient(1)
     torch.testing.assert_close(gradient(4, micro_batch_size=3, steps_per_part=3), whole, rtol=1e-4, atol=0)
     torch.testing.assert_close(gradient(16, micro_batch_size=1, steps_per_part=1), whole, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("objective", [Reinforce(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
+def test_an_optimiser_step_over_several_rollouts_is_their_mean(tmp_path: Path, objective: Objective) -> None:
+    """Three of three parts each, although two of them see every prompt."""
+    modules = [linear(objective=objective, steps_per_part=1) for _ in range(2)]
+    for module in modules:
+        module.model.theta.data += 0.05
+    (ours,) = fit(tmp_path, modules[0], accumulate_grad_batches=9).gradients
+    fresh, loader, slopes = modules[1], data().train_dataloader(), []
+    for number in range(3):
+        rollout = fresh.draw(loader.batch(number), number)
+        log_probs, _ = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps)
+        loss = objective(Evidence(log_probs, rollout.log_probs, rollout.advantages, 2, rollout.reference))
+        slopes.append(torch.autograd.grad(loss, fresh.model.theta)[0])
+    torch.testing.assert_close(ours.squeeze(), torch.stack(slopes).mean(), rtol=1e-4, atol=0)
 
 
 def test_two_passes_of_prdp_equal_autograd() -> None:

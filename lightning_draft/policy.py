@@ -103,8 +103,7 @@ class PolicyGradientModule(RewardModule):
         self.rollout: Rollout | None = None
         self._unused = 0  # parts of the rollout that are still to be trained on
         self._derived: tuple[int, Derivatives] | None = None
-        self._logs: dict[str, list[Tensor]] = {}
-        self._logged_step = -1
+        self._logged: tuple[int, dict[str, Tensor]] = (-1, {})  # by which optimiser step, and sums over its parts
 
     @property
     def method(self) -> Objective:
@@ -145,7 +144,7 @@ class PolicyGradientModule(RewardModule):
         every = self.parts(len(prompts))
         part = every[index % len(every)]
         loss, logs = self.loss_and_logs(prompts, rollout, part, self._derivatives(prompts, rollout))
-        scalars: dict[str, Any] = {**self._averaged(logs), **rollout.summary}
+        scalars: dict[str, Any] = {**self._averaged(logs, part.share), **rollout.summary}
         self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
         self.log_dict(scalars, batch_size=len(prompts))
         # Lightning averages over the parts of an optimiser step; each counts by its share.
@@ -307,13 +306,14 @@ class PolicyGradientModule(RewardModule):
         start = sum(len(prompts) for _, prompts in every[: self.global_rank])
         return advantages[start : start + len(prompts)].to(rewards)
 
-    def _averaged(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the parts of this optimiser step so far."""
-        if self._logged_step != self.trainer.global_step:
-            self._logs, self._logged_step = {}, self.trainer.global_step
-        for name, value in logs.items():
-            self._logs.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in self._logs.items()}
+    def _averaged(self, logs: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Means over the parts of this optimiser step so far, each counted by its share."""
+        step, sums = self._logged
+        sums = sums if step == self.trainer.global_step else {}
+        for name, value in {"share": torch.ones(()), **logs}.items():
+            sums[name] = sums.get(name, 0) + share * value
+        self._logged = self.trainer.global_step, sums
+        return {name: sums[name] / sums["share"] for name in logs}
 
     def _repeated(self, prompts: Sequence[str]) -> list[str]:
         """Every prompt `samples_per_prompt` times in a row."""

@@ -244,17 +244,19 @@ def test_rollouts_depend_on_seed_and_number_alone() -> None:
 
 @pytest.mark.parametrize("objective", [Reinforce(), PPO(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
 def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None:
-    """Uneven ones too: 4 samples by 3, 4 steps by 3."""
+    """Uneven ones too: 4 samples by 3, 4 steps by 3. What is logged adds up likewise."""
 
-    def gradient(accumulate: int, **options: Any) -> Tensor:
+    def outcome(accumulate: int, **options: Any) -> tuple[Tensor, dict[str, float]]:
         module = linear(objective=objective, sampler=DDIM(5, eta=1.0), kl_weight=0.1, **options)
         module.model.theta.data += 0.05
         recorder = fit(tmp_path, module, accumulate_grad_batches=accumulate)
-        return recorder.gradients[0]
+        return recorder.gradients[0], recorder.steps[0]
 
-    whole = gradient(1)
-    torch.testing.assert_close(gradient(4, micro_batch_size=3, steps_per_part=3), whole, rtol=1e-4, atol=0)
-    torch.testing.assert_close(gradient(16, micro_batch_size=1, steps_per_part=1), whole, rtol=1e-4, atol=0)
+    gradient, logged = outcome(1)
+    assert {"train/loss", "train/kl", "train/ratio"} < logged.keys()
+    for cut in (outcome(4, micro_batch_size=3, steps_per_part=3), outcome(16, micro_batch_size=1, steps_per_part=1)):
+        torch.testing.assert_close(cut[0], gradient, rtol=1e-4, atol=0)
+        assert cut[1] == pytest.approx(logged, rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)

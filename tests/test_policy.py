@@ -702,6 +702,13 @@ def test_a_loader_that_changes_prompts_within_a_rollout_is_an_error(tmp_path: Pa
         trainer_of(tmp_path, max_steps=2).fit(module, loader)
 
 
+def test_batches_of_a_loader_of_one_s_own_are_checked_before_they_are_rewarded(tmp_path: Path) -> None:
+    module = linear(objective=PRDP(), steps_per_part=1)
+    with pytest.raises(ConfigurationError, match="PRDP couples .*set trainer.accumulate_grad_batches to 3"):
+        trainer_of(tmp_path, max_steps=1).fit(module, [PROMPTS[:2]] * 3)
+    assert module.reward_queries == 0
+
+
 def test_scores_that_are_not_finite_are_an_error() -> None:
     class Broken(LinearReward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -28,6 +28,7 @@ from lightning_draft.models.loading import wrapper_of
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.modules import RewardModule
+from lightning_draft.reward_module import mix
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
 
 BATCH = 8
@@ -121,7 +122,7 @@ def _generate(model: PipelineModel, sampler: Sampler, prompts: list[str], seed: 
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     images = []
     for start in range(0, len(prompts), BATCH):
-        torch.manual_seed(seed + start)
+        torch.manual_seed(mix(seed, start))  # of the steps' noise, which must not be the starting noise again
         chain = SamplingChain(model, sampler, model.encode(prompts[start : start + BATCH]))
         state = chain.start(noise[start : start + BATCH])
         if model.lora is None:

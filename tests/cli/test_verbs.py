@@ -15,6 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_draft import __version__
+from lightning_draft.cli.sample import _generate
+from lightning_draft.models import StableDiffusion
+from lightning_draft.samplers import DDIM, Transition
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
 PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]
@@ -182,6 +185,21 @@ def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable,
     assert named.status == 0
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
     assert "--prompt" in command("sample", lora).err
+
+
+class Forgetful(DDIM):
+    """Every step draws anew."""
+
+    def step(self, schedule: Any, x: torch.Tensor, *_: Any) -> Any:
+        return Transition(torch.zeros_like(x), 1.0), None
+
+
+def test_sample_draws_the_noise_of_the_steps_apart_from_the_starting_noise(tiny_sd: Path) -> None:
+    model = StableDiffusion(str(tiny_sd), guidance_scale=1.0, lora=None)
+    start = model.noise(9, torch.Generator().manual_seed(3))
+    ours = _generate(model, Forgetful(1), ["red"] * 9, 3, 1.0)
+    for i in range(9):
+        assert not torch.isclose(ours[i], model.decode(start[i : i + 1])[0], atol=1e-3).all()
 
 
 def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, config: Path) -> None:

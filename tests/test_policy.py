@@ -184,7 +184,10 @@ def test_ratios_leave_one_as_the_model_moves(tmp_path: Path) -> None:
 
 
 def test_the_divergence_is_that_of_gaussians() -> None:
-    """With a linear model it is the squared distance of the means over twice the variance, averaged over dimensions."""
+    """With a linear model it is the squared distance of the means over twice the variance, averaged over dimensions.
+
+    It goes with the square of the distance of the parameters, and its gradient with them.
+    """
     module = linear(kl_weight=0.5)
     module.model.theta.data += 0.05
     rollout = module.draw(PROMPTS[:2])
@@ -202,6 +205,11 @@ def test_the_divergence_is_that_of_gaussians() -> None:
         expected.append(((ours.mean - base.mean) ** 2).mean() / (2 * ours.std**2))
     assert logs["train/kl"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
     assert loss.item() == pytest.approx((logs["train/loss"] + 0.5 * logs["train/kl"]).item())
+    slope = torch.autograd.grad(loss, module.model.theta)[0]
+    module.kl_weight = 0.0
+    loss, _ = module.loss_and_logs(PROMPTS[:2], rollout, part)
+    slope -= torch.autograd.grad(loss, module.model.theta)[0]
+    assert slope.item() == pytest.approx(0.5 * 2 * logs["train/kl"].item() / 0.05, rel=1e-3)
 
 
 # Parts.
@@ -300,10 +308,11 @@ def test_two_passes_of_prdp_equal_autograd() -> None:
 
 def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> None:
     """The second of a rollout, against autograd, with log-probabilities of the base written out as a reference."""
-    start, lr = torch.tensor(0.15), 1e-3
+    start, lr = torch.tensor(0.15), 4e-3
     module = linear(
         objective=PRDP(beta=0.1, clip=10.0),
         inner_epochs=2,
+        kl_weight=2.0,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
     )
     module.model.theta.data.copy_(start)
@@ -312,9 +321,13 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
     assert rollout is not None
     reference = fresh.policy.log_probs(rollout.prompts, rollout.latents)
     fresh.model.theta.data.copy_(start - lr * first.squeeze())
-    log_probs, _ = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps)
+    log_probs, divergence = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps, diverge=True)
+    assert divergence is not None
     loss = module.objective(Evidence(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
+    pull = torch.autograd.grad(2.0 * divergence, fresh.model.theta, retain_graph=True)[0]
     expected = torch.autograd.grad(loss, fresh.model.theta)[0]
+    assert pull > 1e-2 * expected.abs()
+    expected += pull
     torch.testing.assert_close(second.squeeze(), expected, rtol=1e-4, atol=0)
     assert (second - first).abs() > 1e-2 * first.abs()
 
@@ -686,6 +699,13 @@ def test_accumulating_over_several_rollouts_is_on_policy(tmp_path: Path) -> None
     module = linear(objective=Reinforce(), steps_per_part=1)
     fit(tmp_path, module, steps=2, accumulate_grad_batches=6)
     assert module.reward_queries == 2 * 2 * 4
+
+
+def test_a_second_fit_draws_its_own_rollouts(tmp_path: Path) -> None:
+    module = linear(inner_epochs=2)
+    fit(tmp_path, module)
+    fit(tmp_path, module)
+    assert module.reward_queries == 2 * 4
 
 
 def test_an_optimiser_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:

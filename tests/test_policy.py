@@ -217,10 +217,15 @@ def test_the_divergence_is_that_of_gaussians() -> None:
 
 def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
     """Bitwise where the arithmetic is element by element; elsewhere as far as it allows."""
+
+    class Wordy(LinearReward):
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return super().forward(images, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
     for make_one, exact in ((linear, True), (lambda **options: stir(make(tiny_sd, **options)), False)):
-        whole = make_one(objective=PRDP()).draw(PROMPTS[:3], number=5)
+        whole = make_one(objective=PRDP(), reward=Wordy()).draw(PROMPTS[:3], number=5)
         for size in (1, 4):
-            pieces = make_one(objective=PRDP(), micro_batch_size=size).draw(PROMPTS[:3], number=5)
+            pieces = make_one(objective=PRDP(), reward=Wordy(), micro_batch_size=size).draw(PROMPTS[:3], number=5)
             for name in ("latents", "log_probs", "reference", "rewards", "advantages"):
                 ours, theirs = getattr(pieces, name), getattr(whole, name)
                 assert torch.equal(ours, theirs) or not exact, name

@@ -183,6 +183,20 @@ def test_ratios_leave_one_as_the_model_moves(tmp_path: Path) -> None:
     assert (ratios[3], clipped[3]) == (1, 0)  # a new rollout
 
 
+def test_what_is_said_of_ratios() -> None:
+    module = linear(objective=PPO(clip=1e-2))
+    rollout = module.draw(PROMPTS[:2])
+    module.model.theta.data += 0.02
+    (part,) = module.parts(2)
+    _, logs = module.loss_and_logs(PROMPTS[:2], rollout, part)
+    moved = (module.policy.log_probs(rollout.prompts, rollout.latents) - rollout.log_probs).double()
+    ratio = moved.exp()
+    assert logs["train/ratio"].item() == pytest.approx(ratio.mean().item())
+    assert logs["train/approx_kl"].item() == pytest.approx((ratio - 1 - moved).mean().item(), rel=1e-3)
+    assert logs["train/clip_fraction"].item() == pytest.approx(((ratio - 1).abs() > 1e-2).double().mean().item())
+    assert 0 < logs["train/clip_fraction"] < 1
+
+
 def test_the_divergence_is_that_of_gaussians() -> None:
     """With a linear model it is the squared distance of the means over twice the variance, averaged over dimensions.
 

@@ -19,6 +19,7 @@ from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
 
 _CALIBRATION = 16
+_STEPS = 1  # tells the stream of the steps' noise from that of the starting noise
 
 
 class RewardModule(L.LightningModule, ABC):
@@ -111,11 +112,11 @@ class RewardModule(L.LightningModule, ABC):
         Args:
             prompts: `B` prompts.
             noise: Starting latents `(B, ...)`; drawn from `seed` where they are not given.
-            seed: Of the starting noise and of a stochastic sampler's noise; the module's own by default. The caller's
-                random state is left as it was.
+            seed: Of the starting noise and, in a stream of its own, of a stochastic sampler's; the module's own by
+                default. The caller's random state is left as it was.
         """
         seed = self.seed if seed is None else seed
-        with self._random_state(seed):
+        with self._random_state(mix(seed, _STEPS)):
             if noise is None:
                 noise = self.model.noise(len(prompts), torch.Generator().manual_seed(seed))
             chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))

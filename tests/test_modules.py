@@ -19,7 +19,7 @@ from lightning_draft.reward_module import mix
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.colour import Brightness, ColourBalance
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
-from lightning_draft.samplers import DDIM
+from lightning_draft.samplers import DDIM, Transition
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomSteps
 
@@ -357,6 +357,19 @@ def test_generate_draws_from_its_seed() -> None:
     assert not images.requires_grad
     noise = torch.randn(len(PROMPTS), 3, 4, 4)
     assert not torch.equal(module.generate(PROMPTS, noise=noise, seed=5), images)
+
+
+def test_the_noise_of_the_steps_is_not_the_starting_noise_again() -> None:
+    """By a sampler that takes a step's noise for its latent."""
+
+    class Forgetful(DDIM):
+        def step(self, schedule: Any, x: Tensor, *_: Any) -> Any:
+            return Transition(torch.zeros_like(x), 1.0), None
+
+    module = linear(sampler=Forgetful(1))
+    start = module.model.noise(len(PROMPTS), torch.Generator().manual_seed(5))
+    for images in (module.generate(PROMPTS, seed=5), module.generate(PROMPTS, noise=start, seed=5)):
+        assert not torch.isclose(images, module.model.decode(start)).any()
 
 
 # Checkpoints.

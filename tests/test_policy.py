@@ -335,7 +335,8 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
     )
     module.model.theta.data.copy_(start)
-    first, second = fit(tmp_path, module, steps=2).gradients
+    recorder = fit(tmp_path, module, steps=2)
+    first, second = recorder.gradients
     rollout, fresh = module.rollout, linear()
     assert rollout is not None
     reference = fresh.policy.log_probs(rollout.prompts, rollout.latents)
@@ -343,6 +344,7 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
     log_probs, divergence = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps, diverge=True)
     assert divergence is not None
     loss = module.objective(Evidence(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
+    assert recorder.of("train/loss")[1] == pytest.approx(loss.item(), rel=1e-4)
     pull = torch.autograd.grad(2.0 * divergence, fresh.model.theta, retain_graph=True)[0]
     expected = torch.autograd.grad(loss, fresh.model.theta)[0]
     assert pull > 1e-2 * expected.abs()

@@ -7,9 +7,10 @@ Cost is counted in network passes: one is one forward or one backward pass of th
 recomputation counts. All direct methods spend the same; policy gradients spend four times as much. Settings are
 chosen first, for every method alike, by the trained reward: three learning rates and, where a method has a parameter of
 its own (PPO's and LOOP's clip, PRDP's beta), three values of that with each of them are tried for a quarter of the
-budget; the best two go on to a run at full length on another seed, and the better of these is chosen. Every run is
-kept as a file as soon as it has ended, so an interrupted table goes on where it stopped, and `--methods`, `--tasks` and
-`--seeds` share the work among processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
+budget; the best of the best two learning rates go on to a run at full length on another seed, and the better of these
+is chosen. Every run is kept as a file as soon as it has ended, so an interrupted table goes on where it stopped, and
+`--methods`, `--tasks` and `--seeds` share the work among processes. The table goes to `OUT/methods.md`, the curves to
+`OUT/methods-*.png`.
 """
 
 import argparse
@@ -60,15 +61,20 @@ class Table:
         return json.loads(file.read_text())
 
     def tuned(self, task: str, method: str, lrs: Sequence[float] | None) -> Trial:
-        """The best trial at full length of the best two after a quarter; a task may take over another's."""
+        """The best of two at full length, which are the best after a quarter, but of different learning rates.
+
+        A task may take over another's choice.
+        """
         task = TASKS[task].tuned_on or task
 
-        def best(trials: Sequence[Trial], seed: int, share: float, number: int) -> list[Trial]:
+        def ranked(trials: Sequence[Trial], seed: int, share: float) -> list[Trial]:
             rewards = {trial: report.last(self.run(task, method, trial, seed, share)) for trial in trials}
-            return sorted(trials, key=lambda trial: -rewards[trial])[:number]
+            return sorted(trials, key=lambda trial: -rewards[trial])
 
-        finalists = best(METHODS[method].trials(lrs), HEAT, 0.25, 2)
-        return best(finalists, FINAL, 1.0, 1)[0]
+        heat = ranked(METHODS[method].trials(lrs), HEAT, 0.25)
+        winners = {trial.lr: trial for trial in reversed(heat)}
+        finalists = [trial for trial in heat if trial in winners.values()][:2]
+        return ranked(finalists, FINAL, 1.0)[0]
 
     def run(self, task: str, method: str, trial: Trial, seed: int, share: float = 1.0) -> report.Run:
         """Train once, or read what was kept of it."""

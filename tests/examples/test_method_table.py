@@ -125,6 +125,23 @@ def test_a_parameter_of_its_own_is_tuned_with_the_learning_rate_and_taken_over(r
     assert trained == {"recognised": best, "many": best}
 
 
+def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reached = {(1e-3, 0.03): 1, (1e-3, 0.1): 2, (1e-2, 0.03): 5, (1e-2, 0.1): 4, (3e-3, 0.03): 3, (3e-3, 0.1): 0}
+    raced = []
+
+    def run(self: command.Table, task: str, method: str, trial: methods.Trial, seed: int, share: float) -> report.Run:
+        if seed == command.FINAL:
+            raced.append((trial.lr, trial.own))
+            return {"evaluations": [{"reward": -trial.lr}]}
+        return {"evaluations": [{"reward": reached.get((trial.lr, trial.own), -1)}]}
+
+    monkeypatch.setattr(command.Table, "run", run)
+    setting = methods.Setting("m", "c", "animals", "animals", "animals", STEPS)
+    chosen = command.Table(setting, tmp_path, 1, (2, 2)).tuned("recognised", "PPO", None)
+    assert raced == [(1e-2, 0.03), (3e-3, 0.03)]
+    assert chosen == methods.Trial(3e-3, 0.03)
+
+
 def test_queries_are_compared_with_those_of_the_rival() -> None:
     def run(method: str, *rows: tuple[int, float]) -> report.Run:
         evaluations = [{"queries": q, "passes": q, "steps": q, "reward": reward} for q, reward in rows]

@@ -177,6 +177,7 @@ def _row(method: str, group: list[Run], others: Sequence[str]) -> str:
         return mean_and_error([row[key] for row in ends])[0]
 
     reward, error = mean_and_error([row["reward"] for row in ends])
+    peak = next((run["peak_mib"] for run in group if "peak_mib" in run), None)
     cells = [
         method,
         f"{group[0]['lr']:g}",
@@ -184,7 +185,7 @@ def _row(method: str, group: list[Run], others: Sequence[str]) -> str:
         *(f"{mean(key):.0f}" for key in ("steps", "passes", "queries", "seconds")),
         _short(reward) + ("" if math.isnan(error) else f" ± {error:.2g}"),
         *(_short(mean(key)) for key in (*others, "diversity", "drift")),
-        f"{group[0]['peak_mib']:.0f}",
+        "" if peak is None else f"{peak:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rollout import gathered, world_size
+from lightning_draft.sharding import local, sharded, trained
 
 
 class AdapterEMA(Callback):
@@ -20,6 +23,7 @@ class AdapterEMA(Callback):
     After update `n` the average is `d * average + (1 - d) * parameters` with `d = decay`, or during warm-up
     `d = min(decay, (1 + n) / (10 + n))`. Validation, samples and exported adapters use the average; training goes on
     with the parameters themselves, and a checkpoint holds both, so that a resumed run equals the uninterrupted one.
+    Where parameters are sharded each process averages its part, and as many processes must resume.
 
     Args:
         decay: Share of the old average that an update keeps, in [0, 1); the average looks back about `1 / (1 - decay)`
@@ -35,17 +39,19 @@ class AdapterEMA(Callback):
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self._originals: dict[str, Tensor] | None = None
+        self._in_parts = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the average at the parameters, unless a checkpoint brought one."""
+        self._in_parts = sharded(trainer)
         parameters = trainable(pl_module)
         if not self.average:
             self.updates = trainer.global_step
             self.average = {name: _widened(parameter).clone() for name, parameter in parameters.items()}
-        elif self.average.keys() != parameters.keys():
+        elif _shapes(self.average) != _shapes({name: local(value) for name, value in parameters.items()}):
             raise ConfigurationError(
                 "the averaged adapters in the checkpoint are not those of this model; resume with the config that the "
-                "run saved, or without AdapterEMA"
+                "run saved, on the strategy that it had, or without AdapterEMA"
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -87,12 +93,21 @@ class AdapterEMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The average and how many steps it has taken in."""
-        return {"updates": self.updates, "average": {name: value.cpu() for name, value in self.average.items()}}
+        average = {name: value.cpu() for name, value in self.average.items()}
+        return {"updates": self.updates, "average": gathered(average) if self._in_parts else average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved average."""
         self.updates = state_dict["updates"]
-        self.average = {name: value.clone() for name, value in state_dict["average"].items()}
+        average = state_dict["average"]
+        if isinstance(average, list):
+            if len(average) != world_size():
+                raise ConfigurationError(
+                    f"the checkpoint holds an average in the parts of {len(average)} processes and there are "
+                    f"{world_size()} now; resume with as many, or without AdapterEMA"
+                )
+            average = average[dist.get_rank() if world_size() > 1 else 0]
+        self.average = {name: value.clone() for name, value in average.items()}
 
     @torch.no_grad()
     def _swap_in(self, pl_module: L.LightningModule) -> bool:
@@ -100,16 +115,16 @@ class AdapterEMA(Callback):
         if not self.average or self._originals is not None:
             return False
         parameters = trainable(pl_module)
-        self._originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._originals = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            parameter.data.copy_(self.average[name])
+            local(parameter.data).copy_(self.average[name])
         return True
 
     @torch.no_grad()
     def _swap_out(self, pl_module: L.LightningModule) -> None:
         if self._originals is not None:
             for name, parameter in trainable(pl_module).items():
-                parameter.data.copy_(self._originals[name])
+                local(parameter.data).copy_(self._originals[name])
         self._originals = None
 
 
@@ -131,9 +146,13 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContex
 
 def trainable(pl_module: L.LightningModule) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
-    return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+    return trained(pl_module)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _widened(parameter: nn.Parameter) -> Tensor:
-    """At least float32: a bfloat16 average stands still."""
-    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    """This process's part, at least float32: a bfloat16 average stands still."""
+    return local(parameter.detach()).to(torch.promote_types(parameter.dtype, torch.float32))

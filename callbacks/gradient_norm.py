@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_draft.callbacks.gradient_profile import StepGradients, log_figure
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.sharding import gradient, partitioned, scale_gradient, sharded, trained
 
 Action = Literal["warn", "skip", "clip", "stop"]
 
@@ -44,8 +45,9 @@ class GradientNormMonitor(Callback):
 
     A norm that is not finite is skipped whatever the action, and ends training under `stop` or when it happens
     `max_nonfinite` times in a row; under a gradient scaler (fp16), whose search for a scale makes such norms, only the
-    latter ends training. All processes decide the same. Actions are counted in `counts`, and logged as
-    `gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` from the first one on.
+    latter ends training. All processes decide the same. DeepSpeed's optimiser passes over no step: what would be
+    skipped becomes a gradient of 0 there, which still moves parameters by momentum and decay. Actions are counted in
+    `counts`, and logged as `gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` from the first on.
 
     Args:
         action: What to do about an explosion.
@@ -108,7 +110,7 @@ class GradientNormMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Measure, act, log: after unscaling and accumulation, before the Trainer clips."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = _parameters(trainer, pl_module, optimizer)
         profile = self._steps.collect(trainer, pl_module.device)
         self._steps.active = False
         if not parameters:
@@ -156,7 +158,7 @@ class GradientNormMonitor(Callback):
         message = f"gradient norm {norm:.3g} at step {trainer.global_step} exceeds {threshold:.3g}"
         if self.action == "clip":
             for parameter in parameters:
-                parameter.grad.mul_(threshold / norm)  # type: ignore[union-attr]
+                scale_gradient(parameter, threshold / norm)
         elif self.action != "warn":
             _drop(parameters)
         trainer.should_stop |= self.action == "stop"
@@ -206,18 +208,26 @@ _MESSAGES = {
 }
 
 
+def _parameters(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> list[nn.Parameter]:
+    """What has a gradient, on some process at least."""
+    if partitioned(trainer):  # its optimiser holds flat copies
+        return list(trained(pl_module).values())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return parameters if sharded(trainer) else [p for p in parameters if p.grad is not None]
+
+
 def total_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:
     """The gradient's norm over all parameters, wherever their shards lie; the same on every process."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    whole: list[Tensor] = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    square = torch.zeros((), device=gradients[0].device)
+    gradients = [value for value in map(gradient, parameters) if value is not None]
+    whole: list[Tensor] = [value for value in gradients if not isinstance(value, DTensor)]
+    parts = [value for value in gradients if isinstance(value, DTensor)]
+    square = torch.zeros((), device=trainer.strategy.root_device)
     if whole:
         square = square + get_total_norm(whole).square()
     if isinstance(trainer.strategy, FSDPStrategy):
         square = trainer.strategy.reduce(square, reduce_op="sum")
-    if sharded:
-        norm = get_total_norm(sharded)
+    if parts:
+        norm = get_total_norm(parts)
         square = square + (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
     # Replicas hold the same gradients; the maximum makes sure of the same decision.
     square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf), reduce_op="max")
@@ -225,8 +235,10 @@ def total_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:
 
 
 def _drop(parameters: Iterable[nn.Parameter]) -> None:
-    """Optimisers pass over parameters without a gradient: no decay, no momentum, no step count."""
+    """Optimisers pass over parameters without a gradient: no decay, no momentum, no step count; but for DeepSpeed's."""
     for parameter in parameters:
+        if parameter.grad is None:
+            scale_gradient(parameter, 0)
         parameter.grad = None
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from lightning_draft.callbacks.ema import averaged, trainable
+from lightning_draft.callbacks.ema import averaged
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.sharding import sharded, whole
 
 _FALLBACK = "train/reward"
 
@@ -23,9 +24,10 @@ class LoRAExport(Callback):
     """Write `last.safetensors` and `best.safetensors`, which the pipeline's `load_lora_weights` opens.
 
     Files are written when validation ends, every `every_n_steps` steps, when training ends and when it is interrupted,
-    always as a whole. The best adapters are those with the best `monitor`; as long as the run has not logged it,
-    `train/reward` decides, averaged over the steps since the last look. The header names the base model, reward,
-    method, sampler, step and scores. Adapters that are not finite are never written.
+    always as a whole. Where processes hold parts of the adapters, putting them together takes all processes: there an
+    interrupted training leaves the files of the last export. The best adapters are those with the best `monitor`; as
+    long as the run has not logged it, `train/reward` decides, averaged over the steps since the last look. The header
+    names the base model, reward, method, sampler, step and scores. Adapters that are not finite are never written.
 
     Args:
         monitor: The metric that decides what is best.
@@ -77,7 +79,7 @@ class LoRAExport(Callback):
         """Settle the folder."""
         if stage != "fit":
             return
-        check_exportable(trainer, pl_module, type(self).__name__)
+        check_exportable(pl_module, type(self).__name__)
         run = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(self.dirpath) if self.dirpath is not None else Path(run) / "lora"
         self._last_step = -1
@@ -109,8 +111,14 @@ class LoRAExport(Callback):
             self.export(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Keep what an interrupted training had reached."""
-        if trainer.state.fn == "fit" and self._folder is not None and trainer.global_step > 0:
+        """Keep what an interrupted training had reached, unless that takes other processes, which may be elsewhere."""
+        if trainer.state.fn != "fit" or self._folder is None or trainer.global_step == 0:
+            return
+        if sharded(trainer) and trainer.world_size > 1:
+            rank_zero_warn(
+                f"interrupted at step {trainer.global_step}: the adapters exported last are of {self._last_step}"
+            )
+        else:
             self.export(trainer, pl_module, judge=False)
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, judge: bool = True) -> None:
@@ -123,14 +131,15 @@ class LoRAExport(Callback):
         """
         self._last_step = trainer.global_step
         with averaged(trainer, pl_module):
-            if not all(bool(parameter.isfinite().all()) for parameter in trainable(pl_module).values()):
+            values = whole(pl_module)
+            if not all(bool(value.isfinite().all()) for value in values.values()):
                 rank_zero_warn(f"the adapters are not finite at step {trainer.global_step}: they are not exported")
                 return
             best = judge and self._is_best(trainer)
             if trainer.is_global_zero:
                 metadata = header(trainer, pl_module, validated=self._validated_step == trainer.global_step)
                 for path in [self.last_path, self.best_path][: 1 + best]:
-                    pl_module.model.save_lora(path, metadata)  # type: ignore[union-attr, operator]
+                    write(trainer, pl_module, path, metadata, values)
 
     def state_dict(self) -> dict[str, Any]:
         """What was best, and where it lies."""
@@ -177,33 +186,38 @@ class LoRAExport(Callback):
         return self._folder / f"{name}.safetensors"
 
 
-def check_exportable(trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
-    """Check that the adapters can be written as a file.
+def write(trainer: L.Trainer, pl_module: Any, path: Path, metadata: dict[str, str], values: dict[str, Tensor]) -> None:
+    """Let the model write its adapters.
 
     Args:
         trainer: The trainer.
         pl_module: Its module.
+        path: Of the file.
+        metadata: For its header.
+        values: From `whole`; handed to the model where it holds a part of them only.
+    """
+    if sharded(trainer):
+        own = {name.removeprefix("model."): value for name, value in values.items()}
+        pl_module.model.save_lora(path, metadata, own)
+    else:
+        pl_module.model.save_lora(path, metadata)
+
+
+def check_exportable(pl_module: L.LightningModule, name: str) -> None:
+    """Check that the adapters can be written as a file.
+
+    Args:
+        pl_module: The trainer's module.
         name: Who wants to write, for the message.
 
     Raises:
-        ConfigurationError: The model cannot write, or no process holds its adapters whole.
+        ConfigurationError: The model cannot write.
     """
     if not hasattr(pl_module.model, "save_lora"):
         raise ConfigurationError(
             f"{type(pl_module.model).__name__} has no save_lora(path, metadata), so {name} cannot write; "
             "give the model one, or leave the callback out"
         )
-    if _shards(trainer):
-        raise ConfigurationError(
-            f"{name} writes whole adapters, and {type(trainer.strategy).__name__} spreads them over processes; "
-            "train with strategy: ddp, or leave the callback out and export from a checkpoint"
-        )
-
-
-def _shards(trainer: L.Trainer) -> bool:
-    """Whether no process holds the adapters whole."""
-    strategy = trainer.strategy
-    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False)
 
 
 def header(trainer: L.Trainer, pl_module: Any, validated: bool = True) -> dict[str, str]:

@@ -22,11 +22,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.callbacks.ema import AdapterEMA, averaged, trainable
-from lightning_draft.callbacks.lora_export import check_exportable, header
+from lightning_draft.callbacks.lora_export import check_exportable, header, write
 from lightning_draft.callbacks.random_state import observing
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
 from lightning_draft.rewards.colour import Sharpness
+from lightning_draft.sharding import partitioned, whole
 
 Action = Literal["warn", "shrink", "stop"]
 
@@ -148,7 +149,7 @@ class OverOptimisationGuard(Callback):
         """Settle prompts, held-out rewards and the folder."""
         if stage != "fit":
             return
-        check_exportable(trainer, pl_module, type(self).__name__)
+        check_exportable(pl_module, type(self).__name__)
         held_out = getattr(getattr(trainer, "datamodule", None), "val_prompts", None) or []
         prompts = list(held_out if self.prompts is None else self.prompts)[: self.max_prompts]
         if not prompts:
@@ -164,6 +165,10 @@ class OverOptimisationGuard(Callback):
         if self.action == "shrink" and not any(_is_factor(name) for name in trainable(pl_module)):
             raise ConfigurationError(
                 "action=shrink scales LoRA adapters, and this model trains none; write warn or stop"
+            )
+        if self.action == "shrink" and partitioned(trainer):
+            raise ConfigurationError(
+                "action=shrink scales parameters, of which DeepSpeed's optimiser keeps copies; write warn or stop"
             )
         run = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(self.dirpath) if self.dirpath is not None else Path(run) / "lora"
@@ -193,9 +198,10 @@ class OverOptimisationGuard(Callback):
             best = -math.inf if self.best_reward is None else self.best_reward
             if fault is None and math.isfinite(look.reward) and look.reward > best:
                 self.best_reward, self.best_step = look.reward, trainer.global_step
+                values = whole(pl_module)
                 if trainer.is_global_zero:
                     metadata = {**header(trainer, pl_module), "guard": json.dumps(_flat(look))}
-                    pl_module.model.save_lora(self.best_path, metadata)  # type: ignore[union-attr, operator]
+                    write(trainer, pl_module, self.best_path, metadata, values)
         self._strikes = 0 if fault is None else self._strikes + 1
         if fault is not None and self._strikes >= self.patience:
             self._act(trainer, fault)

@@ -9,13 +9,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import check_scores
+from lightning_draft.sharding import partitioned, sharded
 from lightning_draft.truncation import LastK, LowVariance, RandomK
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def prove(module: DraftModule, prompt: str | None = None) -> None:
             latents = module.truncation(chain, module.model.noise(1))
             _check_latents(module, latents)
             _check_reward(module, latents, prompts)
-            if not (sharded(trainer) or _scaled(trainer)):
+            if not (sharded(trainer) or partitioned(trainer) or _scaled(trainer)):
                 _check_parameters(module, latents, prompts)
     finally:
         module.probes = probed
@@ -155,7 +155,7 @@ def prove_policy(module: PolicyGradientModule) -> None:
     with module._random_state(module.seed), torch.enable_grad(), context:
         chain = SamplingChain(module.model, module.sampler, module.model.encode([_first_prompt(module)]))
         mean = chain.transition(State(module.model.noise(1), module.policy.steps[-1])).mean
-        if not (sharded(trainer) or _scaled(trainer)):
+        if not (sharded(trainer) or partitioned(trainer) or _scaled(trainer)):
             _check_reach((mean * torch.randn_like(mean)).sum(), module, "log-probability")
 
 
@@ -282,13 +282,6 @@ def _check_precision(module: RewardModule) -> None:
             f"the trainable parameters are in {name}, in which small updates round to nothing; set the Trainer's "
             f'precision to "bf16-mixed" or "32-true", and dtype={name} on the model for its frozen parts'
         )
-
-
-def sharded(trainer: L.Trainer | None) -> bool:
-    """Whether each process holds a part of the parameters only."""
-    return trainer is not None and isinstance(
-        trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
-    )
 
 
 def _scaled(trainer: L.Trainer | None) -> bool:

@@ -9,14 +9,16 @@ from typing import Any, Self, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
-from lightning_draft.preflight import sharded
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
+from lightning_draft.sharding import clip_gradients, shard, sharded, trained, whole
 
 _CALIBRATION = 16
 _STEPS = 1  # tells the stream of the steps' noise from that of the starting noise
@@ -80,6 +82,10 @@ class RewardModule(L.LightningModule, ABC):
         self._base_scores.clear()
         self._remembered = (-1, {})
 
+    def configure_model(self) -> None:
+        """Spread the denoiser over the processes, where the Trainer's strategy does so."""
+        shard(self, self.model)
+
     def train(self, mode: bool = True) -> Self:
         """Rewards stay in eval mode: dropout would make their scores noise."""
         super().train(mode)
@@ -89,7 +95,7 @@ class RewardModule(L.LightningModule, ABC):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What is optimised and saved, by its name in this module."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained(self)
 
     def steps_per_batch(self, batch_size: int) -> int:
         """How many training steps in a row are given the same batch of prompts."""
@@ -104,6 +110,19 @@ class RewardModule(L.LightningModule, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says; Lightning does not clip by norm under `FSDPStrategy`."""
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
+            clip_gradients(self.model, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
@@ -183,24 +202,33 @@ class RewardModule(L.LightningModule, ABC):
         step, memory = self._remembered
         return memory if step == self.trainer.global_step else self.memory()
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Everything; of a sharded model what a checkpoint keeps, so that the frozen parts are not gathered for it."""
+        if args or kwargs or not sharded(self._trainer):
+            return super().state_dict(*args, **kwargs)
+        learnt = {k: v for k, v in self.reward.state_dict(prefix="reward.").items() if _learnt(k)}
+        return {**whole(self), **learnt}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained and what rewards have learnt: the frozen parts come from where they came from."""
         trained, learnt = self.trainable_parameters(), self.settled()["learnt"]
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or _learnt(k)}
         checkpoint["state_dict"] = {k: learnt.get(k, v) for k, v in kept.items()}
+        checkpoint["trained"] = sorted(trained)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of other adapters, which loading would pass over or report name by name."""
         ours = self.trainable_parameters()
-        theirs = {name: value for name, value in checkpoint["state_dict"].items() if not _learnt(name)}
-        odd = sorted(ours.keys() ^ theirs.keys())
+        # Strategies that shard have loaded the values by now, and hand on the names alone.
+        theirs = {name: value for name, value in checkpoint.get("state_dict", {}).items() if not _learnt(name)}
+        odd = sorted(ours.keys() ^ set(checkpoint.get("trained", theirs)))
         if odd:
             raise ConfigurationError(
                 f"the checkpoint holds other trainable parameters than this model ({len(odd)} differ, such as "
                 f"{odd[0]!r}); use the config that the run saved beside it"
             )
         for name, value in ({} if sharded(self._trainer) else ours).items():
-            if value.shape != theirs[name].shape:
+            if name in theirs and value.shape != theirs[name].shape:
                 what = "the LoRA ranks differ" if ".lora_" in name else "the networks differ"
                 raise ConfigurationError(
                     f"the checkpoint's {name!r} has shape {tuple(theirs[name].shape)} and this model's "

@@ -252,7 +252,7 @@ class DraftCLI(LightningCLI):
         return callbacks + [callback for callback in named if callback is not None]
 
     def _farewell(self, folder: Path) -> Iterator[str]:
-        if self.status == INTERRUPTED and (folder / "checkpoints" / "last.ckpt").is_file():
+        if self.status == INTERRUPTED and (folder / "checkpoints" / "last.ckpt").exists():
             yield f"resume:   add --ckpt_path last --name {self.config[self.subcommand]['name']}"
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, LoRAExport)]  # type: ignore[attr-defined]
         files = [file for export in exports for file in (export.best_path, export.last_path) if file.is_file()]

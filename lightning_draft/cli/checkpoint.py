@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.sharding import partitioned, sharded
 
 
 class LastCheckpoint(Checkpoint):
@@ -58,9 +59,13 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what a training had reached that Ctrl-C or SIGTERM ends, or that fails in its only process."""
-        together = isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or trainer.world_size == 1
-        if self._saved >= 0 and together:
+        """Save what a training had reached that Ctrl-C or SIGTERM ends, or that fails in its only process.
+
+        Where processes hold parts of what is saved, the others may be elsewhere: the last checkpoint stays.
+        """
+        together = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        apart = sharded(trainer) or partitioned(trainer)
+        if self._saved >= 0 and (trainer.world_size == 1 or (together and not apart)):
             self._interrupted = True
             self.save(trainer)
 

@@ -133,7 +133,13 @@ def scaled(network: nn.Module, scale: float) -> Iterator[None]:
             layer.scaling[ADAPTER] = value
 
 
-def save(network: ModelMixin, path: str | os.PathLike[str], metadata: Mapping[str, str], family: Family) -> None:
+def save(
+    network: ModelMixin,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    family: Family,
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a file that the pipeline's `load_lora_weights` opens, in the format that diffusers itself writes.
 
     Args:
@@ -141,11 +147,15 @@ def save(network: ModelMixin, path: str | os.PathLike[str], metadata: Mapping[st
         path: Ends in `.safetensors`; folders on the way are made.
         metadata: Text to keep in the file's header.
         family: Of the pipeline.
+        values: The adapters by their names in the network, where it holds a part of them only.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ConfigurationError(f"{path} must end in .safetensors, or diffusers does not find it")
-    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    if values is None:
+        state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    else:  # peft would look for their names in a network whose modules FSDP has renamed
+        state = {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
     tensors = {f"{family.denoiser}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
     config = {f"{family.denoiser}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
     header = {

@@ -216,15 +216,23 @@ class PipelineModel(DiffusionModel):
         """Names and values of all that is trained: the adapters."""
         return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
 
-    def save_lora(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    def save_lora(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, str] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write the adapters to a `.safetensors` file that the pipeline's `load_lora_weights` opens.
 
         Args:
             path: The file; folders on the way are made.
             metadata: Text to keep in its header.
+            values: The adapters by their names in this model, where it holds a part of them only (`sharding.whole`).
         """
         self._check_adapters("save_lora")
-        adapters.save(self.denoiser, path, metadata or {}, self.family)
+        if values is not None:
+            values = {name.removeprefix(f"{self.family.denoiser}."): value for name, value in values.items()}
+        adapters.save(self.denoiser, path, metadata or {}, self.family, values)
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
         """Copy a LoRA file, written by `save_lora` or by diffusers, into the adapters.

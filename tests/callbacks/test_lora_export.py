@@ -263,13 +263,6 @@ def test_a_model_that_cannot_save_is_refused(make_module, make_trainer, data):
         make_trainer(LoRAExport()).fit(make_module(), data)
 
 
-def test_sharded_adapters_are_refused(make_saving_module, make_trainer):
-    trainer = make_trainer()
-    trainer.strategy.zero_stage_3 = True
-    with pytest.raises(ConfigurationError, match="spreads them over processes; train with strategy: ddp"):
-        LoRAExport().setup(trainer, make_saving_module(), "fit")
-
-
 def test_arguments_are_checked():
     with pytest.raises(ConfigurationError, match="write max or min"):
         LoRAExport(mode="best")

@@ -1,0 +1,234 @@
+"""Denoisers whose parameters are spread over processes: Lightning's FSDP2, FSDP and DeepSpeed strategies.
+
+Only the denoiser is cut up: it is called equally often on every process, as gathering its parameters takes all of them.
+Embeddings are remembered, so that a text encoder is called on one process and not on another; text encoders,
+autoencoder and rewards stay whole.
+
+References:
+    Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277. Rajbhandari et
+    al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy, wrap
+from torch.distributed.tensor import DTensor
+
+from lightning_draft.errors import ConfigurationError
+
+_WRAPPED = "_fsdp_wrapped_module."
+_FSDP2 = (
+    "strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: N, "
+    "tensor_parallel_size: 1, save_distributed_checkpoint: false}}, with N the number of processes"
+)
+
+
+def sharded(trainer: L.Trainer | None) -> bool:
+    """Whether each process holds a part of the parameters only."""
+    return trainer is not None and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def partitioned(trainer: L.Trainer | None) -> bool:
+    """Whether an optimiser of DeepSpeed's owns the gradients, and each process a part of them only."""
+    return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def shard(module: L.LightningModule, model: nn.Module) -> None:
+    """Spread the denoiser over the processes as the Trainer's strategy wants it; others are left as they are.
+
+    Call it in `configure_model`, with the adapters in place. A denoiser that is spread already stays as it is.
+
+    Args:
+        module: What the Trainer trains.
+        model: Its model, whose `denoiser` is cut up block by block.
+
+    Raises:
+        ConfigurationError: The strategy does not suit fine-tuning on rewards, or not with these settings.
+    """
+    strategy = None if module._trainer is None else module.trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        _check_deepspeed(strategy, model)
+        strategy.exclude_frozen_parameters = True
+    if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        return
+    denoiser = _denoiser(model, type(strategy).__name__)
+    if isinstance(denoiser, (FSDPModule, FullyShardedDataParallel)):
+        return
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_mesh(strategy)
+        mesh = strategy.device_mesh["data_parallel"]
+        for part in [*blocks(denoiser), denoiser]:  # the outermost last; it is given up after a pass as the others are
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        return
+    _check_casts(strategy, model, "bf16-mixed")
+    units = {*blocks(denoiser), *adapters(denoiser)}
+    for part in _others(module, model, denoiser):
+        part.to(strategy.root_device)
+    name = next(name for name, child in model.named_children() if child is denoiser)
+    policy = CustomPolicy(lambda part: part in units)
+    # The other arguments are from the context that Lightning calls `configure_model` in. Its precision is left out, so
+    # that autocast decides, as it does under other strategies.
+    setattr(model, name, wrap(denoiser, auto_wrap_policy=policy, mixed_precision=strategy.mixed_precision))
+
+
+def blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """What is gathered together: members of the denoiser's lists of blocks, and children that have such lists."""
+    found: list[nn.Module] = []
+    for child in denoiser.children():
+        if isinstance(child, nn.ModuleList):
+            found += child
+        elif any(isinstance(part, nn.ModuleList) for part in child.children()):
+            found.append(child)
+    return found
+
+
+def adapters(denoiser: nn.Module) -> list[nn.Module]:
+    """Layers that are trained within a denoiser that is not.
+
+    FSDP flattens what it gathers together into one parameter, which has one dtype, and a gradient as large as itself.
+    """
+    if all(parameter.requires_grad for parameter in denoiser.parameters()):
+        return []
+    leaves = [part for part in denoiser.modules() if not any(part.children())]
+    return [part for part in leaves if any(parameter.requires_grad for parameter in part.parameters())]
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, each process's part of them, by the names that they have without sharding."""
+    return {
+        name.replace(_WRAPPED, ""): parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained parameters as they are without sharding, by name; all processes must ask together."""
+    with _gathered(module):
+        return {name: _full(parameter).detach().clone() for name, parameter in trained(module).items()}
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """This process's part of a gradient; under DeepSpeed, whose optimiser has it, the whole: all must ask together."""
+    if not hasattr(parameter, "_hp_mapping"):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found, unused-ignore]
+
+    return cast(Tensor, safe_get_full_grad(parameter))
+
+
+def scale_gradient(parameter: nn.Parameter, factor: float) -> None:
+    """Multiply a gradient in place; with 0 it becomes 0 whatever it was. Under DeepSpeed all must ask together."""
+    value = gradient(parameter)
+    if value is None:
+        return
+    scaled = value * factor if factor else torch.zeros_like(value)
+    if not hasattr(parameter, "_hp_mapping"):
+        value.copy_(scaled)
+        return
+    from deepspeed.utils import safe_set_full_grad
+
+    safe_set_full_grad(parameter, scaled)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> None:
+    """Scale the gradient so that its norm over all processes' parts is at most `limit`; for `FSDPStrategy`."""
+    denoiser = cast(FullyShardedDataParallel, _denoiser(model, "FSDPStrategy"))
+    denoiser.clip_grad_norm_(limit)
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Within this context what FSDP trains is whole; the frozen parts are left alone."""
+    with ExitStack() as stack:
+        for unit in FullyShardedDataParallel.fsdp_modules(module):
+            own = [p for name, p in unit.named_parameters() if name.count(_WRAPPED) == 1]
+            if any(parameter.requires_grad for parameter in own):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
+        yield
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _denoiser(model: nn.Module, strategy: str) -> nn.Module:
+    denoiser = getattr(model, "denoiser", None)
+    if not isinstance(denoiser, nn.Module):
+        raise ConfigurationError(
+            f"{strategy} spreads the denoiser over processes, and {type(model).__name__} does not say which of its "
+            "modules that is; give it a property `denoiser`, or train with strategy: ddp"
+        )
+    return denoiser
+
+
+def _others(module: nn.Module, model: nn.Module, denoiser: nn.Module) -> Iterable[nn.Module]:
+    """Everything but the denoiser."""
+    yield from (child for child in module.children() if child is not model)
+    yield from (child for child in model.children() if child is not denoiser)
+
+
+def _check_mesh(strategy: ModelParallelStrategy) -> None:
+    """Refuse layers that are cut up, and a default of Lightning's under which nothing else is."""
+    if strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise ConfigurationError(
+            "ModelParallelStrategy would cut up single layers over the processes of a machine, for which diffusion "
+            f"models have no plan; write {_FSDP2}"
+        )
+    if strategy._save_distributed_checkpoint:
+        raise ConfigurationError(
+            "ModelParallelStrategy would look for frozen parameters in checkpoints, which hold what is trained alone; "
+            "write save_distributed_checkpoint: false"
+        )
+
+
+def _check_deepspeed(strategy: DeepSpeedStrategy, model: nn.Module) -> None:
+    """ZeRO-1 and 2 in float32 suit; ZeRO-3 does not.
+
+    Every part's parameters are empty between its calls under ZeRO-3, while text encoders read the shapes of theirs
+    before they are called, and are called on one process and not on another.
+    """
+    strategy._init_config_if_needed()
+    if strategy.zero_stage_3:
+        raise ConfigurationError(
+            "DeepSpeed's ZeRO-3 also takes text encoders, autoencoder and rewards apart, which are looked into between "
+            f"their calls and not called equally often on all processes; write {_FSDP2}, or strategy: fsdp"
+        )
+    precision = strategy.precision_plugin.precision
+    if "true" not in precision:
+        raise ConfigurationError(
+            f"DeepSpeed takes precision={precision} for a cast of everything, rewards and adapters included; write "
+            "precision: 32-true, or strategy: ddp"
+        )
+    _check_casts(strategy, model)
+
+
+def _check_casts(strategy: FSDPStrategy | DeepSpeedStrategy, model: nn.Module, cure: str | None = None) -> None:
+    """Refuse a `true` precision that would cast frozen parts held in another."""
+    plugin: Any = strategy.precision_plugin
+    if "true" not in plugin.precision:
+        return
+    wanted = plugin._desired_dtype if cure is None else plugin._desired_input_dtype
+    odd = {p.dtype for p in model.parameters() if p.is_floating_point()} - {wanted}
+    if odd:
+        name = str(odd.pop()).removeprefix("torch.")
+        advice = "dtype: float32 on the model" if cure is None else f"precision: {cure}"
+        raise ConfigurationError(
+            f"{type(strategy).__name__} takes precision={plugin.precision} for a cast of everything, what the model "
+            f"holds in {name} included; write {advice}"
+        )

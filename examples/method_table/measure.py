@@ -98,6 +98,7 @@ class Meter(CostMonitor):
     def _spent(self, trainer: L.Trainer) -> dict[str, float]:
         return {
             "steps": trainer.global_step,
+            "forwards": self.network_forwards,
             "passes": self.passes,
             "queries": self.reward_queries,
             "seconds": round(self.seconds, 3),

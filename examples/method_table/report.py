@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 Run = dict[str, Any]
 BEST = ("reward", "nearest")
-AXES = {"queries": "reward queries", "passes": "network passes", "seconds": "seconds of training"}
+AXES = {"queries": "reward queries", "forwards": "network forwards", "seconds": "seconds of training"}
 
 
 def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -140,7 +140,7 @@ def _evaluations(group: Sequence[Run]) -> list[list[dict[str, float]]]:
 
 
 def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """One PNG a reward: the evaluated reward against queries, passes and seconds."""
+    """One PNG a reward: the evaluated reward against queries, network forwards and seconds."""
     files = []
     for task in dict.fromkeys(run["task"] for run in runs):
         figure = Figure(figsize=(15, 5), layout="constrained")

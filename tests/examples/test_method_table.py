@@ -15,13 +15,13 @@ from examples.method_table.measure import Evaluation
 from lightning_draft.rewards import Prompt
 
 STEPS = 3
-FORWARDS = {
-    "DRaFT": 3 * STEPS,
-    "DRaFT-1": STEPS + 1,
-    "DRaFT-LV": STEPS + 1 + 2 * 2,
-    "REINFORCE": STEPS + 2 * STEPS,
+PASSES = {
+    "DRaFT": (2 * STEPS, STEPS),
+    "DRaFT-1": (STEPS, 1),
+    "DRaFT-LV": (STEPS + 2, 1 + 2),
+    "REINFORCE": (STEPS + STEPS, STEPS),
 }
-"""Passes a sample in one training step."""
+"""Forward and backward passes a sample in one training step."""
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
     samples = 8 if method in methods.DIRECT else 16
     copies = 3 if method == "DRaFT-LV" else 1
     assert len(result["curve"]) == len(result["evaluations"]) == 1
-    assert result["evaluations"][0]["passes"] == FORWARDS[method] * samples
+    forwards, backwards = PASSES[method]
+    assert result["evaluations"][0]["forwards"] == forwards * samples
+    assert result["evaluations"][0]["passes"] == (forwards + backwards) * samples
     assert result["evaluations"][0]["queries"] == samples * copies
     assert result["peak_mib"] > 0
 
@@ -85,7 +87,16 @@ def _run(out: Path, lr: str, seed: int) -> dict:
 
 
 def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) -> None:
-    row = {"steps": 7, "passes": 9, "queries": 5, "seconds": 1.0, "reward": -0.5, "diversity": 0.1, "drift": 0.2}
+    row = {
+        "steps": 7,
+        "forwards": 6,
+        "passes": 9,
+        "queries": 5,
+        "seconds": 1.0,
+        "reward": -0.5,
+        "diversity": 0.1,
+        "drift": 0.2,
+    }
     row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
     kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "own": None, "start": -1.0, "peak_mib": 3.0}
     (tmp_path / "runs").mkdir()

@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class Emoji:
     """Pictures and what they show.
 
     Attributes:
+        rgba: float32, `(N, 4, size, size)` in [0, 1]; the colors are multiplied by the alpha.
         images: float32, `(N, 3, size, size)` in [0, 1], composited on white.
         names: What each picture shows, e.g. `"red apple"`.
         styles: `"noto"` or `"twemoji"`, one a picture.
@@ -46,6 +48,7 @@ class Emoji:
         held_out: bool `(N,)`: a drawn (name, style) pair that the generator never trains on.
     """
 
+    rgba: Tensor
     images: Tensor
     names: list[str]
     styles: list[str]
@@ -57,12 +60,23 @@ class Emoji:
         """`"<style> <name>"`, one a picture."""
         return [f"{style} {name}" for style, name in zip(self.styles, self.names, strict=True)]
 
+    def row(self, style: str, name: str) -> int:
+        """Return the index of the picture of `name` in `style`."""
+        return self._rows[f"{style} {name}"]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {caption: row for row, caption in enumerate(self.captions)}
+
     @classmethod
     def load(cls, path: Path) -> "Emoji":
         """Read what `prepare` wrote."""
         with np.load(path) as file:
+            rgba = torch.from_numpy(file["rgba"]).permute(0, 3, 1, 2).float() / 255
+            rgba[:, :3] *= rgba[:, 3:]
             return cls(
-                images=torch.from_numpy(file["images"]).permute(0, 3, 1, 2).float() / 255,
+                rgba=rgba,
+                images=rgba[:, :3] + 1 - rgba[:, 3:],
                 names=file["names"].tolist(),
                 styles=file["styles"].tolist(),
                 drawn=torch.from_numpy(file["drawn"]),
@@ -70,7 +84,7 @@ class Emoji:
             )
 
 
-def prepare(out: Path, size: int = 32, seed: int = 0) -> Path:
+def prepare(out: Path, size: int = 64, seed: int = 0) -> Path:
     """Fetch the packages (unless they are there), reduce them to `out/emoji<size>.npz` and return its path."""
     path = out / f"emoji{size}.npz"
     if path.exists():
@@ -86,9 +100,9 @@ def prepare(out: Path, size: int = 32, seed: int = 0) -> Path:
             styles.append(style)
             categories.append(category)
     pictures = np.stack(images)
-    drawn = _distinct(pictures, names, categories)
+    drawn = _distinct(_on_white(pictures, 32), names, categories)
     held_out = _held_out(names, drawn, seed)
-    np.savez_compressed(path, images=pictures, names=names, styles=styles, drawn=drawn, held_out=held_out)
+    np.savez_compressed(path, rgba=pictures, names=names, styles=styles, drawn=drawn, held_out=held_out)
     return path
 
 
@@ -121,9 +135,16 @@ def _entries(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _picture(path: Path, size: int) -> np.ndarray:
-    picture = Image.open(path).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.BOX))
+    return np.asarray(Image.open(path).convert("RGBA").resize((size, size), Image.Resampling.BOX))
+
+
+def _on_white(pictures: np.ndarray, size: int) -> np.ndarray:
+    """Composite uint8 `(N, S, S, 4)` on white and reduce to `(N, size, size, 3)`."""
+    color, alpha = np.split(pictures.astype(np.float32) / 255, [3], axis=-1)
+    images = color * alpha + 1 - alpha
+    factor = images.shape[1] // size
+    reduced = images.reshape(len(images), size, factor, size, factor, 3).mean((2, 4))
+    return (reduced * 255).round().astype(np.uint8)
 
 
 def _distinct(images: np.ndarray, names: list[str], categories: list[str]) -> np.ndarray:
@@ -160,6 +181,6 @@ def _held_out(names: list[str], drawn: np.ndarray, seed: int, share: float = 0.1
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--size", type=int, default=64)
     arguments = parser.parse_args()
     print(prepare(arguments.out, arguments.size))

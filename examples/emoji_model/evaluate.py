@@ -1,30 +1,34 @@
-"""Measure what ships: does the pipeline draw what it is told, and does the CLIP know what it sees.
+"""Measure what ships: does the pipeline draw what it is told, how often is it degraded, and does the CLIP know.
 
-    python -m examples.emoji_model.evaluate --sheet examples/emoji_model/samples.png
+    python -m examples.emoji_model.evaluate --sheet examples/results/emoji64_samples.png
     python -m examples.emoji_model.evaluate --steps 10 --guidance 1 --lora runs/quickstart/lora/best.safetensors
 
-A drawing counts as right where the nearest training picture (L2 over the 32x32 pixels) carries the prompted name, in
-either style.
+Subjects and compositions are recognized by the nearest clean picture (`truth.SceneRecognized`), degraded pictures by
+the judge that is kept for evaluation. Standard errors are of the mean over the pictures.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from examples.emoji_model.compositions import Scene, render
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.nearest import NearestPicture
-from lightning_draft.data import read_prompts
+from examples.emoji_model.degradations import degrade_all
+from examples.emoji_model.mixture import scenes
+from examples.emoji_model.truth import OwnPicture, SceneRecognized
+from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 
 
 @torch.no_grad()
 def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, steps: int = 20, seed: int = 0) -> Tensor:
-    """Sample one picture a caption, `(N, 3, 32, 32)` in [0, 1]."""
+    """Sample one picture a caption, `(N, 3, S, S)` in [0, 1]; the noise depends on the seed and the position alone."""
     shape = (pipe.unet.config.in_channels, *(pipe.unet.config.sample_size,) * 2)
     noise = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
     pictures = [
@@ -40,17 +44,51 @@ def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, st
     return torch.cat(pictures)
 
 
+def open_pipeline(folder: Path, lora: Path | None = None) -> StableDiffusionPipeline:
+    """Open a pipeline in float32, with adapters if a file is given."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora)
+    return pipe
+
+
+def mean_and_error(scores: Tensor) -> tuple[float, float]:
+    """Return the mean of `(N,)` and its standard error."""
+    return scores.mean().item(), (scores.std() / len(scores) ** 0.5).item()
+
+
 @torch.no_grad()
-def retrieval_rate(folder: Path, emoji: Emoji, rows: list[int]) -> float:
-    """Share of the pictures in `rows` whose caption the CLIP ranks first among the captions of `rows`."""
-    clip, processor = (
-        CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
-        CLIPProcessor.from_pretrained(folder),
+def figures_of_drawings(pictures: Tensor, captions: list[str], data: Path, assets: Path) -> dict[str, Tensor]:
+    """Score drawings `(N, 3, 64, 64)` of `captions`; each figure is `(N,)`."""
+    file = str(prepare(data))
+    return {
+        "recognized": SceneRecognized(file)(pictures, captions),
+        "PSNR to the own clean picture": OwnPicture(file)(pictures, captions),
+        "reward": ImageQuality(str(assets / "emoji64-judge"))(pictures, captions),
+        "evaluation judge": ImageQuality(str(assets / "emoji64-judge-eval"))(pictures, captions),
+        "degraded": 1 - CleanFraction(str(assets / "emoji64-judge-eval"))(pictures, captions),
+    }
+
+
+@torch.no_grad()
+def autoencoder_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
+    """Return the mean PSNR of decoded pictures, in dB."""
+    decoded = torch.cat(
+        [vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5 for x in pictures.split(32)]
     )
-    captions = [emoji.captions[i] for i in rows]
-    pictures = [Image.fromarray((emoji.images[i].permute(1, 2, 0) * 255).round().byte().numpy()) for i in rows]
-    inputs = processor(text=captions, images=pictures, return_tensors="pt", padding="max_length", truncation=True)
-    return (clip(**inputs).logits_per_image.argmax(1) == torch.arange(len(rows))).float().mean().item()
+    errors = (decoded.clamp(0, 1) - pictures).square().mean((1, 2, 3))
+    return -10 * errors.log10().mean().item()
+
+
+@torch.no_grad()
+def retrieval_rate(folder: Path, pictures: Tensor, captions: list[str]) -> float:
+    """Return the share of `pictures` whose caption the CLIP ranks first among `captions`."""
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = CLIPProcessor.from_pretrained(folder)
+    images = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in pictures]
+    inputs = processor(text=captions, images=images, return_tensors="pt", padding="max_length", truncation=True)
+    return (clip(**inputs).logits_per_image.argmax(1) == torch.arange(len(captions))).float().mean().item()
 
 
 def sheet(pictures: Tensor, path: Path, columns: int = 8, zoom: int = 3) -> None:
@@ -60,38 +98,64 @@ def sheet(pictures: Tensor, path: Path, columns: int = 8, zoom: int = 3) -> None
     Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()).save(path)
 
 
+def chosen_scenes(emoji: Emoji, count: int) -> dict[str, list[Scene]]:
+    """Return up to `count` scenes of each kind, by a fixed random order."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        kind: [some[i] for i in torch.randperm(len(some), generator=generator)[:count].tolist()]
+        for kind, some in scenes(emoji).items()
+    }
+
+
+def static_figures(pipe: StableDiffusionPipeline, emoji: Emoji, assets: Path) -> Mapping[str, float]:
+    """Measure the autoencoder and the CLIP on real pictures."""
+    known = scenes(emoji)
+    singles = torch.stack([render(scene, emoji) for scene in known["single"]])
+    composed = [scene for kind in ("two", "ground", "pair") for scene in known[kind]]
+    pictures = torch.stack([render(scene, emoji) for scene in composed])
+    torch.manual_seed(0)
+    return {
+        "autoencoder, the model's emoji (dB)": autoencoder_psnr(pipe.vae, singles),
+        "autoencoder, the same degraded (dB)": autoencoder_psnr(pipe.vae, degrade_all(singles)),
+        "autoencoder, compositions (dB)": autoencoder_psnr(pipe.vae, pictures),
+        "autoencoder, all emoji (dB)": autoencoder_psnr(pipe.vae, emoji.images[::4]),
+        "CLIP retrieval, the model's emoji": retrieval_rate(
+            assets / "emoji64-clip", singles, [s.caption for s in known["single"]]
+        ),
+        "CLIP retrieval, compositions": retrieval_rate(
+            assets / "emoji64-clip", pictures, [s.caption for s in composed]
+        ),
+    }
+
+
 def main() -> None:
     """Print the figures as JSON, and write a contact sheet where one is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--assets", type=Path, default=Path("lightning_draft/assets"))
-    parser.add_argument("--count", type=int, default=256, help="how many training captions to draw")
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--count", type=int, default=240, help="captions of each kind")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lora", type=Path, help="load these adapters into the pipeline, by diffusers")
-    parser.add_argument("--sheet", type=Path, help="PNG of 64 drawings")
+    parser.add_argument("--sheet", type=Path, help="PNG of 32 single emoji and 8 drawings of each other kind")
+    parser.add_argument("--no-static", action="store_true", help="leave the autoencoder and the CLIP out")
     arguments = parser.parse_args()
     emoji = Emoji.load(prepare(arguments.data))
-    drawn = torch.nonzero(emoji.drawn & ~emoji.held_out).squeeze(1)
-    chosen = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[: arguments.count]].tolist()
-    unseen = torch.nonzero(emoji.held_out).squeeze(1).tolist()
-    pipe = StableDiffusionPipeline.from_pretrained(arguments.assets / "emoji", torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    if arguments.lora:
-        pipe.load_lora_weights(arguments.lora)
-    lists = {
-        "drawn right": [emoji.captions[row] for row in chosen],
-        "drawn right, unseen pairs": [emoji.captions[row] for row in unseen],
-        "drawn right, bare names": [str(prompt) for prompt in read_prompts("emoji_names")] * 4,
-    }
-    judge = NearestPicture(str(prepare(arguments.data)))
-    pictures = {name: draw(pipe, prompts, arguments.guidance, arguments.steps) for name, prompts in lists.items()}
+    pipe = open_pipeline(arguments.assets / "emoji64", arguments.lora)
+    figures: dict[str, object] = {}
+    samples = []
+    for kind, some in chosen_scenes(emoji, arguments.count).items():
+        captions = [scene.caption for scene in some]
+        pictures = draw(pipe, captions, arguments.guidance, arguments.steps)
+        samples.append(pictures[: 32 if kind == "single" else 8])
+        scores = figures_of_drawings(pictures, captions, arguments.data, arguments.assets)
+        figures[f"{kind} ({len(captions)})"] = {k: [round(x, 3) for x in mean_and_error(v)] for k, v in scores.items()}
+        print(kind, json.dumps(figures[f"{kind} ({len(captions)})"]), flush=True)
     if arguments.sheet:
-        sheet(pictures["drawn right"][:64], arguments.sheet)
-    clip = arguments.assets / "emoji-clip"
-    figures = {name: judge(drawn, lists[name]).mean().item() for name, drawn in pictures.items()}
-    figures["retrieved by the CLIP, of all captions"] = retrieval_rate(clip, emoji, list(range(len(emoji.images))))
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}, indent=2))
+        sheet(torch.cat(samples), arguments.sheet, zoom=2)
+    if not arguments.no_static:
+        figures.update({k: round(v, 3) for k, v in static_figures(pipe, emoji, arguments.assets).items()})
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

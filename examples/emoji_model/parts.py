@@ -11,19 +11,33 @@ MAX_LENGTH = 16
 WIDTH = 128
 
 
-def autoencoder() -> AutoencoderKL:
-    """A KL autoencoder from 32x32x3 to 16x16x4, 0.7 M parameters."""
+def autoencoder(size: int = 64) -> AutoencoderKL:
+    """A KL autoencoder to 16x16x4, from 64x64x3 (0.7 M parameters) or from 32x32x3."""
+    channels = {32: (32, 64), 64: (24, 32, 64)}[size]
     return AutoencoderKL(
-        sample_size=32,
+        sample_size=size,
         latent_channels=4,
-        block_out_channels=(32, 64),
+        block_out_channels=channels,
         layers_per_block=1,
         norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
+
+
+def enlarge(first: AutoencoderKL) -> AutoencoderKL:
+    """Return a 64x64 autoencoder whose inner levels are those of the 32x32 one; the level at 64x64 is new."""
+    larger = autoencoder(64)
+    state = larger.state_dict()
+    for name, value in first.state_dict().items():
+        renamed = name.replace("encoder.down_blocks.1.", "encoder.down_blocks.2.")
+        renamed = renamed.replace("encoder.down_blocks.0.", "encoder.down_blocks.1.")
+        if renamed in state and state[renamed].shape == value.shape:
+            state[renamed] = value
+    larger.load_state_dict(state)
+    return larger
 
 
 def unet() -> UNet2DConditionModel:
@@ -105,14 +119,14 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def clip(words: CLIPTokenizer) -> CLIPModel:
-    """A two-tower CLIP over 32x32 pictures in patches of 8."""
+    """A two-tower CLIP over 64x64 pictures in patches of 8."""
     vision = {
-        "hidden_size": 192,
-        "intermediate_size": 576,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "projection_dim": WIDTH,
         "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "image_size": 32,
+        "num_attention_heads": 4,
+        "image_size": 64,
         "patch_size": 8,
     }
     return CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision, projection_dim=WIDTH))

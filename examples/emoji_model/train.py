@@ -1,54 +1,41 @@
-"""Train the shipped text-to-image model and the small CLIP that rewards it.
+"""Train the 64x64 text-to-image model and the small CLIP.
 
-    python -m examples.emoji_model.train vae  --batch-size 8 --steps 2600
-    python -m examples.emoji_model.train clip --batch-size 128 --steps 2000
-    python -m examples.emoji_model.train unet --batch-size 32 --steps 10000
+    python -m examples.emoji_model.data
+    python -m examples.emoji_model.train vae  --steps 2200 --batch-size 8
+    python -m examples.emoji_model.train unet --steps 3100 --batch-size 16
+    python -m examples.emoji_model.train clip --steps 2200 --batch-size 64
+    python -m examples.emoji_model.judges
+    python -m examples.emoji_model.export
 
-Each part checkpoints every 500 steps under `runs/emoji/<part>` and continues from there when started again. With
-`--pipeline FOLDER` the denoiser trains on that pipeline's autoencoder, tokenizer and text encoder instead of those of
-the first two trainings.
+The autoencoder and the denoiser start from those of the shipped 32x32 model (`--pipeline`). Each training saves a
+checkpoint every 200 steps under `runs/emoji/<part>` and continues from there when started again.
 """
 
 import argparse
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from examples.emoji_model import parts
+from examples.emoji_model import export, latents, parts
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.export import standardised_autoencoder, weights
+from examples.emoji_model.mixture import Captioned, Pictures
 
-
-class Batches(IterableDataset[Tensor]):
-    """Endless batches of indices, drawn without replacement within an epoch."""
-
-    def __init__(self, indices: Tensor, batch_size: int) -> None:
-        self.indices, self.batch_size = indices, batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield int64 `(batch_size,)`."""
-        pool = torch.empty(0, dtype=torch.long)
-        while True:
-            while len(pool) < self.batch_size:
-                pool = torch.cat([pool, self.indices[torch.randperm(len(self.indices))]])
-            yield pool[: self.batch_size]
-            pool = pool[self.batch_size :]
+SHIPPED = export.SHIPPED
 
 
 class Part(L.LightningModule):
-    """What the three trainings share: AdamW with warm-up and cosine decay."""
+    """Base of the three trainings: AdamW with warm-up and cosine decay."""
 
     def __init__(self, network: nn.Module, lr: float, steps: int, weight_decay: float = 0.01) -> None:
         super().__init__()
@@ -70,49 +57,54 @@ class Part(L.LightningModule):
 
 
 class Autoencoder(Part):
-    """L1 on pixels and on their differences, with a weak KL to the unit Gaussian."""
+    """L1 on pixels and on their differences, a weak KL to the unit Gaussian, and a pull to the 32x32 model's latents.
 
-    def __init__(self, emoji: Emoji, steps: int) -> None:
-        super().__init__(parts.autoencoder().to(memory_format=torch.channels_last), 2e-3, steps)
-        self.images = emoji.images
+    The decoder and the latent space start as those of the shipped 32x32 model: its latents of the picture reduced to
+    32x32 are what the encoder first learns to predict, so that the denoiser can start from the 32x32 one too.
+    """
 
-    def training_step(self, index: Tensor, batch_index: int) -> Tensor:
-        """`index` is int64 `(B,)`."""
-        images = _shift(_flip(self.images[index])) * 2 - 1
+    def __init__(self, steps: int, first: AutoencoderKL) -> None:
+        super().__init__(parts.enlarge(first), 2e-3, steps)
+        self.first = first.eval().requires_grad_(False)
+
+    def training_step(self, images: Tensor, batch_index: int) -> Tensor:
+        """`images` is float32 `(B, 3, 64, 64)` in [0, 1]."""
+        images = _flip(images) * 2 - 1
         posterior = self.network.encode(images).latent_dist
+        with torch.no_grad():
+            anchor = self.first.encode(F.avg_pool2d(images, 2)).latent_dist.mean
         decoded = self.network.decode(posterior.sample()).sample
         l1 = F.l1_loss(decoded, images)
         edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        self.log_dict({"l1": l1, "mse": F.mse_loss(decoded, images), "kl": kl}, prog_bar=True)
-        return l1 + 0.5 * edges + F.mse_loss(decoded, images) + 1e-4 * kl
+        mse, pull = F.mse_loss(decoded, images), F.mse_loss(posterior.mean, anchor)
+        self.log_dict({"l1": l1, "mse": mse, "kl": kl, "pull": pull}, prog_bar=True)
+        return l1 + 0.5 * edges + mse + 1e-4 * kl + 0.03 * pull
 
 
 class Denoiser(Part):
-    """v-prediction on the autoencoder's latents; the text encoder starts as the CLIP's and trains along.
+    """v-prediction, `E |v(alpha z + sigma e, t, c) - (alpha e - sigma z)|^2`; the text encoder trains along.
 
-    What is exported is the weights' exponential moving average.
+    Both networks start from those of `pipeline`. What is exported is the exponential moving average of the weights.
     """
 
-    def __init__(self, emoji: Emoji, steps: int, vae: AutoencoderKL, words: CLIPTokenizer, text: CLIPTextModel) -> None:
-        super().__init__(nn.ModuleDict({"unet": parts.unet(), "text": text}), 1e-3, steps, 1e-3)
-        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    def __init__(self, steps: int, pipeline: Path) -> None:
+        unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
+        networks = nn.ModuleDict({"unet": unet.train(), "text": text.train()})
+        super().__init__(networks, 6e-4, steps, 1e-3)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.997), use_buffers=True)
         self.average.requires_grad_(False)
-        self.network["unet"].to(memory_format=torch.channels_last)
         schedule = parts.scheduler()
         self.register_buffer("alphas", schedule.alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigmas", (1 - schedule.alphas_cumprod).sqrt(), persistent=False)
-        self.tokens = words([*emoji.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-        self.latents = encode(emoji, vae)
 
-    def training_step(self, index: Tensor, batch_index: int) -> Tensor:
-        """`index` is int64 `(B,)`; one caption in ten is dropped, for classifier-free guidance."""
-        latents = self.latents[index].to(memory_format=torch.channels_last)
-        dropped = torch.rand(len(index)) < 0.1
-        tokens = self.tokens[torch.where(dropped, len(self.tokens) - 1, index)]
-        # One draw from each of B equal strata, for less variance; then towards noise, where the caption decides.
-        u = (torch.rand(len(index)) + torch.arange(len(index))) / len(index)
-        t = (1000 * (1 - (1 - u) ** 2)).long().clamp_max(999)
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """`batch` is latents `(B, 4, 16, 16)` and token ids `(B, 16)`."""
+        latents, tokens = batch
+        # One time from each of B equal strata, for less variance; then towards noise, where the caption decides.
+        u = (torch.rand(len(latents)) + torch.arange(len(latents))) / len(latents)
+        t = (1000 * (1 - (1 - u) ** 1.5)).long().clamp_max(999)
         noise = torch.randn_like(latents)
         alpha, sigma = self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
         target = alpha * noise - sigma * latents
@@ -128,22 +120,24 @@ class Denoiser(Part):
 
 
 class Contrast(Part):
-    """CLIP's symmetric contrastive loss, over pictures augmented so that its gradient means something."""
+    """CLIP's symmetric contrastive loss on pictures augmented so that its gradient is useful.
 
-    def __init__(self, emoji: Emoji, steps: int, folder: Path) -> None:
-        words = parts.tokenizer(sorted(set(emoji.captions)), folder / "tokenizer")
+    Pairs of a batch whose captions fit the same picture (a bare name and its styles) are not negatives: captions of a
+    batch have different subjects.
+    """
+
+    def __init__(self, steps: int, words: CLIPTokenizer) -> None:
         super().__init__(parts.clip(words), 1e-3, steps, 0.05)
-        self.images = emoji.images
-        self.tokens = words(emoji.captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    def training_step(self, index: Tensor, batch_index: int) -> Tensor:
-        """`index` is int64 `(B,)`."""
-        images = _shift(self.images[index])
-        tint = torch.empty(len(index), 3, 1, 1).uniform_(0.85, 1.1)
-        images = images * tint + torch.randn_like(images) * 0.1 * torch.rand(len(index), 1, 1, 1)
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """`batch` is pictures `(B, 3, 64, 64)` in [0, 1] and token ids `(B, 16)`."""
+        images, tokens = batch
+        images = _shift(images, 4)
+        tint = torch.empty(len(images), 3, 1, 1).uniform_(0.85, 1.1)
+        images = images * tint + torch.randn_like(images) * 0.1 * torch.rand(len(images), 1, 1, 1)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        output = self.network(input_ids=self.tokens[index], pixel_values=(images - mean) / std, return_loss=True)
-        accuracy = (output.logits_per_image.argmax(1) == torch.arange(len(index))).float().mean()
+        output = self.network(input_ids=tokens, pixel_values=(images - mean) / std, return_loss=True)
+        accuracy = (output.logits_per_image.argmax(1) == torch.arange(len(images))).float().mean()
         self.log_dict({"loss": output.loss, "accuracy": accuracy}, prog_bar=True)
         return output.loss
 
@@ -152,44 +146,29 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-@torch.no_grad()
-def encode(emoji: Emoji, vae: AutoencoderKL) -> Tensor:
-    """Latents of every picture, float32 `(N, 4, 16, 16)`."""
-    return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in emoji.images.split(128)])
-
-
 def _flip(images: Tensor) -> Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(-1))
 
 
-def _shift(images: Tensor, most: int = 2) -> Tensor:
-    """Move each picture by up to `most` pixels, filling with its white border."""
+def _shift(images: Tensor, most: int) -> Tensor:
+    """Move each picture by up to `most` pixels, filling with the colors of its border."""
     size = images.shape[-1]
-    padded = F.pad(images, (most,) * 4, value=1.0)
+    padded = F.pad(images, (most,) * 4, mode="replicate")
     dx, dy = torch.randint(0, 2 * most + 1, (2, len(images)))
     return torch.stack([p[:, y : y + size, x : x + size] for p, x, y in zip(padded, dx, dy, strict=True)])
 
 
-def denoiser(emoji: Emoji, steps: int, folder: Path, pipeline: Path | None) -> Denoiser:
-    """The denoiser's training, on the other parts of `pipeline`, or on those that were trained under `folder`."""
-    if pipeline is not None:
-        vae = AutoencoderKL.from_pretrained(pipeline / "vae", torch_dtype=torch.float32).eval()
-        text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).train()
-        return Denoiser(emoji, steps, vae, CLIPTokenizer.from_pretrained(pipeline / "tokenizer"), text)
-    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text = parts.text_encoder(words)
-    text.load_state_dict(weights(folder / "clip" / "last.ckpt", "network.text_model."))
-    return Denoiser(emoji, steps, standardised_autoencoder(folder / "vae" / "last.ckpt", emoji), words, text)
-
-
-def build(part: str, emoji: Emoji, steps: int, folder: Path, pipeline: Path | None) -> tuple[Part, Tensor]:
-    """The training of `part`, and the pictures it may see."""
-    everything = torch.arange(len(emoji.images))
+def build(part: str, emoji: Emoji, arguments: argparse.Namespace) -> tuple[Part, IterableDataset[Any]]:
+    """Return the training of `part`, and the batches it sees."""
     if part == "vae":
-        return Autoencoder(emoji, steps), everything
+        first = AutoencoderKL.from_pretrained(arguments.pipeline / "vae", torch_dtype=torch.float32)
+        return Autoencoder(arguments.steps, first), Pictures(emoji, arguments.batch_size)
+    words = CLIPTokenizer.from_pretrained(arguments.pipeline / "tokenizer")
     if part == "unet":
-        return denoiser(emoji, steps, folder, pipeline), everything[emoji.drawn & ~emoji.held_out]
-    return Contrast(emoji, steps, folder), everything
+        vae = export.autoencoder(arguments.folder / "vae" / "last.ckpt")
+        banks = latents.build(emoji, vae, arguments.folder / "latents.pt")
+        return Denoiser(arguments.steps, arguments.pipeline), latents.Latents(banks, words, arguments.batch_size)
+    return Contrast(arguments.steps, words), Captioned(emoji, words, arguments.batch_size)
 
 
 def main() -> None:
@@ -197,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["vae", "unet", "clip"])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--pipeline", type=Path, help="a pipeline whose other parts the denoiser is trained on")
+    parser.add_argument("--pipeline", type=Path, default=SHIPPED / "emoji", help="32x32 pipeline to start from")
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--hours", type=float, default=2.0, help="stop after this long, wherever the schedule is")
     parser.add_argument("--batch-size", type=int, default=32, help="a process")
@@ -207,8 +186,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     L.seed_everything(int(os.environ.get("LOCAL_RANK", 0)), verbose=False)
-    emoji = Emoji.load(prepare(arguments.folder))
-    module, indices = build(arguments.part, emoji, arguments.steps, arguments.folder, arguments.pipeline)
+    emoji = Emoji.load(prepare(arguments.folder, 64))
+    module, batches = build(arguments.part, emoji, arguments)
     if arguments.init:
         module.load_state_dict(torch.load(arguments.init, weights_only=True)["state_dict"], strict=False)
     where = arguments.folder / arguments.part
@@ -216,7 +195,7 @@ def main() -> None:
         default_root_dir=where,
         max_steps=arguments.steps,
         max_time={"seconds": int(3600 * arguments.hours)},
-        callbacks=[ModelCheckpoint(where, save_last=True, every_n_train_steps=500, save_top_k=0)],
+        callbacks=[ModelCheckpoint(where, save_last=True, every_n_train_steps=200, save_top_k=0)],
         accelerator="auto",
         devices=arguments.devices,
         strategy="ddp" if arguments.devices > 1 else "auto",
@@ -225,7 +204,7 @@ def main() -> None:
         enable_model_summary=False,
     )
     last = where / "last.ckpt"
-    loader = DataLoader(Batches(indices, arguments.batch_size), batch_size=None)
+    loader = DataLoader(batches, batch_size=None)
     trainer.fit(module, loader, ckpt_path=last if last.exists() else None, weights_only=True)
     trainer.save_checkpoint(last)
 

@@ -5,55 +5,150 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
 from transformers import CLIPTokenizer
 
-from examples.emoji_model import export, parts
+from examples.emoji_model import degradations, mixture, parts, truth
+from examples.emoji_model.compositions import COLORS, Scene, boxes, render
 from examples.emoji_model.data import Emoji
 from examples.emoji_model.nearest import NearestPicture
 
+NAMES = (*mixture.COMPOSED, "cat", "dog", "bed")
+
 
 @pytest.fixture
-def emoji() -> Emoji:
-    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    names = ["cat", "cat", "dog", "dog", "bed", "bed"]
-    return Emoji(
-        images,
-        names,
-        ["noto", "twemoji"] * 3,
-        drawn=torch.tensor([True, True, True, True, False, False]),
-        held_out=torch.tensor([False, False, False, True, False, False]),
+def file(tmp_path: Path) -> Path:
+    """Random blocks of color with holes in the format of `data.prepare`; the last name is not drawn."""
+    generator = np.random.default_rng(0)
+    count = 2 * len(NAMES)
+    rgba = generator.integers(0, 256, (count, 8, 8, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    rgba[..., 3] = np.where(rgba[..., 3] > 100, 255, 0)
+    drawn = np.arange(count) < count - 2
+    np.savez(
+        tmp_path / "emoji.npz",
+        rgba=rgba,
+        names=np.repeat(NAMES, 2),
+        styles=np.array(["noto", "twemoji"] * len(NAMES)),
+        drawn=drawn,
+        held_out=np.arange(count) == 1,
     )
+    return tmp_path / "emoji.npz"
 
 
-def test_standardising_changes_the_latents_and_not_the_pictures(emoji: Emoji, tmp_path: Path) -> None:
+def smooth_picture(size: int = 64) -> Tensor:
+    """A disc on a gradient, `(3, size, size)`."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing="ij")
+    disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).float()
+    return torch.stack([0.3 + 0.6 * disc, 0.4 + 0.4 * x, 0.8 - 0.5 * disc])
+
+
+def pil(image: Tensor) -> Image.Image:
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def test_images_are_composited_on_white_as_pillow_does(file: Path) -> None:
+    emoji = Emoji.load(file)
+    with np.load(file) as arrays:
+        picture = Image.fromarray(arrays["rgba"][3])
+    expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    assert np.abs(np.asarray(pil(emoji.images[3])).astype(int) - np.asarray(expected)).max() <= 1
+    assert emoji.captions[emoji.row("twemoji", emoji.names[3])] == emoji.captions[3]
+
+
+def test_every_caption_parses_back_to_its_scene(file: Path) -> None:
+    for kind, some in mixture.scenes(Emoji.load(file)).items():
+        for scene in some:
+            assert scene.kind == kind
+            assert Scene.parse(scene.caption) == scene
+
+
+def test_a_scene_shows_its_parts_at_their_boxes_and_its_ground_elsewhere(file: Path) -> None:
+    emoji = Emoji.load(file)
+    single = emoji.images[emoji.row("noto", "bell")]
+    torch.testing.assert_close(render(Scene("noto", ("bell",)), emoji), single)
+    two = render(Scene("noto", ("bell", "bell")), emoji)
+    small = np.asarray(pil(single).resize((36, 36), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(np.asarray(pil(two[:, :28, :28])).astype(int) - small[:28, :28]).max() <= 3
+    assert (two[:, 40:, :24] == 1).all()
+    ground = render(Scene("twemoji", ("bell",), "blue"), emoji)
+    assert torch.allclose(ground[:, :8], torch.tensor(COLORS["blue"]).view(3, 1, 1).expand(3, 8, 64))
+    assert boxes(Scene("twemoji", ("bell",), "blue"), 64) == [(8, 8, 48)]
+
+
+def test_fine_tuning_and_evaluation_share_nothing_but_the_style(file: Path) -> None:
+    for some in mixture.scenes(Emoji.load(file)).values():
+        tuned, evaluated = mixture.split(some)
+        assert len(tuned) + len(evaluated) == len(some)
+        shown = [{caption.removeprefix("noto ").removeprefix("twemoji ") for caption in c} for c in (tuned, evaluated)]
+        assert evaluated
+        assert not shown[0] & shown[1]
+
+
+def test_blur_is_a_gaussian_as_pillow_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(degradations, "_uniform", lambda low, high: 3.0)
+    image = smooth_picture()
+    theirs = torch.from_numpy(np.array(pil(image).filter(ImageFilter.GaussianBlur(3.0)))).permute(2, 0, 1) / 255
+    assert (degradations.blur(image) - theirs).abs()[:, 8:-8, 8:-8].max() < 0.02
+
+
+def test_every_degradation_lowers_the_psnr_visibly() -> None:
     torch.manual_seed(0)
-    vae = parts.autoencoder().eval()
-    state = {f"network.{key}": value for key, value in vae.state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
-    standardised = export.standardised_autoencoder(tmp_path / "last.ckpt", emoji)
-    images = emoji.images * 2 - 1
+    image = smooth_picture()
+    for kind in degradations.KINDS:
+        errors = torch.stack([(kind(image).clamp(0, 1) - image).square().mean() for _ in range(8)])
+        assert (-10 * errors.log10() < 32).all(), kind.__name__
+
+
+def test_wash_is_affine_and_cast_is_a_gain_per_channel() -> None:
+    image = smooth_picture()
+    washed = degradations.wash(image)
+    slope = (washed.max() - washed.min()) / (image.max() - image.min())
+    assert torch.allclose(washed - washed.min(), slope * (image - image.min()), atol=1e-5)
+    gains = degradations.cast(image) / image
+    assert torch.allclose(gains, gains.mean((1, 2), keepdim=True).expand_as(gains), atol=1e-5)
+
+
+def test_the_enlarged_autoencoder_keeps_the_inner_levels() -> None:
+    torch.manual_seed(0)
+    first = parts.autoencoder(32).eval()
+    larger = parts.enlarge(first).eval()
+    x = torch.randn(1, 32, 32, 32)
+    inner, outer = first.encoder.down_blocks[1], larger.encoder.down_blocks[2]
+    assert torch.equal(inner(x), outer(x))
     with torch.no_grad():
-        before, after = vae.encode(images).latent_dist, standardised.encode(images).latent_dist
-        std, mean = torch.std_mean(before.mean, dim=(0, 2, 3), keepdim=True)
-        torch.testing.assert_close(after.mean, (before.mean - mean) / std, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(after.std, before.std / std, rtol=1e-3, atol=1e-4)
-        pictures = standardised.decode(after.mean).sample
-        torch.testing.assert_close(pictures, vae.decode(before.mean).sample, rtol=1e-3, atol=1e-3)
+        z = larger.encode(torch.rand(1, 3, 64, 64)).latent_dist.mean
+        assert z.shape == (1, 4, 16, 16)
+        assert larger.decode(z).sample.shape == (1, 3, 64, 64)
 
 
-def test_nearest_looks_at_training_pictures_only(emoji: Emoji, tmp_path: Path) -> None:
-    file = tmp_path / "emoji.npz"
-    pictures = (emoji.images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    drawn, held_out = emoji.drawn.numpy(), emoji.held_out.numpy()
-    np.savez(file, images=pictures, names=emoji.names, styles=emoji.styles, drawn=drawn, held_out=held_out)
+def test_truth_prefers_the_own_picture_and_ignores_contrast(file: Path) -> None:
+    emoji = Emoji.load(file)
+    scenes = [
+        Scene("noto", ("bell",)),
+        Scene("", ("key",)),
+        Scene("noto", ("bell",) * 2),
+        Scene("noto", ("pig",), "red"),
+    ]
+    pictures = torch.stack([render(scene, emoji, "twemoji") for scene in scenes])
+    captions = [scene.caption for scene in scenes]
+    recognized = truth.SceneRecognized(str(file))
+    assert recognized(0.4 * pictures + 0.3, captions).tolist() == [1, 1, 1, 1]
+    assert recognized(pictures, ["noto key", "bell", "noto bell", "noto pig on blue"]).tolist() == [0, 0, 0, 0]
+    psnr = truth.OwnPicture(str(file))(pictures + torch.tensor([0.1, -0.1]).repeat(32), captions)
+    errors = ((pictures + torch.tensor([0.1, -0.1]).repeat(32)).clamp(0, 1) - pictures).square().mean((1, 2, 3))
+    torch.testing.assert_close(psnr, -10 * errors.log10())
+
+
+def test_nearest_picture_compares_with_training_pictures_only(file: Path) -> None:
+    emoji = Emoji.load(file)
     judge = NearestPicture(str(file))
     noisy = (emoji.images + 0.01).clamp(0, 1)
-    assert judge(noisy[:3], ["cat", "twemoji cat", "noto dog"]).tolist() == [1, 1, 1]
-    assert judge(noisy[:3], ["dog", "noto dog", "cat"]).tolist() == [0, 0, 0]
-    seen = emoji.drawn & ~emoji.held_out
-    distances = (emoji.images[seen] - noisy[3]).square().flatten(1).sum(1)
-    found = [name for name, used in zip(emoji.names, seen, strict=True) if used][int(distances.argmin())]
-    assert judge(noisy[3:4].repeat(2, 1, 1, 1), [found, "bed"]).tolist() == [1, 0]
+    name = emoji.names[0]
+    assert judge(noisy[:1].repeat(2, 1, 1, 1), [name, f"noto {name}"]).tolist() == [1, 1]
+    assert judge(noisy[:1], ["dog"]).tolist() == [0]
+    unseen = torch.nonzero(~emoji.drawn).squeeze(1)
+    assert judge(noisy[unseen], [emoji.names[row] for row in unseen.tolist()]).tolist() == [0, 0]
 
 
 def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""What the 64x64 model is trained on: scenes by kind, each drawn clean or degraded.
+
+Real base models are trained on good and poor pictures alike, and a reward moves them to the good ones. Here three
+quarters of the training pictures are degraded, and the captions do not say so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import CLIPTokenizer
+
+from examples.emoji_model.compositions import COLORS, Scene, render
+from examples.emoji_model.data import Emoji
+from examples.emoji_model.degradations import degrade
+
+DEGRADED = 0.75
+"""Probability that a training picture of the denoiser is degraded."""
+SUBJECTS = 160
+WEIGHTS = {"single": 0.60, "bare": 0.08, "two": 0.08, "ground": 0.12, "pair": 0.12}
+"""Probability of each kind of scene."""
+COMPOSED = (
+    *("ambulance", "banana", "bell", "butterfly", "cactus", "cherries", "crab", "fire", "ghost", "key", "lemon"),
+    *("octopus", "mushroom", "bomb", "doughnut", "hamburger", "pig", "rocket", "strawberry", "tulip"),
+)
+"""Names of the scenes with two things or a colored ground; pairs use the first twelve."""
+PAIRED = COMPOSED[:12]
+STYLES = ("noto", "twemoji")
+
+
+def subjects(emoji: Emoji) -> list[str]:
+    """Return the names that the model learns: `COMPOSED`, and a fixed random choice of the other one-word names."""
+    names = {name for name, drawn in zip(emoji.names, emoji.drawn.tolist(), strict=True) if drawn}
+    others = sorted(name for name in names if " " not in name and name not in COMPOSED)
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
+    return sorted([*COMPOSED, *(others[i] for i in order[: SUBJECTS - len(COMPOSED)])])
+
+
+def scenes(emoji: Emoji) -> dict[str, list[Scene]]:
+    """Return every scene that the model learns, by kind."""
+    names = subjects(emoji)
+    return {
+        "single": [Scene(style, (name,)) for name in names for style in STYLES],
+        "bare": [Scene("", (name,)) for name in names],
+        "two": [Scene(style, (name, name)) for name in COMPOSED for style in STYLES],
+        "ground": [Scene(style, (name,), color) for name in COMPOSED for color in COLORS for style in STYLES],
+        "pair": [Scene(style, (a, b)) for a in PAIRED for b in PAIRED if a != b for style in STYLES],
+    }
+
+
+def split(some: list[Scene]) -> tuple[list[str], list[str]]:
+    """Return the captions for fine-tuning and for evaluation: every fourth thing is evaluated, in both styles."""
+    shown = sorted({replace(scene, style="").caption for scene in some})
+    evaluated = set(shown[1::4])
+    captions: tuple[list[str], list[str]] = ([], [])
+    for scene in some:
+        captions[replace(scene, style="").caption in evaluated].append(scene.caption)
+    return sorted(captions[0]), sorted(captions[1])
+
+
+class Pictures(IterableDataset[Tensor]):
+    """Endless batches for the autoencoder: two thirds scenes, one third any emoji; half are degraded."""
+
+    def __init__(self, emoji: Emoji, batch_size: int) -> None:
+        self.emoji, self.batch_size = emoji, batch_size
+        self.scenes = scenes(emoji)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield float32 `(batch_size, 3, S, S)` in [0, 1]."""
+        while True:
+            yield torch.stack([self._picture() for _ in range(self.batch_size)])
+
+    def _picture(self) -> Tensor:
+        if torch.rand(()) < 0.33:
+            image = self.emoji.images[int(torch.randint(len(self.emoji.images), ()))]
+        else:
+            kind = list(WEIGHTS)[int(torch.multinomial(torch.tensor(list(WEIGHTS.values())), 1))]
+            scene = self.scenes[kind][int(torch.randint(len(self.scenes[kind]), ()))]
+            image = render(scene, self.emoji, STYLES[int(torch.randint(2, ()))])
+        return degrade(image) if torch.rand(()) < 0.5 else image
+
+
+class Captioned(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless batches of clean pictures and token ids for the CLIP: half any emoji, half compositions.
+
+    Half of the captions of single emoji are bare names. A batch never holds two captions that fit the same picture.
+    """
+
+    def __init__(self, emoji: Emoji, words: CLIPTokenizer, batch_size: int) -> None:
+        self.emoji, self.words, self.batch_size = emoji, words, batch_size
+        everything = scenes(emoji)
+        self.composed = [scene for kind in ("two", "ground", "pair") for scene in everything[kind]]
+        self.names = sorted(set(emoji.names))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield float32 `(B, 3, S, S)` in [0, 1] and int64 `(B, 16)`."""
+        while True:
+            some = self._composed(self.batch_size // 2)
+            some += self._single(self.batch_size - len(some))
+            styles = [STYLES[int(torch.randint(2, ()))] for _ in some]
+            pictures = torch.stack([render(s, self.emoji, style) for s, style in zip(some, styles, strict=True)])
+            captions = [scene.caption for scene in some]
+            ids = self.words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            yield pictures, ids
+
+    def _composed(self, count: int) -> list[Scene]:
+        """Draw compositions, without replacement; half of them lose their style where no other has the same words."""
+        chosen = [self.composed[i] for i in torch.randperm(len(self.composed))[:count].tolist()]
+        bare = {scene.caption.partition(" ")[2]: scene for scene in chosen}
+        return [replace(scene, style="") if torch.rand(()) < 0.3 else scene for scene in bare.values()]
+
+    def _single(self, count: int) -> list[Scene]:
+        """Draw different names; two fifths without a style."""
+        names = [self.names[i] for i in torch.randperm(len(self.names))[:count].tolist()]
+        styles = [STYLES[int(torch.randint(2, ()))] if torch.rand(()) < 0.6 else "" for _ in names]
+        return [Scene(style, (name,)) for style, name in zip(styles, names, strict=True)]

@@ -1,0 +1,53 @@
+"""The judge of quality: its bound, its resizing, its errors, and what the shipped judges say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.quality import CleanFraction, ImageQuality, network
+
+
+def write(folder: Path, architecture: str, size: int = 64) -> str:
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    save_file(
+        network("convnet" if architecture == "unknown" else architecture).state_dict(), folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps({"architecture": architecture, "size": size}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("architecture", ["convnet", "resnet"])
+def test_the_bounded_score_is_the_log_probability_of_the_logit(
+    architecture: str, tmp_path: Path, pictures: Callable[..., Tensor]
+) -> None:
+    folder = write(tmp_path / architecture, architecture)
+    images = pictures(4, 64, 64)
+    logits = ImageQuality(folder, bounded=False)(images, [""] * 4)
+    torch.manual_seed(0)
+    expected = network(architecture).eval()
+    torch.testing.assert_close(logits, expected(images * 2 - 1).squeeze(1).detach())
+    scores = ImageQuality(folder)(images, [""] * 4)
+    torch.testing.assert_close(scores, torch.log(1 / (1 + torch.exp(-logits))))
+    assert torch.equal(CleanFraction(folder)(images, [""] * 4), (logits > 0).float())
+
+
+def test_other_sizes_are_resized(tmp_path: Path, pictures: Callable[..., Tensor]) -> None:
+    reward = ImageQuality(write(tmp_path, "convnet"))
+    large = pictures(2, 128, 96)
+    resized = F.interpolate(large, (64, 64), mode="bilinear", antialias=True)
+    torch.testing.assert_close(reward(large, ["", ""]), reward(resized, ["", ""]))
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="emoji64-judge"):
+        ImageQuality(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match=r"architecture='unknown'.*convnet or resnet"):
+        ImageQuality(write(tmp_path, "unknown"))

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
+from lightning_draft.methods.draft import Checkpointing, DraftModule
 from lightning_draft.models import StableDiffusion
-from lightning_draft.modules import Checkpointing, DraftModule
 from lightning_draft.rewards.colour import ColourTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import Full, LastK, Truncation

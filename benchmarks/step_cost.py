@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from lightning_draft.data import PromptDataModule
+from lightning_draft.methods.draft import Checkpointing, DraftModule
 from lightning_draft.models import StableDiffusion
-from lightning_draft.modules import Checkpointing, DraftModule
 from lightning_draft.rewards.colour import ColourTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation

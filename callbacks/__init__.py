@@ -3,6 +3,7 @@
 from lightning_draft.callbacks.cost import CostMonitor
 from lightning_draft.callbacks.ema import AdapterEMA
 from lightning_draft.callbacks.gradient_norm import GradientNormMonitor
+from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.callbacks.lora_export import LoRAExport
 from lightning_draft.callbacks.over_optimisation import OverOptimisationGuard
 from lightning_draft.callbacks.progress import ProgressBar
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterEMA",
     "CostMonitor",
     "GradientNormMonitor",
+    "LastCheckpoint",
     "LoRAExport",
     "OverOptimisationGuard",
     "ProgressBar",

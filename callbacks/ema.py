@@ -12,9 +12,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_draft.distributed import all_gather_objects, local_shard, trainable_parameters, uses_fsdp, world_size
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rollout import gathered, world_size
-from lightning_draft.sharding import local, sharded, trained
 
 
 class AdapterEMA(Callback):
@@ -43,12 +42,12 @@ class AdapterEMA(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the average at the parameters, unless a checkpoint brought one."""
-        self._in_parts = sharded(trainer)
+        self._in_parts = uses_fsdp(trainer)
         parameters = trainable(pl_module)
         if not self.average:
             self.updates = trainer.global_step
             self.average = {name: _widened(parameter).clone() for name, parameter in parameters.items()}
-        elif _shapes(self.average) != _shapes({name: local(value) for name, value in parameters.items()}):
+        elif _shapes(self.average) != _shapes({name: local_shard(value) for name, value in parameters.items()}):
             raise ConfigurationError(
                 "the averaged adapters in the checkpoint are not those of this model; resume with the config that the "
                 "run saved, on the strategy that it had, or without AdapterEMA"
@@ -94,7 +93,7 @@ class AdapterEMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The average and how many steps it has taken in."""
         average = {name: value.cpu() for name, value in self.average.items()}
-        return {"updates": self.updates, "average": gathered(average) if self._in_parts else average}
+        return {"updates": self.updates, "average": all_gather_objects(average) if self._in_parts else average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved average."""
@@ -115,16 +114,16 @@ class AdapterEMA(Callback):
         if not self.average or self._originals is not None:
             return False
         parameters = trainable(pl_module)
-        self._originals = {name: local(parameter.detach()).clone() for name, parameter in parameters.items()}
+        self._originals = {name: local_shard(parameter.detach()).clone() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            local(parameter.data).copy_(self.average[name])
+            local_shard(parameter.data).copy_(self.average[name])
         return True
 
     @torch.no_grad()
     def _swap_out(self, pl_module: L.LightningModule) -> None:
         if self._originals is not None:
             for name, parameter in trainable(pl_module).items():
-                local(parameter.data).copy_(self._originals[name])
+                local_shard(parameter.data).copy_(self._originals[name])
         self._originals = None
 
 
@@ -146,7 +145,7 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContex
 
 def trainable(pl_module: L.LightningModule) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
-    return trained(pl_module)
+    return trainable_parameters(pl_module)
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -155,4 +154,4 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 def _widened(parameter: nn.Parameter) -> Tensor:
     """This process's part, at least float32: a bfloat16 average stands still."""
-    return local(parameter.detach()).to(torch.promote_types(parameter.dtype, torch.float32))
+    return local_shard(parameter.detach()).to(torch.promote_types(parameter.dtype, torch.float32))

@@ -24,8 +24,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_draft.callbacks.gradient_profile import StepGradients, log_figure
+from lightning_draft.distributed import gradient, scale_gradient, trainable_parameters, uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.sharding import gradient, partitioned, scale_gradient, sharded, trained
 
 Action = Literal["warn", "skip", "clip", "stop"]
 
@@ -210,10 +210,10 @@ _MESSAGES = {
 
 def _parameters(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> list[nn.Parameter]:
     """What has a gradient, on some process at least."""
-    if partitioned(trainer):  # its optimiser holds flat copies
-        return list(trained(pl_module).values())
+    if uses_deepspeed(trainer):  # its optimiser holds flat copies
+        return list(trainable_parameters(pl_module).values())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return parameters if sharded(trainer) else [p for p in parameters if p.grad is not None]
+    return parameters if uses_fsdp(trainer) else [p for p in parameters if p.grad is not None]
 
 
 def total_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:

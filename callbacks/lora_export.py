@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.callbacks.ema import averaged
+from lightning_draft.distributed import gather_full, uses_fsdp
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.sharding import sharded, whole
 
 _FALLBACK = "train/reward"
 
@@ -114,7 +114,7 @@ class LoRAExport(Callback):
         """Keep what an interrupted training had reached, unless that takes other processes, which may be elsewhere."""
         if trainer.state.fn != "fit" or self._folder is None or trainer.global_step == 0:
             return
-        if sharded(trainer) and trainer.world_size > 1:
+        if uses_fsdp(trainer) and trainer.world_size > 1:
             rank_zero_warn(
                 f"interrupted at step {trainer.global_step}: the adapters exported last are of {self._last_step}"
             )
@@ -131,7 +131,7 @@ class LoRAExport(Callback):
         """
         self._last_step = trainer.global_step
         with averaged(trainer, pl_module):
-            values = whole(pl_module)
+            values = gather_full(pl_module)
             if not all(bool(value.isfinite().all()) for value in values.values()):
                 rank_zero_warn(f"the adapters are not finite at step {trainer.global_step}: they are not exported")
                 return
@@ -196,7 +196,7 @@ def write(trainer: L.Trainer, pl_module: Any, path: Path, metadata: dict[str, st
         metadata: For its header.
         values: From `whole`; handed to the model where it holds a part of them only.
     """
-    if sharded(trainer):
+    if uses_fsdp(trainer):
         own = {name.removeprefix("model."): value for name, value in values.items()}
         pl_module.model.save_lora(path, metadata, own)
     else:

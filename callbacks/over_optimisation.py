@@ -24,10 +24,10 @@ from torch import Tensor
 from lightning_draft.callbacks.ema import AdapterEMA, averaged, trainable
 from lightning_draft.callbacks.lora_export import check_exportable, header, write
 from lightning_draft.callbacks.random_state import observing
+from lightning_draft.distributed import gather_full, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
 from lightning_draft.rewards.colour import Sharpness
-from lightning_draft.sharding import partitioned, whole
 
 Action = Literal["warn", "shrink", "stop"]
 
@@ -74,7 +74,7 @@ class OverOptimisationGuard(Callback):
     Args:
         action: What to do about over-optimisation.
         margin: The greatest fall of a held-out reward that is put up with, in standard deviations.
-        held_out: Names under `watch` to judge by; by default all.
+        held_out: Names under `eval_rewards` to judge by; by default all.
         min_diversity: Least share of the base model's diversity, in [0, 1]; by default it is logged only.
         patience: Over-optimised looks in a row before the action.
         shrink: Factor of `dW`, in [0, 1).
@@ -166,7 +166,7 @@ class OverOptimisationGuard(Callback):
             raise ConfigurationError(
                 "action=shrink scales LoRA adapters, and this model trains none; write warn or stop"
             )
-        if self.action == "shrink" and partitioned(trainer):
+        if self.action == "shrink" and uses_deepspeed(trainer):
             raise ConfigurationError(
                 "action=shrink scales parameters, of which DeepSpeed's optimiser keeps copies; write warn or stop"
             )
@@ -198,7 +198,7 @@ class OverOptimisationGuard(Callback):
             best = -math.inf if self.best_reward is None else self.best_reward
             if fault is None and math.isfinite(look.reward) and look.reward > best:
                 self.best_reward, self.best_step = look.reward, trainer.global_step
-                values = whole(pl_module)
+                values = gather_full(pl_module)
                 if trainer.is_global_zero:
                     metadata = {**header(trainer, pl_module), "guard": json.dumps(_flat(look))}
                     write(trainer, pl_module, self.best_path, metadata, values)
@@ -335,11 +335,11 @@ def _held_out(names: list[str] | None, pl_module: Any) -> list[str]:
     Raises:
         ConfigurationError: There are none, or not all are watched.
     """
-    watched = list(getattr(pl_module, "watch_names", []))
+    watched = list(getattr(pl_module, "eval_reward_names", []))
     if not watched:
         raise ConfigurationError(
             "OverOptimisationGuard compares the trained reward with held-out ones, and there are none; name rewards "
-            "that are not trained on under `watch`"
+            "that are not trained on under `eval_rewards`"
         )
     unknown = sorted(set(names or []) - set(watched))
     if names == []:

@@ -27,7 +27,7 @@ class RewardConflict(Callback):
     """Log the cosine between the gradients of every two rewards with respect to pictures of the current prompts.
 
     Looked at are the differentiable parts of the trained `WeightedSum` with a weight, or the trained reward itself as
-    `reward`, and the differentiable watched rewards as `watch.<name>`. A part of negative weight pulls down its
+    `reward`, and the differentiable watched rewards as `eval_rewards.<name>`. A part of negative weight pulls down its
     gradient, so the sign is turned. Logged under `conflict/`, averaged over the pictures: `cosine/<a>/<b>`, in [-1, 1],
     below 0 where what one gains the other loses; and `norm/<a>`, of the gradient of one picture's own score, without
     the weight. A look costs one sampling and one backward pass of each reward. Training with this callback is bitwise
@@ -54,7 +54,7 @@ class RewardConflict(Callback):
         if stage == "fit" and len(names) < 2:
             raise ConfigurationError(
                 f"RewardConflict compares differentiable rewards, and there is {', '.join(names) or 'none'} only; "
-                "train on a WeightedSum, or name others under `watch`"
+                "train on a WeightedSum, or name others under `eval_rewards`"
             )
 
     def on_train_batch_end(
@@ -87,11 +87,11 @@ def pulls(pl_module: Any) -> dict[str, tuple[Reward, float]]:
     """What a module trains on and what it watches, as far as it is differentiable, with the sign of its pull."""
     reward = pl_module.reward
     if isinstance(reward, WeightedSum):
-        found = {name: (part, reward.weights[name]) for name, part in reward.members().items()}
+        found = {name: (part, reward.weights[name]) for name, part in reward.components().items()}
     else:
         found = {"reward": (reward, 1.0)}
-    watched = zip(pl_module.watch_names, pl_module.watch, strict=True)
-    found |= {f"watch.{name}": (part, 1.0) for name, part in watched}
+    watched = zip(pl_module.eval_reward_names, pl_module.eval_rewards, strict=True)
+    found |= {f"eval_rewards.{name}": (part, 1.0) for name, part in watched}
     return {name: pull for name, pull in found.items() if pull[0].differentiable and pull[1] != 0}
 
 

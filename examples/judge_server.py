@@ -1,8 +1,8 @@
 """A service for `HTTPReward`, in the standard library: put your own judge in the place of `redness`.
 
     python -m examples.judge_server --port 8000
-    lightning-draft fit --config quickstart --model.watch.judge.class_path HTTPReward \
-        --model.watch.judge.init_args.url http://127.0.0.1:8000
+    lightning-draft fit --config quickstart --model.eval_rewards.judge.class_path HTTPReward \
+        --model.eval_rewards.judge.init_args.url http://127.0.0.1:8000
 """
 
 import argparse

@@ -22,8 +22,8 @@ from torch import Tensor
 from lightning_draft.callbacks import OverOptimisationGuard
 from lightning_draft.callbacks.over_optimisation import Look
 from lightning_draft.data import PromptDataModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import LoRA, StableDiffusion
-from lightning_draft.modules import DraftModule
 from lightning_draft.rewards import CLIPClassification, JPEGRate
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LastK
@@ -38,7 +38,7 @@ def build(arguments: argparse.Namespace) -> DraftModule:
         reward=JPEGRate(),
         sampler=DDIM(arguments.sampling_steps),
         truncation=LastK(1),
-        watch={"recognised": CLIPClassification(arguments.clip, captions=arguments.prompts)},
+        eval_rewards={"recognised": CLIPClassification(arguments.clip, captions=arguments.prompts)},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=arguments.lr),
     )
 

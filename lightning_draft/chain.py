@@ -22,12 +22,12 @@ class State:
     Attributes:
         x: The latent, `(B, ...)`.
         step: How many steps lie behind: 0 at the start, `num_steps` at the end.
-        memory: What the sampler remembers of earlier steps.
+        solver_state: What the sampler remembers of earlier steps.
     """
 
     x: Tensor
     step: int
-    memory: Any = None
+    solver_state: Any = None
 
 
 class SamplingChain:
@@ -103,7 +103,7 @@ class SamplingChain:
             state = self._advance_one(state, detach_input, freeze)
         return state
 
-    def walk(self, noise: Tensor, step_noise: Iterable[Tensor]) -> Iterator[tuple[Transition, Tensor]]:
+    def sample_steps(self, noise: Tensor, step_noise: Iterable[Tensor]) -> Iterator[tuple[Transition, Tensor]]:
         """Walk the whole chain with given noise; yield each step's distribution and the latent drawn from it.
 
         Args:
@@ -112,11 +112,11 @@ class SamplingChain:
         """
         state = self.start(noise)
         for _, fresh in zip(range(self.num_steps), step_noise, strict=True):
-            transition, memory = self._step(state, False, False)
-            state = State(transition.rsample(fresh), state.step + 1, memory)
+            transition, solver_state = self._step(state, False, False)
+            state = State(transition.rsample(fresh), state.step + 1, solver_state)
             yield transition, state.x
 
-    def revisit(self, latents: Tensor, steps: Iterable[int]) -> Iterator[Transition]:
+    def transitions_at(self, latents: Tensor, steps: Iterable[int]) -> Iterator[Transition]:
         """The distributions of the next latents at some steps of a walk, `latents` being `(num_steps + 1, B, ...)`."""
         for step in steps:
             yield self.transition(State(latents[step], step))
@@ -152,13 +152,13 @@ class SamplingChain:
         return float(torch.rand((), generator=self.generator))
 
     def _advance_one(self, state: State, detach_input: bool, freeze: bool) -> State:
-        transition, memory = self._step(state, detach_input, freeze)
-        return State(self._observed(state.step, transition.rsample()), state.step + 1, memory)
+        transition, solver_state = self._step(state, detach_input, freeze)
+        return State(self._observed(state.step, transition.rsample()), state.step + 1, solver_state)
 
     def _step(self, state: State, detach_input: bool, freeze: bool) -> tuple[Transition, Any]:
         x0 = self._denoise(state, detach_input, freeze)
         t, s = self.grid[state.step]
-        return self.sampler.step(self.model.schedule, state.x, x0, t, s, state.memory)
+        return self.sampler.step(self.model.schedule, state.x, x0, t, s, state.solver_state)
 
     def _denoise(self, state: State, detach_input: bool, freeze: bool) -> Tensor:
         t, _ = self.grid[state.step]

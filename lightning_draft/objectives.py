@@ -25,22 +25,22 @@ ClipForm = Literal["min", "clip_only"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PolicyBatch:
     """What an objective sees of a rollout.
 
     Args:
         log_probs: Of the steps that were taken, under the model as it is, `(S, B)`, float32.
-        old: The same under the model that took them.
+        old_log_probs: The same under the model that took them.
         advantages: Of the samples, `(B,)`.
         group: How many samples in a row share a prompt.
-        reference: The same as `log_probs` under the base model, where the objective `needs_reference`.
+        ref_log_probs: The same as `log_probs` under the base model, where the objective `needs_reference`.
     """
 
     log_probs: Tensor
-    old: Tensor
+    old_log_probs: Tensor
     advantages: Tensor
     group: int = 1
-    reference: Tensor | None = None
+    ref_log_probs: Tensor | None = None
 
 
 class Objective(ABC):
@@ -69,12 +69,12 @@ class Objective(ABC):
         self.reduction = reduction
 
     @abstractmethod
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, batch: PolicyBatch) -> Tensor:
         """The loss, a scalar."""
 
-    def clipped(self, evidence: Evidence) -> Tensor:
+    def clipped(self, batch: PolicyBatch) -> Tensor:
         """Which steps have left the region that the objective trusts, bool `(S, B)`."""
-        return torch.zeros_like(evidence.log_probs, dtype=torch.bool)
+        return torch.zeros_like(batch.log_probs, dtype=torch.bool)
 
     def reduce(self, total: Tensor, elements: int) -> Tensor:
         """Turn a sum over `elements` latent dimensions into what `reduction` says."""
@@ -96,15 +96,15 @@ class Reinforce(Objective):
 
     on_policy = True
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, batch: PolicyBatch) -> Tensor:
         """Weigh each step's log-probability by its sample's advantage."""
-        return -(evidence.advantages * evidence.log_probs).mean()
+        return -(batch.advantages * batch.log_probs).mean()
 
 
 class PPO(Objective):
     """`max(-A rho, -A clip(rho, 1 - clip, 1 + clip))` averaged, with `rho = p / p_old` step by step.
 
-    With `LeaveOneOut` it is LOOP, with `GroupMean(divide_by_std=True)` GRPO.
+    With `LeaveOneOut` it is LOOP, with `GroupRelative(divide_by_std=True)` GRPO.
 
     Args:
         clip: How far the ratio may leave 1 before a step teaches nothing more; DDPO's 1e-4 belongs to `mean`.
@@ -132,30 +132,30 @@ class PPO(Objective):
             raise ConfigurationError(f"form={form!r} is not known; write min or clip_only")
         self.form = form
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, batch: PolicyBatch) -> Tensor:
         """Compare with the model that drew the rollout."""
-        advantages, limit = evidence.advantages, self.advantage_clip
+        advantages, limit = batch.advantages, self.advantage_clip
         if limit is not None:
             advantages = advantages.clamp(-limit, limit)
-        ratio = (evidence.log_probs - evidence.old).exp()
+        ratio = (batch.log_probs - batch.old_log_probs).exp()
         clipped = -advantages * ratio.clamp(1 - self.clip, 1 + self.clip)
         if self.form == "clip_only":
             return clipped.mean()
         return torch.maximum(-advantages * ratio, clipped).mean()
 
-    def clipped(self, evidence: Evidence) -> Tensor:
+    def clipped(self, batch: PolicyBatch) -> Tensor:
         """Ratios further than `clip` from 1."""
-        return ((evidence.log_probs - evidence.old).expm1().abs() > self.clip).detach()
+        return ((batch.log_probs - batch.old_log_probs).expm1().abs() > self.clip).detach()
 
 
 class PRDP(Objective):
     """Regress differences of implicit rewards on differences of rewards, for all pairs of samples of a prompt.
 
     With `rhat = sum_t log p / p_ref` the loss of a pair is `(rhat_a - rhat_b - (A_a - A_b) / beta)^2`; the larger of it
-    and of the same with every step's log-ratio kept within `clip` of its old value counts. With the baseline
-    `GroupMean` the differences of advantages are those of rewards, as in the paper. The loss couples all steps, so it
-    takes two passes: one without a graph for its derivatives, and one that back-propagates them part by part, in memory
-    that does not grow with the number of steps.
+    and of the same with every step's log-ratio kept within `clip` of its old value counts. With
+    `GroupRelative` advantages the differences of advantages are those of rewards, as in the paper. The loss couples all
+    steps, so it takes two passes: one without a graph for its derivatives, and one that back-propagates them minibatch
+    by minibatch, in memory that does not grow with the number of steps.
 
     Args:
         beta: Strength of the pull to the base model, in units of the reward per unit of log-ratio; the best model is
@@ -176,22 +176,22 @@ class PRDP(Objective):
         self.beta = _positive("beta", beta)
         self.clip = _positive("clip", clip)
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, batch: PolicyBatch) -> Tensor:
         """The mean over pairs; `log_probs` must hold every step of whole groups."""
-        assert evidence.reference is not None
-        ratio, old = evidence.log_probs - evidence.reference, evidence.old - evidence.reference
+        assert batch.ref_log_probs is not None
+        ratio, old = batch.log_probs - batch.ref_log_probs, batch.old_log_probs - batch.ref_log_probs
         proximal = torch.minimum(torch.maximum(ratio, old - self.clip), old + self.clip)
-        plain, clipped = (self._pairs(each.sum(0), evidence) for each in (ratio, proximal))
+        plain, clipped = (self._pairs(each.sum(0), batch) for each in (ratio, proximal))
         return torch.maximum(plain, clipped).mean()
 
-    def clipped(self, evidence: Evidence) -> Tensor:
+    def clipped(self, batch: PolicyBatch) -> Tensor:
         """Steps whose log-ratio moved further than `clip`."""
-        return ((evidence.log_probs - evidence.old).abs() > self.clip).detach()
+        return ((batch.log_probs - batch.old_log_probs).abs() > self.clip).detach()
 
-    def _pairs(self, implicit: Tensor, evidence: Evidence) -> Tensor:
+    def _pairs(self, implicit: Tensor, batch: PolicyBatch) -> Tensor:
         """Squared errors of all pairs, `(prompts, pairs)`."""
-        error = (implicit - evidence.advantages / self.beta).view(-1, evidence.group)
-        first, second = zip(*combinations(range(evidence.group), 2), strict=True)
+        error = (implicit - batch.advantages / self.beta).view(-1, batch.group)
+        first, second = zip(*combinations(range(batch.group), 2), strict=True)
         return (error[:, list(first)] - error[:, list(second)]).square()
 
 

@@ -92,7 +92,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, memory: Any = None
+        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
         """Return the distribution of the latent at `s`, and what the next step needs to remember.
 
@@ -102,7 +102,7 @@ class Sampler(ABC):
             x0: The network's estimate of the clean latent, `(B, ...)`.
             t: Time of `x`.
             s: Time to go to; negative for the end of the chain.
-            memory: What the previous step returned; `None` at the start.
+            solver_state: What the previous step returned; `None` at the start.
         """
 
     def final_coefficient(self, schedule: Schedule) -> float:
@@ -145,7 +145,7 @@ class DDIM(Sampler):
         return tuple((t, t - stride) for t in times)
 
     def step(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, memory: Any = None
+        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
         """Equation (12), with `eps` recovered from `x0`."""
         alpha_t, sigma_t = schedule.coefficients(t)
@@ -174,17 +174,17 @@ class DPMSolverPlusPlus(Sampler):
         return tuple(zip(times, (*times[1:], _END), strict=True))
 
     def step(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, memory: Any = None
+        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """Extrapolate `x_0` from this estimate and the previous one, `memory = (x0, t)` of the step before."""
+        """Extrapolate `x_0` from this estimate and the previous one, `solver_state = (x0, t)` of the step before."""
         alpha_s, sigma_s = (1.0, 0.0) if s < 0 else schedule.coefficients(s)
         if sigma_s == 0:
             return Transition(alpha_s * x0, 0.0), None
         lambda_t, lambda_s = schedule.log_snr(t), schedule.log_snr(s)
         h = lambda_s - lambda_t
         target = x0
-        if memory is not None:
-            previous, previous_t = memory
+        if solver_state is not None:
+            previous, previous_t = solver_state
             ratio = (lambda_t - schedule.log_snr(previous_t)) / h
             target = x0 + (x0 - previous) / (2 * ratio)
         _, sigma_t = schedule.coefficients(t)
@@ -214,7 +214,7 @@ class FlowEuler(Sampler):
         return tuple(zip(times, (*times[1:], 0.0), strict=True))
 
     def step(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, memory: Any = None
+        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
         """`x + (s - t) v` with `v = (x - x_0) / t`."""
         return Transition(x + (s - t) / t * (x - x0), 0.0), None
@@ -238,7 +238,7 @@ class FlowSDE(FlowEuler):
         self.noise_level = noise_level
 
     def step(
-        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, memory: Any = None
+        self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
         """Drift corrected so that marginals are kept. The last step, to 0, adds no noise.
 

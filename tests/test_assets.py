@@ -7,8 +7,8 @@ from transformers import CLIPModel
 
 from lightning_draft.assets import FOLDER
 from lightning_draft.chain import SamplingChain
-from lightning_draft.data import read_prompts
 from lightning_draft.models import StableDiffusion
+from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import CaptionRetrieval
 from lightning_draft.samplers import DDIM
 

@@ -109,7 +109,7 @@ def test_renoise_is_the_forward_process(left: int) -> None:
     x0, eps = noise(), torch.randn(4, 2, 3, dtype=torch.float64)
     state = chain.renoise(x0, left, eps)
     abar = chain.model.schedule.alphas_cumprod[int(chain.grid[STEPS - left][0])]  # type: ignore[attr-defined]
-    assert (state.step, state.memory) == (STEPS - left, None)
+    assert (state.step, state.solver_state) == (STEPS - left, None)
     torch.testing.assert_close(state.x, abar**0.5 * x0 + (1 - abar) ** 0.5 * eps)
     torch.manual_seed(1)
     drawn = chain.renoise(x0, left).x

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from lightning_draft.data import FixedPrompts, PromptDataModule, PromptLoader, hold_out, read_prompts, shipped_lists
+from lightning_draft.data import FixedPrompts, PromptDataModule, PromptLoader, hold_out
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.prompt_sources import read_prompts, shipped_lists
 from lightning_draft.rewards.base import Prompt
 
 ROWS = [{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]

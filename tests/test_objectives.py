@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.objectives import PPO, PRDP, Evidence, Objective, Reinforce
+from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
 
 STEPS, PROMPTS, GROUP = 3, 2, 3
 BATCH = PROMPTS * GROUP
@@ -18,11 +18,11 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gradient(objective: Objective, moved: Tensor, **evidence: Any) -> Tensor:
+def gradient(objective: Objective, moved: Tensor, **batch: Any) -> Tensor:
     """With respect to the log-probabilities, which have moved by so much since the rollout."""
     old = random(STEPS, moved.shape[1], seed=1)
     log_probs = (old + moved).requires_grad_()
-    return torch.autograd.grad(objective(Evidence(log_probs, old, **evidence)), log_probs)[0]
+    return torch.autograd.grad(objective(PolicyBatch(log_probs, old, **batch)), log_probs)[0]
 
 
 def test_reinforce_weighs_log_probabilities_by_advantages() -> None:
@@ -36,7 +36,7 @@ def test_ppo_starts_as_reinforce(form: Any) -> None:
     still, advantages = torch.zeros(STEPS, BATCH, dtype=torch.float64), random(BATCH)
     ours = gradient(PPO(form=form), still, advantages=advantages)
     torch.testing.assert_close(ours, gradient(Reinforce(), still, advantages=advantages))
-    assert not PPO().clipped(Evidence(still, still, advantages)).any()
+    assert not PPO().clipped(PolicyBatch(still, still, advantages)).any()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_ppo_stops_where_its_clip_says(advantage: float, ratio: float, minimum: 
         slopes = gradient(PPO(clip=0.1, form=form), moved, advantages=advantages)
         expected = -advantage * ratio / STEPS if learns else 0.0
         torch.testing.assert_close(slopes, torch.full_like(slopes, expected))
-    outside = PPO(clip=0.1).clipped(Evidence(moved, torch.zeros_like(moved), advantages))
+    outside = PPO(clip=0.1).clipped(PolicyBatch(moved, torch.zeros_like(moved), advantages))
     assert bool(outside.all()) == (abs(ratio - 1) > 0.1) == bool(outside.any())
 
 
@@ -96,13 +96,13 @@ def test_prdp_is_its_formula(clip: float) -> None:
     old, reference, rewards = (random(STEPS, BATCH, seed=i) for i in (1, 2, 3))
     log_probs = (old + random(STEPS, BATCH, scale=0.1, seed=4)).requires_grad_()
     objective = PRDP(beta=0.7, clip=clip)
-    ours = objective(Evidence(log_probs, old, rewards[0], GROUP, reference))
+    ours = objective(PolicyBatch(log_probs, old, rewards[0], GROUP, reference))
     theirs = written_out(log_probs, old, reference, rewards[0], 0.7, clip)
     torch.testing.assert_close(ours, theirs)
     slopes = [torch.autograd.grad(loss, log_probs)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*slopes)
     moved = (log_probs - old).abs() > clip
-    assert torch.equal(objective.clipped(Evidence(log_probs, old, rewards[0], GROUP, reference)), moved)
+    assert torch.equal(objective.clipped(PolicyBatch(log_probs, old, rewards[0], GROUP, reference)), moved)
 
 
 def test_prdp_at_the_reference_is_reinforce_with_leave_one_out() -> None:
@@ -113,7 +113,7 @@ def test_prdp_at_the_reference_is_reinforce_with_leave_one_out() -> None:
     others = (pair - pair.flip(1)).flatten()
     rloo = -STEPS * gradient(Reinforce(), still, advantages=others)  # a sum over steps
     old = random(STEPS, 4, seed=1)
-    ours = gradient(PRDP(beta), still, advantages=rewards, group=2, reference=old)
+    ours = gradient(PRDP(beta), still, advantages=rewards, group=2, ref_log_probs=old)
     torch.testing.assert_close(-ours, 4 / beta * rloo)
 
 
@@ -122,7 +122,7 @@ def test_prdp_is_zero_at_the_tilted_distribution() -> None:
     old, rewards, beta = random(STEPS, BATCH), random(BATCH, seed=5), 0.5
     shift = torch.tensor([0.3, -2.0], dtype=torch.float64).repeat_interleave(GROUP)
     log_probs = old + (rewards / beta - shift) / STEPS
-    loss = PRDP(beta, clip=10.0)(Evidence(log_probs, old, rewards, GROUP, old))
+    loss = PRDP(beta, clip=10.0)(PolicyBatch(log_probs, old, rewards, GROUP, old))
     assert loss.item() == pytest.approx(0, abs=1e-20)
 
 

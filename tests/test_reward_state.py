@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_draft.cli.checkpoint import LastCheckpoint
+from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.modules import DraftModule
-from lightning_draft.policy import PolicyGradientModule
-from lightning_draft.reward_module import mix
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.rewards import Brightness, ColourBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
+from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import LastK, LowVariance
 
@@ -112,7 +112,7 @@ def test_the_base_models_images_come_first(tmp_path: Path) -> None:
     prompts = PromptDataModule(PROMPTS, batch_size=3, val_size=3).train_dataloader().batch(0)
     fresh = module()
     for number, shown in enumerate(scores.shown[:6]):
-        images = fresh.generate(prompts, seed=mix(0, number, 0, 16))
+        images = fresh.generate(prompts, seed=derive_seed(0, number, 0, 16))
         for name, values in fresh.reward.breakdown(images, prompts)[1].items():
             assert torch.equal(values, shown[name])
     assert len({tuple(shown["bright"].tolist()) for shown in scores.shown}) == 7
@@ -201,7 +201,7 @@ def test_a_reward_without_statistics_is_resumed_with_a_checkpoint_that_has_them(
 @pytest.mark.parametrize("name", ["reward", "gain"])
 def test_a_watched_reward_takes_no_name_of_the_trained_one(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"`{name}` is the trained reward's own name"):
-        module(watch={name: Brightness()})
+        module(eval_rewards={name: Brightness()})
 
 
 def test_rollouts_teach_a_policy_s_reward_once(tmp_path: Path) -> None:
@@ -223,5 +223,5 @@ def policy() -> PolicyGradientModule:
 def test_copies_learn_on_their_own() -> None:
     subject = module()
     other: Callable[..., Tensor] = copy.deepcopy(subject.reward)
-    subject.reward.observe({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
-    assert other.uncalibrated  # type: ignore[attr-defined]
+    subject.reward.update_statistics({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
+    assert other.needs_calibration  # type: ignore[attr-defined]

@@ -141,10 +141,10 @@ def test_dpm_solver_is_diffusers(betas: str, grid: tuple[Spacing, int]) -> None:
             schedule = widen(reference)
             reference.set_timesteps(steps)
             sampler = DPMSolverPlusPlus(steps)
-            x, memory = torch.randn(2, 3, dtype=torch.float64), None
+            x, solver_state = torch.randn(2, 3, dtype=torch.float64), None
             for (t, s), time in zip(sampler.grid(schedule), reference.timesteps, strict=True):
                 x0 = to_x0(network(x, t), x, *schedule.coefficients(t), prediction)
-                ours, memory = sampler.step(schedule, x, x0, t, s, memory)
+                ours, solver_state = sampler.step(schedule, x, x0, t, s, solver_state)
                 x = reference.step(network(x, t), time, x).prev_sample.double()
                 assert_same(ours.mean, x, 2e-6)
 
@@ -153,11 +153,11 @@ def test_dpm_solver_starts_from_pure_noise() -> None:
     """With no signal at the first time `lambda` is minus infinity; the step is then first order."""
     schedule = VariancePreserving((0.9, 0.5, 0.1, 0.0), spacing="trailing")
     sampler, x = DPMSolverPlusPlus(4), torch.ones(1, 1, dtype=torch.float64)
-    x0, memory = torch.full_like(x, 0.5), None
-    ours, memory = sampler.step(schedule, x, x0, 3, 2, memory)
+    x0, solver_state = torch.full_like(x, 0.5), None
+    ours, solver_state = sampler.step(schedule, x, x0, 3, 2, solver_state)
     alpha, sigma = schedule.coefficients(2)
     torch.testing.assert_close(ours.mean, alpha * x0 + sigma * x)
-    again, _ = sampler.step(schedule, x, 2 * x0, 2, 1, memory)
+    again, _ = sampler.step(schedule, x, 2 * x0, 2, 1, solver_state)
     torch.testing.assert_close(again.mean, sampler.step(schedule, x, 2 * x0, 2, 1)[0].mean)
 
 
@@ -216,9 +216,9 @@ def even_times(schedule: Schedule, steps: int) -> list[float]:
 def transport_error(sampler: Sampler, schedule: Schedule, steps: int) -> float:
     model, times = GaussianModel(0.5, 0.3, schedule), even_times(schedule, steps)
     start = torch.tensor([[1.3]], dtype=torch.float64)
-    x, memory = start, None
+    x, solver_state = start, None
     for t, s in pairwise(times):
-        transition, memory = sampler.step(schedule, x, model.denoise(x, t, NOTHING), t, s, memory)
+        transition, solver_state = sampler.step(schedule, x, model.denoise(x, t, NOTHING), t, s, solver_state)
         x = transition.mean
     return abs((x - model.transport(start, times[0], times[-1])).item())
 

@@ -96,7 +96,7 @@ class Walk:
         return total.sum().item()
 
 
-def walk(chain: SamplingChain, start: Tensor, stop: int | None = None) -> Walk:
+def sample_steps(chain: SamplingChain, start: Tensor, stop: int | None = None) -> Walk:
     """Walk DDIM by hand; from step `stop` on, jump to the predicted `x_0` (`A = 1/a`, `B = -s/a`)."""
     schedule, model = chain.model.schedule, chain.model
     assert isinstance(schedule, VariancePreserving)
@@ -137,7 +137,7 @@ def test_last_k(prediction: Prediction, grid: dict[str, Any], k: int) -> None:
     model = linear(prediction, **grid)
     chain = chain_of(model)
     latents = LastK(k)(chain, noise())
-    oracle = walk(chain, noise())
+    oracle = sample_steps(chain, noise())
     torch.testing.assert_close(latents, oracle.x[-1])
     assert gradient(latents, model) == pytest.approx(oracle.sum(set(range(STEPS - k, STEPS))), rel=1e-12)
 
@@ -149,7 +149,7 @@ def test_full_is_last_k_of_every_step_and_the_closed_form(prediction: Prediction
     chain = chain_of(model)
     ours = gradient(Full()(chain, noise()), model)
     assert ours == gradient(LastK(STEPS)(chain, noise()), model)
-    w = walk(chain, noise())
+    w = sample_steps(chain, noise())
     closed = sum(b * w.weight / (a + b * THETA * w.weight) for a, b in zip(w.a, w.b, strict=True)) * w.x[-1]
     assert ours == pytest.approx(closed.sum().item(), rel=1e-12)
 
@@ -186,7 +186,7 @@ def test_low_variance(copies: int, final: float | None) -> None:
     chain = chain_of(model)
     torch.manual_seed(7)
     latents = LowVariance(copies)(chain, noise())
-    oracle = walk(chain, noise())
+    oracle = sample_steps(chain, noise())
     torch.testing.assert_close(latents[:BATCH], oracle.x[-1])
     expected = oracle.sum({STEPS - 1})
     torch.manual_seed(7)
@@ -210,7 +210,7 @@ def test_refl(prediction: Prediction, seed: int) -> None:
     left = chain_of(model, seed=seed).randint(1, 4)
     chain = chain_of(model, seed=seed)
     latents = ReFL(m=4)(chain, noise())
-    oracle = walk(chain, noise(), stop=STEPS - left)
+    oracle = sample_steps(chain, noise(), stop=STEPS - left)
     torch.testing.assert_close(latents, oracle.x[-1])
     assert gradient(latents, model) == pytest.approx(oracle.sum({STEPS - left}), rel=1e-12)
 
@@ -238,7 +238,7 @@ def test_random_steps(prediction: Prediction, seed: int) -> None:
     drawn = {i for i in range(STEPS) if draws.rand() < (i + 1) / (STEPS + 1)} or {STEPS - 1}
     chain = chain_of(model, seed=seed)
     latents = RandomSteps()(chain, noise())
-    oracle = walk(chain, noise())
+    oracle = sample_steps(chain, noise())
     torch.testing.assert_close(latents, oracle.x[-1])
     assert gradient(latents, model) == pytest.approx(oracle.sum(drawn), rel=1e-12)
 
@@ -253,7 +253,7 @@ def test_drtune(prediction: Prediction, k: int, m: int, seed: int) -> None:
     trained = DRTune(k, m)._trained_steps(draws, stop + 1)
     chain = chain_of(model, seed=seed)
     latents = DRTune(k, m)(chain, noise())
-    oracle = walk(chain, noise(), stop=stop)
+    oracle = sample_steps(chain, noise(), stop=stop)
     torch.testing.assert_close(latents, oracle.x[-1])
     assert gradient(latents, model) == pytest.approx(oracle.sum(trained, attached=False), rel=1e-12)
 
@@ -432,7 +432,7 @@ def test_drift_by_hand(truncation: Truncation, prediction: Prediction) -> None:
     theta = torch.tensor(moved, dtype=torch.float64, requires_grad=True)
     steps = truncation.gradient_steps(STEPS)
     weight = chain.conditioning.tensors["weight"].view(-1, 1, 1)
-    oracle = walk(chain, noise())
+    oracle = sample_steps(chain, noise())
     x, terms = noise(), []
     for i, (t, _) in enumerate(chain.grid):
         x = x.detach() if i <= STEPS - steps else x
@@ -453,7 +453,7 @@ def test_drift_by_hand(truncation: Truncation, prediction: Prediction) -> None:
 
 def walk_to_last(chain: SamplingChain, theta: float) -> Tensor:
     """The latent before the last step, under `theta`."""
-    oracle = walk(chain, noise())
+    oracle = sample_steps(chain, noise())
     x = noise()
     for a, b in list(zip(oracle.a, oracle.b, strict=True))[:-1]:
         x = (a + b * theta * oracle.weight) * x

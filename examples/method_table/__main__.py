@@ -28,7 +28,8 @@ from benchmarks.memory import MIB, LiveBytes
 from examples.method_table import report
 from examples.method_table.measure import Evaluation, Meter
 from examples.method_table.methods import METHODS, TASKS, Setting, Trial
-from lightning_draft.data import PromptDataModule, read_prompts
+from lightning_draft.data import PromptDataModule
+from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Prompt
 
 HEAT, FINAL = 1000, 1001

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_draft.callbacks.cost import CostMonitor
+from lightning_draft.methods.draft import RewardModule
 from lightning_draft.metrics import image_drift, within_prompt_diversity
-from lightning_draft.modules import RewardModule
 
 
 @dataclass(frozen=True)

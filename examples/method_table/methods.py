@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from examples.emoji_model.nearest import NearestPicture
-from lightning_draft.baselines import Baseline, GroupMean, LeaveOneOut, PerPromptStatistics
+from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
+from lightning_draft.methods.draft import DraftModule, RewardModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import LoRA, StableDiffusion
-from lightning_draft.modules import DraftModule, RewardModule
 from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce
-from lightning_draft.policy import PolicyGradientModule
 from lightning_draft.rewards import CaptionRetrieval, CLIPClassification, JPEGSize, Reward, Sharpness
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
@@ -57,7 +57,7 @@ class Task:
 
     Args:
         reward: What is trained on.
-        watch: What is only looked at.
+        eval_rewards: What is only looked at.
         methods: Which methods can train on it.
         budget: Share of the methods' budgets.
         many: Whether the prompts are the many ones.
@@ -65,7 +65,7 @@ class Task:
     """
 
     reward: Callable[[Setting], Reward]
-    watch: Callable[[Setting], dict[str, Reward]]
+    eval_rewards: Callable[[Setting], dict[str, Reward]]
     methods: tuple[str, ...]
     budget: float = 1.0
     many: bool = False
@@ -124,7 +124,7 @@ class Method:
             ),
             reward=TASKS[task].reward(setting),
             sampler=DDIM(setting.sampling_steps, eta=1.0),
-            watch=TASKS[task].watch(setting),
+            eval_rewards=TASKS[task].eval_rewards(setting),
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=trial.lr, weight_decay=1e-4),
             seed=seed,
         )
@@ -149,7 +149,7 @@ DIRECT = {
 
 def policy(
     objective: Callable[[Any], Objective],
-    baseline: Callable[[], Baseline],
+    advantage_estimator: Callable[[], AdvantageEstimator],
     inner_epochs: int,
     own: str = "",
     values: tuple[float, ...] = (),
@@ -158,7 +158,11 @@ def policy(
 
     def module(value: float | None, **common: Any) -> PolicyGradientModule:
         return PolicyGradientModule(
-            objective=objective(value), baseline=baseline(), samples_per_prompt=4, inner_epochs=inner_epochs, **common
+            objective=objective(value),
+            advantage_estimator=advantage_estimator(),
+            samples_per_prompt=4,
+            inner_epochs=inner_epochs,
+            **common,
         )
 
     return Method(module, lrs=(1e-3, 3e-3, 1e-2), batch_size=4, budget=4.0, own=own, values=values)
@@ -169,7 +173,7 @@ POLICY = {
     "REINFORCE": policy(lambda _: Reinforce("sum"), lambda: PerPromptStatistics(min_count=4), 1),
     "PPO": policy(lambda clip: PPO(clip, "sum"), lambda: PerPromptStatistics(min_count=4), 2, "clip", CLIPS),
     "LOOP": policy(lambda clip: PPO(clip, "sum"), LeaveOneOut, 2, "clip", CLIPS),
-    "PRDP": policy(lambda beta: PRDP(beta, 0.1, "sum"), GroupMean, 2, "beta", (0.001, 0.01, 0.1)),
+    "PRDP": policy(lambda beta: PRDP(beta, 0.1, "sum"), GroupRelative, 2, "beta", (0.001, 0.01, 0.1)),
 }
 METHODS: dict[str, Method] = {**DIRECT, **POLICY}
 

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-import lightning_draft.baselines  # noqa: F401 (its classes are known by their short names)
+import lightning_draft.advantages  # noqa: F401 (its classes are known by their short names)
 import lightning_draft.losses  # noqa: F401
 import lightning_draft.objectives  # noqa: F401
 import lightning_draft.rewards  # noqa: F401
@@ -35,16 +35,16 @@ from lightning_draft.callbacks import (
     RewardConflict,
     SampleLogger,
 )
+from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.callbacks.lora_export import describe
 from lightning_draft.cli import runs
-from lightning_draft.cli.checkpoint import LastCheckpoint
 from lightning_draft.cli.diagnosis import diagnose
 from lightning_draft.cli.failures import INTERRUPTED, complain, mendable, unwrapped
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule, RewardModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule  # noqa: F401
 from lightning_draft.models import StableDiffusion, StableDiffusion3  # noqa: F401
-from lightning_draft.modules import DraftModule, RewardModule
-from lightning_draft.policy import PolicyGradientModule  # noqa: F401
 
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
@@ -294,7 +294,7 @@ def diagnosis(args: list[str]) -> str | None:
 
 def _headline(module: RewardModule) -> str:
     count = sum(parameter.numel() for parameter in module.trainable_parameters().values())
-    parts = [module.reward, module.method, getattr(module, "baseline", None), module.sampler]
+    parts = [module.reward, module.method, getattr(module, "advantage_estimator", None), module.sampler]
     said = ", ".join(describe(part) for part in parts if part is not None)
     return f"{type(module).__name__}: {said}; {count:,} trainable parameters"
 

@@ -22,14 +22,15 @@ from lightning_draft.cli import pages, runs, shipped
 from lightning_draft.cli.app import diagnosis, import_from_here
 from lightning_draft.cli.diagnosis import load
 from lightning_draft.cli.failures import mendable, unwrapped
-from lightning_draft.data import PromptDataModule, read_prompts
+from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import RewardModule
 from lightning_draft.models.loading import wrapper_of
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.pipeline import PipelineModel
-from lightning_draft.modules import RewardModule
-from lightning_draft.reward_module import mix
+from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
+from lightning_draft.seeds import derive_seed
 
 BATCH = 8
 _DOWN = re.compile(r"^[a-z]+\.(.+?)\.(?:lora_A|lora\.down|lora_down)\.")
@@ -122,7 +123,7 @@ def _generate(model: PipelineModel, sampler: Sampler, prompts: list[str], seed: 
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     images = []
     for start in range(0, len(prompts), BATCH):
-        torch.manual_seed(mix(seed, start))  # of the steps' noise, which must not be the starting noise again
+        torch.manual_seed(derive_seed(seed, start))  # of the steps' noise, which must not be the starting noise again
         chain = SamplingChain(model, sampler, model.encode(prompts[start : start + BATCH]))
         state = chain.start(noise[start : start + BATCH])
         if model.lora is None:

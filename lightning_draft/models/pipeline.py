@@ -227,7 +227,7 @@ class PipelineModel(DiffusionModel):
         Args:
             path: The file; folders on the way are made.
             metadata: Text to keep in its header.
-            values: The adapters by their names in this model, where it holds a part of them only (`sharding.whole`).
+            values: The full adapters by their names in this model, from `distributed.gather_full`; for sharded models.
         """
         self._check_adapters("save_lora")
         if values is not None:

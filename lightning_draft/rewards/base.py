@@ -61,11 +61,11 @@ class Reward(nn.Module, ABC):
         return self(images, prompts), {}
 
     @property
-    def uncalibrated(self) -> bool:
-        """Whether the reward wants scores of some images (`observe`) before it is trained on."""
+    def needs_calibration(self) -> bool:
+        """Whether the reward wants scores of some images (`update_statistics`) before it is trained on."""
         return False
 
-    def observe(self, scores: Mapping[str, Tensor]) -> None:
+    def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Learn from scores of training images, such as running statistics; by default nothing.
 
         The module that trains calls it after each batch, with the same scores on every process; scoring itself never

@@ -17,7 +17,7 @@ Form = Literal["pil", "numpy", "tensor"]
 
 
 class PythonFunction(Reward):
-    """Scores by a plain Python function `function(images, prompts)`. Black box: for policy gradients, or to watch.
+    """Scores by a plain Python function `function(images, prompts)`. Black box: for policy gradients or evaluation.
 
     The function returns one number an image, as a list, an array or a tensor; any range will do, higher is better.
     Prompts are strings, with metadata under `prompt.metadata` where the data has columns.

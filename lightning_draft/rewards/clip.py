@@ -67,7 +67,7 @@ class CLIPClassification(Reward):
     def __init__(
         self, pretrained: str, captions: list[str] | str, dtype: Precision = "float32", column: str | None = None
     ) -> None:
-        from lightning_draft.data import read_prompts
+        from lightning_draft.prompt_sources import read_prompts
 
         super().__init__()
         self.column = column

@@ -91,23 +91,25 @@ class WeightedSum(Reward):
             scores.update({f"{name}/{key}": value for key, value in inner.items()})
         return self._total(images, found), scores
 
-    def members(self) -> dict[str, Reward]:
+    def components(self) -> dict[str, Reward]:
         """The parts by name."""
         return dict(zip(self.weights, cast(Iterable[Reward], self.parts), strict=True))
 
     @property
-    def uncalibrated(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether a part is."""
-        return any(part.uncalibrated for part in self.members().values())
+        return any(part.needs_calibration for part in self.components().values())
 
-    def observe(self, scores: Mapping[str, Tensor]) -> None:
+    def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Hand each part what belongs to its own parts."""
-        for name, part in self.members().items():
+        for name, part in self.components().items():
             head = f"{name}/"
-            part.observe({key.removeprefix(head): value for key, value in scores.items() if key.startswith(head)})
+            part.update_statistics(
+                {key.removeprefix(head): value for key, value in scores.items() if key.startswith(head)}
+            )
 
     def _scores(self, images: Tensor, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
-        members = self.members()
+        members = self.components()
         return {name: self._score(name, members[name], images, prompts) for name in names}
 
     def _score(self, name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scored:
@@ -151,13 +153,13 @@ class ZScoreSum(WeightedSum):
         self.moments = {name: RunningMoments(memory) for name, weight in self.weights.items() if weight != 0}
 
     @property
-    def uncalibrated(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether there are no statistics yet."""
-        return super().uncalibrated or any(moments.count == 0 for moments in self.moments.values())
+        return super().needs_calibration or any(moments.count == 0 for moments in self.moments.values())
 
-    def observe(self, scores: Mapping[str, Tensor]) -> None:
+    def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Take scores of training images into the statistics."""
-        super().observe(scores)
+        super().update_statistics(scores)
         for name, moments in self.moments.items():
             moments.update(scores[name])
 

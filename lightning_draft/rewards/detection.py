@@ -132,8 +132,8 @@ class DetectedCount(Reward):
     Args:
         pretrained: Folder or hub id of an OWL-ViT, OWLv2 or detector of the DETR family.
         object: What to count; by default each prompt's metadata `object`.
-        score: `number`: the number of boxes, at least 0, to watch. `error`: `-(number - count)^2`, at most 0, to train
-            on with policy gradients.
+        score: `number`: the number of boxes, at least 0, for evaluation. `error`: `-(number - count)^2`, at most 0, for
+            training with policy gradients.
         count: How many there should be, where the score is `error`; by default each prompt's metadata `count`.
         threshold: Score above which a box counts; by default 0.1 for OWL-ViT and OWLv2 and 0.5 for the others, as in
             transformers.

@@ -43,7 +43,7 @@ class RewardServiceError(RuntimeError):
 
 
 class HTTPReward(Reward):
-    """Scores by a service behind HTTP, in batches. Black box: for policy gradients, or to watch.
+    """Scores by a service behind HTTP, in batches. Black box: for policy gradients, or evaluation.
 
     What may pass is tried again, with pauses of `backoff`, `2 backoff`, `4 backoff`, ... seconds (or what the service's
     `Retry-After` asks for, up to a minute): no connection, no answer in time, and status 408, 425, 429, 500, 502, 503

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_draft.data import PromptDataModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.stable_diffusion import StableDiffusion
-from lightning_draft.modules import DraftModule
 from lightning_draft.rewards.colour import ColourTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward

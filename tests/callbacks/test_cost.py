@@ -7,13 +7,13 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lightning_draft.baselines import LeaveOneOut
+from lightning_draft.advantages import LeaveOneOut
 from lightning_draft.callbacks import CostMonitor
 from lightning_draft.data import PromptDataModule
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import LoRA, StableDiffusion
-from lightning_draft.modules import DraftModule
 from lightning_draft.objectives import PRDP
-from lightning_draft.policy import PolicyGradientModule
 from lightning_draft.rewards.colour import Brightness
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
@@ -82,10 +82,10 @@ def test_policy_gradients(tmp_path: Path, options: Any, forwards: int, backwards
         LinearModel(0.1),
         LinearReward(),
         DDIM(5, eta=1.0),
-        baseline=LeaveOneOut(),
+        advantage_estimator=LeaveOneOut(),
         samples_per_prompt=3,
         inner_epochs=2,
-        steps_per_part=1,
+        timesteps_per_minibatch=1,
         **options,
     )
     monitor = fit(tmp_path, module, accumulate_grad_batches=4)

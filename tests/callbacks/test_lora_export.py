@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.modules import DraftModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import LastK

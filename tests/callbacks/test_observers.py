@@ -89,7 +89,7 @@ def train(make_diffusion_module, make_trainer):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        module, trace = make_diffusion_module(watch={"red": ColourBalance()}, **options), Trace()
+        module, trace = make_diffusion_module(eval_rewards={"red": ColourBalance()}, **options), Trace()
         trainer = make_trainer(
             *extra,
             trace,

@@ -17,8 +17,8 @@ from lightning_draft.callbacks import AdapterEMA, OverOptimisationGuard
 from lightning_draft.callbacks.over_optimisation import shrink_adapters
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
-from lightning_draft.modules import DraftModule
 from lightning_draft.rewards import Brightness, Sharpness
 from lightning_draft.rewards.combine import WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
@@ -41,7 +41,7 @@ class Scripted(DraftModule):
 
     def __init__(self, script):
         super().__init__(
-            Saving(0.1), LinearReward(), DDIM(4), LastK(2), watch={"held": Brightness(), "sharp": Sharpness()}
+            Saving(0.1), LinearReward(), DDIM(4), LastK(2), eval_rewards={"held": Brightness(), "sharp": Sharpness()}
         )
         self.script = script
 
@@ -171,7 +171,7 @@ def test_collapse_within_prompts_is_over_optimisation_where_a_limit_is_set(run):
 
 
 def test_a_look_is_what_can_be_measured_by_hand(make_diffusion_module, make_trainer, data):
-    module = make_diffusion_module(watch={"sharp": Sharpness()})
+    module = make_diffusion_module(eval_rewards={"sharp": Sharpness()})
     guard = OverOptimisationGuard(samples_per_prompt=3, max_prompts=2, batch_size=4, seed=5)
     make_trainer(guard, max_steps=2, val_check_interval=2, num_sanity_val_steps=0).fit(module, data)
     prompts = [prompt for prompt in data.val_prompts[:2] for _ in range(3)]
@@ -209,7 +209,7 @@ def test_shrinking_scales_the_update_and_nothing_else(make_diffusion_module, mak
         def on_train_batch_start(self, trainer, pl_module, *_):
             self.start[trainer.global_step] = copy.deepcopy((pl_module.trainable_parameters(), ema.average))
 
-    module, ema, watch = make_diffusion_module(watch={"sharp": Sharpness()}), AdapterEMA(0.5), Watch()
+    module, ema, watch = make_diffusion_module(eval_rewards={"sharp": Sharpness()}), AdapterEMA(0.5), Watch()
     guard = Fallen("shrink", shrink=0.25, **GUARD)
     options = {"max_steps": 3, "val_check_interval": 1, "num_sanity_val_steps": 0}
     with pytest.warns(UserWarning, match="over-optimised at step 1: as told; the adapters are scaled by 0.25"):
@@ -240,7 +240,7 @@ def test_training_with_the_guard_is_bitwise_the_training_without(make_diffusion_
     def train(*callbacks):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         module = make_diffusion_module(
-            truncation=RandomK(), sampler=DDIM(3, eta=1.0), watch={"sharp": Sharpness()}, kl_weight=0.1
+            truncation=RandomK(), sampler=DDIM(3, eta=1.0), eval_rewards={"sharp": Sharpness()}, kl_weight=0.1
         )
         trainer = make_trainer(*callbacks, max_steps=2, val_check_interval=1, num_sanity_val_steps=0)
         trainer.fit(module, PromptDataModule(["red", "cat", "a cat", "dog", "a dog"], batch_size=1, val_size=2))
@@ -291,7 +291,12 @@ def test_wrong_settings_are_refused(options, message):
 @pytest.mark.parametrize(
     ("model", "watch", "options", "message"),
     [
-        (Saving(), {}, {}, "held-out ones, and there are none; name rewards that are not trained on under `watch`"),
+        (
+            Saving(),
+            {},
+            {},
+            "held-out ones, and there are none; name rewards .* under `eval_rewards`",
+        ),
         (Saving(), {"held": Brightness()}, {"held_out": ["hps"]}, "hps is not watched; watched are held"),
         (Saving(), {"held": Brightness()}, {"held_out": []}, "leaves nothing to judge by; leave it out"),
         (Saving(), {"held": Brightness()}, {"action": "shrink"}, "scales LoRA adapters, and this model trains none"),
@@ -301,12 +306,12 @@ def test_wrong_settings_are_refused(options, message):
 )
 def test_what_cannot_be_guarded_is_refused(make_module, make_trainer, data, model, watch, options, message):
     with pytest.raises(ConfigurationError, match=message):
-        make_trainer(OverOptimisationGuard(**options)).fit(make_module(model=model, watch=watch), data)
+        make_trainer(OverOptimisationGuard(**options)).fit(make_module(model=model, eval_rewards=watch), data)
 
 
 def test_a_trained_reward_whose_scale_moves_is_a_warning(make_module, make_trainer, data):
     reward = ZScoreSum({"light": WeightedReward(Brightness())})
-    module = make_module(model=Saving(), reward=reward, watch={"held": Brightness()})
+    module = make_module(model=Saving(), reward=reward, eval_rewards={"held": Brightness()})
     with pytest.warns(UserWarning, match="the scale of ZScoreSum moves with its statistics.*WeightedSum of fixed"):
         make_trainer(OverOptimisationGuard(), max_steps=1).fit(module, data)
 

@@ -120,7 +120,7 @@ def test_trained_and_watched_rewards_stand_side_by_side(make_module, make_traine
     trainer = make_trainer(
         ProgressBar(), max_steps=2, val_check_interval=2, num_sanity_val_steps=0, enable_progress_bar=True
     )
-    trainer.fit(make_module(watch={"sharp": Sharpness()}), data)
+    trainer.fit(make_module(eval_rewards={"sharp": Sharpness()}), data)
     (line,) = [line for line in lines(capsys) if "val/" in line]
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name in ("val/reward", "val/sharp"):

@@ -21,12 +21,12 @@ def logged(logger):
 
 def test_rewards_that_want_the_same_and_the_opposite(make_module, make_trainer, data, logger):
     reward = summed(up=(LinearReward(2.0),), down=(LinearReward(-3.0), 0.1), off=(LinearReward(), 0.0))
-    module = make_module(reward=reward, watch={"less": LinearReward(-1.0), "size": JPEGSize()})
+    module = make_module(reward=reward, eval_rewards={"less": LinearReward(-1.0), "size": JPEGSize()})
     make_trainer(RewardConflict(every_n_steps=2), logger=logger, max_steps=4).fit(module, data)
     assert list(logged(logger)) == [2, 4]
     metrics = logged(logger)[4]
     assert metrics["conflict/cosine/up/down"] == pytest.approx(-1)
-    assert metrics["conflict/cosine/down/watch.less"] == pytest.approx(1)
+    assert metrics["conflict/cosine/down/eval_rewards.less"] == pytest.approx(1)
     assert metrics["conflict/norm/up"] == pytest.approx(2 / 48**0.5)
     assert metrics["conflict/norm/down"] == pytest.approx(3 / 48**0.5)
     assert not any("off" in name or "size" in name for name in metrics)
@@ -39,16 +39,22 @@ def test_a_negative_weight_turns_the_pull(make_module, make_trainer, data, logge
 
 
 def test_the_cosine_is_the_mean_over_pictures_of_the_batch(make_module, make_trainer, data, logger):
-    module = make_module(reward=Brightness(0.2), watch={"red": ColourBalance(), "sharp": Sharpness()}, sampler=DDIM(4))
+    module = make_module(
+        reward=Brightness(0.2), eval_rewards={"red": ColourBalance(), "sharp": Sharpness()}, sampler=DDIM(4)
+    )
     make_trainer(RewardConflict(2, seed=3), logger=logger, max_steps=2).fit(module, data)
     images = module.generate(["a", "b"], seed=3).requires_grad_()
-    rewards = {"reward": Brightness(0.2), "watch.red": ColourBalance(), "watch.sharp": Sharpness()}
+    rewards = {"reward": Brightness(0.2), "eval_rewards.red": ColourBalance(), "eval_rewards.sharp": Sharpness()}
     found = {
         name: torch.autograd.grad(reward(images, ["", ""]).sum(), images)[0].flatten(1)
         for name, reward in rewards.items()
     }
     metrics = logged(logger)[2]
-    for one, other in (("reward", "watch.red"), ("reward", "watch.sharp"), ("watch.red", "watch.sharp")):
+    for one, other in (
+        ("reward", "eval_rewards.red"),
+        ("reward", "eval_rewards.sharp"),
+        ("eval_rewards.red", "eval_rewards.sharp"),
+    ):
         expected = torch.cosine_similarity(found[one], found[other]).mean().item()
         assert metrics[f"conflict/cosine/{one}/{other}"] == pytest.approx(expected, abs=1e-6)
     assert len(metrics) == 6
@@ -69,6 +75,6 @@ def test_training_with_it_is_bitwise_the_training_without(make_diffusion_module,
 
 def test_one_reward_has_nobody_to_disagree_with(make_module, make_trainer, data):
     with pytest.raises(ConfigurationError, match="there is reward only; train on a WeightedSum, or name others"):
-        make_trainer(RewardConflict()).fit(make_module(model=LinearModel(), watch={"size": JPEGSize()}), data)
+        make_trainer(RewardConflict()).fit(make_module(model=LinearModel(), eval_rewards={"size": JPEGSize()}), data)
     with pytest.raises(ConfigurationError, match="every_n_steps and max_samples must be at least 1"):
         RewardConflict(0)

@@ -24,7 +24,7 @@ POLICIES = {
     "reinforce": ("Reinforce", "PerPromptStatistics"),
     "ppo": ("PPO", "PerPromptStatistics"),
     "loop": ("PPO", "LeaveOneOut"),
-    "prdp": ("PRDP", "GroupMean"),
+    "prdp": ("PRDP", "GroupRelative"),
 }
 TINY = {
     "trainer.max_steps": 1,
@@ -64,11 +64,11 @@ def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_s
     if isinstance(reward, dict) and "captions" in reward.get("init_args", {}):
         models["model.reward.captions"] = "animals"
     if _class(_content(name)["model"]) == "PolicyGradientModule":
-        models |= {"model.steps_per_part": "null", "model.samples_per_prompt": 2}
+        models |= {"model.timesteps_per_minibatch": "null", "model.samples_per_prompt": 2}
     if name in EMOJI:
-        models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.watch": "null"}
+        models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.eval_rewards": "null"}
     if name == "guard":
-        models |= {"model.watch": '{"recognised": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
+        models |= {"model.eval_rewards": '{"recognised": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
     result = command("fit", "--config", name, *_options(TINY | models))
     assert result.status == 0, result.err
     assert Path(f"runs/{name}/lora/best.safetensors").is_file()
@@ -94,11 +94,11 @@ def test_there_is_one_for_every_method() -> None:
 
 
 def test_there_is_one_for_every_objective_and_baseline() -> None:
-    from lightning_draft.baselines import Baseline
+    from lightning_draft.advantages import AdvantageEstimator
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.objectives import Objective
 
-    for kind, key, index in ((Objective, "objective", 0), (Baseline, "baseline", 1)):
+    for kind, key, index in ((Objective, "objective", 0), (AdvantageEstimator, "baseline", 1)):
         classes = {name: _class(_content(name)["model"]["init_args"][key]) for name in POLICIES}
         assert classes == {name: parts[index] for name, parts in POLICIES.items()}
         known = {each.__name__ for each in subclasses((kind,)) if each.__module__.startswith("lightning_draft.")}

@@ -45,7 +45,7 @@ def test_it_is_found_from_the_current_folder(
     fragment.write_text(FRAGMENT.read_text().replace("examples.custom_reward.Warmth", class_path))
     small = {
         "model.init_args.sampler.init_args.num_steps": 3,
-        "model.init_args.watch": "null",
+        "model.init_args.eval_rewards": "null",
         "data.prompts": "[a cat, a red cat, red, a bed]",
         "data.batch_size": 2,
         "data.val_prompts": "null",

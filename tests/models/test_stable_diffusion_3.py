@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_draft.callbacks import GradientNormMonitor, LoRAExport, SampleLogger
 from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import DiffusionModel, LoRA, StableDiffusion, StableDiffusion3
-from lightning_draft.modules import DraftModule
 from lightning_draft.rewards.colour import ColourBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow

@@ -192,10 +192,10 @@ def test_numbers_that_differ_by_rounding_alone_have_no_scale() -> None:
 
 def test_z_scores_are_those_of_the_running_statistics(pictures: Callable[..., Tensor]) -> None:
     reward = zscore()
-    assert reward.uncalibrated
+    assert reward.needs_calibration
     seen = pictures(20, 8, 8, seed=1)
-    reward.observe(reward.breakdown(seen, ["a"] * 20)[1])
-    assert not reward.uncalibrated
+    reward.update_statistics(reward.breakdown(seen, ["a"] * 20)[1])
+    assert not reward.needs_calibration
     images = pictures(2, 8, 8).requires_grad_()
     expected = torch.zeros(2)
     for part, weight in ((Brightness(0.2), 2.0), (Sharpness(), -0.5)):
@@ -210,7 +210,7 @@ def test_z_scores_are_those_of_the_running_statistics(pictures: Callable[..., Te
 
 def test_scoring_changes_no_statistics(pictures: Callable[..., Tensor]) -> None:
     reward = zscore()
-    reward.observe(reward.breakdown(pictures(4, 8, 8), ["a"] * 4)[1])
+    reward.update_statistics(reward.breakdown(pictures(4, 8, 8), ["a"] * 4)[1])
     before = reward.get_extra_state()
     reward(pictures(2, 8, 8), PROMPTS)
     reward.breakdown(pictures(2, 8, 8), PROMPTS)
@@ -222,9 +222,9 @@ def test_statistics_travel_in_the_state_dict_and_reach_inner_sums(pictures: Call
         return WeightedSum({"looks": WeightedReward(zscore()), "red": WeightedReward(ColourBalance())})
 
     reward, other = nested(), nested()
-    assert reward.uncalibrated
-    reward.observe(reward.breakdown(pictures(9, 8, 8), ["a"] * 9)[1])
-    assert not reward.uncalibrated
+    assert reward.needs_calibration
+    reward.update_statistics(reward.breakdown(pictures(9, 8, 8), ["a"] * 9)[1])
+    assert not reward.needs_calibration
     other.load_state_dict(reward.state_dict())
     images = pictures(2, 8, 8, seed=3)
     assert torch.equal(reward(images, PROMPTS), other(images, PROMPTS))
@@ -234,7 +234,7 @@ def test_statistics_travel_in_the_state_dict_and_reach_inner_sums(pictures: Call
 def test_a_threshold_is_in_the_parts_own_units(pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8)
     free = zscore()
-    free.observe(free.breakdown(images, PROMPTS)[1])
+    free.update_statistics(free.breakdown(images, PROMPTS)[1])
     best = float(Brightness(0.2)(images, PROMPTS).min())
     held = zscore(threshold=best)
     held.load_state_dict(free.state_dict())

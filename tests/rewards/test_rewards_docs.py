@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 import lightning_draft.rewards as rewards
 from benchmarks import reward_cost
-from lightning_draft.data import read_prompts
+from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Reward
 
 ROOT = Path(__file__).parents[2]

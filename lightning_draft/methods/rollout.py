@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
@@ -27,7 +26,7 @@ class Rollout:
         rewards: `(N,)`.
         advantages: `(N,)`.
         summary: What to log of it.
-        reference: As `log_probs` under the base model, where it was asked for.
+        ref_log_probs: As `log_probs` under the base model, where it was asked for.
     """
 
     number: int
@@ -38,7 +37,7 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     summary: dict[str, float]
-    reference: Tensor | None = None
+    ref_log_probs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
         """The same on another device."""
@@ -53,7 +52,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Derivatives:
+class LogProbGradients:
     """An objective at a point: its value, and its derivatives by the log-probabilities.
 
     Args:
@@ -66,26 +65,28 @@ class Derivatives:
 
 
 @dataclass(frozen=True)
-class Part:
+class Minibatch:
     """Some steps of some samples.
 
     Args:
         samples: Which samples.
         steps: Which of the stochastic steps.
-        share: Share of the whole rollout's steps and samples, in (0, 1].
+        fraction: Share of the whole rollout's steps and samples, in (0, 1].
     """
 
     samples: slice
     steps: slice
-    share: float
+    fraction: float
 
 
-def parts(samples: int, steps: int, micro_batch_size: int | None, steps_per_part: int | None) -> list[Part]:
-    """Cut a rollout of `samples` by `steps` into parts; all steps of some samples come before the next samples."""
+def minibatches(
+    samples: int, steps: int, micro_batch_size: int | None, timesteps_per_minibatch: int | None
+) -> list[Minibatch]:
+    """Split a rollout of `samples` by `steps` into minibatches, all steps of some samples before the next samples."""
     return [
-        Part(some, few, (some.stop - some.start) * (few.stop - few.start) / (samples * steps))
+        Minibatch(some, few, (some.stop - some.start) * (few.stop - few.start) / (samples * steps))
         for some in slices(samples, micro_batch_size)
-        for few in slices(steps, steps_per_part)
+        for few in slices(steps, timesteps_per_minibatch)
     ]
 
 
@@ -133,14 +134,14 @@ class Policy:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities `(S, B)` of some steps, and if asked for their mean KL divergence from the base model."""
         chain = self._chain(prompts)
-        ours = list(chain.revisit(latents, steps))
+        ours = list(chain.transitions_at(latents, steps))
         taken = [transition.log_prob(latents[step + 1]) for step, transition in zip(steps, ours, strict=True)]
         elements = latents[0, 0].numel()
         log_probs = self.reduce(torch.stack(taken), elements)
         if not diverge:
             return log_probs, None
         with torch.no_grad(), self.model.base():
-            base = list(chain.revisit(latents, steps))
+            base = list(chain.transitions_at(latents, steps))
         divergence = torch.stack([one.kl(other) for one, other in zip(ours, base, strict=True)])
         return log_probs, self.reduce(divergence, elements).mean()
 
@@ -156,7 +157,7 @@ class Policy:
         each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
         noise = torch.stack(each, 1)
         latents, log_probs = [noise[0]], []
-        for transition, x in chain.walk(noise[0], noise[1:]):
+        for transition, x in chain.sample_steps(noise[0], noise[1:]):
             latents.append(x)
             if transition.std > 0:
                 log_probs.append(self.reduce(transition.log_prob(x), x[0].numel()))
@@ -175,8 +176,8 @@ def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:
     probe = torch.zeros(1, 1, dtype=torch.float64)
     found = []
     for step, (t, s) in enumerate(sampler.grid(schedule)):
-        transition, memory = sampler.step(schedule, probe, probe, t, s)
-        if transition.std > 0 and memory is not None:
+        transition, solver_state = sampler.step(schedule, probe, probe, t, s)
+        if transition.std > 0 and solver_state is not None:
             raise ValueError(f"{type(sampler).__name__} remembers earlier steps, and a rollout holds latents alone")
         if transition.std > 0:
             found.append(step)
@@ -194,16 +195,3 @@ def summarise(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, floa
         "train/advantage_std": float(advantages.std(correction=0)),
         "train/zero_advantage_groups": float((spread == 0).all(1).float().mean()),
     }
-
-
-def gathered(own: Any) -> list[Any]:
-    """What every process holds, by rank."""
-    everyone = [own] * world_size()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, own)
-    return everyone
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -13,21 +13,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain, State
+from lightning_draft.distributed import uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import check_scores
-from lightning_draft.sharding import partitioned, sharded
 from lightning_draft.truncation import LastK, LowVariance, RandomK
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from lightning_draft.modules import DraftModule
-    from lightning_draft.policy import PolicyGradientModule
-    from lightning_draft.reward_module import RewardModule
+    from lightning_draft.methods.base import RewardModule
+    from lightning_draft.methods.draft import DraftModule
+    from lightning_draft.methods.policy_gradient import PolicyGradientModule
 
 _CUT = (
     "keep to tensor operations (no .item(), .detach(), numpy, PIL or no_grad), or set `differentiable = False` on it "
-    "and list it under `watch`"
+    "and list it under `eval_rewards`"
 )
 _MORE_STEPS = "set the sampler's spacing to trailing where it has one, or train more steps, e.g. LastK(k=2)"
 _FAINT = 0.02  # of the coefficients in use, DRaFT's own grid of 50 steps has -0.134
@@ -43,7 +43,7 @@ def check_setup(module: DraftModule) -> None:
     if not module.reward.differentiable:
         raise ConfigurationError(
             f"the reward {name} is not differentiable, and a direct method back-propagates through it; "
-            f"choose a differentiable reward for training and list {name} under `watch`, or train with the "
+            f"choose a differentiable reward for training and list {name} under `eval_rewards`, or train with the "
             "policy-gradient method, which needs no gradient: PolicyGradientModule in the place of "
             f"{type(module).__name__}"
         )
@@ -52,7 +52,7 @@ def check_setup(module: DraftModule) -> None:
     _check_final_step(module)
 
 
-def prove(module: DraftModule, prompt: str | None = None) -> None:
+def check_gradient_flow(module: DraftModule, prompt: str | None = None) -> None:
     """Run the method once on one prompt, in the Trainer's precision, and look at every link of the gradient's way.
 
     The random state, the parameters and their gradients are left untouched. Where parameters are sharded, or a gradient
@@ -75,7 +75,7 @@ def prove(module: DraftModule, prompt: str | None = None) -> None:
             latents = module.truncation(chain, module.model.noise(1))
             _check_latents(module, latents)
             _check_reward(module, latents, prompts)
-            if not (sharded(trainer) or partitioned(trainer) or _scaled(trainer)):
+            if not (uses_fsdp(trainer) or uses_deepspeed(trainer) or _scaled(trainer)):
                 _check_parameters(module, latents, prompts)
     finally:
         module.probes = probed
@@ -99,7 +99,7 @@ def check_policy(module: PolicyGradientModule) -> None:
             f"{name} adds no noise here, and a policy gradient needs steps with a log-probability; use a stochastic "
             "sampler: DDIM(eta=1), or FlowSDE for a rectified flow"
         )
-    for part in (module.objective, module.baseline):
+    for part in (module.objective, module.advantage_estimator):
         if module.samples_per_prompt < part.min_group:
             raise ConfigurationError(
                 f"{type(part).__name__} compares samples of the same prompt, and samples_per_prompt="
@@ -117,7 +117,7 @@ def check_accumulation(module: PolicyGradientModule, batch_size: int) -> None:
         ConfigurationError: They do not; the message says what to set.
     """
     accumulate = module.trainer.accumulate_grad_batches
-    parts, steps = len(module.parts(batch_size)), module.steps_per_batch(batch_size)
+    parts, steps = len(module.minibatches(batch_size)), module.training_steps_per_batch(batch_size)
     name = type(module.objective).__name__
     found = f"accumulate_grad_batches={accumulate} and a rollout is trained on in {steps} parts"
     if module.inner_epochs > 1:
@@ -141,7 +141,7 @@ def check_accumulation(module: PolicyGradientModule, batch_size: int) -> None:
         )
 
 
-def prove_policy(module: PolicyGradientModule) -> None:
+def check_log_prob_gradient(module: PolicyGradientModule) -> None:
     """Look at one step of one prompt: the gradient of its log-probability must reach what is trained.
 
     The random state, the parameters and their gradients are left untouched.
@@ -155,7 +155,7 @@ def prove_policy(module: PolicyGradientModule) -> None:
     with module._random_state(module.seed), torch.enable_grad(), context:
         chain = SamplingChain(module.model, module.sampler, module.model.encode([_first_prompt(module)]))
         mean = chain.transition(State(module.model.noise(1), module.policy.steps[-1])).mean
-        if not (sharded(trainer) or partitioned(trainer) or _scaled(trainer)):
+        if not (uses_fsdp(trainer) or uses_deepspeed(trainer) or _scaled(trainer)):
             _check_reach((mean * torch.randn_like(mean)).sum(), module, "log-probability")
 
 

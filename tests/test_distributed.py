@@ -25,17 +25,17 @@ from torch.distributed.fsdp.wrap import enable_wrap
 
 from lightning_draft.__main__ import main
 from lightning_draft.callbacks import AdapterEMA, GradientNormMonitor, LoRAExport, OverOptimisationGuard, SampleLogger
-from lightning_draft.cli.checkpoint import LastCheckpoint
+from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.data import PromptDataModule
+from lightning_draft.distributed import blocks, gather_full, local_shard
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.stable_diffusion import StableDiffusion
-from lightning_draft.modules import DraftModule
 from lightning_draft.objectives import PPO
-from lightning_draft.policy import PolicyGradientModule
 from lightning_draft.rewards.colour import Brightness, ColourTarget
 from lightning_draft.samplers import DDIM
-from lightning_draft.sharding import blocks, local, whole
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import Full
 
@@ -127,7 +127,7 @@ class Note(L.Callback):
         self.held = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.held = sum(local(value).numel() for value in pl_module.model.denoiser.parameters())
+        self.held = sum(local_shard(value).numel() for value in pl_module.model.denoiser.parameters())
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
@@ -153,7 +153,7 @@ def policy(folder: Path) -> PolicyGradientModule:
     return PolicyGradientModule(
         model=StableDiffusion(str(folder), guidance_scale=1.0, lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
         reward=ColourTarget(1.0, 0.0, 0.0),
-        watch={"brightness": Brightness(0.5)},
+        eval_rewards={"brightness": Brightness(0.5)},
         sampler=DDIM(2, eta=1.0),
         objective=PPO(),
         samples_per_prompt=2,
@@ -198,7 +198,7 @@ def fit(rank: int, root: Path, strategy: str, module: Any, **options: Any) -> No
     resume = options.pop("ckpt_path", None)
     how = "ddp" if strategy == "ddp" else STRATEGIES[strategy]()
     trainer(root, how, *observers, *writers, **options).fit(module, data(), ckpt_path=resume, weights_only=False)
-    found = {"whole": whole(module), "norms": note.norms, "held": note.held, "looks": guard.looks}
+    found = {"whole": gather_full(module), "norms": note.norms, "held": note.held, "looks": guard.looks}
     torch.save(found, root / f"{rank}.pt")
 
 

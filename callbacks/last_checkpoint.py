@@ -8,8 +8,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_draft.distributed import uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.sharding import partitioned, sharded
 
 
 class LastCheckpoint(Checkpoint):
@@ -64,7 +64,7 @@ class LastCheckpoint(Checkpoint):
         Where processes hold parts of what is saved, the others may be elsewhere: the last checkpoint stays.
         """
         together = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        apart = sharded(trainer) or partitioned(trainer)
+        apart = uses_fsdp(trainer) or uses_deepspeed(trainer)
         if self._saved >= 0 and (trainer.world_size == 1 or (together and not apart)):
             self._interrupted = True
             self.save(trainer)

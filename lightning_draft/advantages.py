@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_draft.errors import ConfigurationError
 
 
-class Baseline(ABC):
+class AdvantageEstimator(ABC):
     """Turns rewards into advantages.
 
     Attributes:
@@ -45,7 +45,7 @@ class Baseline(ABC):
         """Continue from a saved state."""
 
 
-class GroupMean(Baseline):
+class GroupRelative(AdvantageEstimator):
     """`r - mean` over the samples of the prompt, optionally divided by their standard deviation (GRPO).
 
     Args:
@@ -69,7 +69,7 @@ class GroupMean(Baseline):
         return centred.flatten()
 
 
-class LeaveOneOut(Baseline):
+class LeaveOneOut(AdvantageEstimator):
     """`r_i - mean_{j != i} r_j` over the samples of the prompt: unbiased, and not divided by anything (RLOO, LOOP)."""
 
     min_group = 2
@@ -79,7 +79,7 @@ class LeaveOneOut(Baseline):
         return (group / (group - 1) * _centred(rewards, group)).flatten()
 
 
-class PerPromptStatistics(Baseline):
+class PerPromptStatistics(AdvantageEstimator):
     """`(r - mean) / std` by the prompt's last rewards, or by the rollout's where the prompt has been seen too rarely.
 
     Args:

@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.chain import Probe, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.checks import check_gradient_flow, check_setup
 from lightning_draft.models.base import DiffusionModel
-from lightning_draft.preflight import check_setup, prove
-from lightning_draft.reward_module import RewardModule, mix
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
+from lightning_draft.seeds import derive_seed
 from lightning_draft.truncation import LastK, Truncation
 
 __all__ = ["Checkpointing", "DraftModule", "RewardModule"]
@@ -35,7 +36,7 @@ class DraftModule(RewardModule):
         sampler: How images are sampled; `DDIM(50)` by default.
         truncation: Where gradient flows; `LastK(1)` by default, which is DRaFT-1.
         loss: Map from reward to loss; `Maximize()` by default.
-        watch: Rewards that are reported on validation images and never trained on.
+        eval_rewards: Rewards that are reported on validation images and never trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimiser; stepped once an optimisation step.
         kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+); each of those
@@ -54,7 +55,7 @@ class DraftModule(RewardModule):
         sampler: Sampler | None = None,
         truncation: Truncation | None = None,
         loss: RewardLoss | None = None,
-        watch: dict[str, Reward] | None = None,
+        eval_rewards: dict[str, Reward] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=4e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         kl_weight: float = 0.0,
@@ -62,7 +63,7 @@ class DraftModule(RewardModule):
         micro_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, reward, sampler, watch, optimizer, lr_scheduler, seed)
+        super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         self.truncation = LastK(1) if truncation is None else truncation
         self.loss = Maximize() if loss is None else loss
         if kl_weight < 0:
@@ -93,13 +94,13 @@ class DraftModule(RewardModule):
 
     def on_fit_start(self) -> None:
         """Prove on one prompt that the reward's gradient reaches what is trained."""
-        prove(self)
+        check_gradient_flow(self)
 
     def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
         """Sample with gradient, reward, and return the loss."""
         batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        with self._random_state(mix(self.seed, batch, self.global_rank)):
-            generator = torch.Generator().manual_seed(mix(self.seed, batch))
+        with self._random_state(derive_seed(self.seed, batch, self.global_rank)):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, batch))
             loss, logs = self.loss_and_logs(prompts, generator)
         self.log("train/reward", logs.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
         self.log_dict(logs, batch_size=len(prompts))
@@ -118,7 +119,7 @@ class DraftModule(RewardModule):
         latents = self.truncation(chain, self.model.noise(len(prompts)))
         copies = len(latents) // len(prompts)
         rewards, parts, saturated = self._rewards(latents, list(prompts) * copies)
-        self.observe(parts)
+        self.update_statistics(parts)
         # The copies of DRaFT-LV add up; the batch is averaged.
         loss = self.loss(rewards).view(copies, -1).sum(0).mean()
         logs = {

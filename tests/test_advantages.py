@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_draft.baselines import Baseline, GroupMean, LeaveOneOut, PerPromptStatistics
+from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.errors import ConfigurationError
 
 GROUP = 4
@@ -35,15 +35,15 @@ def test_leave_one_out_is_what_it_says() -> None:
 def test_group_mean_and_its_division() -> None:
     groups = rewards().view(-1, GROUP).numpy()
     centred = groups - groups.mean(1, keepdims=True)
-    np.testing.assert_allclose(GroupMean()(rewards(), NAMES, GROUP), centred.ravel())
+    np.testing.assert_allclose(GroupRelative()(rewards(), NAMES, GROUP), centred.ravel())
     scaled = centred / (groups.std(1, keepdims=True) + 1e-4)
-    np.testing.assert_allclose(GroupMean(divide_by_std=True)(rewards(), NAMES, GROUP), scaled.ravel())
+    np.testing.assert_allclose(GroupRelative(divide_by_std=True)(rewards(), NAMES, GROUP), scaled.ravel())
 
 
-@pytest.mark.parametrize("baseline", [GroupMean(), GroupMean(divide_by_std=True), LeaveOneOut()])
-def test_equal_rewards_teach_exactly_nothing(baseline: Baseline) -> None:
+@pytest.mark.parametrize("advantage_estimator", [GroupRelative(), GroupRelative(divide_by_std=True), LeaveOneOut()])
+def test_equal_rewards_teach_exactly_nothing(advantage_estimator: AdvantageEstimator) -> None:
     values = torch.tensor([0.1, 1e6 / 3, -7.7]).repeat_interleave(GROUP)
-    assert not baseline(values, NAMES, GROUP).any()
+    assert not advantage_estimator(values, NAMES, GROUP).any()
 
 
 def test_per_prompt_statistics_follow_the_last_rewards_of_a_prompt() -> None:
@@ -71,7 +71,7 @@ def test_per_prompt_statistics_survive_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GroupMean(epsilon=0), "epsilon=0 must be positive"),
+        (lambda: GroupRelative(epsilon=0), "epsilon=0 must be positive"),
         (lambda: PerPromptStatistics(8, 16), "min_count=16 must lie in 2..buffer_size=8"),
         (lambda: PerPromptStatistics(8, 1), "min_count=1 must lie in 2..buffer_size=8"),
     ],

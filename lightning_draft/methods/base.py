@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_draft.chain import SamplingChain
+from lightning_draft.distributed import clip_gradients, gather_full, shard, trainable_parameters, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
-from lightning_draft.sharding import clip_gradients, shard, sharded, trained, whole
+from lightning_draft.seeds import derive_seed
 
 _CALIBRATION = 16
 _STEPS = 1  # tells the stream of the steps' noise from that of the starting noise
@@ -31,14 +32,14 @@ class RewardModule(L.LightningModule, ABC):
         model: The diffusion model, with its adapters.
         reward: What to raise.
         sampler: How images are sampled, in training and in validation; `DDIM(50)` by default.
-        watch: Rewards that are reported on validation images and never trained on.
+        eval_rewards: Rewards that are reported on validation images and never trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimiser; stepped once an optimisation step.
         seed: Of the starting noise and of every random choice of a method.
 
     Attributes:
         reward_queries: How many images the reward has been asked about in training.
-        learns: Whether the reward has statistics that training changes, so that its scale moves with them.
+        has_running_statistics: Whether the reward's scale depends on statistics that training updates.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RewardModule(L.LightningModule, ABC):
         model: DiffusionModel,
         reward: Reward,
         sampler: Sampler | None = None,
-        watch: dict[str, Reward] | None = None,
+        eval_rewards: dict[str, Reward] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=4e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
@@ -54,23 +55,23 @@ class RewardModule(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.reward = _frozen(reward)
-        watch = watch or {}
-        taken = {"reward", "gain"} & watch.keys()
+        eval_rewards = eval_rewards or {}
+        taken = {"reward", "gain"} & eval_rewards.keys()
         if taken:
             raise ConfigurationError(
-                f"`{taken.pop()}` is the trained reward's own name; call the watched one something else"
+                f"`{taken.pop()}` is the trained reward's own name; give the evaluation reward another name"
             )
-        self.watch_names = [check_name(name) for name in watch]
-        self.watch = nn.ModuleList(_frozen(other) for other in watch.values())
+        self.eval_reward_names = [check_name(name) for name in eval_rewards]
+        self.eval_rewards = nn.ModuleList(_frozen(other) for other in eval_rewards.values())
         self.sampler = DDIM(50) if sampler is None else sampler
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.reward_queries = 0
         self.strict_loading = False
-        self.learns = any(_learnt(f"reward.{key}") for key in reward.state_dict())
+        self.has_running_statistics = any(_learnt(f"reward.{key}") for key in reward.state_dict())
         self._base_scores: dict[tuple[Any, ...], Tensor] = {}
-        self._remembered: tuple[int, dict[str, Any]] = (-1, {})  # by which optimiser step, and what
+        self._step_state: tuple[int, dict[str, Any]] = (-1, {})  # by which optimiser step, and what
 
     @property
     @abstractmethod
@@ -80,7 +81,7 @@ class RewardModule(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Forget what the base model scored: sampler, guidance and data may have changed since."""
         self._base_scores.clear()
-        self._remembered = (-1, {})
+        self._step_state = (-1, {})
 
     def configure_model(self) -> None:
         """Spread the denoiser over the processes, where the Trainer's strategy does so."""
@@ -90,14 +91,14 @@ class RewardModule(L.LightningModule, ABC):
         """Rewards stay in eval mode: dropout would make their scores noise."""
         super().train(mode)
         self.reward.eval()
-        self.watch.eval()
+        self.eval_rewards.eval()
         return self
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What is optimised and saved, by its name in this module."""
-        return trained(self)
+        return trainable_parameters(self)
 
-    def steps_per_batch(self, batch_size: int) -> int:
+    def training_steps_per_batch(self, batch_size: int) -> int:
         """How many training steps in a row are given the same batch of prompts."""
         return 1
 
@@ -135,7 +136,7 @@ class RewardModule(L.LightningModule, ABC):
                 default. The caller's random state is left as it was.
         """
         seed = self.seed if seed is None else seed
-        with self._random_state(mix(seed, _STEPS)):
+        with self._random_state(derive_seed(seed, _STEPS)):
             if noise is None:
                 noise = self.model.noise(len(prompts), torch.Generator().manual_seed(seed))
             chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
@@ -149,13 +150,13 @@ class RewardModule(L.LightningModule, ABC):
         check_scores(total, len(prompts), self.reward)
         watched = {
             name: check_scores(reward(images, prompts), len(prompts), reward)
-            for name, reward in zip(self.watch_names, self.watch, strict=True)
+            for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True)
         }
         return {"reward": total, **{f"reward/{name}": part for name, part in parts.items()}, **watched}
 
     def validation_step(self, prompts: Sequence[str], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score held-out prompts from fixed noise; `val/gain` is what was gained over the base on the same noise."""
-        seed = mix(self.seed, dataloader_idx, batch_idx, self.global_rank)
+        seed = derive_seed(self.seed, dataloader_idx, batch_idx, self.global_rank)
         scores = self.score(self.generate(prompts, seed=seed), prompts)
         key = (seed, *prompts)
         if key not in self._base_scores:
@@ -167,17 +168,17 @@ class RewardModule(L.LightningModule, ABC):
 
     def on_train_batch_start(self, prompts: Sequence[str], batch_idx: int) -> None:
         """Show a reward with running statistics images of the first prompts, before it is trained on."""
-        if self._remembered[0] != self.trainer.global_step:
-            self._remembered = self.trainer.global_step, self.memory()
-        if not self.reward.uncalibrated:
+        if self._step_state[0] != self.trainer.global_step:
+            self._step_state = self.trainer.global_step, self.extra_state()
+        if not self.reward.needs_calibration:
             return
         with self.trainer.precision_plugin.forward_context():
             for number in range(-(-_CALIBRATION // len(prompts))):
-                images = self.generate(prompts, seed=mix(self.seed, number, self.global_rank, _CALIBRATION))
+                images = self.generate(prompts, seed=derive_seed(self.seed, number, self.global_rank, _CALIBRATION))
                 with torch.no_grad():
-                    self.observe(self.reward.breakdown(images.float(), prompts)[1])
+                    self.update_statistics(self.reward.breakdown(images.float(), prompts)[1])
 
-    def observe(self, parts: Mapping[str, Tensor]) -> None:
+    def update_statistics(self, parts: Mapping[str, Tensor]) -> None:
         """Let the reward learn from the scores of training images, those of all processes.
 
         Args:
@@ -186,32 +187,32 @@ class RewardModule(L.LightningModule, ABC):
         parts = {name: value.detach() for name, value in parts.items()}
         if self._trainer is not None and self.trainer.world_size > 1:
             parts = {name: cast(Tensor, self.all_gather(value)).flatten() for name, value in parts.items()}
-        self.reward.observe(parts)
-        if self.learns:  # and no longer scores the base's images as it did
+        self.reward.update_statistics(parts)
+        if self.has_running_statistics:  # and no longer scores the base's images as it did
             self._base_scores.clear()
 
-    def memory(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         """What training changes besides parameters, as it is now: `learnt`, the states of rewards by their keys."""
-        parts = self.reward.named_modules(prefix="reward") if self.learns else ()
+        parts = self.reward.named_modules(prefix="reward") if self.has_running_statistics else ()
         own = nn.Module.get_extra_state
         states = {n: part.get_extra_state() for n, part in parts if type(part).get_extra_state is not own}
         return {"learnt": {f"{name}._extra_state": deepcopy(state) for name, state in states.items()}}
 
-    def settled(self) -> dict[str, Any]:
+    def last_step_state(self) -> dict[str, Any]:
         """What `memory` was after the last optimiser step, which is what a checkpoint's parameters belong to."""
-        step, memory = self._remembered
-        return memory if step == self.trainer.global_step else self.memory()
+        step, state = self._step_state
+        return state if step == self.trainer.global_step else self.extra_state()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Everything; of a sharded model what a checkpoint keeps, so that the frozen parts are not gathered for it."""
-        if args or kwargs or not sharded(self._trainer):
+        if args or kwargs or not uses_fsdp(self._trainer):
             return super().state_dict(*args, **kwargs)
         learnt = {k: v for k, v in self.reward.state_dict(prefix="reward.").items() if _learnt(k)}
-        return {**whole(self), **learnt}
+        return {**gather_full(self), **learnt}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained and what rewards have learnt: the frozen parts come from where they came from."""
-        trained, learnt = self.trainable_parameters(), self.settled()["learnt"]
+        trained, learnt = self.trainable_parameters(), self.last_step_state()["learnt"]
         kept = {k: v for k, v in checkpoint["state_dict"].items() if k in trained or _learnt(k)}
         checkpoint["state_dict"] = {k: learnt.get(k, v) for k, v in kept.items()}
         checkpoint["trained"] = sorted(trained)
@@ -227,7 +228,7 @@ class RewardModule(L.LightningModule, ABC):
                 f"the checkpoint holds other trainable parameters than this model ({len(odd)} differ, such as "
                 f"{odd[0]!r}); use the config that the run saved beside it"
             )
-        for name, value in ({} if sharded(self._trainer) else ours).items():
+        for name, value in ({} if uses_fsdp(self._trainer) else ours).items():
             if name in theirs and value.shape != theirs[name].shape:
                 what = "the LoRA ranks differ" if ".lora_" in name else "the networks differ"
                 raise ConfigurationError(
@@ -251,11 +252,3 @@ def _frozen(reward: Reward) -> Reward:
 def _learnt(key: str) -> bool:
     """Whether a key of the state dict is what a reward has learnt in training."""
     return key.startswith("reward.") and key.endswith("_extra_state")
-
-
-def mix(*numbers: int) -> int:
-    """A seed made of several numbers, so that neighbours do not share a stream."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 6364136223846793005 + number * 1442695040888963407 + 1013904223) % 2**63
-    return seed

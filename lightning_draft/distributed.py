@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -32,12 +33,12 @@ _FSDP2 = (
 )
 
 
-def sharded(trainer: L.Trainer | None) -> bool:
+def uses_fsdp(trainer: L.Trainer | None) -> bool:
     """Whether each process holds a part of the parameters only."""
     return trainer is not None and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
-def partitioned(trainer: L.Trainer | None) -> bool:
+def uses_deepspeed(trainer: L.Trainer | None) -> bool:
     """Whether an optimiser of DeepSpeed's owns the gradients, and each process a part of them only."""
     return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
 
@@ -102,7 +103,7 @@ def adapters(denoiser: nn.Module) -> list[nn.Module]:
     return [part for part in leaves if any(parameter.requires_grad for parameter in part.parameters())]
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, each process's part of them, by the names that they have without sharding."""
     return {
         name.replace(_WRAPPED, ""): parameter
@@ -111,16 +112,16 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def whole(module: nn.Module) -> dict[str, Tensor]:
+def gather_full(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained parameters as they are without sharding, by name; all processes must ask together."""
     with _gathered(module):
-        return {name: _full(parameter).detach().clone() for name, parameter in trained(module).items()}
+        return {name: _full(parameter).detach().clone() for name, parameter in trainable_parameters(module).items()}
 
 
 def gradient(parameter: nn.Parameter) -> Tensor | None:
@@ -232,3 +233,16 @@ def _check_casts(strategy: FSDPStrategy | DeepSpeedStrategy, model: nn.Module, c
             f"{type(strategy).__name__} takes precision={plugin.precision} for a cast of everything, what the model "
             f"holds in {name} included; write {advice}"
         )
+
+
+def all_gather_objects(own: Any) -> list[Any]:
+    """Return what every process passed, by rank; all processes must call it together."""
+    gathered = [own] * world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -12,18 +12,18 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_draft.baselines import GroupMean, LeaveOneOut, PerPromptStatistics
+from lightning_draft.advantages import GroupRelative, LeaveOneOut, PerPromptStatistics
+from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.callbacks.lora_export import header
 from lightning_draft.chain import SamplingChain
-from lightning_draft.cli.checkpoint import LastCheckpoint
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
+from lightning_draft.methods.rollout import Rollout, stochastic_steps
 from lightning_draft.models import LoRA, StableDiffusion
-from lightning_draft.modules import DraftModule
-from lightning_draft.objectives import PPO, PRDP, Evidence, Objective, Reinforce
-from lightning_draft.policy import PolicyGradientModule
+from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
 from lightning_draft.rewards import Brightness, ColourBalance, Reward, Sharpness, WeightedReward, ZScoreSum
-from lightning_draft.rollout import Rollout, stochastic_steps
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowSDE
 from lightning_draft.schedules import RectifiedFlow, VariancePreserving
 from lightning_draft.testing import GaussianModel, LinearModel, LinearReward, scaled_linear
@@ -45,7 +45,7 @@ def linear(**options: Any) -> PolicyGradientModule:
         "model": LinearModel(0.1),
         "reward": BlackBox(),
         "sampler": DDIM(4, eta=1.0),
-        "baseline": LeaveOneOut(),
+        "advantage_estimator": LeaveOneOut(),
         "samples_per_prompt": 2,
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
     }
@@ -145,14 +145,14 @@ def test_score_function_and_pathwise_gradients_agree_in_expectation() -> None:
     pathwise = torch.autograd.grad(reward(chain.advance(chain.start(noise[0])).x).mean(), module.model.theta)[0]
 
     with torch.no_grad():
-        walk = list(chain.walk(noise[0], noise[1:]))
+        walk = list(chain.sample_steps(noise[0], noise[1:]))
     latents = torch.stack([noise[0], *(x for _, x in walk)])
     log_probs = torch.stack([transition.log_prob(x) for transition, x in walk])
     rewards = reward(latents[-1])
     advantages = LeaveOneOut()(rewards, [""] * samples, samples)
     rollout = Rollout(0, 0, [""] * samples, latents, log_probs, rewards, advantages, {})
-    (part,) = module.parts(1)
-    loss, _ = module.loss_and_logs([""], rollout, part)
+    (minibatch,) = module.minibatches(1)
+    loss, _ = module.loss_and_logs([""], rollout, minibatch)
     score = -3 * torch.autograd.grad(loss, module.model.theta)[0]  # the loss is a mean over 3 steps
     assert torch.cosine_similarity(score.flatten(), pathwise.flatten(), dim=0) > 0.999
     torch.testing.assert_close(score, pathwise, rtol=0.03, atol=0.03 * pathwise.norm().item())
@@ -164,7 +164,7 @@ def test_the_first_step_of_ppo_is_reinforce_s(tiny_sd: Path, tmp_path: Path, pre
     found = []
     for objective in (PPO(clip=1e-4), Reinforce()):
         model = {"guidance_scale": 2.0, "dtype": "bfloat16" if precision == "bf16 base" else "float32"}
-        module = stir(make(tiny_sd, model=model, objective=objective, micro_batch_size=2, steps_per_part=1))
+        module = stir(make(tiny_sd, model=model, objective=objective, micro_batch_size=2, timesteps_per_minibatch=1))
         mixed = "32-true" if precision == "32-true" else "bf16-mixed"
         found.append(fit(tmp_path, module, precision=mixed, accumulate_grad_batches=6))
     (ppo,), (reinforce,) = (recorder.steps for recorder in found)
@@ -185,10 +185,10 @@ def test_ratios_leave_one_as_the_model_moves(tmp_path: Path) -> None:
 
 def test_what_is_said_of_ratios() -> None:
     module = linear(objective=PPO(clip=1e-2))
-    rollout = module.draw(PROMPTS[:2])
+    rollout = module.collect_rollout(PROMPTS[:2])
     module.model.theta.data += 0.02
-    (part,) = module.parts(2)
-    _, logs = module.loss_and_logs(PROMPTS[:2], rollout, part)
+    (minibatch,) = module.minibatches(2)
+    _, logs = module.loss_and_logs(PROMPTS[:2], rollout, minibatch)
     moved = (module.policy.log_probs(rollout.prompts, rollout.latents) - rollout.log_probs).double()
     ratio = moved.exp()
     assert logs["train/ratio"].item() == pytest.approx(ratio.mean().item())
@@ -204,9 +204,9 @@ def test_the_divergence_is_that_of_gaussians() -> None:
     """
     module = linear(kl_weight=0.5)
     module.model.theta.data += 0.05
-    rollout = module.draw(PROMPTS[:2])
-    (part,) = module.parts(2)
-    loss, logs = module.loss_and_logs(PROMPTS[:2], rollout, part)
+    rollout = module.collect_rollout(PROMPTS[:2])
+    (minibatch,) = module.minibatches(2)
+    loss, logs = module.loss_and_logs(PROMPTS[:2], rollout, minibatch)
     expected = []
     for step in module.policy.steps:
         t, s = module.sampler.grid(module.model.schedule)[step]
@@ -221,7 +221,7 @@ def test_the_divergence_is_that_of_gaussians() -> None:
     assert loss.item() == pytest.approx((logs["train/loss"] + 0.5 * logs["train/kl"]).item())
     slope = torch.autograd.grad(loss, module.model.theta)[0]
     module.kl_weight = 0.0
-    loss, _ = module.loss_and_logs(PROMPTS[:2], rollout, part)
+    loss, _ = module.loss_and_logs(PROMPTS[:2], rollout, minibatch)
     slope -= torch.autograd.grad(loss, module.model.theta)[0]
     assert slope.item() == pytest.approx(0.5 * 2 * logs["train/kl"].item() / 0.05, rel=1e-3)
 
@@ -237,10 +237,12 @@ def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
             return super().forward(images, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
 
     for make_one, exact in ((linear, True), (lambda **options: stir(make(tiny_sd, **options)), False)):
-        whole = make_one(objective=PRDP(), reward=Wordy()).draw(PROMPTS[:3], number=5)
+        whole = make_one(objective=PRDP(), reward=Wordy()).collect_rollout(PROMPTS[:3], number=5)
         for size in (1, 4):
-            pieces = make_one(objective=PRDP(), reward=Wordy(), micro_batch_size=size).draw(PROMPTS[:3], number=5)
-            for name in ("latents", "log_probs", "reference", "rewards", "advantages"):
+            pieces = make_one(objective=PRDP(), reward=Wordy(), micro_batch_size=size).collect_rollout(
+                PROMPTS[:3], number=5
+            )
+            for name in ("latents", "log_probs", "ref_log_probs", "rewards", "advantages"):
                 ours, theirs = getattr(pieces, name), getattr(whole, name)
                 assert torch.equal(ours, theirs) or not exact, name
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -256,7 +258,7 @@ def test_rollouts_depend_on_seed_and_number_alone() -> None:
     def draw(seed: int, number: int, before: int) -> Rollout:
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        rollout = linear(seed=seed, reward=Moody()).draw(PROMPTS[:2], number)
+        rollout = linear(seed=seed, reward=Moody()).collect_rollout(PROMPTS[:2], number)
         assert torch.equal(torch.get_rng_state(), state)
         return rollout
 
@@ -281,7 +283,10 @@ def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None
 
     gradient, logged = outcome(1)
     assert {"train/loss", "train/kl", "train/ratio"} < logged.keys()
-    for cut in (outcome(4, micro_batch_size=3, steps_per_part=3), outcome(16, micro_batch_size=1, steps_per_part=1)):
+    for cut in (
+        outcome(4, micro_batch_size=3, timesteps_per_minibatch=3),
+        outcome(16, micro_batch_size=1, timesteps_per_minibatch=1),
+    ):
         torch.testing.assert_close(cut[0], gradient, rtol=1e-4, atol=0)
         assert cut[1] == pytest.approx(logged, rel=1e-4, abs=1e-7)
 
@@ -289,39 +294,43 @@ def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None
 @pytest.mark.parametrize("objective", [Reinforce(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
 def test_an_optimiser_step_over_several_rollouts_is_their_mean(tmp_path: Path, objective: Objective) -> None:
     """Three of three parts each, although two of them see every prompt."""
-    modules = [linear(objective=objective, steps_per_part=1) for _ in range(2)]
+    modules = [linear(objective=objective, timesteps_per_minibatch=1) for _ in range(2)]
     for module in modules:
         module.model.theta.data += 0.05
     (ours,) = fit(tmp_path, modules[0], accumulate_grad_batches=9).gradients
     fresh, loader, slopes = modules[1], data().train_dataloader(), []
     for number in range(3):
-        rollout = fresh.draw(loader.batch(number), number)
+        rollout = fresh.collect_rollout(loader.batch(number), number)
         log_probs, _ = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps)
-        loss = objective(Evidence(log_probs, rollout.log_probs, rollout.advantages, 2, rollout.reference))
+        loss = objective(PolicyBatch(log_probs, rollout.log_probs, rollout.advantages, 2, rollout.ref_log_probs))
         slopes.append(torch.autograd.grad(loss, fresh.model.theta)[0])
     torch.testing.assert_close(ours.squeeze(), torch.stack(slopes).mean(), rtol=1e-4, atol=0)
 
 
 def test_two_passes_of_prdp_equal_autograd() -> None:
     """In float64, after the model has moved, on a rollout of three samples a prompt."""
-    module = linear(objective=PRDP(beta=0.1, clip=1e-3), samples_per_prompt=3, micro_batch_size=2, steps_per_part=1)
-    drawn, every = module.draw(PROMPTS[:2]), [prompt for prompt in PROMPTS[:2] for _ in range(3)]
-    doubled = {name: getattr(drawn, name).double() for name in ("latents", "log_probs", "reference", "advantages")}
+    module = linear(
+        objective=PRDP(beta=0.1, clip=1e-3), samples_per_prompt=3, micro_batch_size=2, timesteps_per_minibatch=1
+    )
+    drawn, every = module.collect_rollout(PROMPTS[:2]), [prompt for prompt in PROMPTS[:2] for _ in range(3)]
+    doubled = {name: getattr(drawn, name).double() for name in ("latents", "log_probs", "ref_log_probs", "advantages")}
     rollout = replace(drawn, **doubled)
     module.model.theta.data += 0.01
-    derivatives = module.differentiate(PROMPTS[:2], rollout)
-    parts = module.parts(2)
-    assert len(parts) == 9
+    derivatives = module.log_prob_gradients(PROMPTS[:2], rollout)
+    minibatches = module.minibatches(2)
+    assert len(minibatches) == 9
     ours = sum(
-        torch.autograd.grad(part.share * module.loss_and_logs(PROMPTS[:2], rollout, part, derivatives)[0], theta)[0]
-        for part in parts
+        torch.autograd.grad(
+            minibatch.fraction * module.loss_and_logs(PROMPTS[:2], rollout, minibatch, derivatives)[0], theta
+        )[0]
+        for minibatch in minibatches
         for theta in [module.model.theta]
     )
     log_probs = module.policy.evaluate(every, rollout.latents, module.policy.steps)[0]
-    evidence = Evidence(log_probs, rollout.log_probs, rollout.advantages, 3, rollout.reference)
-    loss = module.objective(evidence)
+    batch = PolicyBatch(log_probs, rollout.log_probs, rollout.advantages, 3, rollout.ref_log_probs)
+    loss = module.objective(batch)
     assert derivatives.loss.item() == pytest.approx(loss.item(), rel=1e-12)
-    assert 0 < module.objective.clipped(evidence).double().mean() < 1
+    assert 0 < module.objective.clipped(batch).double().mean() < 1
     torch.testing.assert_close(ours, torch.autograd.grad(loss, module.model.theta)[0], rtol=1e-9, atol=0)
 
 
@@ -343,7 +352,7 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
     fresh.model.theta.data.copy_(start - lr * first.squeeze())
     log_probs, divergence = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps, diverge=True)
     assert divergence is not None
-    loss = module.objective(Evidence(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
+    loss = module.objective(PolicyBatch(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
     assert recorder.of("train/loss")[1] == pytest.approx(loss.item(), rel=1e-4)
     pull = torch.autograd.grad(2.0 * divergence, fresh.model.theta, retain_graph=True)[0]
     expected = torch.autograd.grad(loss, fresh.model.theta)[0]
@@ -357,8 +366,10 @@ def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
     """Elements saved for the backward pass of a part, the derivatives included."""
 
     def kept(steps: int) -> int:
-        module = make(tiny_sd, objective=PRDP(), steps_per_part=1, sampler=DDIM(steps, eta=1.0, spacing="trailing"))
-        rollout, elements = module.draw(PROMPTS[:1]), 0
+        module = make(
+            tiny_sd, objective=PRDP(), timesteps_per_minibatch=1, sampler=DDIM(steps, eta=1.0, spacing="trailing")
+        )
+        rollout, elements = module.collect_rollout(PROMPTS[:1]), 0
 
         def pack(tensor: Tensor) -> Tensor:
             nonlocal elements
@@ -366,8 +377,8 @@ def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            derivatives = module.differentiate(PROMPTS[:1], rollout)
-            module.loss_and_logs(PROMPTS[:1], rollout, module.parts(1)[0], derivatives)
+            derivatives = module.log_prob_gradients(PROMPTS[:1], rollout)
+            module.loss_and_logs(PROMPTS[:1], rollout, module.minibatches(1)[0], derivatives)
         return elements
 
     assert kept(9) < 1.01 * kept(3)
@@ -379,21 +390,21 @@ def test_a_walk_is_the_chain_s_own_steps_and_is_revisited_exactly(tiny_sd: Path)
     torch.manual_seed(0)
     noise = torch.randn(4, 2, *module.model.latent_shape)
     with torch.no_grad():
-        walk = list(chain.walk(noise[0], noise[1:]))
+        walk = list(chain.sample_steps(noise[0], noise[1:]))
         state = chain.start(noise[0])
         for (transition, x), fresh in zip(walk, noise[1:], strict=True):
             expected = chain.transition(state)
             assert torch.equal(x, expected.mean + expected.std * fresh)
             assert torch.equal(transition.mean, expected.mean)
             state = replace(state, x=x, step=state.step + 1)
-    again = chain.revisit(torch.stack([noise[0], *(x for _, x in walk)]), range(3))
+    again = chain.transitions_at(torch.stack([noise[0], *(x for _, x in walk)]), range(3))
     for (transition, x), other in zip(walk, again, strict=True):
         assert torch.equal(other.log_prob(x), transition.log_prob(x))
 
 
 def test_prompts_are_repeated_for_as_long_as_their_rollout_lasts(tmp_path: Path) -> None:
     """Every prompt has its turn, passes are whole rollouts, and a resumed loader knows its place."""
-    module, datamodule = linear(inner_epochs=2, steps_per_part=1), data()
+    module, datamodule = linear(inner_epochs=2, timesteps_per_minibatch=1), data()
     trainer_of(tmp_path, max_epochs=1).fit(module, datamodule)
     loader = datamodule.train_dataloader()
     assert len(loader) == 2 * 6
@@ -410,17 +421,17 @@ def test_prompts_are_repeated_for_as_long_as_their_rollout_lasts(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("objective", "baseline", "epochs"),
+    ("objective", "advantage_estimator", "epochs"),
     [
         (Reinforce(), PerPromptStatistics(8, 4), 1),
         (PPO(clip=1e-2), PerPromptStatistics(8, 4), 2),
         (PPO(clip=1e-2), LeaveOneOut(), 2),
-        (PPO(clip=1e-2), GroupMean(divide_by_std=True), 2),
-        (PRDP(beta=0.01, clip=1e-2), GroupMean(), 2),
+        (PPO(clip=1e-2), GroupRelative(divide_by_std=True), 2),
+        (PRDP(beta=0.01, clip=1e-2), GroupRelative(), 2),
     ],
     ids=["REINFORCE", "PPO", "LOOP", "GRPO", "PRDP"],
 )
-def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, baseline: Any, epochs: int) -> None:
+def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, advantage_estimator: Any, epochs: int) -> None:
     """The model can only scale its pictures: their size, which no gradient leads to, goes down."""
 
     class Small(Reward):
@@ -434,7 +445,7 @@ def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, baseline: 
         sampler=DDIM(3, eta=1.0),
         reward=Small(),
         objective=objective,
-        baseline=baseline,
+        advantage_estimator=advantage_estimator,
         inner_epochs=epochs,
         samples_per_prompt=8,
     )
@@ -445,7 +456,7 @@ def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, baseline: 
 
 
 def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_path: Path) -> None:
-    module = make(tiny_sd, reward=ColourBalance(), steps_per_part=1)
+    module = make(tiny_sd, reward=ColourBalance(), timesteps_per_minibatch=1)
     before = values(module)
     trainer = trainer_of(tmp_path, max_steps=2, accumulate_grad_batches=3, limit_val_batches=None)
     (first,) = trainer.validate(module, data(), verbose=False)
@@ -469,7 +480,7 @@ def test_what_is_said_of_a_rollout() -> None:
             assert 0 <= images.min() <= images.max() <= 1
             return self(images, prompts), {"half": self(images, prompts) / 2}
 
-    rollout = linear(reward=Fixed(), baseline=GroupMean()).draw(PROMPTS[:2])
+    rollout = linear(reward=Fixed(), advantage_estimator=GroupRelative()).collect_rollout(PROMPTS[:2])
     assert rollout.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     assert rollout.advantages.tolist() == [-1, 1, 0, 0]
     assert rollout.summary == pytest.approx(
@@ -491,10 +502,10 @@ def test_what_is_said_of_a_rollout() -> None:
 @pytest.mark.parametrize(
     ("stop", "options"),
     [
-        (3, {"objective": PPO(clip=1e-2), "inner_epochs": 2, "baseline": PerPromptStatistics(6, 3)}),
-        (4, {"objective": PPO(clip=1e-2), "inner_epochs": 2, "baseline": PerPromptStatistics(6, 3)}),
-        (3, {"objective": PRDP(clip=1e-2), "inner_epochs": 2, "baseline": GroupMean()}),
-        (3, {"objective": Reinforce(), "baseline": PerPromptStatistics(6, 3)}),
+        (3, {"objective": PPO(clip=1e-2), "inner_epochs": 2, "advantage_estimator": PerPromptStatistics(6, 3)}),
+        (4, {"objective": PPO(clip=1e-2), "inner_epochs": 2, "advantage_estimator": PerPromptStatistics(6, 3)}),
+        (3, {"objective": PRDP(clip=1e-2), "inner_epochs": 2, "advantage_estimator": GroupRelative()}),
+        (3, {"objective": Reinforce(), "advantage_estimator": PerPromptStatistics(6, 3)}),
     ],
     ids=["PPO within a rollout", "PPO between rollouts", "PRDP within a rollout", "REINFORCE"],
 )
@@ -502,11 +513,11 @@ def test_what_is_said_of_a_rollout() -> None:
 def test_resuming_is_bitwise_the_uninterrupted_run(
     tiny_sd: Path, tmp_path: Path, stop: int, options: dict[str, Any], pipeline: bool
 ) -> None:
-    settings = {"steps_per_part": 1, "seed": 4, **options}
+    settings = {"timesteps_per_minibatch": 1, "seed": 4, **options}
 
     def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> Any:
-        settings["baseline"] = type(options["baseline"])(
-            *([6, 3] * isinstance(options["baseline"], PerPromptStatistics))
+        settings["advantage_estimator"] = type(options["advantage_estimator"])(
+            *([6, 3] * isinstance(options["advantage_estimator"], PerPromptStatistics))
         )
         module = make(tiny_sd, **settings) if pipeline else linear(**settings)
         recorder = Recorder()
@@ -561,12 +572,12 @@ def test_a_run_cut_within_a_rollout_is_resumed_bitwise(
 
     def run(*callbacks: Callback, ckpt: Path | None = None) -> Any:
         parts = {"bright": WeightedReward(Brightness(0.2), 3.0), "sharp": WeightedReward(Sharpness(), -1.0)}
-        reward, baseline = ZScoreSum(parts), PerPromptStatistics(6, 3)
-        module = linear(reward=reward, baseline=baseline, steps_per_part=1, **options)
+        reward, estimator = ZScoreSum(parts), PerPromptStatistics(6, 3)
+        module = linear(reward=reward, advantage_estimator=estimator, timesteps_per_minibatch=1, **options)
         saving = LastCheckpoint(dirpath=str(tmp_path))
         settings = {"max_steps": 6, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
         trainer_of(tmp_path, saving, *callbacks, **settings).fit(module, data(), ckpt_path=ckpt)
-        return module.model.theta.item(), baseline.state_dict(), reward.get_extra_state()
+        return module.model.theta.item(), estimator.state_dict(), reward.get_extra_state()
 
     straight = run()
     with pytest.raises(SystemExit):
@@ -587,7 +598,7 @@ class Note(Callback):
         notes = {
             "rollout": pl_module.rollout.state_dict(),
             "theta": pl_module.model.theta.detach(),
-            "baseline": pl_module.baseline.state_dict(),
+            "advantage_estimator": pl_module.advantage_estimator.state_dict(),
         }
         torch.save(notes, self.folder / f"{trainer.global_rank}.pt")
 
@@ -599,11 +610,11 @@ def test_a_checkpoint_of_another_baseline_or_method_goes_on_without_what_it_lack
     trainer = trainer_of(tmp_path, max_steps=1)
     trainer.fit(first, data())
     trainer.save_checkpoint(tmp_path / "first.ckpt")
-    other = linear(baseline=PerPromptStatistics())
+    other = linear(advantage_estimator=PerPromptStatistics())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the checkpoint is of")
         trainer_of(tmp_path, max_steps=2).fit(other, data(), ckpt_path=str(tmp_path / "first.ckpt"))
-    assert len(other.baseline.state_dict()["seen"]) == 2
+    assert len(other.advantage_estimator.state_dict()["seen"]) == 2
 
 
 def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Path) -> None:
@@ -611,16 +622,16 @@ def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Pat
 
     def module() -> PolicyGradientModule:
         return linear(
-            baseline=PerPromptStatistics(4, 4),
+            advantage_estimator=PerPromptStatistics(4, 4),
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-            steps_per_part=1,
+            timesteps_per_minibatch=1,
         )
 
     options = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": 3}
     trainer_of(tmp_path, Note(tmp_path), max_steps=1, **options).fit(module(), data())
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(one["theta"], two["theta"])
-    assert one["baseline"] == two["baseline"]
+    assert one["advantage_estimator"] == two["advantage_estimator"]
     assert set(one["rollout"]["prompts"]).isdisjoint(two["rollout"]["prompts"])
     assert not torch.isclose(one["rollout"]["latents"][0], two["rollout"]["latents"][0]).any()
     rewards = torch.cat([notes["rollout"]["rewards"] for notes in (one, two)])
@@ -630,9 +641,9 @@ def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Pat
     slopes = []
     for notes in (one, two):
         alone, rollout = module(), Rollout(**notes["rollout"])
-        alone.steps_per_part = None
+        alone.timesteps_per_minibatch = None
         prompts = rollout.prompts[::2]
-        loss, _ = alone.loss_and_logs(prompts, rollout, alone.parts(2)[0])
+        loss, _ = alone.loss_and_logs(prompts, rollout, alone.minibatches(2)[0])
         slopes.append(torch.autograd.grad(loss, alone.model.theta)[0])
     assert one["theta"].item() == pytest.approx((0.1 - 0.1 * torch.stack(slopes).mean()).item(), rel=1e-6)
 
@@ -666,18 +677,22 @@ def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
     [
         ({"objective": Reinforce(), "inner_epochs": 2}, {}, "Reinforce is on-policy.* set inner_epochs to 1 and tr"),
         (
-            {"objective": Reinforce(), "steps_per_part": 1},
+            {"objective": Reinforce(), "timesteps_per_minibatch": 1},
             {},
             "on-policy: .*set trainer.accumulate_grad_batches to 3, or use PPO",
         ),
-        ({"objective": PRDP(), "steps_per_part": 1}, {}, "PRDP couples .*set trainer.accumulate_grad_batches to 3"),
+        (
+            {"objective": PRDP(), "timesteps_per_minibatch": 1},
+            {},
+            "PRDP couples .*set trainer.accumulate_grad_batches to 3",
+        ),
         (
             {"objective": PRDP(), "inner_epochs": 2},
             {"accumulate_grad_batches": 2},
             "PRDP couples .*set trainer.accumulate_grad_batches to 1",
         ),
         (
-            {"steps_per_part": 1},
+            {"timesteps_per_minibatch": 1},
             {"accumulate_grad_batches": 2},
             "straddle rollouts, as accumulate_grad_batches=2 and a rollout is trained on in 3 parts; set .* to 3",
         ),
@@ -686,7 +701,7 @@ def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
         ({"sampler": FlowSDE(4)}, {}, "the sampler does not fit the model: FlowSDE needs a rectified-flow model"),
         ({"samples_per_prompt": 1}, {}, "LeaveOneOut compares samples.*set samples_per_prompt to 2 or more"),
         (
-            {"samples_per_prompt": 1, "objective": PRDP(), "baseline": PerPromptStatistics()},
+            {"samples_per_prompt": 1, "objective": PRDP(), "advantage_estimator": PerPromptStatistics()},
             {},
             "PRDP compares samples",
         ),
@@ -717,7 +732,7 @@ def test_log_probabilities_that_ignore_what_is_trained_are_refused(tiny_sd: Path
 
 
 def test_accumulating_over_several_rollouts_is_on_policy(tmp_path: Path) -> None:
-    module = linear(objective=Reinforce(), steps_per_part=1)
+    module = linear(objective=Reinforce(), timesteps_per_minibatch=1)
     fit(tmp_path, module, steps=2, accumulate_grad_batches=6)
     assert module.reward_queries == 2 * 2 * 4
 
@@ -731,7 +746,7 @@ def test_a_second_fit_draws_its_own_rollouts(tmp_path: Path) -> None:
 
 def test_an_optimiser_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:
     """As Lightning makes it at the end of an epoch that was cut short."""
-    module = linear(objective=Reinforce(), steps_per_part=1)
+    module = linear(objective=Reinforce(), timesteps_per_minibatch=1)
     with pytest.raises(ConfigurationError, match="before a rollout was used up, and Reinforce is on-policy; leave out"):
         fit(tmp_path, module, steps=4, accumulate_grad_batches=3, limit_train_batches=2)
 
@@ -744,7 +759,7 @@ def test_a_loader_that_changes_prompts_within_a_rollout_is_an_error(tmp_path: Pa
 
 
 def test_batches_of_a_loader_of_one_s_own_are_checked_before_they_are_rewarded(tmp_path: Path) -> None:
-    module = linear(objective=PRDP(), steps_per_part=1)
+    module = linear(objective=PRDP(), timesteps_per_minibatch=1)
     with pytest.raises(ConfigurationError, match="PRDP couples .*set trainer.accumulate_grad_batches to 3"):
         trainer_of(tmp_path, max_steps=1).fit(module, [PROMPTS[:2]] * 3)
     assert module.reward_queries == 0
@@ -756,7 +771,7 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
             return super().forward(images, prompts).log() * float("nan")
 
     with pytest.raises(ValueError, match="Broken gave a score that is not finite for a red cat"):
-        linear(reward=Broken()).draw(PROMPTS[:1])
+        linear(reward=Broken()).collect_rollout(PROMPTS[:1])
 
 
 @pytest.mark.parametrize(
@@ -765,7 +780,7 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
         ({"samples_per_prompt": 0}, "samples_per_prompt=0 must be at least 1"),
         ({"inner_epochs": 0}, "inner_epochs=0 must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
-        ({"steps_per_part": 0}, "steps_per_part=0 must be at least 1"),
+        ({"timesteps_per_minibatch": 0}, "timesteps_per_minibatch=0 must be at least 1"),
         ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
     ],
 )
@@ -789,6 +804,8 @@ def test_the_steps_that_are_trained_are_those_that_add_noise() -> None:
 
 def test_a_rectified_flow_learns_by_its_sde(tmp_path: Path) -> None:
     model = LinearModel(0.1, prediction="flow", schedule=RectifiedFlow())
-    recorder = fit(tmp_path, linear(model=model, sampler=FlowSDE(4), baseline=GroupMean(divide_by_std=True)))
+    recorder = fit(
+        tmp_path, linear(model=model, sampler=FlowSDE(4), advantage_estimator=GroupRelative(divide_by_std=True))
+    )
     assert recorder.of("train/ratio") == [1]
     assert recorder.gradients[0].abs() > 0

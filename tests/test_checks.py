@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
+from lightning_draft.methods.checks import check_gradient_flow, check_setup
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import StableDiffusion
-from lightning_draft.modules import DraftModule
-from lightning_draft.preflight import check_setup, prove
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.colour import Brightness
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler
@@ -140,7 +140,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "black box",
         {"reward": BlackBox()},
-        "BlackBox is not differentiable.*list BlackBox under `watch`.*policy-gradient",
+        "BlackBox is not differentiable.*list BlackBox under `eval_rewards`.*policy-gradient",
     ),
     ("nothing trained", {"model": GaussianModel()}, "no trainable parameters; give it adapters"),
     ("wrong sampler", {"sampler": FlowEuler(4)}, "the sampler does not fit the model: .*use DDIM or DPMSolver"),
@@ -194,7 +194,7 @@ def test_what_cannot_learn_is_refused_by_fit(options: dict[str, Any], message: s
 def test_what_can_learn_passes(truncation: Truncation, sampler: Any) -> None:
     module = make(truncation=truncation, sampler=sampler)
     check_setup(module)
-    prove(module, "a")
+    check_gradient_flow(module, "a")
 
 
 def test_a_dead_last_step_is_no_hindrance_to_more_steps() -> None:
@@ -224,7 +224,7 @@ def test_proving_leaves_everything_as_it_was() -> None:
     module.probes.append(lambda step, latent: seen.append(step))
     torch.manual_seed(4)
     before, value = torch.get_rng_state(), module.model.theta.detach().clone()
-    prove(module, "a")
+    check_gradient_flow(module, "a")
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(module.model.theta, value)
     assert module.model.theta.grad is None
@@ -234,13 +234,13 @@ def test_proving_leaves_everything_as_it_was() -> None:
 
 def test_a_rewards_own_errors_come_through() -> None:
     with pytest.raises(RuntimeError, match="^the reward's own trouble$"):
-        prove(make(reward=Broken()), "a")
+        check_gradient_flow(make(reward=Broken()), "a")
 
 
 def test_a_flat_loss_is_a_warning_and_no_refusal() -> None:
     """Or a run whose images have come to pass the hinge could not be resumed."""
     with pytest.warns(UserWarning, match="Hinge is flat at the first prompt's reward .*move its threshold"):
-        prove(make(loss=Hinge(threshold=-1e6)), "a")
+        check_gradient_flow(make(loss=Hinge(threshold=-1e6)), "a")
 
 
 def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
@@ -248,8 +248,8 @@ def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path
         model = StableDiffusion(str(tiny_sd), guidance_scale=2.0, **options)
         return DraftModule(model, Brightness(0.9), DDIM(2), LastK(1))
 
-    prove(module(), "a red cat")
-    prove(module(dtype="bfloat16"), "a red cat")
+    check_gradient_flow(module(), "a red cat")
+    check_gradient_flow(module(dtype="bfloat16"), "a red cat")
     with pytest.raises(
         ConfigurationError, match='trainable parameters are in bfloat16.*"bf16-mixed" or "32-true".*dtype=bfloat16'
     ):

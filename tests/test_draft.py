@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import LoRA, StableDiffusion
-from lightning_draft.modules import DraftModule
-from lightning_draft.reward_module import mix
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.colour import Brightness, ColourBalance
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
 from lightning_draft.samplers import DDIM, Transition
+from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomSteps
 
@@ -115,7 +115,7 @@ class Recorder(Callback):
 def test_training_moves_the_adapters_alone_and_raises_the_reward(tiny_sd: Path, tmp_path: Path) -> None:
     """And validation gains nothing before training."""
     parts = WeightedSum({"red": WeightedReward(ColourBalance(), 2.0), "light": WeightedReward(Brightness(), 0.0)})
-    module, recorder = make(tiny_sd, reward=parts, watch={"brightness": Brightness()}), Recorder()
+    module, recorder = make(tiny_sd, reward=parts, eval_rewards={"brightness": Brightness()}), Recorder()
     before, buffers = values(module), {name: value.clone() for name, value in module.named_buffers()}
     trainer = trainer_of(tmp_path, recorder, max_steps=16, limit_val_batches=None)
     (first,) = trainer.validate(module, data(), verbose=False)
@@ -149,11 +149,11 @@ def test_rewards_and_frozen_parts_stay_in_eval_mode(tiny_sd: Path) -> None:
             self.dropout = nn.Dropout(0.5)
             self.scale = nn.Parameter(torch.ones(()))
 
-    module = make(tiny_sd, reward=Noisy(), watch={"other": Noisy()}).train()
+    module = make(tiny_sd, reward=Noisy(), eval_rewards={"other": Noisy()}).train()
     assert module.training
     assert module.model.training
     assert not module.model.unet.training
-    assert not any(part.training for part in (*module.reward.modules(), *module.watch.modules()))
+    assert not any(part.training for part in (*module.reward.modules(), *module.eval_rewards.modules()))
     assert not any("scale" in name for name in module.trainable_parameters())
 
 
@@ -509,7 +509,7 @@ def test_two_processes_share_structure_and_parameters_and_not_noise(tmp_path: Pa
     slopes = []
     for notes in (one, two):
         alone = module()
-        chain = alone.chain(["a"] * 2, torch.Generator().manual_seed(mix(0, 0)))
+        chain = alone.chain(["a"] * 2, torch.Generator().manual_seed(derive_seed(0, 0)))
         latents = alone.truncation(chain, notes["noise"][:2])
         slopes.append(torch.autograd.grad(-latents.mean((1, 2, 3)).mean(), alone.model.theta)[0])
     after = torch.load(tmp_path / "0.pt")["theta"]
@@ -568,7 +568,7 @@ def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize("name", ["training", "type", "parameters"])
 def test_a_watched_reward_may_have_the_name_of_a_module_s_attribute(name: str, tiny_sd: Path) -> None:
     module = DraftModule(
-        StableDiffusion(str(tiny_sd), guidance_scale=1.0), Brightness(), DDIM(2), watch={name: Brightness()}
+        StableDiffusion(str(tiny_sd), guidance_scale=1.0), Brightness(), DDIM(2), eval_rewards={name: Brightness()}
     )
     scores = module.score(torch.rand(2, 3, 16, 16), ["a cat", "a dog"])
     torch.testing.assert_close(scores[name], scores["reward"])
@@ -588,4 +588,4 @@ def test_what_is_scored_in_validation_must_be_a_score_an_image(options: dict[str
 @pytest.mark.parametrize("name", ["a.b", "reward", ""])
 def test_a_watched_reward_s_name_must_not_hide_another(name: str, tiny_sd: Path) -> None:
     with pytest.raises(ConfigurationError, match="reward"):
-        DraftModule(StableDiffusion(str(tiny_sd)), Brightness(), watch={name: Brightness()})
+        DraftModule(StableDiffusion(str(tiny_sd)), Brightness(), eval_rewards={name: Brightness()})

@@ -142,7 +142,7 @@ def draft(folder: Path, **options: Any) -> DraftModule:
     defaults = {
         "model": StableDiffusion(str(folder), guidance_scale=2.0, lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
         "reward": ColourTarget(1.0, 0.0, 0.0),
-        "watch": {"brightness": Brightness(0.5)},
+        "eval_rewards": {"brightness": Brightness(0.5)},
         "sampler": DDIM(2),
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=50.0, momentum=0.9),
     }

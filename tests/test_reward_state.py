@@ -67,13 +67,13 @@ class Scores(L.Callback):
         self.used: list[dict[str, list[float]]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        observe = pl_module.reward.observe
+        observe = pl_module.reward.update_statistics
 
         def noted(scores: dict[str, Tensor]) -> None:
             self.shown.append(dict(scores))
             observe(scores)
 
-        pl_module.reward.observe = noted
+        pl_module.reward.update_statistics = noted
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
         self.used.append(pl_module.reward.get_extra_state())

@@ -98,7 +98,7 @@ def test_there_is_one_for_every_objective_and_baseline() -> None:
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.objectives import Objective
 
-    for kind, key, index in ((Objective, "objective", 0), (AdvantageEstimator, "baseline", 1)):
+    for kind, key, index in ((Objective, "objective", 0), (AdvantageEstimator, "advantage_estimator", 1)):
         classes = {name: _class(_content(name)["model"]["init_args"][key]) for name in POLICIES}
         assert classes == {name: parts[index] for name, parts in POLICIES.items()}
         known = {each.__name__ for each in subclasses((kind,)) if each.__module__.startswith("lightning_draft.")}
@@ -126,7 +126,7 @@ def test_optimiser_steps_of_a_policy_end_with_passes(name: str) -> None:
 
 
 def test_methods_differ_in_the_method_alone() -> None:
-    method = ("truncation", "kl_weight", "objective", "baseline", "inner_epochs")
+    method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs")
 
     def rest(name: str) -> dict:
         content = _content(name)

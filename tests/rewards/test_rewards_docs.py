@@ -64,7 +64,7 @@ def test_configs_in_the_page_can_be_parsed(snippet: str) -> None:
     content: dict[str, Any] = yaml.safe_load(snippet)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Reward, "reward")
-    parser.add_argument("--watch", type=dict[str, Reward])
+    parser.add_argument("--eval_rewards", type=dict[str, Reward])
     parsed = parser.parse_object(content)
     assert parsed.reward.class_path.rpartition(".")[2] == content["reward"]["class_path"]
 

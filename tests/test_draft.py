@@ -579,7 +579,9 @@ class Listed(Reward):
         return list(images.mean((1, 2, 3)))
 
 
-@pytest.mark.parametrize("options", [{"reward": Listed()}, {"eval_rewards": {"odd": Listed()}}], ids=["trained", "watched"])
+@pytest.mark.parametrize(
+    "options", [{"reward": Listed()}, {"eval_rewards": {"odd": Listed()}}], ids=["trained", "watched"]
+)
 def test_what_is_scored_in_validation_must_be_a_score_an_image(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"^Listed.forward returned a list for 2 images; return a tensor of"):
         linear(**options).score(torch.rand(2, 3, 4, 4), ["a cat", "a dog"])

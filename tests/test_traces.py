@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from tests.traces.__main__ import PACKAGE, main
-from tests.traces.cases import CASES, PPO, GroupMean, draft, policy, write_pipelines
+from tests.traces.cases import CASES, PPO, GroupRelative, draft, policy, write_pipelines
 from tests.traces.compare import compare
 from tests.traces.record import Trace, record
 
 REFERENCE = Path(__file__).parent / "traces" / "reference.json"
 CHANGES = {
     "truncation/last_k_2": draft(lr=1.001),
-    "objective/ppo/group_mean": policy(objective=PPO(), lr=0.0301, inner_epochs=2, baseline=GroupMean),
+    "objective/ppo/group_mean": policy(objective=PPO(), lr=0.0301, inner_epochs=2, advantage_estimator=GroupRelative),
 }
 
 

@@ -9,14 +9,14 @@ from diffusers import DDIMScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_draft.baselines import GroupMean, LeaveOneOut, PerPromptStatistics
+from lightning_draft.advantages import GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
 from lightning_draft.data import PromptDataModule
 from lightning_draft.losses import Distance, Hinge, Saturating
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import LoRA, StableDiffusion, StableDiffusion3
-from lightning_draft.modules import DraftModule
 from lightning_draft.objectives import PPO, PRDP, Reinforce
-from lightning_draft.policy import PolicyGradientModule
 from lightning_draft.rewards import (
     Brightness,
     CLIPClassification,
@@ -120,7 +120,7 @@ def policy(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
 
     def make(folder: Path) -> PolicyGradientModule:
         settings = {"reward": ColourBalance, **defaults, **options}
-        settings |= {name: settings[name]() for name in ("reward", "baseline") if name in settings}
+        settings |= {name: settings[name]() for name in ("reward", "advantage_estimator") if name in settings}
         return stirred(PolicyGradientModule(model(folder), optimizer=sgd(lr), **settings))
 
     return make
@@ -202,8 +202,8 @@ OBJECTIVES = {
     "prdp": ({"objective": PRDP(), "lr": 1e-5, "inner_epochs": 2}, 4),
 }
 BASELINES = {
-    "group_mean": GroupMean,
-    "group_mean_std": lambda: GroupMean(divide_by_std=True),
+    "group_mean": GroupRelative,
+    "group_mean_std": lambda: GroupRelative(divide_by_std=True),
     "leave_one_out": LeaveOneOut,
     "per_prompt": lambda: PerPromptStatistics(buffer_size=8, min_count=2),
 }
@@ -220,8 +220,8 @@ STEPWISE: dict[str, Any] = {
     "objective": PPO(),
     "lr": 0.03,
     "inner_epochs": 2,
-    "steps_per_part": 1,
-    "baseline": LeaveOneOut,
+    "timesteps_per_minibatch": 1,
+    "advantage_estimator": LeaveOneOut,
 }
 
 CASES: dict[str, Case] = {
@@ -257,12 +257,12 @@ CASES: dict[str, Case] = {
         trainer={"limit_val_batches": 1, "val_check_interval": 1},
     ),
     **{
-        f"objective/{objective}/{baseline}": direct(policy(**options, baseline=make), steps=steps)
+        f"objective/{objective}/{baseline}": direct(policy(**options, advantage_estimator=make), steps=steps)
         for objective, (options, steps) in OBJECTIVES.items()
         for baseline, make in BASELINES.items()
     },
     **{
-        f"objective/{name}": direct(policy(**options, baseline=GroupMean), steps=steps)
+        f"objective/{name}": direct(policy(**options, advantage_estimator=GroupRelative), steps=steps)
         for name, (options, steps) in VARIANTS.items()
     },
     "policy/kl": direct(policy(**TWO_EPOCHS, kl_weight=0.1), steps=4),
@@ -270,7 +270,14 @@ CASES: dict[str, Case] = {
     "policy/inner_epochs_2": direct(policy(**TWO_EPOCHS), steps=4),
     "policy/one_step_at_a_time": direct(policy(**STEPWISE), trainer={"accumulate_grad_batches": 4}, steps=3),
     "policy/prdp_minibatches": direct(
-        policy(objective=PRDP(), lr=1e-5, micro_batch_size=2, steps_per_part=2, baseline=GroupMean, inner_epochs=2),
+        policy(
+            objective=PRDP(),
+            lr=1e-5,
+            micro_batch_size=2,
+            timesteps_per_minibatch=2,
+            advantage_estimator=GroupRelative,
+            inner_epochs=2,
+        ),
         trainer={"accumulate_grad_batches": 4},
         steps=2,
     ),
@@ -279,7 +286,7 @@ CASES: dict[str, Case] = {
     ),
     "policy/guidance": direct(policy(with_options(sd, guidance_scale=3.0), **TWO_EPOCHS), steps=4),
     "policy/flow_sde": direct(
-        policy(sd3, **TWO_EPOCHS, sampler=FlowSDE(4), baseline=BASELINES["group_mean_std"]), steps=4
+        policy(sd3, **TWO_EPOCHS, sampler=FlowSDE(4), advantage_estimator=BASELINES["group_mean_std"]), steps=4
     ),
     "policy/black_box": direct(policy(**TWO_EPOCHS, reward=lambda: JPEGSize(quality=50)), steps=4),
     "policy/validation": direct(
@@ -294,9 +301,11 @@ CASES: dict[str, Case] = {
         callbacks=lambda: [AdapterEMA(decay=0.5), LoRAExport(every_n_steps=1)],
     ),
     "resume/z_score_sum": direct(draft(reward=lambda: rewards(ZScoreSum)), steps=4, resume_after=2),
-    "resume/within_a_rollout": direct(policy(**TWO_EPOCHS, baseline=BASELINES["per_prompt"]), steps=4, resume_after=3),
+    "resume/within_a_rollout": direct(
+        policy(**TWO_EPOCHS, advantage_estimator=BASELINES["per_prompt"]), steps=4, resume_after=3
+    ),
     "resume/prdp": direct(
-        policy(objective=PRDP(), lr=1e-5, inner_epochs=2, baseline=GroupMean), steps=4, resume_after=3
+        policy(objective=PRDP(), lr=1e-5, inner_epochs=2, advantage_estimator=GroupRelative), steps=4, resume_after=3
     ),
     "distributed/fsdp2_full": direct(draft(truncation=Full(), checkpointing="step"), strategy=fsdp2, steps=2),
     "distributed/fsdp2_ppo": direct(policy(**TWO_EPOCHS), strategy=fsdp2, steps=2),

@@ -156,7 +156,7 @@ class OverOptimisationGuard(Callback):
             raise ConfigurationError("OverOptimisationGuard has no prompts; give them as prompts: [...]")
         self._prompts = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         self._names = _held_out(self.held_out, pl_module)
-        if getattr(pl_module, "learns", False):
+        if getattr(pl_module, "has_running_statistics", False):
             rank_zero_warn(
                 "OverOptimisationGuard compares the trained reward over time, and the scale of "
                 f"{type(pl_module.reward).__name__} moves with its statistics, so what it says may be wrong; train "

@@ -580,7 +580,7 @@ class Listed(Reward):
 
 
 @pytest.mark.parametrize(
-    "options", [{"reward": Listed()}, {"eval_rewards": {"odd": Listed()}}], ids=["trained", "watched"]
+    "options", [{"reward": Listed()}, {"eval_rewards": {"odd": Listed()}}], ids=["trained", "eval"]
 )
 def test_what_is_scored_in_validation_must_be_a_score_an_image(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"^Listed.forward returned a list for 2 images; return a tensor of"):

@@ -30,6 +30,17 @@ def test_weights_are_half_precision() -> None:
         assert kinds <= {torch.float16, torch.int64}, file
 
 
+def test_text_encoder_has_the_weight_names_of_published_checkpoints() -> None:
+    """The names that every supported release of transformers reads; newer ones would write others."""
+    from safetensors import safe_open
+
+    files = list(FOLDER.glob("*/text_encoder/model.safetensors"))
+    assert files
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            assert all(key.startswith("text_model.") for key in weights.keys()), file  # noqa: SIM118
+
+
 def test_diffusers_and_this_package_draw_the_same() -> None:
     """The pipeline's own loop against the chain: guidance, scheduler, decoder."""
     prompts = ["noto red apple", "twemoji cat"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
@@ -57,6 +58,15 @@ def pipeline(folder: Path, source: Path) -> StableDiffusionPipeline:
     )
 
 
+def use_published_names(file: Path) -> None:
+    """Rename the weights of a CLIP text encoder to the names of published checkpoints, which start with `text_model.`.
+
+    Newer releases of transformers write shorter names, which older ones ignore.
+    """
+    named = {"text_model." + key.removeprefix("text_model."): value for key, value in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+
+
 def export_clip(folder: Path, source: Path, out: Path) -> None:
     """Write the small CLIP in the format of transformers."""
     words = CLIPTokenizer.from_pretrained(source / "tokenizer")
@@ -88,6 +98,7 @@ def main() -> None:
     if (arguments.folder / "unet" / "last.ckpt").exists():
         trained = pipeline(arguments.folder, arguments.source)
         trained.to(torch.float16).save_pretrained(arguments.out / "emoji64")
+        use_published_names(arguments.out / "emoji64" / "text_encoder" / "model.safetensors")
     if (arguments.folder / "clip" / "last.ckpt").exists():
         export_clip(arguments.folder, arguments.source, arguments.out / "emoji64-clip")
     for kind, name in JUDGES.items():

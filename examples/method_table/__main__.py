@@ -8,13 +8,12 @@ recomputation counts. All direct methods spend the same; policy gradients spend 
 chosen first, for every method alike, by the trained reward: three learning rates and, where a method has a parameter of
 its own (PPO's and LOOP's clip, PRDP's beta), three values of that with each of them are tried for a quarter of the
 budget; the best of the best two learning rates go on to a run at full length on another seed, and the better of these
-is chosen. Every run is kept as a file as soon as it has ended, so an interrupted table goes on where it stopped, and
-`--methods`, `--tasks` and `--seeds` share the work among processes. The table goes to `OUT/methods.md`, the curves to
-`OUT/methods-*.png`.
+is chosen. Every run is written to `OUT/runs.jsonl` when it ends, so an interrupted table continues where it
+stopped, and `--methods`, `--tasks` and `--seeds` share the work among processes. The table goes to `OUT/methods.md`,
+the curves to `OUT/methods-*.png`.
 """
 
 import argparse
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from benchmarks.memory import MIB, LiveBytes
 from examples.method_table import report
 from examples.method_table.measure import Evaluation, Meter
 from examples.method_table.methods import METHODS, TASKS, Setting, Trial
+from examples.method_table.runs import Run, RunFile
 from lightning_draft.data import PromptDataModule
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Prompt
@@ -37,11 +37,11 @@ HEAT, FINAL = 1000, 1001
 
 
 class Table:
-    """All runs, each kept in a file.
+    """All runs, kept in one file.
 
     Args:
         setting: What all methods share.
-        out: Folder of the runs.
+        out: Folder of `runs.jsonl` and of the results.
         budget: Network passes a run.
         evaluation: How many prompts are evaluated, evenly spread over all, and how many pictures of each, from noise of
             their own.
@@ -49,17 +49,17 @@ class Table:
 
     def __init__(self, setting: Setting, out: Path, budget: int, evaluation: tuple[int, int]) -> None:
         self.setting, self.out, self.budget, self.evaluated = setting, out, budget, evaluation
-        (out / "runs").mkdir(parents=True, exist_ok=True)
+        self.kept = RunFile(out / "runs.jsonl")
 
     def base(self, task: str) -> dict[str, float]:
         """What the model reaches before any training."""
-        file = self.out / "runs" / f"{task}-base.json"
-        if not file.exists():
+        kept = self.kept.find(task=task, method="base")
+        if kept is None:
             module = METHODS[TASKS[task].methods[0]].build(self.setting, task, Trial(1e-3, 1.0), seed=0)
             evaluation = self._evaluation(task)
             images, _ = evaluation.pictures(module)
-            file.write_text(json.dumps(evaluation.scores(module, images)))
-        return json.loads(file.read_text())
+            kept = self.kept.add({"task": task, "method": "base", "scores": evaluation.scores(module, images)})
+        return dict(kept["scores"])
 
     def tuned(self, task: str, method: str, lrs: Sequence[float] | None) -> Trial:
         """The best of two at full length, which are the best after a quarter, but of different learning rates.
@@ -77,32 +77,32 @@ class Table:
         finalists = [trial for trial in heat if trial in winners.values()][:2]
         return ranked(finalists, FINAL, 1.0)[0]
 
-    def run(self, task: str, method: str, trial: Trial, seed: int, share: float = 1.0) -> report.Run:
-        """Train once, or read what was kept of it."""
-        file = self.out / "runs" / f"{task}-{method}-{METHODS[method].label(trial)}-seed{seed}.json"
-        if not file.exists():
+    def run(self, task: str, method: str, trial: Trial, seed: int, share: float = 1.0) -> Run:
+        """Train once, or return the run that is in the file."""
+        kept = self.kept.find(task=task, method=method, **asdict(trial), seed=seed)
+        if kept is None:
             budget = share * self.budget * METHODS[method].budget * TASKS[task].budget
-            result = self._train(task, method, trial, seed, round(budget))
-            file.write_text(json.dumps(result))
-            last = result["evaluations"][-1]
+            kept = self.kept.add(self._train(task, method, trial, seed, round(budget)))
+            last = kept["evaluations"][-1]
             print(
-                f"{file.stem}: reward {result['start']:.4g} -> {last['reward']:.4g} with {last['queries']} queries, "
-                f"{last['passes']} passes, {last['seconds']:.0f} s",
+                f"{task}, {method}, {METHODS[method].label(trial)}, seed {seed}: "
+                f"reward {kept['start']:.4g} -> {last['reward']:.4g} "
+                f"with {last['queries']} queries, {last['passes']} passes, {last['seconds']:.0f} s",
                 flush=True,
             )
-        return json.loads(file.read_text())
+        return kept
 
-    def runs(self, tasks: Sequence[str]) -> list[report.Run]:
+    def runs(self, tasks: Sequence[str]) -> list[Run]:
         """Those of the kept runs that were made with the chosen settings, in the table's order."""
-        every = [json.loads(file.read_text()) for file in (self.out / "runs").glob("*-seed*.json")]
+        every = [run for run in self.kept.all() if run["method"] != "base"]
         finals = sorted((run for run in every if run["seed"] == FINAL), key=report.last)
         best = {(run["task"], run["method"]): (run["lr"], run["own"]) for run in finals}
 
-        def chosen(run: report.Run) -> bool:
+        def chosen(run: Run) -> bool:
             source = TASKS[run["task"]].tuned_on or run["task"]
             return run["seed"] < HEAT and best.get((source, run["method"])) == (run["lr"], run["own"])
 
-        def place(run: report.Run) -> tuple[int, int, int]:
+        def place(run: Run) -> tuple[int, int, int]:
             return list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]
 
         return sorted((run for run in every if run["task"] in tasks and chosen(run)), key=place)

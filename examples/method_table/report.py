@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-Run = dict[str, Any]
+from examples.method_table.runs import Run
+
 BEST = ("reward", "nearest")
 AXES = {"queries": "reward queries", "forwards": "network forwards", "seconds": "seconds of training"}
 

@@ -1,7 +1,7 @@
 """The table of methods: what it counts, what it concludes, and that it picks up where it stopped."""
 
-import json
 import math
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from examples.method_table import __main__ as command
 from examples.method_table import methods, report
 from examples.method_table.measure import Evaluation
+from examples.method_table.runs import Run, RunFile
 from lightning_draft.rewards import Prompt
 
 STEPS = 3
@@ -59,7 +60,7 @@ def run(
 def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
     """The floor: a forward a step, a forward again where it is recomputed, a backward."""
     out = run("--tasks", "recognised", "--methods", method)
-    result = json.loads((out / "runs" / f"recognised-{method}-lr0.001-seed0.json").read_text())
+    result = find(out, method=method, seed=0)
     samples = 8 if method in methods.DIRECT else 16
     copies = 3 if method == "DRaFT-LV" else 1
     assert len(result["curve"]) == len(result["evaluations"]) == 1
@@ -72,18 +73,23 @@ def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
 
 def test_the_best_learning_rate_is_found_on_seeds_of_its_own(run: Callable[..., Path]) -> None:
     out = run("--tasks", "recognised", "--methods", "DRaFT-1", budget=400, lrs="1e-9 1e-3 3e-2")
-    heat = {lr: _run(out, lr, command.HEAT) for lr in ("1e-09", "0.001", "0.03")}
-    finalists = sorted(heat, key=lambda lr: heat[lr]["end"]["reward"])[1:]
-    finals = {lr: _run(out, lr, command.FINAL) for lr in finalists}
-    assert len(list((out / "runs").glob(f"*-seed{command.FINAL}.json"))) == 2
-    best = max(finals, key=lambda lr: finals[lr]["end"]["reward"])
-    assert f"| DRaFT-1 | {float(best):g} |" in (out / "methods.md").read_text()
-    assert _run(out, best, 0)["end"]["passes"] == finals[best]["end"]["passes"] >= 400 > heat[best]["end"]["passes"]
+    heat = {lr: end(out, lr=lr, seed=command.HEAT) for lr in (1e-9, 1e-3, 3e-2)}
+    finalists = sorted(heat, key=lambda lr: heat[lr]["reward"])[1:]
+    finals = {lr: end(out, lr=lr, seed=command.FINAL) for lr in finalists}
+    assert sum(run.get("seed") == command.FINAL for run in RunFile(out / "runs.jsonl").all()) == 2
+    best = max(finals, key=lambda lr: finals[lr]["reward"])
+    assert f"| DRaFT-1 | {best:g} |" in (out / "methods.md").read_text()
+    assert end(out, lr=best, seed=0)["passes"] == finals[best]["passes"] >= 400 > heat[best]["passes"]
 
 
-def _run(out: Path, lr: str, seed: int) -> dict:
-    run = json.loads((out / "runs" / f"recognised-DRaFT-1-lr{lr}-seed{seed}.json").read_text())
-    return {**run, "end": run["evaluations"][-1]}
+def find(out: Path, **identity: object) -> Run:
+    run = RunFile(out / "runs.jsonl").find(task="recognised", **identity)
+    assert run is not None, identity
+    return run
+
+
+def end(out: Path, **identity: object) -> dict[str, float]:
+    return find(out, method="DRaFT-1", **identity)["evaluations"][-1]
 
 
 def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -99,17 +105,56 @@ def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) 
     }
     row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
     kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "own": None, "start": -1.0, "peak_mib": 3.0}
-    (tmp_path / "runs").mkdir()
     curve = [{"reward": -0.7, "gradient_norm": 2.5}]
     for seed in (0, command.HEAT, command.FINAL):
-        file = tmp_path / "runs" / f"recognised-DRaFT-1-lr0.001-seed{seed}.json"
-        file.write_text(json.dumps({**kept, "seed": seed, "evaluations": [row], "curve": curve}))
+        RunFile(tmp_path / "runs.jsonl").add({**kept, "seed": seed, "evaluations": [row], "curve": curve})
     run("--tasks", "recognised", "--methods", "DRaFT-1", "DRaFT-LV")
     lines = (tmp_path / "methods.md").read_text().splitlines()
     assert any(line.startswith("| DRaFT-1 | 0.001 |  | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
     assert any(line.startswith("| DRaFT-LV | 0.001 |  | 1 |") for line in lines)
     assert any(line.startswith("| DRaFT-1 | 2 | 4 | 4 |  | 2.5 | -0.7 |") for line in lines)
     assert (tmp_path / "methods-recognised.png").stat().st_size > 0
+
+
+def add_runs(file: Path, method: str, number: int) -> None:
+    for seed in range(number):
+        RunFile(file).add({"task": "t", "method": method, "seed": seed, "curve": [{"steps": 1, "reward": seed / 3}]})
+
+
+def test_two_processes_add_runs_to_the_same_file_without_losing_any(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "runs.jsonl"
+    start = multiprocessing.get_context("spawn").Process
+    processes = [start(target=add_runs, args=(file, method, 20)) for method in ("b", "a")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    runs = RunFile(file).all()
+    assert [run["method"] for run in runs] == ["a"] * 20 + ["b"] * 20
+    assert {run["seed"] for run in runs} == set(range(20))
+    assert file.read_text().splitlines() == sorted(file.read_text().splitlines())
+    assert [path.name for path in file.parent.iterdir()] == ["runs.jsonl"]
+
+
+def test_a_run_is_read_as_it_was_written_to_single_precision(tmp_path: Path) -> None:
+    rewards = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    rows = [{"steps": step, "reward": reward} for step, reward in enumerate(rewards.tolist())]
+    runs = RunFile(tmp_path / "runs.jsonl")
+    added = runs.add({"task": "t", "lr": 1 / 3, "own": None, "curve": rows})
+    assert runs.all() == [added]
+    assert runs.find(own=None, lr=1 / 3) == added
+    assert runs.find(own=1.0) is None
+    assert torch.equal(torch.tensor([row["reward"] for row in added["curve"]]), rewards)
+    assert [row["steps"] for row in added["curve"]] == list(range(50))
+
+
+def test_the_published_table_is_what_the_published_runs_give(tmp_path: Path) -> None:
+    published = Path(command.__file__).parents[1] / "results" / "methods"
+    (tmp_path / "runs.jsonl").write_text((published / "runs.jsonl").read_text())
+    setting = methods.Setting("m", "c", "animals", "animals", "animals", STEPS)
+    command.write(command.Table(setting, tmp_path, 1, (2, 2)), list(methods.TASKS))
+    assert (tmp_path / "methods.md").read_text() == (published / "methods.md").read_text()
 
 
 def test_every_method_and_truncation_is_in_it() -> None:
@@ -125,7 +170,7 @@ def test_every_method_and_truncation_is_in_it() -> None:
 def test_a_parameter_of_its_own_is_tuned_with_the_learning_rate_and_taken_over(run: Callable[..., Path]) -> None:
     """PRDP's squared error is 1/beta^2 of the reward's at the start: what was tried was really used."""
     out = run("--tasks", "recognised", "many", "--methods", "PRDP", lrs="1e-3 1e-2")
-    found = [json.loads(file.read_text()) for file in (out / "runs").glob("*-PRDP-*.json")]
+    found = [run for run in RunFile(out / "runs.jsonl").all() if run["method"] == "PRDP"]
     tried = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.HEAT}
     final = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.FINAL}
     assert set(tried) == {(lr, beta) for lr in (1e-3, 1e-2) for beta in methods.METHODS["PRDP"].values}
@@ -140,7 +185,7 @@ def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatc
     reached = {(1e-3, 0.03): 1, (1e-3, 0.1): 2, (1e-2, 0.03): 5, (1e-2, 0.1): 4, (3e-3, 0.03): 3, (3e-3, 0.1): 0}
     raced = []
 
-    def run(self: command.Table, task: str, method: str, trial: methods.Trial, seed: int, share: float) -> report.Run:
+    def run(self: command.Table, task: str, method: str, trial: methods.Trial, seed: int, share: float) -> Run:
         if seed == command.FINAL:
             raced.append((trial.lr, trial.own))
             return {"evaluations": [{"reward": -trial.lr}]}
@@ -154,7 +199,7 @@ def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatc
 
 
 def test_queries_are_compared_with_those_of_the_rival() -> None:
-    def run(method: str, *rows: tuple[int, float]) -> report.Run:
+    def run(method: str, *rows: tuple[int, float]) -> Run:
         evaluations = [{"queries": q, "passes": q, "steps": q, "reward": reward} for q, reward in rows]
         curve = [{"reward": 0.0, "gradient_norm": 1.0}]
         return {"task": "t", "method": method, "start": -1.0, "evaluations": evaluations, "curve": curve}

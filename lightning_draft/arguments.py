@@ -1,0 +1,95 @@
+"""Checks of constructor arguments; each returns the value or raises `ConfigurationError`.
+
+A message names the option, the value, the reason, and a value that works.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from lightning_draft.errors import ConfigurationError
+
+Number = TypeVar("Number", int, float)
+
+
+def at_least(name: str, value: Number, minimum: Number, hint: str = "") -> Number:
+    """Return `value` if it is a number of at least `minimum`.
+
+    Args:
+        name: The option as the user writes it.
+        value: What was given; NaN is refused.
+        minimum: The least valid value.
+        hint: What to write instead; by default `write {minimum} or more`.
+
+    Raises:
+        ConfigurationError: `value` is not a number, or too small.
+    """
+    if not _is_number(value) or not value >= minimum:
+        raise ConfigurationError(f"{name}={value!r} must be at least {minimum}; {hint or f'write {minimum} or more'}")
+    return value
+
+
+def positive(name: str, value: float, hint: str = "") -> float:
+    """Return `value` if it is finite and greater than 0.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ConfigurationError(
+            f"{name}={value!r} must be a positive number; {hint or 'write a value greater than 0, such as 1.0'}"
+        )
+    return value
+
+
+def in_range(name: str, value: Number, low: Number, high: Number, hint: str = "") -> Number:
+    """Return `value` if `low <= value <= high`.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not _is_number(value) or not low <= value <= high:
+        raise ConfigurationError(
+            f"{name}={value!r} must be between {low} and {high}; {hint or f'write a value such as {low}'}"
+        )
+    return value
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Raises:
+        ConfigurationError: It is not; the message suggests the most similar choice.
+    """
+    known = list(choices)
+    if value not in known:
+        similar = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise ConfigurationError(f"{name}={value!r} is not a valid choice; write one of {', '.join(known)}{hint}")
+    return value
+
+
+def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
+    """Return the prompts as a list if they are a non-empty sequence of strings.
+
+    Raises:
+        ConfigurationError: A single string, or anything that is not a sequence of strings.
+    """
+    if isinstance(prompts, str):
+        raise ConfigurationError(f"{name}={prompts!r} is one string; write a list of strings, such as [{prompts!r}]")
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise ConfigurationError(
+            f"{name} must be a non-empty list of strings, got {type(prompts).__name__}; write for example ['a cat']"
+        )
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ConfigurationError(
+                f"{name} must be a list of strings, and one element is {prompt!r} ({type(prompt).__name__}); "
+                "pass the text of each prompt"
+            )
+    return list(prompts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

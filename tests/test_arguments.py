@@ -1,0 +1,45 @@
+"""Checks of constructor arguments."""
+
+import math
+
+import pytest
+
+from lightning_draft.arguments import at_least, in_range, one_of, positive, prompt_list
+from lightning_draft.errors import ConfigurationError
+
+
+def test_valid_values_are_returned_unchanged():
+    assert at_least("k", 1, 1) == 1
+    assert positive("beta", 0.5) == 0.5
+    assert in_range("eta", 1.0, 0.0, 1.0) == 1.0
+    assert one_of("mode", "step", ["step", "block"]) == "step"
+    assert prompt_list(("a", "b")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", [0, -3, math.nan, True, "2", None])
+def test_at_least_refuses_what_is_too_small_or_no_number(value):
+    with pytest.raises(ConfigurationError, match=r"k=.* must be at least 1; write 1 or more"):
+        at_least("k", value, 1)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, False])
+def test_positive_refuses_zero_negative_and_non_finite_values(value):
+    with pytest.raises(ConfigurationError, match=r"beta=.* must be a positive number"):
+        positive("beta", value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_in_range_refuses_values_outside(value):
+    with pytest.raises(ConfigurationError, match=r"eta=.* must be between 0 and 1; write a value such as 0"):
+        in_range("eta", value, 0, 1)
+
+
+def test_one_of_suggests_the_most_similar_choice():
+    with pytest.raises(ConfigurationError, match=r"mode='blok' .* one of step, block; did you mean block\?"):
+        one_of("mode", "blok", ["step", "block"])
+
+
+@pytest.mark.parametrize("prompts", ["a cat", [], None, ["a", 1], {"prompt": "a"}, [b"a"], 3])
+def test_prompt_list_refuses_what_is_not_a_list_of_strings(prompts):
+    with pytest.raises(ConfigurationError, match="prompts"):
+        prompt_list(prompts)

@@ -206,19 +206,19 @@ def test_kl_weight_adds_the_drift_and_holds_the_adapters_back(tiny_sd: Path, tmp
     module = stir(make(tiny_sd, kl_weight=0.5, truncation=LastK(2)))
     torch.manual_seed(0)
     loss, logs = module.loss_and_logs(PROMPTS[:2])
-    assert logs["train/drift"] > 0
-    assert loss.item() == pytest.approx((-logs["train/reward"] + 0.5 * logs["train/drift"]).item())
+    assert logs["train/prediction_drift"] > 0
+    assert loss.item() == pytest.approx((-logs["train/reward"] + 0.5 * logs["train/prediction_drift"]).item())
     module.kl_weight = 0.0
     torch.manual_seed(0)
     plain, logs = module.loss_and_logs(PROMPTS[:2])
-    assert "train/drift" not in logs
+    assert "train/prediction_drift" not in logs
     assert plain.item() == pytest.approx(-logs["train/reward"].item())
 
     def drift(weight: float) -> float:
         module, recorder = make(tiny_sd, kl_weight=weight), Recorder()
         trainer_of(tmp_path, recorder, max_steps=5).fit(module, data())
-        assert recorder.of("train/drift")[0] == 0
-        return recorder.of("train/drift")[-1]
+        assert recorder.of("train/prediction_drift")[0] == 0
+        return recorder.of("train/prediction_drift")[-1]
 
     assert drift(100.0) < 0.3 * drift(1e-6)
 

@@ -125,10 +125,10 @@ class DraftModule(RewardModule):
         logs = {
             "train/reward": rewards[: len(prompts)].mean(),
             **{f"train/reward/{name}": part[: len(prompts)].mean() for name, part in parts.items()},
-            "train/saturated": saturated.mean(),
+            "train/out_of_range_fraction": saturated.mean(),
         }
         if chain.drift is not None:
-            logs["train/drift"] = chain.drift
+            logs["train/prediction_drift"] = chain.drift
             loss = loss + self.kl_weight * chain.drift
         return loss, {name: value.detach() for name, value in {**logs, "train/loss": loss}.items()}
 

@@ -464,7 +464,7 @@ def test_callbacks_of_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
     callbacks = [SampleLogger(every_n_steps=1), GradientNormMonitor(), LoRAExport()]
     trainer = trainer_of(tmp_path, *callbacks, logger=logger, max_steps=2, log_every_n_steps=1)
     trainer.fit(draft, data())
-    assert trainer.callback_metrics["train/drift"] > 0
+    assert trainer.callback_metrics["train/prediction_drift"] > 0
     pipeline = plain(tiny_sd3)
     pipeline.load_lora_weights(str(tmp_path / "run" / "lora" / "last.safetensors"))
     torch.testing.assert_close(pipeline_pictures(pipeline), pictures(draft.model), rtol=0, atol=1e-5)

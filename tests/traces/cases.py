@@ -36,7 +36,7 @@ PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog", "a car", "br
 
 METRICS = {
     "reward": "train/reward",
-    "drift": "train/drift",
+    "drift": "train/prediction_drift",
     "kl": "train/kl",
     "ratio": "train/ratio",
     "clip_fraction": "train/clip_fraction",

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import common
 from lightning_draft.methods.draft import Checkpointing, DraftModule
 from lightning_draft.models import StableDiffusion
-from lightning_draft.rewards.colour import ColourTarget
+from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import Full, LastK, Truncation
 
@@ -87,7 +87,7 @@ class Bench:
         """Peak MiB of one training step."""
         self.model.block_checkpointing = False
         module = DraftModule(
-            self.model, ColourTarget(), DDIM(steps, spacing="trailing"), truncation, checkpointing=checkpointing
+            self.model, ColorTarget(), DDIM(steps, spacing="trailing"), truncation, checkpointing=checkpointing
         )
         found = peak(lambda: module.loss_and_logs(["a cat"] * self.batch)[0], self.model.device)
         for value in module.trainable_parameters().values():

@@ -274,9 +274,9 @@ def cases(url: str) -> list[Case]:
     captions = [f"caption {number}" for number in range(100)]
     return [
         Case("Brightness", "-", lambda folder: rewards.Brightness()),
-        Case("ColourBalance", "-", lambda folder: rewards.ColourBalance()),
-        Case("ColourTarget", "-", lambda folder: rewards.ColourTarget()),
-        Case("Saturation", "-", lambda folder: rewards.Saturation()),
+        Case("ColorBalance", "-", lambda folder: rewards.ColorBalance()),
+        Case("ColorTarget", "-", lambda folder: rewards.ColorTarget()),
+        Case("ColorSaturation", "-", lambda folder: rewards.ColorSaturation()),
         Case("Sharpness", "-", lambda folder: rewards.Sharpness()),
         Case("Symmetry", "-", lambda folder: rewards.Symmetry()),
         Case("JPEGCompressibility", "-", lambda folder: rewards.JPEGCompressibility()),

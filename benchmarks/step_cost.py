@@ -27,7 +27,7 @@ from benchmarks import common
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import Checkpointing, DraftModule
 from lightning_draft.models import StableDiffusion
-from lightning_draft.rewards.colour import ColourTarget
+from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
@@ -192,7 +192,7 @@ def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespac
     """The method's line of the table."""
     module = DraftModule(
         model,
-        ColourTarget(),
+        ColorTarget(),
         DDIM(arguments.steps, spacing="trailing"),
         method.truncation,
         checkpointing=method.checkpointing,

@@ -27,7 +27,7 @@ from lightning_draft.callbacks.random_state import observing
 from lightning_draft.distributed import gather_full, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
-from lightning_draft.rewards.colour import Sharpness
+from lightning_draft.rewards.color import Sharpness
 
 Action = Literal["warn", "shrink", "stop"]
 

@@ -18,7 +18,7 @@ from lightning_draft.methods.checks import check_gradient_flow, check_setup
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import StableDiffusion
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.colour import Brightness
+from lightning_draft.rewards.color import Brightness
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import ConstantReward, GaussianModel, LinearModel, LinearReward, scaled_linear

@@ -34,7 +34,7 @@ from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.stable_diffusion import StableDiffusion
 from lightning_draft.objectives import PPO
-from lightning_draft.rewards.colour import Brightness, ColourTarget
+from lightning_draft.rewards.color import Brightness, ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import Full
@@ -141,7 +141,7 @@ class Note(L.Callback):
 def draft(folder: Path, **options: Any) -> DraftModule:
     defaults = {
         "model": StableDiffusion(str(folder), guidance_scale=2.0, lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
-        "reward": ColourTarget(1.0, 0.0, 0.0),
+        "reward": ColorTarget(1.0, 0.0, 0.0),
         "eval_rewards": {"brightness": Brightness(0.5)},
         "sampler": DDIM(2),
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=50.0, momentum=0.9),
@@ -152,7 +152,7 @@ def draft(folder: Path, **options: Any) -> DraftModule:
 def policy(folder: Path) -> PolicyGradientModule:
     return PolicyGradientModule(
         model=StableDiffusion(str(folder), guidance_scale=1.0, lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
-        reward=ColourTarget(1.0, 0.0, 0.0),
+        reward=ColorTarget(1.0, 0.0, 0.0),
         eval_rewards={"brightness": Brightness(0.5)},
         sampler=DDIM(2, eta=1.0),
         objective=PPO(),

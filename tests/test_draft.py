@@ -16,7 +16,7 @@ from lightning_draft.losses import Hinge
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.colour import Brightness, ColourBalance
+from lightning_draft.rewards.color import Brightness, ColorBalance
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
 from lightning_draft.samplers import DDIM, Transition
 from lightning_draft.seeds import derive_seed
@@ -32,7 +32,7 @@ def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -
     settings = {"guidance_scale": 1.0, "lora": LoRA(4, alpha=8.0, target_modules=TARGETS, seed=0), **(model or {})}
     defaults: dict[str, Any] = {
         "model": StableDiffusion(str(folder), **settings),
-        "reward": ColourBalance(),
+        "reward": ColorBalance(),
         "sampler": DDIM(2, spacing="trailing"),
         "truncation": LastK(1),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -114,7 +114,7 @@ class Recorder(Callback):
 
 def test_training_moves_the_adapters_alone_and_raises_the_reward(tiny_sd: Path, tmp_path: Path) -> None:
     """And validation gains nothing before training."""
-    parts = WeightedSum({"red": WeightedReward(ColourBalance(), 2.0), "light": WeightedReward(Brightness(), 0.0)})
+    parts = WeightedSum({"red": WeightedReward(ColorBalance(), 2.0), "light": WeightedReward(Brightness(), 0.0)})
     module, recorder = make(tiny_sd, reward=parts, eval_rewards={"brightness": Brightness()}), Recorder()
     before, buffers = values(module), {name: value.clone() for name, value in module.named_buffers()}
     trainer = trainer_of(tmp_path, recorder, max_steps=16, limit_val_batches=None)
@@ -143,7 +143,7 @@ def test_training_moves_the_adapters_alone_and_raises_the_reward(tiny_sd: Path, 
 
 
 def test_rewards_and_frozen_parts_stay_in_eval_mode(tiny_sd: Path) -> None:
-    class Noisy(ColourBalance):
+    class Noisy(ColorBalance):
         def __init__(self) -> None:
             super().__init__()
             self.dropout = nn.Dropout(0.5)

@@ -23,7 +23,7 @@ from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.methods.rollout import Rollout, stochastic_steps
 from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
-from lightning_draft.rewards import Brightness, ColourBalance, Reward, Sharpness, WeightedReward, ZScoreSum
+from lightning_draft.rewards import Brightness, ColorBalance, Reward, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowSDE
 from lightning_draft.schedules import RectifiedFlow, VariancePreserving
 from lightning_draft.testing import GaussianModel, LinearModel, LinearReward, scaled_linear
@@ -56,7 +56,7 @@ def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -
     """A pipeline whose adapters start the same every time."""
     lora = LoRA(4, alpha=8.0, target_modules=["to_v", "conv_out"], seed=0)
     settings = {"guidance_scale": 1.0, "lora": lora, **(model or {})}
-    defaults = {"model": StableDiffusion(str(folder), **settings), "reward": ColourBalance()}
+    defaults = {"model": StableDiffusion(str(folder), **settings), "reward": ColorBalance()}
     return linear(**{**defaults, "sampler": DDIM(3, eta=1.0, spacing="trailing"), **options})
 
 
@@ -456,7 +456,7 @@ def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, advantage_
 
 
 def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_path: Path) -> None:
-    module = make(tiny_sd, reward=ColourBalance(), timesteps_per_minibatch=1)
+    module = make(tiny_sd, reward=ColorBalance(), timesteps_per_minibatch=1)
     before = values(module)
     trainer = trainer_of(tmp_path, max_steps=2, accumulate_grad_batches=3, limit_val_batches=None)
     (first,) = trainer.validate(module, data(), verbose=False)

@@ -16,7 +16,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.rewards import Brightness, ColourBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
+from lightning_draft.rewards import Brightness, ColorBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import LinearModel
@@ -29,7 +29,7 @@ def module(kind: type = ZScoreSum, **options: Any) -> DraftModule:
     parts = {
         "bright": WeightedReward(Brightness(0.2), 3.0),
         "sharp": WeightedReward(Sharpness(), -1.0),
-        "red": WeightedReward(ColourBalance(), 0.0),
+        "red": WeightedReward(ColorBalance(), 0.0),
     }
     defaults: dict[str, Any] = {
         "model": LinearModel(0.1),

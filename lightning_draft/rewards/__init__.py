@@ -5,7 +5,7 @@ from lightning_draft.rewards.base import Prompt, Reward, check_scores
 from lightning_draft.rewards.blackbox import PythonFunction
 from lightning_draft.rewards.classifier import ClassifierTarget
 from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, CLIPScore
-from lightning_draft.rewards.colour import Brightness, ColourBalance, ColourTarget, Saturation, Sharpness, Symmetry
+from lightning_draft.rewards.color import Brightness, ColorBalance, ColorSaturation, ColorTarget, Sharpness, Symmetry
 from lightning_draft.rewards.combine import GradientNormSum, WeightedReward, WeightedSum, ZScoreSum
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.hps import HPSv2
@@ -21,8 +21,8 @@ __all__ = [
     "CLIPScore",
     "CaptionRetrieval",
     "ClassifierTarget",
-    "ColourBalance",
-    "ColourTarget",
+    "ColorBalance",
+    "ColorTarget",
     "DetectedCount",
     "HPSv2",
     "GradientNormSum",
@@ -40,7 +40,7 @@ __all__ = [
     "PythonFunction",
     "Reward",
     "RewardServiceError",
-    "Saturation",
+    "ColorSaturation",
     "Sharpness",
     "Symmetry",
     "WeightedReward",

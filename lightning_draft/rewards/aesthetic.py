@@ -15,7 +15,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import ImageEncoder
 from lightning_draft.rewards.precision import Precision, full_precision
-from lightning_draft.rewards.weights import PublishedFile, locate, read_tensors
+from lightning_draft.rewards.weights import PublishedFile, find_file, read_tensors
 
 AestheticVersion = Literal["v1", "v2"]
 
@@ -69,7 +69,7 @@ class AestheticScore(Reward):
         super().__init__()
         if version not in AESTHETIC_FILES:
             raise ConfigurationError(f"version={version!r} is not known; write v1 or v2")
-        path = locate(_published(version, head), head, "head")
+        path = find_file(_published(version, head), head, "head")
         self.head = collapse(read_tensors(path), _LAYERS[version], path).requires_grad_(False)
         self.encoder = ImageEncoder.load(pretrained, dtype)
         size = self.encoder.model.config.projection_dim

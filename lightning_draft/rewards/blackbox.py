@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 
-Form = Literal["pil", "numpy", "tensor"]
+ImageFormat = Literal["pil", "numpy", "tensor"]
 
 
 class PythonFunction(Reward):
@@ -33,29 +33,29 @@ class PythonFunction(Reward):
 
     differentiable = False
 
-    def __init__(self, function: Callable[..., Any] | str, images: Form = "pil") -> None:
+    def __init__(self, function: Callable[..., Any] | str, images: ImageFormat = "pil") -> None:
         super().__init__()
-        if images not in get_args(Form):
-            raise ConfigurationError(f"images={images!r} is not known; write {', '.join(get_args(Form))}")
+        if images not in get_args(ImageFormat):
+            raise ConfigurationError(f"images={images!r} is not known; write {', '.join(get_args(ImageFormat))}")
         self.images = images
-        self.function = _imported(function) if isinstance(function, str) else function
+        self.function = _import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
             raise ConfigurationError(f"{function!r} is not a function; give one that takes images and prompts")
 
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)`, clamped, to `(B,)`."""
-        scores = self.function(_FORMS[self.images](images), list(prompts))
+        scores = self.function(_CONVERTERS[self.images](images), list(prompts))
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
-        return checked(scores, prompts, f"the function {name}").to(images.device)
+        return parse_scores(scores, prompts, f"the function {name}").to(images.device)
 
 
-def pictures(images: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """RGB pictures of images `(B, 3, H, W)`, clamped to [0, 1] and rounded to bytes."""
-    return [Image.fromarray(picture) for picture in _bytes(images)]
+    return [Image.fromarray(picture) for picture in to_uint8(images)]
 
 
-def checked(scores: Any, prompts: Sequence[str], source: str) -> Tensor:
+def parse_scores(scores: Any, prompts: Sequence[str], source: str) -> Tensor:
     """Scores that came from outside as float32 `(B,)`.
 
     Args:
@@ -69,25 +69,25 @@ def checked(scores: Any, prompts: Sequence[str], source: str) -> Tensor:
     try:
         values = torch.as_tensor(scores).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{source} returned {scores!r}, not numbers, for {named(prompts)}") from error
+        raise ValueError(f"{source} returned {scores!r}, not numbers, for {quote_prompts(prompts)}") from error
     if values.shape != (len(prompts),):
         raise ValueError(
             f"{source} returned shape {tuple(values.shape)} for {len(prompts)} images; return one number an image "
-            f"({named(prompts)})"
+            f"({quote_prompts(prompts)})"
         )
     odd = [prompt for prompt, value in zip(prompts, values.tolist(), strict=True) if not math.isfinite(value)]
     if odd:
-        raise ValueError(f"{source} returned scores that are not finite for {named(odd)}")
+        raise ValueError(f"{source} returned scores that are not finite for {quote_prompts(odd)}")
     return values
 
 
-def named(prompts: Sequence[str], most: int = 8) -> str:
+def quote_prompts(prompts: Sequence[str], most: int = 8) -> str:
     """`the prompts 'a', 'b'`, at most `most` of them written out."""
     rest = f" and {len(prompts) - most} more" if len(prompts) > most else ""
     return f"the prompt{'s' * (len(prompts) != 1)} {', '.join(repr(str(prompt)) for prompt in prompts[:most])}{rest}"
 
 
-def _imported(path: str) -> Callable[..., Any]:
+def _import_function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     if not module:
         raise ConfigurationError(f"function={path!r} is no import path; write module.function, such as judges.{path}")
@@ -98,14 +98,14 @@ def _imported(path: str) -> Callable[..., Any]:
     return function
 
 
-def _bytes(images: Tensor) -> np.ndarray:
+def to_uint8(images: Tensor) -> np.ndarray:
     """uint8 `(B, H, W, 3)`."""
     pixels = images.detach().float().clamp(0, 1).mul(255).round().byte()
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-_FORMS: dict[str, Callable[[Tensor], Any]] = {
-    "pil": pictures,
-    "numpy": _bytes,
+_CONVERTERS: dict[str, Callable[[Tensor], Any]] = {
+    "pil": to_pil,
+    "numpy": to_uint8,
     "tensor": lambda images: images.detach().float().clamp(0, 1),
 }

@@ -10,9 +10,9 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.image_processor import PixelValues, read_image_processor
 from lightning_draft.rewards.precision import Precision, check_precision, full_precision
 from lightning_draft.rewards.pretrained import load, reading
-from lightning_draft.rewards.targets import Labels, wanted
+from lightning_draft.rewards.targets import Labels, target_values
 
-_WANTED = "an image classifier as transformers saves it, such as google/vit-base-patch16-224"
+_EXPECTED = "an image classifier as transformers saves it, such as google/vit-base-patch16-224"
 
 
 class ClassifierTarget(Reward):
@@ -33,7 +33,7 @@ class ClassifierTarget(Reward):
 
         super().__init__()
         check_precision(dtype)
-        with reading("image classifier", pretrained, _WANTED) as source:
+        with reading("image classifier", pretrained, _EXPECTED) as source:
             model = load(AutoModelForImageClassification, source)
             processor = read_image_processor(source)
         self.model = model.to(getattr(torch, dtype)).eval().requires_grad_(False)
@@ -50,7 +50,7 @@ class ClassifierTarget(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
-        targets = wanted(prompts, "target", self.target, type(self).__name__)
+        targets = target_values(prompts, "target", self.target, type(self).__name__)
         numbers = torch.tensor([self.labels.number(target) for target in targets], device=images.device)
         with full_precision(images) as x:
             logits = self.model(pixel_values=self.pixels(x).to(self.model.dtype)).logits.to(x.dtype)

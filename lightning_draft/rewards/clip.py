@@ -14,7 +14,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, Precision
 from lightning_draft.rewards.precision import full_precision
-from lightning_draft.rewards.targets import wanted
+from lightning_draft.rewards.targets import target_values
 
 
 class CLIPScore(Reward):
@@ -58,7 +58,7 @@ class CLIPClassification(Reward):
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
         captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
         dtype: Precision of the frozen weights.
-        column: Key of the prompts' metadata under which the caption to recognise stands; by default it is the prompt.
+        column: Key of the prompts' metadata under which the caption to recognize stands; by default it is the prompt.
 
     Raises:
         ConfigurationError: There are no captions, or there is no CLIP.
@@ -83,7 +83,7 @@ class CLIPClassification(Reward):
     def logits(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Scaled cosines with the prompts `(B,)` and with the captions `(B, N)`, -inf where a caption is the prompt."""
         if self.column is not None:
-            prompts = wanted(prompts, self.column, None, type(self).__name__)
+            prompts = target_values(prompts, self.column, None, type(self).__name__)
         with full_precision(images):
             features = self.encoder.images(images) * self.encoder.logit_scale
             own = (features * self.encoder.texts(prompts).to(features)).sum(-1)
@@ -100,7 +100,7 @@ class CaptionRetrieval(CLIPClassification):
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
         captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
         dtype: Precision of the frozen weights.
-        column: Key of the prompts' metadata under which the caption to recognise stands; by default it is the prompt.
+        column: Key of the prompts' metadata under which the caption to recognize stands; by default it is the prompt.
     """
 
     differentiable = False

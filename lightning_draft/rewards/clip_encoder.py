@@ -15,7 +15,7 @@ from lightning_draft.rewards.pretrained import load, reading
 
 MAX_CACHED = 65536
 _CHUNK = 256
-_WANTED = (
+_EXPECTED = (
     "a transformers CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or "
     "emoji-clip"
 )
@@ -52,7 +52,7 @@ class ImageEncoder(nn.Module):
         """
         from transformers import CLIPVisionModelWithProjection
 
-        with reading("CLIP", pretrained, _WANTED) as source:
+        with reading("CLIP", pretrained, _EXPECTED) as source:
             config = _clip_config(source)
             vision = config.vision_config
             vision.projection_dim = config.projection_dim
@@ -110,9 +110,9 @@ class CLIPEncoder(ImageEncoder):
         """
         from transformers import CLIPModel
 
-        with reading("CLIP", pretrained, _WANTED) as source:
+        with reading("CLIP", pretrained, _EXPECTED) as source:
             model = load(CLIPModel, source, _clip_config(source))
-        with reading("CLIP", processor or pretrained, _WANTED) as source:
+        with reading("CLIP", processor or pretrained, _EXPECTED) as source:
             tokenizer, config = read_tokenizer(source), _image_processor(source)
         return cls(model, tokenizer, Preprocessing.from_config(config), dtype)
 

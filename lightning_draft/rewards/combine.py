@@ -43,7 +43,7 @@ class WeightedReward:
         if self.width < 0 or (self.width > 0 and self.threshold is None):
             raise ConfigurationError(f"width={self.width} must not be negative, and needs a threshold to soften")
 
-    def saturated(self, score: Tensor) -> Tensor:
+    def capped(self, score: Tensor) -> Tensor:
         """What a score counts as."""
         if self.threshold is None:
             return score
@@ -73,9 +73,9 @@ class WeightedSum(Reward):
                 "least one under `rewards`"
             )
         self.weights = {check_name(name): part.weight for name, part in rewards.items()}
-        self.parts = nn.ModuleList(part.reward for part in rewards.values())
+        self.rewards = nn.ModuleList(part.reward for part in rewards.values())
         self.differentiable = all(part.reward.differentiable for part in rewards.values() if part.weight != 0)
-        self._saturations = {name: part.saturated for name, part in rewards.items()}
+        self._caps = {name: part.capped for name, part in rewards.items()}
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`; parts of weight 0 are not evaluated."""
@@ -93,7 +93,7 @@ class WeightedSum(Reward):
 
     def components(self) -> dict[str, Reward]:
         """The parts by name."""
-        return dict(zip(self.weights, cast(Iterable[Reward], self.parts), strict=True))
+        return dict(zip(self.weights, cast(Iterable[Reward], self.rewards), strict=True))
 
     @property
     def needs_calibration(self) -> bool:
@@ -121,7 +121,7 @@ class WeightedSum(Reward):
         total = torch.zeros(len(images), device=images.device)
         for name, (score, _) in found.items():
             if self.weights[name] != 0:
-                total = total + self.weights[name] * self._scaled(name, self._saturations[name](score))
+                total = total + self.weights[name] * self._scaled(name, self._caps[name](score))
         return total
 
     def _scaled(self, name: str, score: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.detector import open_detector
 from lightning_draft.rewards.precision import Precision
-from lightning_draft.rewards.targets import wanted
+from lightning_draft.rewards.targets import target_values
 
 QUERY = "a photo of a {}"
 
@@ -54,11 +54,11 @@ class ObjectPresent(Reward):
 
     def objects(self, prompts: Sequence[str]) -> list[str]:
         """What to look for in the image of each prompt."""
-        return wanted(prompts, "object", self.object, type(self).__name__)
+        return target_values(prompts, "object", self.object, type(self).__name__)
 
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
         """Logits `(B, Q)` to `(B,)`."""
-        return log_any(logits)
+        return log_probability_any(logits)
 
 
 class ObjectAbsent(ObjectPresent):
@@ -121,7 +121,7 @@ class ObjectCount(ObjectPresent):
         """Logits `(B, Q)` to `(B,)`."""
         middle = torch.special.logit(logits.new_tensor(self.threshold))
         found = ((logits - middle) / self.temperature).sigmoid().sum(-1)
-        return -((found - counts(prompts, self.count, type(self).__name__).to(found)) ** 2)
+        return -((found - target_counts(prompts, self.count, type(self).__name__).to(found)) ** 2)
 
 
 class DetectedCount(Reward):
@@ -172,15 +172,15 @@ class DetectedCount(Reward):
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
-        objects = wanted(prompts, "object", self.object, type(self).__name__)
+        objects = target_values(prompts, "object", self.object, type(self).__name__)
         pictures = images.float().clamp(0, 1).mul(255).round() / 255
         found = self.detector.count(pictures, objects, self.threshold)
         if self.score == "number":
             return found
-        return -((found - counts(prompts, self.count, type(self).__name__).to(found)) ** 2)
+        return -((found - target_counts(prompts, self.count, type(self).__name__).to(found)) ** 2)
 
 
-def log_any(logits: Tensor) -> Tensor:
+def log_probability_any(logits: Tensor) -> Tensor:
     """`log(1 - prod(1 - sigmoid(l)))` over the last dimension, and its gradient, from certainty down to `exp(l)` = 0.
 
     With `s = sum softplus(l)` it is `log(1 - exp(-s))`, which takes one form for each range of `s`.
@@ -192,13 +192,13 @@ def log_any(logits: Tensor) -> Tensor:
     return torch.where(likely, certain, torch.where(rare, logits.logsumexp(-1), common))
 
 
-def counts(prompts: Sequence[str], own: float | None, reward: str) -> Tensor:
+def target_counts(prompts: Sequence[str], own: float | None, reward: str) -> Tensor:
     """How many objects each image should show, `(B,)` float64.
 
     Raises:
         ConfigurationError: A prompt's is not a number.
     """
-    found = wanted(prompts, "count", own, reward)
+    found = target_values(prompts, "count", own, reward)
     try:
         return torch.tensor([float(number) for number in found], dtype=torch.float64)
     except (TypeError, ValueError) as error:

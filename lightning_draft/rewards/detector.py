@@ -14,8 +14,8 @@ from lightning_draft.rewards.precision import Precision, check_precision, defaul
 from lightning_draft.rewards.pretrained import load, reading
 from lightning_draft.rewards.targets import Labels
 
-TEXT_QUERIED = ("owlvit", "owlv2")
-_WANTED = "a detector as transformers saves it, such as google/owlv2-base-patch16-ensemble or hustvl/yolos-tiny"
+TEXT_DETECTORS = ("owlvit", "owlv2")
+_EXPECTED = "a detector as transformers saves it, such as google/owlv2-base-patch16-ensemble or hustvl/yolos-tiny"
 
 
 class Detector(nn.Module, ABC):
@@ -62,7 +62,7 @@ class Detector(nn.Module, ABC):
         """How many boxes of each image transformers' post-processing keeps for its object, `(B,)`."""
 
 
-class TextQueried(Detector):
+class TextDetector(Detector):
     """OWL-ViT or OWLv2: an object is asked for in words.
 
     Args:
@@ -112,7 +112,7 @@ class TextQueried(Detector):
         return nn.functional.normalize(features, dim=-1).unsqueeze(1)
 
 
-class LabelQueried(Detector):
+class LabelDetector(Detector):
     """A detector of the DETR family: an object is one of its labels.
 
     Args:
@@ -169,10 +169,10 @@ def open_detector(pretrained: str, query: str, dtype: Precision) -> Detector:
     check_precision(dtype)
     if "{}" not in query:
         raise ConfigurationError(f"query={query!r} has no place for the object; write {{}} there: a photo of a {{}}")
-    with reading("detector", pretrained, _WANTED) as source:
-        by_text = AutoConfig.from_pretrained(source).model_type in TEXT_QUERIED
+    with reading("detector", pretrained, _EXPECTED) as source:
+        by_text = AutoConfig.from_pretrained(source).model_type in TEXT_DETECTORS
         model = load(AutoModelForZeroShotObjectDetection if by_text else AutoModelForObjectDetection, source)
         processor = read_image_processor(source)
         if by_text:
-            return TextQueried(model, processor, dtype, AutoTokenizer.from_pretrained(source), query)
-        return LabelQueried(model, processor, dtype, pretrained)
+            return TextDetector(model, processor, dtype, AutoTokenizer.from_pretrained(source), query)
+        return LabelDetector(model, processor, dtype, pretrained)

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, read_tokenizer
-from lightning_draft.rewards.open_clip import clean, clip_from_open_clip
+from lightning_draft.rewards.open_clip import clean_text, clip_from_open_clip
 from lightning_draft.rewards.precision import Precision
 from lightning_draft.rewards.preprocessing import LongestSide
-from lightning_draft.rewards.weights import PublishedFile, locate, read_tensors
+from lightning_draft.rewards.weights import PublishedFile, find_file, read_tensors
 
 HPSVersion = Literal["v2.0", "v2.1"]
 
@@ -59,7 +59,7 @@ class HPSv2(Reward):
         antialias: bool = True,
     ) -> None:
         super().__init__()
-        path = locate(hps_file(version), weights)
+        path = find_file(hps_file(version), weights)
         model = clip_from_open_clip(read_tensors(path, "state_dict"), HPS_HEADS, path)
         preprocess = LongestSide(model.config.vision_config.image_size, antialias)
         words = clip_tokenizer(tokenizer, model.config.text_config.vocab_size)
@@ -67,7 +67,7 @@ class HPSv2(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
-        return self.encoder.similarity(images, [clean(prompt) for prompt in prompts])
+        return self.encoder.similarity(images, [clean_text(prompt) for prompt in prompts])
 
 
 def hps_file(version: str) -> PublishedFile:

@@ -28,7 +28,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.hps import HPS_TOKENIZER, HPSVersion, clip_tokenizer, hps_file
 from lightning_draft.rewards.precision import full_precision
-from lightning_draft.rewards.weights import fill, locate, read_tensors
+from lightning_draft.rewards.weights import find_file, load_state, read_tensors
 
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _INSTALL = (
@@ -63,14 +63,14 @@ class HPSv2Reference(Reward):
         architecture: str = "ViT-H-14",
     ) -> None:
         super().__init__()
-        path = locate(hps_file(version), weights)
+        path = find_file(hps_file(version), weights)
         tensors = read_tensors(path, "state_dict")
         merges = bpe_merges(clip_tokenizer(tokenizer, len(tensors["token_embedding.weight"])))
         self.package = import_hpsv2(merges)
         self.model, _, self.preprocess = self.package.create_model_and_transforms(
             architecture, light_augmentation=True, output_dict=True
         )
-        fill(self.model, tensors, path)
+        load_state(self.model, tensors, path)
         self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ def import_hpsv2(merges: bytes) -> Any:
     import importlib
 
     try:
-        with _worked_round(merges):
+        with _patched_imports(merges):
             return importlib.import_module("hpsv2.src.open_clip")
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -116,7 +116,7 @@ def import_hpsv2(merges: bytes) -> Any:
 
 
 @contextmanager
-def _worked_round(merges: bytes) -> Iterator[None]:
+def _patched_imports(merges: bytes) -> Iterator[None]:
     """Within this context the package finds a vocabulary where its wheel has none, and a `turtle` without tkinter."""
 
     def opened(file: Any, *arguments: Any, **options: Any) -> Any:

@@ -18,7 +18,7 @@ SUPPORTED = (
 )
 """Processors whose arithmetic is known here. Swin uses ViT's, DINOv2 BiT's, ResNet ConvNeXT's, D-FINE RT-DETR's."""
 
-_GREY = 0.5
+_GRAY = 0.5
 
 
 class PixelValues:
@@ -82,7 +82,7 @@ def read_image_processor(source: Path | str) -> Any:
 
 
 def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """OWLv2's own resize: grey below and to the right up to a square, a Gaussian where it shrinks, then linear.
+    """OWLv2's own resize: gray below and to the right up to a square, a Gaussian where it shrinks, then linear.
 
     As in the model's first implementation and in transformers 4; transformers 5 pads with black.
 
@@ -92,7 +92,7 @@ def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = images.shape[-2:]
     side = max(height, width)
-    images = F.pad(images, (0, side - width, 0, side - height), value=_GREY)
+    images = F.pad(images, (0, side - width, 0, side - height), value=_GRAY)
     for dim, length in zip((-2, -1), size, strict=True):
         images = _smooth(images, (side / length - 1) / 2, dim)
     return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=False)

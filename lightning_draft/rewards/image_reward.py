@@ -19,7 +19,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.precision import Precision, check_precision, full_precision
 from lightning_draft.rewards.preprocessing import CLIP_MEAN, CLIP_STD
-from lightning_draft.rewards.weights import PublishedFile, fill, locate, read_tensors
+from lightning_draft.rewards.weights import PublishedFile, find_file, load_state, read_tensors
 
 WEIGHTS = PublishedFile(
     "THUDM/ImageReward",
@@ -74,11 +74,11 @@ class ImageReward(Reward):
     ) -> None:
         super().__init__()
         check_precision(dtype)
-        path = locate(WEIGHTS, weights)
+        path = find_file(WEIGHTS, weights)
         if config is None and (path.parent / CONFIG.name).is_file():
             config = str(path.parent)
-        text = _read_json(locate(CONFIG, config, "config"))
-        self.tokenizer = _read_tokenizer(locate(VOCABULARY, tokenizer, "tokenizer"), text["vocab_size"])
+        text = _read_json(find_file(CONFIG, config, "config"))
+        self.tokenizer = _read_tokenizer(find_file(VOCABULARY, tokenizer, "tokenizer"), text["vocab_size"])
         self.model = PreferenceModel(read_tensors(path), text, path)
         self.model.to(getattr(torch, dtype)).eval().requires_grad_(False)
 
@@ -136,7 +136,7 @@ class PreferenceModel(nn.Module):
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
         self.head = nn.Sequential(*(nn.Linear(shape[1], shape[0]) for shape in head))
-        fill(self, converted(tensors), source)
+        load_state(self, convert_state_dict(tensors), source)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +144,7 @@ class PreferenceModel(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Scores `(B,)` before they are normalised, of pixels `(B, 3, S, S)` and tokens `(B, L)` with their mask."""
+        """Scores `(B,)` before they are normalized, of pixels `(B, 3, S, S)` and tokens `(B, L)` with their mask."""
         image = self.vision(pixel_values=pixels).last_hidden_state
         text = self.text(input_ids=tokens, attention_mask=mask, encoder_hidden_states=image)
         scores: Tensor = self.head(text.last_hidden_state[:, 0]).squeeze(-1)
@@ -152,7 +152,7 @@ class PreferenceModel(nn.Module):
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
-    """Resize the shortest side, crop the centre, normalise: `(B, 3, H, W)` in [0, 1] to `(B, 3, size, size)`.
+    """Resize the shortest side, crop the center, normalize: `(B, 3, H, W)` in [0, 1] to `(B, 3, size, size)`.
 
     The crop's corner is rounded as torchvision rounds it, half to even.
     """
@@ -166,7 +166,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
     return (images[..., top : top + size, left : left + size] - mean) / std
 
 
-def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The published state dict under the names of `PreferenceModel`; BLIP's unused projections are left out."""
     result: dict[str, Tensor] = {}
     layers: dict[str, int] = {}

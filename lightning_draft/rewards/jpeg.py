@@ -33,7 +33,7 @@ _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"exact": torch.round, "stra
 
 
 class JPEGCompressibility(Reward):
-    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: what the quantiser takes away.
+    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: what the quantizer takes away.
 
     In [-1, 0]; at quality 50 photographs and drawings score between -0.01 and 0.
 
@@ -78,7 +78,7 @@ class JPEGRate(Reward):
     """Minus an estimate of the file's size: `sum log2(1 + |c / q|)` over all DCT coefficients, in kilobytes of 8000.
 
     As in the file, the first coefficient of a block counts as its difference from the block before, so that the
-    average colour is free. The sum is proportional to the true size without headers (about 0.6 kB); the true bytes are
+    average color is free. The sum is proportional to the true size without headers (about 0.6 kB); the true bytes are
     about 2.6 times as many. At quality 95, 32x32 pictures score between -0.5 and 0.
 
     Args:

@@ -1,7 +1,7 @@
 """JPEG with 4:2:0 chroma as tensor arithmetic, step for step as libjpeg does it, without entropy coding.
 
 References:
-    ITU-T T.81, annex A (DCT, quantisation) and annex K (tables); libjpeg 6b, `jcprepct.c` and `jdsample.c` (padding and
+    ITU-T T.81, annex A (DCT, quantization) and annex K (tables); libjpeg 6b, `jcprepct.c` and `jdsample.c` (padding and
     triangle upsampling).
 """
 
@@ -50,7 +50,7 @@ def check_quality(quality: int) -> int:
     return quality
 
 
-def quantisation_tables(quality: int) -> tuple[Tensor, Tensor]:
+def quantization_tables(quality: int) -> tuple[Tensor, Tensor]:
     """Luma and chroma tables `(8, 8)`, float64, integers in 1..255, as libjpeg scales the standard ones.
 
     Args:
@@ -76,7 +76,7 @@ def dct_matrix() -> Tensor:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """DCT coefficients in units of their quantisation step, by block: each `(B, rows, columns, 8, 8)`.
+    """DCT coefficients in units of their quantization step, by block: each `(B, rows, columns, 8, 8)`.
 
     Args:
         luma: Of Y; an even number of rows and columns.
@@ -104,7 +104,7 @@ class JPEGCodec:
 
     def __init__(self, quality: int) -> None:
         self.quality = quality
-        self.luma_table, self.chroma_table = quantisation_tables(quality)
+        self.luma_table, self.chroma_table = quantization_tables(quality)
         self.dct = dct_matrix()
 
     def encode(self, images: Tensor) -> Coefficients:
@@ -115,27 +115,27 @@ class JPEGCodec:
         luma = _replicate(ycbcr[:, :1], _multiple(height, 16), padded.shape[-1])[:, 0] - 128
         halved = F.avg_pool2d(ycbcr[:, 1:], 2)
         chroma = _replicate(halved, _multiple(height, 16) // 2, halved.shape[-1])
-        cb, cr = (self._analyse(plane, self.chroma_table) for plane in chroma.unbind(1))
-        return Coefficients(self._analyse(luma, self.luma_table), cb, cr, (height, width))
+        cb, cr = (self._analyze(plane, self.chroma_table) for plane in chroma.unbind(1))
+        return Coefficients(self._analyze(luma, self.luma_table), cb, cr, (height, width))
 
     def decode(self, coefficients: Coefficients) -> Tensor:
         """Images `(B, 3, H, W)`, not clamped to [0, 1], from coefficients, rounded or not."""
         height, width = coefficients.size
-        luma = self._synthesise(coefficients.luma, self.luma_table)[:, :height, :width] + 128
+        luma = self._synthesize(coefficients.luma, self.luma_table)[:, :height, :width] + 128
         chroma = torch.stack(
-            [self._synthesise(plane, self.chroma_table) for plane in (coefficients.cb, coefficients.cr)], 1
+            [self._synthesize(plane, self.chroma_table) for plane in (coefficients.cb, coefficients.cr)], 1
         )[:, :, : (height + 1) // 2, : (width + 1) // 2]
         doubled = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False, antialias=False)
         ycbcr = torch.cat([luma.unsqueeze(1), doubled[:, :, :height, :width]], 1)
         inverse = torch.linalg.inv(torch.tensor(YCBCR, dtype=torch.float64)).to(ycbcr)
         return torch.einsum("byhw,cy->bchw", ycbcr, inverse) / 255
 
-    def _analyse(self, plane: Tensor, table: Tensor) -> Tensor:
+    def _analyze(self, plane: Tensor, table: Tensor) -> Tensor:
         blocks = plane.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
         dct = self.dct.to(plane)
         return dct @ blocks @ dct.T / table.to(plane)
 
-    def _synthesise(self, blocks: Tensor, table: Tensor) -> Tensor:
+    def _synthesize(self, blocks: Tensor, table: Tensor) -> Tensor:
         dct = self.dct.to(blocks)
         pixels = dct.T @ (blocks * table.to(blocks)) @ dct
         return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2)

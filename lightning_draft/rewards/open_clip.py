@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.pretrained import quiet
-from lightning_draft.rewards.weights import check_fit
+from lightning_draft.rewards.weights import check_state_dict
 
 _TEXT, _VISION = "text_model", "vision_model"
 _NAMES = (
@@ -65,12 +65,12 @@ def clip_from_open_clip(tensors: Mapping[str, Tensor], heads: int, source: Path 
         ) from error
     renamed = _renamed(tensors)
     with torch.device("meta"):
-        check_fit(CLIPModel(config).state_dict(), renamed, source)
+        check_state_dict(CLIPModel(config).state_dict(), renamed, source)
     with quiet():
         return CLIPModel.from_pretrained(None, config=config, state_dict=renamed)
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """A text as open_clip's tokenizer sees it, where the transformers tokenizer of the same vocabulary does not.
 
     HTML entities, curly quotes, ligatures and full-width letters become plain, control characters go. open_clip also

@@ -18,7 +18,7 @@ _MODES = {2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A CLIP image processor as tensor arithmetic: resize, centre crop, normalise.
+    """A CLIP image processor as tensor arithmetic: resize, center crop, normalize.
 
     Args:
         shortest: Length in pixels to which the shortest side is resized; or the size (height, width); or None.
@@ -52,12 +52,12 @@ class Preprocessing:
             )
         if isinstance(size, Mapping):
             size = size["shortest_edge"] if "shortest_edge" in size else _pair(size)
-        normalise = config.get("do_normalize", True)
+        normalize = config.get("do_normalize", True)
         return cls(
             shortest=size if config.get("do_resize", True) else None,
             crop=_pair(config.get("crop_size", 224)) if config.get("do_center_crop", True) else None,
-            mean=tuple(config["image_mean"]) if normalise else (0.0,) * 3,
-            std=tuple(config["image_std"]) if normalise else (1.0,) * 3,
+            mean=tuple(config["image_mean"]) if normalize else (0.0,) * 3,
+            std=tuple(config["image_std"]) if normalize else (1.0,) * 3,
             mode=mode,
             scale=255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0,
         )
@@ -70,7 +70,7 @@ class Preprocessing:
             images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True)
         if self.crop is not None:
             images = F.pad(images, (*_margins(size[1], self.crop[1]), *_margins(size[0], self.crop[0])))
-        return normalise(images * self.scale, self.mean, self.std)
+        return normalize(images * self.scale, self.mean, self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if self.shortest is None:
@@ -84,7 +84,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class LongestSide:
-    """Resize the longest side, pad the other with black on both sides, normalise: what HPSv2 does.
+    """Resize the longest side, pad the other with black on both sides, normalize: what HPSv2 does.
 
     Args:
         size: Height and width of the result, in pixels.
@@ -109,10 +109,10 @@ class LongestSide:
             )
         rows, columns = self.size - height, self.size - width
         images = F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return normalise(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std)
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Subtract the mean and divide by the standard deviation, by channel."""
     shift, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
     return (images - shift) / scale

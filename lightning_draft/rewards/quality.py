@@ -14,7 +14,7 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.precision import full_precision
 from lightning_draft.rewards.pretrained import reading
 
-_WANTED = "a judge (config.json with `architecture` and `size`, model.safetensors), such as emoji64-judge"
+_EXPECTED = "a judge (config.json with `architecture` and `size`, model.safetensors), such as emoji64-judge"
 
 
 class ImageQuality(Reward):
@@ -35,7 +35,7 @@ class ImageQuality(Reward):
     def __init__(self, pretrained: str, bounded: bool = True) -> None:
         super().__init__()
         self.bounded = bounded
-        with reading("judge", pretrained, _WANTED) as source:
+        with reading("judge", pretrained, _EXPECTED) as source:
             folder = Path(source)
             config = json.loads((folder / "config.json").read_text())
             self.size = int(config["size"])

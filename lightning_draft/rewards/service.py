@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.blackbox import checked, named, pictures
+from lightning_draft.rewards.blackbox import parse_scores, quote_prompts, to_pil
 from lightning_draft.rewards.jpeg_codec import check_quality
 
 LONGEST_PAUSE = 60.0
@@ -81,7 +81,7 @@ class HTTPReward(Reward):
         token_variable: str | None = None,
     ) -> None:
         super().__init__()
-        self.url = _checked_url(url)
+        self.url = _check_url(url)
         if encoding not in ("png", "jpeg"):
             raise ConfigurationError(f"encoding={encoding!r} is not known; write png or jpeg")
         if min(batch_size, concurrency) < 1 or min(retries, backoff) < 0 or not timeout > 0:
@@ -107,7 +107,7 @@ class HTTPReward(Reward):
         Raises:
             RewardServiceError: The service gave no scores for some prompts.
         """
-        files = [self._encode(picture) for picture in pictures(images)]
+        files = [self._encode(picture) for picture in to_pil(images)]
         batches = [slice(start, start + self.batch_size) for start in range(0, len(files), self.batch_size)]
         given_up = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency)
@@ -134,12 +134,12 @@ class HTTPReward(Reward):
             scores = json.loads(answer)["scores"]
             if not all(type(score) in (int, float) for score in scores):
                 raise ValueError("its scores are not numbers")
-            return checked(scores, prompts, "it")
+            return parse_scores(scores, prompts, "it")
         except (ValueError, TypeError, KeyError) as error:
             start = answer[:200].decode("utf-8", "replace")
             raise RewardServiceError(
                 f'{self.url} was to answer {{"scores": [...]}} with {len(prompts)} finite numbers for '
-                f"{named(prompts)}, and answered {start!r} ({error})"
+                f"{quote_prompts(prompts)}, and answered {start!r} ({error})"
             ) from error
 
     def _ask(self, content: bytes, prompts: Sequence[str], given_up: threading.Event) -> bytes:
@@ -148,11 +148,11 @@ class HTTPReward(Reward):
             try:
                 return self._post(content)
             except (OSError, HTTPException) as error:
-                pause = min(LONGEST_PAUSE, max(self.backoff * 2**attempt, _asked_pause(error)))
-                if attempt == self.retries or not _may_pass(error) or given_up.wait(pause):
+                pause = min(LONGEST_PAUSE, max(self.backoff * 2**attempt, _retry_after(error)))
+                if attempt == self.retries or not _is_transient(error) or given_up.wait(pause):
                     tries = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
                     raise RewardServiceError(
-                        f"{self.url} gave no scores for {named(prompts)} after {tries}: {_reason(error)}"
+                        f"{self.url} gave no scores for {quote_prompts(prompts)} after {tries}: {_reason(error)}"
                     ) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -182,11 +182,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Follow none: the status becomes the error."""
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     return error.code in _TRANSIENT if isinstance(error, urllib.error.HTTPError) else True
 
 
-def _asked_pause(error: Exception) -> float:
+def _retry_after(error: Exception) -> float:
     """Seconds that the service asks to be left alone."""
     headers: Mapping[str, Any] = getattr(error, "headers", None) or {}
     seconds = str(headers.get("Retry-After", ""))
@@ -200,7 +200,7 @@ def _reason(error: Exception) -> str:
         return f"status {error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')!r}"
 
 
-def _checked_url(url: str) -> str:
+def _check_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigurationError(f"url={url!r} is not the address of a service; write http://host:port/path")

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_draft.errors import ConfigurationError
 
 
-def wanted(prompts: Sequence[str], name: str, own: Any, reward: str) -> list[Any]:
+def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> list[Any]:
     """What to look for in the image of each prompt: `own` if given, else the prompt's metadata under `name`.
 
     Args:

@@ -38,7 +38,7 @@ class PublishedFile:
         return f"{Path(self.name).name} of {self.host} repository {self.repo}"
 
 
-def locate(published: PublishedFile, local: str | None = None, argument: str = "weights") -> Path:
+def find_file(published: PublishedFile, local: str | None = None, argument: str = "weights") -> Path:
     """The file on this machine: `local` if given, else from the hub's cache, into which it is downloaded once.
 
     Size and hash are verified where they are known. A local file under another name than the published one is the
@@ -84,7 +84,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     return dict(content)
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Copy every tensor into the module's parameter or buffer of that name, in the module's precision.
 
     Args:
@@ -95,11 +95,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -
     Raises:
         ConfigurationError: Names or shapes differ.
     """
-    check_fit(module.state_dict(), tensors, source)
+    check_state_dict(module.state_dict(), tensors, source)
     module.load_state_dict(dict(tensors))
 
 
-def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path | str) -> None:
+def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path | str) -> None:
     """Check that a state dict has the names and the shapes expected of it, and nothing else.
 
     Args:

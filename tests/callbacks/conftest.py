@@ -13,7 +13,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.stable_diffusion import StableDiffusion
-from lightning_draft.rewards.colour import ColourTarget
+from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import Full, LastK
@@ -102,7 +102,7 @@ def make_diffusion_module(tiny_sd: Path) -> Callable[..., DraftModule]:
     def make(**options: Any) -> DraftModule:
         defaults = {
             "model": StableDiffusion(str(tiny_sd), lora=LoRA(rank=2, seed=0)),
-            "reward": ColourTarget(1.0, 0.0, 0.0),
+            "reward": ColorTarget(1.0, 0.0, 0.0),
             "sampler": DDIM(3),
             "truncation": LastK(2),
             "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.05),

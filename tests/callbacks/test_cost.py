@@ -14,7 +14,7 @@ from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.objectives import PRDP
-from lightning_draft.rewards.colour import Brightness
+from lightning_draft.rewards.color import Brightness
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import LastK, LowVariance

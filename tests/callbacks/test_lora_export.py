@@ -115,7 +115,7 @@ def test_the_header_says_where_the_adapters_come_from(make_diffusion_module, mak
     header = header_of(callback.best_path)
     assert header["base"] == str(tiny_sd)
     assert header["method"] == "LastK(k=2)"
-    assert header["reward"].startswith("ColourTarget(")
+    assert header["reward"].startswith("ColorTarget(")
     assert header["step"] == "2"
     scores = json.loads(header["scores"])
     assert scores["val/reward"] == trainer.callback_metrics["val/reward"].item()

@@ -28,7 +28,7 @@ from lightning_draft.callbacks import (
     SampleLogger,
 )
 from lightning_draft.data import PromptDataModule
-from lightning_draft.rewards.colour import ColourBalance, ColourTarget
+from lightning_draft.rewards.color import ColorBalance, ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LowVariance, RandomK
 
@@ -91,7 +91,7 @@ def train(make_diffusion_module, make_trainer):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        module, trace = make_diffusion_module(eval_rewards={"red": ColourBalance()}, **options), Trace()
+        module, trace = make_diffusion_module(eval_rewards={"red": ColorBalance()}, **options), Trace()
         trainer = make_trainer(
             *extra,
             trace,
@@ -151,7 +151,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(train, tmp_path):
     assert equal(ours, theirs)
 
 
-class Explosive(ColourTarget):
+class Explosive(ColorTarget):
     """Its slope grows by 100 000 while it is armed."""
 
     armed = False

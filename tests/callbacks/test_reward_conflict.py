@@ -5,7 +5,7 @@ import torch
 
 from lightning_draft.callbacks import RewardConflict
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards import Brightness, ColourBalance, JPEGSize, Sharpness, WeightedReward, WeightedSum
+from lightning_draft.rewards import Brightness, ColorBalance, JPEGSize, Sharpness, WeightedReward, WeightedSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import RandomK
@@ -40,11 +40,11 @@ def test_a_negative_weight_turns_the_pull(make_module, make_trainer, data, logge
 
 def test_the_cosine_is_the_mean_over_pictures_of_the_batch(make_module, make_trainer, data, logger):
     module = make_module(
-        reward=Brightness(0.2), eval_rewards={"red": ColourBalance(), "sharp": Sharpness()}, sampler=DDIM(4)
+        reward=Brightness(0.2), eval_rewards={"red": ColorBalance(), "sharp": Sharpness()}, sampler=DDIM(4)
     )
     make_trainer(RewardConflict(2, seed=3), logger=logger, max_steps=2).fit(module, data)
     images = module.generate(["a", "b"], seed=3).requires_grad_()
-    rewards = {"reward": Brightness(0.2), "eval_rewards.red": ColourBalance(), "eval_rewards.sharp": Sharpness()}
+    rewards = {"reward": Brightness(0.2), "eval_rewards.red": ColorBalance(), "eval_rewards.sharp": Sharpness()}
     found = {
         name: torch.autograd.grad(reward(images, ["", ""]).sum(), images)[0].flatten(1)
         for name, reward in rewards.items()
@@ -63,7 +63,7 @@ def test_the_cosine_is_the_mean_over_pictures_of_the_batch(make_module, make_tra
 def test_training_with_it_is_bitwise_the_training_without(make_diffusion_module, make_trainer, data):
     def train(*callbacks):
         torch.manual_seed(0)
-        reward = summed(dark=(Brightness(0.0),), red=(ColourBalance(),))
+        reward = summed(dark=(Brightness(0.0),), red=(ColorBalance(),))
         module = make_diffusion_module(reward=reward, truncation=RandomK(), sampler=DDIM(3, eta=1.0))
         make_trainer(*callbacks, max_steps=2, limit_val_batches=0).fit(module, data)
         return module, torch.rand(()).item()

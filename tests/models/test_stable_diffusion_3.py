@@ -20,7 +20,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import DiffusionModel, LoRA, StableDiffusion, StableDiffusion3
-from lightning_draft.rewards.colour import ColourBalance
+from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, Truncation
@@ -407,7 +407,7 @@ def module(model: StableDiffusion3, truncation: Truncation, **options: Any) -> D
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-2)
 
-    return DraftModule(model, ColourBalance(), FlowEuler(4), truncation, optimizer=optimizer, **options)
+    return DraftModule(model, ColorBalance(), FlowEuler(4), truncation, optimizer=optimizer, **options)
 
 
 def data() -> PromptDataModule:
@@ -491,7 +491,7 @@ def test_each_wrapper_points_to_the_other(tiny_sd: Path, tiny_sd3: Path, tmp_pat
 
 
 def test_samplers_of_the_other_kind_are_refused(tiny_sd3: Path) -> None:
-    draft = DraftModule(opened(tiny_sd3), ColourBalance(), DDIM(4), LowVariance())
+    draft = DraftModule(opened(tiny_sd3), ColorBalance(), DDIM(4), LowVariance())
     with pytest.raises(ValueError, match="DDIM needs a variance-preserving model; use FlowEuler"):
         draft.setup("fit")
 

@@ -47,7 +47,7 @@ LABELS = ("red cat", "cat, feline", "bird", "N/A")
 
 @pytest.fixture
 def pictures() -> Callable[..., Tensor]:
-    """Smooth coloured shapes with a little noise, float32 `(count, 3, height, width)` in [0.1, 0.9], whole bytes."""
+    """Smooth colored shapes with a little noise, float32 `(count, 3, height, width)` in [0.1, 0.9], whole bytes."""
 
     def draw(count: int, height: int, width: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

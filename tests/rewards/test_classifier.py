@@ -15,7 +15,7 @@ from transformers import ResNetForImageClassification as ResNet
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import ClassifierTarget, Prompt
-from lightning_draft.rewards.targets import Labels, wanted
+from lightning_draft.rewards.targets import Labels, target_values
 
 Draw = Callable[..., Tensor]
 LABELS = {0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "tiger cat", 4: "Egyptian_cat", 5: "LABEL_5"}
@@ -129,11 +129,11 @@ def test_an_unknown_target_is_refused_before_training(tiny_classifier: Path) -> 
 
 def test_what_is_wanted() -> None:
     prompts = [Prompt("a", {"count": 0}), Prompt("b", {"count": "2"})]
-    assert wanted(prompts, "count", None, "R") == [0, "2"]
-    assert wanted(prompts, "count", 5, "R") == [5, 5]
+    assert target_values(prompts, "count", None, "R") == [0, "2"]
+    assert target_values(prompts, "count", 5, "R") == [5, 5]
     for metadata in ({}, {"count": ""}, {"count": None}):
         with pytest.raises(ConfigurationError, match=r"in 'c': the prompt has no 'count' .*\.csv file .*column count"):
-            wanted([*prompts, Prompt("c", metadata)], "count", None, "R")
+            target_values([*prompts, Prompt("c", metadata)], "count", None, "R")
 
 
 def test_folders_without_a_classifier_are_refused(tiny_classifier: Path, tiny_clip: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "margin": {"size": {"shortest_edge": 18}, "crop_size": {"height": 15, "width": 16}},
     "pad": {"size": {"shortest_edge": 13}, "crop_size": {"height": 16, "width": 16}},
     "no-resize": {"do_resize": False, "crop_size": {"height": 16, "width": 16}},
-    "no-normalise": {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "do_normalize": False},
+    "no-normalize": {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "do_normalize": False},
     "rescale": {
         "size": {"height": 16, "width": 16},
         "crop_size": {"height": 16, "width": 16},

@@ -13,7 +13,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge, Saturating
 from lightning_draft.rewards import (
     Brightness,
-    ColourBalance,
+    ColorBalance,
     JPEGSize,
     Reward,
     Sharpness,
@@ -52,7 +52,7 @@ def test_the_sum_and_its_breakdown(pictures: Callable[..., Tensor]) -> None:
 
 def test_the_gradient_is_the_weighted_sum_of_gradients(pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8).double().requires_grad_()
-    bright, red = Brightness(0.2), ColourBalance()
+    bright, red = Brightness(0.2), ColorBalance()
     reward = WeightedSum({"bright": WeightedReward(bright, 2.0), "red": WeightedReward(red, -3.0)})
     parts = [torch.autograd.grad(part(images, PROMPTS).sum(), images)[0] for part in (bright, red)]
     for score in (reward(images, PROMPTS), reward.breakdown(images, PROMPTS)[0]):
@@ -82,8 +82,8 @@ def test_a_black_box_with_a_weight_takes_the_gradient_away() -> None:
 def test_sums_nest(pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8)
     inner = WeightedSum({"bright": WeightedReward(Brightness(), 2.0), "sharp": WeightedReward(Sharpness(), 3.0)})
-    outer = WeightedSum({"looks": WeightedReward(inner, 0.5), "red": WeightedReward(ColourBalance())})
-    bright, sharp, red = (part(images, PROMPTS) for part in (Brightness(), Sharpness(), ColourBalance()))
+    outer = WeightedSum({"looks": WeightedReward(inner, 0.5), "red": WeightedReward(ColorBalance())})
+    bright, sharp, red = (part(images, PROMPTS) for part in (Brightness(), Sharpness(), ColorBalance()))
     total, parts = outer.breakdown(images, PROMPTS)
     assert list(parts) == ["looks", "looks/bright", "looks/sharp", "red"]
     torch.testing.assert_close(total, bright + 1.5 * sharp + red)
@@ -147,7 +147,7 @@ def test_it_is_written_in_yaml_and_overridden_on_the_command_line() -> None:
     reward = parser.instantiate_classes(parser.parse_string(parser.dump(parsed))).reward
     assert isinstance(reward, WeightedSum)
     assert reward.weights == {"bright": 2.0, "sharp": 1.0}
-    assert reward.parts[0].target == 0.7
+    assert reward.rewards[0].target == 0.7
 
 
 # One scale for all parts.
@@ -219,7 +219,7 @@ def test_scoring_changes_no_statistics(pictures: Callable[..., Tensor]) -> None:
 
 def test_statistics_travel_in_the_state_dict_and_reach_inner_sums(pictures: Callable[..., Tensor]) -> None:
     def nested() -> WeightedSum:
-        return WeightedSum({"looks": WeightedReward(zscore()), "red": WeightedReward(ColourBalance())})
+        return WeightedSum({"looks": WeightedReward(zscore()), "red": WeightedReward(ColorBalance())})
 
     reward, other = nested(), nested()
     assert reward.needs_calibration
@@ -285,7 +285,7 @@ def pulling(**threshold: float) -> GradientNormSum:
         {
             "bright": WeightedReward(Brightness(0.2), 2.0, **threshold),
             "size": WeightedReward(JPEGSize(), 0.0),
-            "red": WeightedReward(ColourBalance(), -0.5),
+            "red": WeightedReward(ColorBalance(), -0.5),
         }
     )
 
@@ -293,7 +293,7 @@ def pulling(**threshold: float) -> GradientNormSum:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_every_part_pulls_alike_whatever_its_units(dtype: torch.dtype, pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8).to(dtype).requires_grad_()
-    parts = {"bright": (Brightness(0.2), 2.0), "red": (ColourBalance(), -0.5)}
+    parts = {"bright": (Brightness(0.2), 2.0), "red": (ColorBalance(), -0.5)}
     exact = images.detach().double().requires_grad_()
     raw = {name: torch.autograd.grad(part(exact, PROMPTS).sum(), exact)[0] for name, (part, _) in parts.items()}
     norms = {name: gradient.flatten(1).norm(dim=1).view(2, 1, 1, 1) for name, gradient in raw.items()}
@@ -310,7 +310,7 @@ def test_every_part_pulls_alike_whatever_its_units(dtype: torch.dtype, pictures:
 
 
 def test_a_hundredfold_part_pulls_no_more(pictures: Callable[..., Tensor]) -> None:
-    class Hundredfold(ColourBalance):
+    class Hundredfold(ColorBalance):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return 100 * super().forward(images, prompts)
 
@@ -320,7 +320,7 @@ def test_a_hundredfold_part_pulls_no_more(pictures: Callable[..., Tensor]) -> No
         (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
         return torch.nn.functional.normalize(gradient.flatten(1), dim=1)
 
-    torch.testing.assert_close(direction(ColourBalance()), direction(Hundredfold()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(direction(ColorBalance()), direction(Hundredfold()), rtol=1e-4, atol=1e-6)
 
 
 def test_a_sum_of_one_part_is_that_part(pictures: Callable[..., Tensor]) -> None:
@@ -338,11 +338,11 @@ def test_a_part_without_a_pull_leaves_the_others_theirs(pictures: Callable[..., 
         {
             "constant": WeightedReward(ConstantReward()),
             "sharp": WeightedReward(Sharpness(), threshold=sharp - 1),
-            "red": WeightedReward(ColourBalance()),
+            "red": WeightedReward(ColorBalance()),
         }
     )
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
-    (red,) = torch.autograd.grad(ColourBalance()(images, PROMPTS).sum(), images)
+    (red,) = torch.autograd.grad(ColorBalance()(images, PROMPTS).sum(), images)
     assert gradient.isfinite().all()
     cosine = torch.cosine_similarity(gradient.flatten(1), red.flatten(1))
     torch.testing.assert_close(cosine, torch.ones(2))

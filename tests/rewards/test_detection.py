@@ -21,7 +21,7 @@ from transformers import (
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent, Prompt
-from lightning_draft.rewards.detection import log_any
+from lightning_draft.rewards.detection import log_probability_any
 from lightning_draft.rewards.detector import open_detector
 
 Draw = Callable[..., Tensor]
@@ -145,31 +145,31 @@ def test_what_rt_detr_lets_through_of_the_gradient(tiny_detectors: Folders, pict
     assert gradient.any()
 
 
-def test_log_any_from_certainty_to_nothing() -> None:
+def test_log_probability_any_from_certainty_to_nothing() -> None:
     """Against exact arithmetic where it is possible, and its limits where it is not."""
     logits = torch.linspace(-25, 12, 80, dtype=torch.float64).unsqueeze(1) + torch.tensor([0.0, -1.0, -3.0]).double()
     product = (1 - logits.sigmoid()).prod(-1)
     direct = (1 - product).log()
-    torch.testing.assert_close(log_any(logits)[30:], direct[30:], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(log_probability_any(logits)[30:], direct[30:], rtol=1e-9, atol=1e-12)
     few = torch.tensor([[-60.0, -61.0], [-200.0, -201.0]], dtype=torch.float64)
-    torch.testing.assert_close(log_any(few), few.logsumexp(-1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(log_probability_any(few), few.logsumexp(-1), rtol=1e-12, atol=0)
     edge = torch.tensor([[math.log(1e-12) - 1e-6], [math.log(1e-12) + 1e-6]], dtype=torch.float64)
-    torch.testing.assert_close(log_any(edge), edge[:, 0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(log_probability_any(edge), edge[:, 0], rtol=1e-12, atol=0)
     sure = torch.full((1, 3), 20.0)
-    assert log_any(sure).item() == pytest.approx(-math.exp(-60), rel=1e-4)
+    assert log_probability_any(sure).item() == pytest.approx(-math.exp(-60), rel=1e-4)
 
 
-def test_log_any_keeps_its_gradient() -> None:
+def test_log_probability_any_keeps_its_gradient() -> None:
     for low in (-150.0, -30.0, -5.0, 0.0, 9.0):
         logits = torch.tensor([[low, low - 1, low - 2]], requires_grad=True)
-        (gradient,) = torch.autograd.grad(log_any(logits).sum(), logits)
+        (gradient,) = torch.autograd.grad(log_probability_any(logits).sum(), logits)
         exact = logits.detach().double().requires_grad_()
-        (expected,) = torch.autograd.grad(log_any(exact).sum(), exact)
+        (expected,) = torch.autograd.grad(log_probability_any(exact).sum(), exact)
         assert gradient.isfinite().all()
         assert gradient.all()
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=0)
     exact = torch.linspace(-40, 15, 40, dtype=torch.float64).unsqueeze(1).expand(-1, 2).clone().requires_grad_()
-    assert torch.autograd.gradcheck(log_any, exact, eps=1e-5, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(log_probability_any, exact, eps=1e-5, atol=1e-7, rtol=1e-5)
 
 
 def test_climbing_makes_and_unmakes_the_object(tiny_detectors: Folders, pictures: Draw) -> None:

@@ -19,7 +19,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import Reward
 from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.hpsv2_reference import HPSv2Reference, bpe_merges, import_hpsv2
-from lightning_draft.rewards.open_clip import clean
+from lightning_draft.rewards.open_clip import clean_text
 from lightning_draft.rewards.preprocessing import CLIP_MEAN, CLIP_STD, LongestSide
 
 RECORDER = Path(__file__).parent / "recorded" / "hpsv2.py"
@@ -48,7 +48,7 @@ def test_scores_are_those_of_the_package(size: tuple[int, int], reward: HPSv2) -
 
 def test_tokens_are_those_of_the_package(files: dict[str, str]) -> None:
     words = AutoTokenizer.from_pretrained(files["tokenizer"])
-    ours = words([clean(prompt) for prompt in tiny.PROMPTS], truncation=True, max_length=tiny.CONTEXT)["input_ids"]
+    ours = words([clean_text(prompt) for prompt in tiny.PROMPTS], truncation=True, max_length=tiny.CONTEXT)["input_ids"]
     for row, recorded in zip(ours, RECORD["tokens"], strict=True):
         theirs = [int(token) for token in recorded.split()]
         assert row == theirs[: theirs.index(words.eos_token_id) + 1]
@@ -65,7 +65,7 @@ def test_tokens_are_those_of_the_package(files: dict[str, str]) -> None:
     ],
 )
 def test_texts_are_cleaned_as_ftfy_and_html_do(text: str, plain: str) -> None:
-    assert clean(text) == plain
+    assert clean_text(text) == plain
 
 
 def test_the_longest_side_that_fits_is_padded_alone(reward: HPSv2) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
 from lightning_draft.rewards.jpeg import straight_through
-from lightning_draft.rewards.jpeg_codec import JPEGCodec, dct_matrix, quantisation_tables
+from lightning_draft.rewards.jpeg_codec import JPEGCodec, dct_matrix, quantization_tables
 
 Draw = Callable[..., Tensor]
 
@@ -48,9 +48,9 @@ def ranks(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("quality", [1, 10, 49, 50, 75, 95, 100])
-def test_quantisation_tables_are_pillows(quality: int) -> None:
+def test_quantization_tables_are_pillows(quality: int) -> None:
     theirs = Image.open(jpeg_file(torch.zeros(3, 8, 8), quality)).quantization
-    for ours, table in zip(quantisation_tables(quality), (theirs[0], theirs[1]), strict=True):
+    for ours, table in zip(quantization_tables(quality), (theirs[0], theirs[1]), strict=True):
         assert ours.flatten().tolist() == list(table)
 
 
@@ -79,9 +79,9 @@ def test_the_codec_decodes_what_pillow_decodes(
 @pytest.mark.parametrize("size", [(32, 32), (17, 23), (8, 40)])
 def test_without_rounding_only_chroma_detail_is_lost(size: tuple[int, int], pictures: Draw) -> None:
     codec = JPEGCodec(50)
-    grey = pictures(3, *size).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    coloured = grey + torch.tensor([0.1, -0.05, 0.02], dtype=torch.float64).view(3, 1, 1)
-    torch.testing.assert_close(codec.decode(codec.encode(coloured)), coloured, rtol=0, atol=1e-7)
+    gray = pictures(3, *size).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    colored = gray + torch.tensor([0.1, -0.05, 0.02], dtype=torch.float64).view(3, 1, 1)
+    torch.testing.assert_close(codec.decode(codec.encode(colored)), colored, rtol=0, atol=1e-7)
 
 
 def test_distortion_is_that_of_pillow(pictures: Draw) -> None:
@@ -134,19 +134,19 @@ def test_the_rate_follows_the_true_size(quality: int) -> None:
 
 def test_the_rate_of_one_block_is_its_formula() -> None:
     """Grey 8x8 pictures: one block of luma; the chroma is exactly 0."""
-    grey = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    levels = 255 * grey[0, 0].numpy() - 128
-    table = quantisation_tables(95)[0].numpy()
+    gray = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = 255 * gray[0, 0].numpy() - 128
+    table = quantization_tables(95)[0].numpy()
     bits = 0.0
     for u, v in np.ndindex(8, 8):
         cosines = np.outer(*(np.cos((2 * np.arange(8) + 1) * w * np.pi / 16) for w in (u, v)))
         scale = 0.25 * (0.5**0.5 if u == 0 else 1) * (0.5**0.5 if v == 0 else 1)
         bits += math.log2(1 + abs(scale * (levels * cosines).sum() / table[u, v]))
-    assert JPEGRate(95)(grey.expand(1, 3, 8, 8), [""]).item() == pytest.approx(-bits / 8000, rel=1e-6)
+    assert JPEGRate(95)(gray.expand(1, 3, 8, 8), [""]).item() == pytest.approx(-bits / 8000, rel=1e-6)
 
 
 def test_blocks_are_differences_in_the_order_of_the_file() -> None:
-    """Flat grey blocks, two rows of four: with 4:2:0 chroma they are coded as two squares of four."""
+    """Flat gray blocks, two rows of four: with 4:2:0 chroma they are coded as two squares of four."""
     levels = torch.tensor([[30.0, 90.0, 200.0, 40.0], [60.0, 150.0, 10.0, 250.0]], dtype=torch.float64)
     image = levels.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(1, 3, 16, 32) / 255
     coded = [levels[place].item() - 128 for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3))]

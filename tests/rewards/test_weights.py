@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.weights import PublishedFile, fill, locate, read_tensors
+from lightning_draft.rewards.weights import PublishedFile, find_file, load_state, read_tensors
 
 CONTENT = b"seven bytes, and more"
 PUBLISHED = PublishedFile("owner/model", "sub/weights.pt", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
@@ -34,11 +34,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("within", [".", "weights.pt"])
 def test_a_local_file_or_its_folder(within: str, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(CONTENT)
-    assert locate(PUBLISHED, str(tmp_path / within)) == tmp_path / "weights.pt"
+    assert find_file(PUBLISHED, str(tmp_path / within)) == tmp_path / "weights.pt"
 
 
 def test_what_is_cached_needs_no_connection(hub: Path) -> None:
-    path = locate(PUBLISHED)
+    path = find_file(PUBLISHED)
     assert path.name == "weights.pt"
     assert path.resolve() == hub.resolve()
 
@@ -49,7 +49,7 @@ def test_a_file_that_cannot_be_had(hub: Path) -> None:
         r"download it where there is a connection and write checkpoint=FOLDER/other.pt"
     )
     with pytest.raises(ConfigurationError, match=message) as caught:
-        locate(PublishedFile("owner/model", "other.pt"), argument="checkpoint")
+        find_file(PublishedFile("owner/model", "other.pt"), argument="checkpoint")
     assert "http" not in str(caught.value)
 
 
@@ -57,7 +57,7 @@ def test_a_local_file_that_is_not_there(tmp_path: Path) -> None:
     for local, missing in ((tmp_path / "none.pt", "none.pt"), (tmp_path, "weights.pt")):
         message = f"head='{local}': {tmp_path / missing} does not exist.*leave head out to use weights.pt of hub repos"
         with pytest.raises(ConfigurationError, match=message):
-            locate(PUBLISHED, str(local), argument="head")
+            find_file(PUBLISHED, str(local), argument="head")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_damaged_files_are_refused(content: bytes, difference: str, hub: Path, t
             f"is not weights.pt of hub repository owner/model: {difference}.*delete {re.escape(str(file.resolve()))}"
         )
         with pytest.raises(ConfigurationError, match=message):
-            locate(PUBLISHED, local)
+            find_file(PUBLISHED, local)
 
 
 def test_a_file_of_another_name_is_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "mine.pt").write_bytes(b"other")
-    assert locate(PUBLISHED, str(tmp_path / "mine.pt")) == tmp_path / "mine.pt"
+    assert find_file(PUBLISHED, str(tmp_path / "mine.pt")) == tmp_path / "mine.pt"
 
 
 def test_tensors_of_every_format(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_broken_files_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_filling_is_exact(tmp_path: Path) -> None:
     source, target = nn.Linear(3, 2), nn.Linear(3, 2).double()
-    fill(target, source.state_dict(), "file")
+    load_state(target, source.state_dict(), "file")
     assert torch.equal(target.weight, source.weight.double())
     tensors = source.state_dict()
     for change, message in (
@@ -140,4 +140,4 @@ def test_filling_is_exact(tmp_path: Path) -> None:
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         with pytest.raises(ConfigurationError, match=message):
-            fill(target, changed, "file")
+            load_state(target, changed, "file")

@@ -20,7 +20,7 @@ from lightning_draft.objectives import PPO, PRDP, Reinforce
 from lightning_draft.rewards import (
     Brightness,
     CLIPClassification,
-    ColourBalance,
+    ColorBalance,
     GradientNormSum,
     JPEGSize,
     WeightedReward,
@@ -107,7 +107,7 @@ def draft(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
     defaults: dict[str, Any] = {"sampler": DDIM(4), "truncation": LastK(2)}
 
     def make(folder: Path) -> DraftModule:
-        settings = {"reward": ColourBalance, **defaults, **options}
+        settings = {"reward": ColorBalance, **defaults, **options}
         settings["reward"] = settings["reward"]()
         return stirred(DraftModule(model(folder), optimizer=sgd(lr), **settings))
 
@@ -119,7 +119,7 @@ def policy(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
     defaults: dict[str, Any] = {"sampler": DDIM(4, eta=1.0), "samples_per_prompt": 2}
 
     def make(folder: Path) -> PolicyGradientModule:
-        settings = {"reward": ColourBalance, **defaults, **options}
+        settings = {"reward": ColorBalance, **defaults, **options}
         settings |= {name: settings[name]() for name in ("reward", "advantage_estimator") if name in settings}
         return stirred(PolicyGradientModule(model(folder), optimizer=sgd(lr), **settings))
 
@@ -152,7 +152,7 @@ def direct(make: Make, **options: Any) -> Case:
 
 def rewards(cls: Any) -> Any:
     parts = {
-        "color": WeightedReward(ColourBalance(), 1.0),
+        "color": WeightedReward(ColorBalance(), 1.0),
         "light": WeightedReward(Brightness(0.4), 0.5, threshold=-0.1),
     }
     return cls(parts)

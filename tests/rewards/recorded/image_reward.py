@@ -95,8 +95,8 @@ def state_dict() -> dict[str, torch.Tensor]:
     for name, shape in shapes().items():
         values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
         scale = 1.5 / shape[-1] ** 0.5 if len(shape) == 2 and "embed" not in name else 0.3
-        centre = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")) else 0.0
-        weights[name] = torch.from_numpy(centre + scale * values).float()
+        center = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")) else 0.0
+        weights[name] = torch.from_numpy(center + scale * values).float()
     length = CONFIG["max_position_embeddings"]
     weights["blip.text_encoder.embeddings.position_ids"] = torch.arange(length).unsqueeze(0)
     return weights
@@ -115,7 +115,7 @@ def write(folder: Path) -> Path:
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
-    """A smooth coloured picture."""
+    """A smooth colored picture."""
     phases, waves = (np.random.RandomState(seed + shift).uniform(0, 6, (3, 2)) for shift in (0, 1000))
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     planes = [np.sin(p[0] + 3 * w[0] * y) * np.cos(p[1] + 3 * w[1] * x) for p, w in zip(phases, waves, strict=True)]
@@ -200,7 +200,7 @@ def tokenized(folder: Path) -> Any:
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
-    """Resize the short side, crop the centre, normalise, all by Pillow and numpy."""
+    """Resize the short side, crop the center, normalize, all by Pillow and numpy."""
     short = min(image.size)
     width, height = (SIZE if side == short else int(SIZE * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC) if image.size != (width, height) else image

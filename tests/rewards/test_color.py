@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards import Brightness, ColourBalance, ColourTarget, Reward, Saturation, Sharpness, Symmetry
+from lightning_draft.rewards import Brightness, ColorBalance, ColorSaturation, ColorTarget, Reward, Sharpness, Symmetry
 
 Picture = np.ndarray
 
@@ -50,9 +50,9 @@ def sharpness(x: Picture) -> float:
     ("reward", "oracle"),
     [
         (Brightness(0.3), brightness),
-        (ColourTarget(0.9, 0.2, 0.4), colour_target),
-        (ColourBalance(0.25, 2.0, -1.0), colour_balance),
-        (Saturation(), saturation),
+        (ColorTarget(0.9, 0.2, 0.4), colour_target),
+        (ColorBalance(0.25, 2.0, -1.0), colour_balance),
+        (ColorSaturation(), saturation),
         (Symmetry(), left_right),
         (Symmetry("vertical"), top_bottom),
         (Sharpness(), sharpness),
@@ -80,14 +80,14 @@ RAMP = torch.linspace(0, 1, 6).expand(1, 3, 6, 6)
     [
         (Brightness(1.0), uniform(1, 1, 1), 0.0),
         (Brightness(1.0), uniform(0, 0, 0), -1.0),
-        (ColourTarget(1.0, 0.0, 0.0), uniform(1, 0, 0), 0.0),
-        (ColourTarget(1.0, 0.0, 0.0), uniform(0, 1, 1), -1.0),
-        (ColourBalance(), uniform(1, 0, 0), 1.0),
-        (ColourBalance(), uniform(0, 1, 1), -1.0),
-        (ColourBalance(), uniform(0.4, 0.4, 0.4), 0.0),
-        (Saturation(), uniform(0.4, 0.4, 0.4), 0.0),
-        (Saturation(), uniform(1, 0, 0), 1.0),
-        (Saturation(), uniform(1, 1, 0), 1.0),
+        (ColorTarget(1.0, 0.0, 0.0), uniform(1, 0, 0), 0.0),
+        (ColorTarget(1.0, 0.0, 0.0), uniform(0, 1, 1), -1.0),
+        (ColorBalance(), uniform(1, 0, 0), 1.0),
+        (ColorBalance(), uniform(0, 1, 1), -1.0),
+        (ColorBalance(), uniform(0.4, 0.4, 0.4), 0.0),
+        (ColorSaturation(), uniform(0.4, 0.4, 0.4), 0.0),
+        (ColorSaturation(), uniform(1, 0, 0), 1.0),
+        (ColorSaturation(), uniform(1, 1, 0), 1.0),
         (Symmetry(), RAMP.mT, 0.0),
         (Symmetry("vertical"), RAMP, 0.0),
         (Sharpness(), CHECKERBOARD, 16.0),
@@ -100,7 +100,7 @@ def test_known_pictures(reward: Reward, image: Tensor, score: float) -> None:
 
 def test_saturation_has_a_finite_gradient_at_grey() -> None:
     image = uniform(0.5, 0.5, 0.5).clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(Saturation()(image, ["a cat"]).sum(), image)
+    (gradient,) = torch.autograd.grad(ColorSaturation()(image, ["a cat"]).sum(), image)
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 

@@ -31,29 +31,29 @@ class Brightness(Reward):
             return -((x.mean((1, 2, 3)) - self.target) ** 2)
 
 
-class ColourTarget(Reward):
-    """Minus the mean squared distance of every pixel to one colour, in [-1, 0] for images and colours in [0, 1].
+class ColorTarget(Reward):
+    """Minus the mean squared distance of every pixel to one color, in [-1, 0] for images and colors in [0, 1].
 
-    The best image is a uniform one. To steer the average colour only, see `ColourBalance`.
+    The best image is a uniform one. To steer the average color only, see `ColorBalance`.
 
     Args:
-        red: Red part of the colour.
+        red: Red part of the color.
         green: Green part.
         blue: Blue part.
     """
 
     def __init__(self, red: float = 1.0, green: float = 0.0, blue: float = 0.0) -> None:
         super().__init__()
-        self.colour = (red, green, blue)
+        self.color = (red, green, blue)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""
         with full_precision(images) as x:
-            return -((x - x.new_tensor(self.colour).view(3, 1, 1)) ** 2).mean((1, 2, 3))
+            return -((x - x.new_tensor(self.color).view(3, 1, 1)) ** 2).mean((1, 2, 3))
 
 
-class ColourBalance(Reward):
-    """`red R + green G + blue B` of the mean colour; by default redness, in [-1, 1] for images in [0, 1].
+class ColorBalance(Reward):
+    """`red R + green G + blue B` of the mean color; by default redness, in [-1, 1] for images in [0, 1].
 
     Linear and therefore without an optimum inside [0, 1]: combine it with another reward or a saturating loss.
 
@@ -73,10 +73,10 @@ class ColourBalance(Reward):
             return (x.mean((2, 3)) * x.new_tensor(self.weights)).sum(1)
 
 
-class Saturation(Reward):
-    """Mean over pixels of the deviation between channels: 0 for greys, 1 for pure red or yellow, in [0, 1].
+class ColorSaturation(Reward):
+    """Mean over pixels of the deviation between channels: 0 for grays, 1 for pure red or yellow, in [0, 1].
 
-    The deviation `s` is smoothed to `sqrt(s^2 + 0.001^2) - 0.001`, whose gradient is 0 and finite at grey.
+    The deviation `s` is smoothed to `sqrt(s^2 + 0.001^2) - 0.001`, whose gradient is 0 and finite at gray.
     """
 
     SMOOTHING = 1e-3

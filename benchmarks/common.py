@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lightning_draft.assets import FOLDER
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> No
 
 def open_model(arguments: argparse.Namespace, **options: Any) -> StableDiffusion:
     """The model that the arguments name, with rank-8 adapters."""
-    options = {"dtype": arguments.dtype, "guidance_scale": arguments.guidance_scale, **options}
+    options = {"dtype": arguments.dtype, "guidance": Guidance(arguments.guidance_scale), **options}
     lora = LoRA(rank=8, seed=0)
     if arguments.model not in SIZES:
         return StableDiffusion(arguments.model, lora=lora, **options)

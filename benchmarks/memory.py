@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from lightning_draft.methods.draft import Checkpointing, DraftModule
-from lightning_draft.models import StableDiffusion
+from lightning_draft.models import Memory, StableDiffusion
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import Full, LastK, Truncation
@@ -80,12 +80,11 @@ class Bench:
     def __init__(self, model: StableDiffusion, batch: int) -> None:
         self.model = model
         self.batch = batch
-        model.checkpoint_decoder = True
-        model.decode_chunk = 1
+        model.memory = Memory(decode_chunk=1, checkpoint_decoder=True)
 
     def __call__(self, steps: int, truncation: Truncation, checkpointing: Checkpointing) -> float:
         """Peak MiB of one training step."""
-        self.model.block_checkpointing = False
+        self.model.checkpoint_blocks(False)
         module = DraftModule(
             self.model, ColorTarget(), DDIM(steps, spacing="trailing"), truncation, checkpointing=checkpointing
         )

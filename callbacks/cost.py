@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_draft.models.guidance import Guidance
+
 
 class CostMonitor(Callback):
     """Count what training costs, without validation and samples, and log it after every optimisation step.
@@ -35,7 +37,7 @@ class CostMonitor(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Watch the network."""
-        self._passes = trainer.world_size * (1 if getattr(pl_module.model, "guidance_scale", 1) == 1 else 2)
+        self._passes = trainer.world_size * (1 if getattr(pl_module.model, "guidance", Guidance(1)).scale == 1 else 2)
         self._handles = [
             # Before the call: a recomputed one is abandoned as soon as it has what the backward pass needs.
             pl_module.model.register_forward_pre_hook(self._note_forward),

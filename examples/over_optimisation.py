@@ -23,7 +23,7 @@ from lightning_draft.callbacks import OverOptimisationGuard
 from lightning_draft.callbacks.over_optimisation import Look
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.rewards import CLIPClassification, JPEGRate
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LastK
@@ -34,7 +34,9 @@ LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "time_emb_proj")
 def build(arguments: argparse.Namespace) -> DraftModule:
     """The module that both runs train."""
     return DraftModule(
-        model=StableDiffusion(arguments.model, lora=LoRA(rank=8, target_modules=LAYERS, seed=0), guidance_scale=1.0),
+        model=StableDiffusion(
+            arguments.model, lora=LoRA(rank=8, target_modules=LAYERS, seed=0), guidance=Guidance(1.0)
+        ),
         reward=JPEGRate(),
         sampler=DDIM(arguments.sampling_steps),
         truncation=LastK(1),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_draft.methods.draft import DraftModule
     from lightning_draft.methods.policy_gradient import PolicyGradientModule
     from lightning_draft.models.base import DiffusionModel
+    from lightning_draft.models.decoder import Memory
+    from lightning_draft.models.guidance import Guidance
     from lightning_draft.models.lora import LoRA
     from lightning_draft.models.stable_diffusion import StableDiffusion
     from lightning_draft.models.stable_diffusion_3 import StableDiffusion3
@@ -33,6 +35,8 @@ _MODULES = {
     "methods.draft": ("DraftModule",),
     "methods.policy_gradient": ("PolicyGradientModule",),
     "models.base": ("DiffusionModel",),
+    "models.decoder": ("Memory",),
+    "models.guidance": ("Guidance",),
     "models.lora": ("LoRA",),
     "models.stable_diffusion": ("StableDiffusion",),
     "models.stable_diffusion_3": ("StableDiffusion3",),
@@ -58,10 +62,12 @@ __all__ = [
     "FlowSDE",
     "Full",
     "GroupRelative",
+    "Guidance",
     "LastK",
     "LeaveOneOut",
     "LoRA",
     "LowVariance",
+    "Memory",
     "Objective",
     "PerPromptStatistics",
     "PolicyGradientModule",

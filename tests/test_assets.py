@@ -7,7 +7,7 @@ from transformers import CLIPModel
 
 from lightning_draft.assets import FOLDER
 from lightning_draft.chain import SamplingChain
-from lightning_draft.models import StableDiffusion
+from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import CaptionRetrieval
 from lightning_draft.samplers import DDIM
@@ -48,7 +48,7 @@ def test_diffusers_and_this_package_draw_the_same() -> None:
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *StableDiffusion("emoji").latent_shape, generator=torch.Generator().manual_seed(0))
     theirs = pipe(prompts, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="pt").images
-    model = StableDiffusion("emoji", lora=None, guidance_scale=3.0)
+    model = StableDiffusion("emoji", lora=None, guidance=Guidance(3.0))
     with torch.no_grad():
         chain = SamplingChain(model, DDIM(5), model.encode(prompts))
         ours = model.decode(chain.advance(chain.start(noise)).x).clamp(0, 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import common, memory, step_cost
-from lightning_draft.models import StableDiffusion
+from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.truncation import Full, LastK
 
 STEPS = 6
@@ -17,7 +17,7 @@ STEPS = 6
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_every_method_makes_the_calls_that_the_cost_table_allows(tiny_sd: Path, guidance_scale: float) -> None:
     """With guidance both halves are one batch, so the calls are as many and twice as large."""
-    model = StableDiffusion(str(tiny_sd), guidance_scale=guidance_scale)
+    model = StableDiffusion(str(tiny_sd), guidance=Guidance(guidance_scale))
     arguments = argparse.Namespace(
         device="cpu", precision="32-true", repeats=1, batch=1, steps=STEPS, guidance_scale=guidance_scale
     )
@@ -53,7 +53,7 @@ def test_live_bytes_are_those_that_live() -> None:
 
 
 def test_full_back_propagation_takes_as_much_memory_for_any_number_of_steps(tiny_sd: Path) -> None:
-    bench = memory.Bench(StableDiffusion(str(tiny_sd), guidance_scale=1.0), batch=1)
+    bench = memory.Bench(StableDiffusion(str(tiny_sd), guidance=Guidance(1.0)), batch=1)
     short, long = (bench(steps, Full(), "step") for steps in (3, 9))
     assert long - short < 6 * 3 * bench.latents()
     assert bench(6, Full(), "none") > 1.7 * bench(3, Full(), "none")

@@ -16,7 +16,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
 from lightning_draft.methods.checks import check_gradient_flow, check_setup
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.models import StableDiffusion
+from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.color import Brightness
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler
@@ -245,7 +245,7 @@ def test_a_flat_loss_is_a_warning_and_no_refusal() -> None:
 
 def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
     def module(**options: Any) -> DraftModule:
-        model = StableDiffusion(str(tiny_sd), guidance_scale=2.0, **options)
+        model = StableDiffusion(str(tiny_sd), guidance=Guidance(2.0), **options)
         return DraftModule(model, Brightness(0.9), DDIM(2), LastK(1))
 
     check_gradient_flow(module(), "a red cat")

@@ -31,6 +31,7 @@ from lightning_draft.distributed import blocks, gather_full, local_shard
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
+from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.stable_diffusion import StableDiffusion
 from lightning_draft.objectives import PPO
@@ -140,7 +141,9 @@ class Note(L.Callback):
 
 def draft(folder: Path, **options: Any) -> DraftModule:
     defaults = {
-        "model": StableDiffusion(str(folder), guidance_scale=2.0, lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
+        "model": StableDiffusion(
+            str(folder), guidance=Guidance(2.0), lora=LoRA(rank=3, target_modules=["to_q"], seed=0)
+        ),
         "reward": ColorTarget(1.0, 0.0, 0.0),
         "eval_rewards": {"brightness": Brightness(0.5)},
         "sampler": DDIM(2),
@@ -151,7 +154,7 @@ def draft(folder: Path, **options: Any) -> DraftModule:
 
 def policy(folder: Path) -> PolicyGradientModule:
     return PolicyGradientModule(
-        model=StableDiffusion(str(folder), guidance_scale=1.0, lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
+        model=StableDiffusion(str(folder), guidance=Guidance(1.0), lora=LoRA(rank=3, target_modules=["to_q"], seed=0)),
         reward=ColorTarget(1.0, 0.0, 0.0),
         eval_rewards={"brightness": Brightness(0.5)},
         sampler=DDIM(2, eta=1.0),
@@ -340,7 +343,7 @@ model:
   init_args:
     model:
       class_path: StableDiffusion
-      init_args: {{pretrained: {model}, guidance_scale: 2.0, dtype: bfloat16, lora: {{rank: 2}}}}
+      init_args: {{pretrained: {model}, guidance: {scale: 2.0}, dtype: bfloat16, lora: {{rank: 2}}}}
     sampler: {{class_path: DDIM, init_args: {{num_steps: 2}}}}
     truncation: {{class_path: LastK, init_args: {{k: 2}}}}
     reward: {{class_path: Brightness, init_args: {{target: 0.9}}}}

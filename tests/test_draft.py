@@ -14,7 +14,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.color import Brightness, ColorBalance
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
@@ -29,7 +29,7 @@ PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
 
 def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> DraftModule:
     """DRaFT-1 towards red on a pipeline whose adapters start the same every time, and reach far."""
-    settings = {"guidance_scale": 1.0, "lora": LoRA(4, alpha=8.0, target_modules=TARGETS, seed=0), **(model or {})}
+    settings = {"guidance": Guidance(1.0), "lora": LoRA(4, alpha=8.0, target_modules=TARGETS, seed=0), **(model or {})}
     defaults: dict[str, Any] = {
         "model": StableDiffusion(str(folder), **settings),
         "reward": ColorBalance(),
@@ -242,7 +242,7 @@ def test_gain_is_over_the_base_that_is_sampled_now(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("truncation", [LastK(2), LowVariance(2), DRTune(k=2, m=2)], ids=lambda t: type(t).__name__)
 def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncation: Any) -> None:
-    model = {"guidance_scale": 2.0}
+    model = {"guidance": Guidance(2.0)}
     module = stir(make(tiny_sd, model=model, truncation=truncation, checkpointing="none", kl_weight=0.1)).double()
     expected = gradients(module)
     for checkpointing, size in (("none", 2), ("step", 3)):
@@ -269,7 +269,7 @@ def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncatio
 def test_what_is_recomputed(tiny_sd: Path, checkpointing: Any, truncation: Any, steps: bool, blocks: bool) -> None:
     module = make(tiny_sd, checkpointing=checkpointing, truncation=truncation)
     assert module.chain(["a cat"]).checkpoint_steps == steps
-    assert module.model.block_checkpointing == blocks
+    assert module.model.denoiser.is_gradient_checkpointing == blocks
 
 
 def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:
@@ -291,8 +291,8 @@ def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:
 
 
 def test_guidance_gradient_modes_share_their_pictures_and_not_their_gradients(tiny_sd: Path) -> None:
-    full = stir(make(tiny_sd, model={"guidance_scale": 2.0}))
-    half = stir(make(tiny_sd, model={"guidance_scale": 2.0, "guidance_gradient": "conditional"}))
+    full = stir(make(tiny_sd, model={"guidance": Guidance(2.0)}))
+    half = stir(make(tiny_sd, model={"guidance": Guidance(2.0, gradient="conditional")}))
     assert torch.allclose(full.generate(PROMPTS[:2]), half.generate(PROMPTS[:2]), atol=1e-6)
     ours, theirs = gradients(full), gradients(half)
     assert any((ours[name] - theirs[name]).norm() > 0.1 * theirs[name].norm() for name in ours)
@@ -441,7 +441,7 @@ def test_mixed_precision_trains_float32_adapters(tiny_sd: Path, tmp_path: Path) 
             found[trainer.precision] = {name: value.grad.clone() for name, value in parameters.items()}
 
     for precision, dtype in (("32-true", "float32"), ("bf16-mixed", "bfloat16")):
-        model = {"guidance_gradient": "conditional", "guidance_scale": 2.0, "dtype": dtype}
+        model = {"guidance": Guidance(2.0, gradient="conditional"), "dtype": dtype}
         module = stir(make(tiny_sd, model=model))
         trainer_of(tmp_path, Keep(), max_steps=1, precision=precision).fit(module, data())
         assert {value.dtype for value in module.trainable_parameters().values()} == {torch.float32}
@@ -568,7 +568,7 @@ def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize("name", ["training", "type", "parameters"])
 def test_a_watched_reward_may_have_the_name_of_a_module_s_attribute(name: str, tiny_sd: Path) -> None:
     module = DraftModule(
-        StableDiffusion(str(tiny_sd), guidance_scale=1.0), Brightness(), DDIM(2), eval_rewards={name: Brightness()}
+        StableDiffusion(str(tiny_sd), guidance=Guidance(1.0)), Brightness(), DDIM(2), eval_rewards={name: Brightness()}
     )
     scores = module.score(torch.rand(2, 3, 16, 16), ["a cat", "a dog"])
     torch.testing.assert_close(scores[name], scores["reward"])

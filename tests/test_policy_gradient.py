@@ -21,7 +21,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.methods.rollout import Rollout, stochastic_steps
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
 from lightning_draft.rewards import Brightness, ColorBalance, Reward, Sharpness, WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowSDE
@@ -55,7 +55,7 @@ def linear(**options: Any) -> PolicyGradientModule:
 def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> PolicyGradientModule:
     """A pipeline whose adapters start the same every time."""
     lora = LoRA(4, alpha=8.0, target_modules=["to_v", "conv_out"], seed=0)
-    settings = {"guidance_scale": 1.0, "lora": lora, **(model or {})}
+    settings = {"guidance": Guidance(1.0), "lora": lora, **(model or {})}
     defaults = {"model": StableDiffusion(str(folder), **settings), "reward": ColorBalance()}
     return linear(**{**defaults, "sampler": DDIM(3, eta=1.0, spacing="trailing"), **options})
 
@@ -163,7 +163,7 @@ def test_the_first_step_of_ppo_is_reinforce_s(tiny_sd: Path, tmp_path: Path, pre
     """Ratio 1 and nothing clipped, exactly, in micro-batches and with guidance."""
     found = []
     for objective in (PPO(clip=1e-4), Reinforce()):
-        model = {"guidance_scale": 2.0, "dtype": "bfloat16" if precision == "bf16 base" else "float32"}
+        model = {"guidance": Guidance(2.0), "dtype": "bfloat16" if precision == "bf16 base" else "float32"}
         module = stir(make(tiny_sd, model=model, objective=objective, micro_batch_size=2, timesteps_per_minibatch=1))
         mixed = "32-true" if precision == "32-true" else "bf16-mixed"
         found.append(fit(tmp_path, module, precision=mixed, accumulate_grad_batches=6))

@@ -10,7 +10,7 @@ from examples.emoji_model.nearest import NearestPicture
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.methods.draft import DraftModule, RewardModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce
 from lightning_draft.rewards import CaptionRetrieval, CLIPClassification, JPEGSize, Reward, Sharpness
 from lightning_draft.samplers import DDIM
@@ -120,7 +120,7 @@ class Method:
             model=StableDiffusion(
                 setting.model,
                 lora=LoRA(rank=setting.rank, target_modules=LAYERS, seed=seed),
-                guidance_scale=1.0,
+                guidance=Guidance(1.0),
             ),
             reward=TASKS[task].reward(setting),
             sampler=DDIM(setting.sampling_steps, eta=1.0),

@@ -1,9 +1,9 @@
-"""What a diffusion model must offer; guidance, prediction types and adapters end here."""
+"""The interface of diffusion models: prompts to conditioning, noise to `x_0`, latents to images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,29 +17,62 @@ Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Tensors that condition the network, each with the batch first."""
+    """What conditions the network, for a batch of prompts.
+
+    Args:
+        tensors: Embeddings and masks by name, each with the batch first.
+        ragged: By name, one tensor per prompt, where the prompts' shapes differ.
+        negative: The same for the negative prompt of classifier-free guidance, where the model uses one.
+    """
 
     tensors: Mapping[str, Tensor]
+    ragged: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    negative: "Conditioning | None" = None
 
     def __len__(self) -> int:
         """Batch size."""
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter([*self.tensors.values(), *self.ragged.values()])))
 
-    def __getitem__(self, part: slice) -> "Conditioning":
-        """The same for a slice of the batch."""
-        return Conditioning({name: tensor[part] for name, tensor in self.tensors.items()})
+    def __getitem__(self, rows: slice) -> "Conditioning":
+        """Return a slice of the batch."""
+        return Conditioning(
+            {name: tensor[rows] for name, tensor in self.tensors.items()},
+            {name: each[rows] for name, each in self.ragged.items()},
+            None if self.negative is None else self.negative[rows],
+        )
+
+    def concatenate(self, *others: "Conditioning") -> "Conditioning":
+        """Return this batch followed by the others, without their `negative`."""
+        batches = (self, *others)
+        return Conditioning(
+            {name: torch.cat([batch.tensors[name] for batch in batches]) for name in self.tensors},
+            {name: sum((batch.ragged[name] for batch in batches), ()) for name in self.ragged},
+        )
 
     def repeat(self, copies: int) -> "Conditioning":
-        """`copies` copies of the batch, one after the other."""
-        return Conditioning({name: torch.cat([tensor] * copies) for name, tensor in self.tensors.items()})
+        """Return `copies` copies of the batch, one after the other."""
+        repeated = self.concatenate(*[self] * (copies - 1))
+        return repeated if self.negative is None else replace(repeated, negative=self.negative.repeat(copies))
+
+    def to(self, dtype: torch.dtype) -> "Conditioning":
+        """Return the same with floating-point tensors in another dtype; masks and `negative` are left as they are."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        return Conditioning(
+            {name: cast(tensor) for name, tensor in self.tensors.items()},
+            {name: tuple(map(cast, each)) for name, each in self.ragged.items()},
+            self.negative,
+        )
 
 
 class DiffusionModel(nn.Module, ABC):
-    """A denoiser with everything around it, normalised so that it predicts `x_0`.
+    """A denoiser with its text encoder and decoder, converted to predict `x_0` whatever its network predicts.
 
     Attributes:
         schedule: The forward process.
-        prediction: What the raw network outputs.
+        prediction: What the network predicts: the noise, the velocity, the flow or the sample.
     """
 
     schedule: Schedule
@@ -47,36 +80,36 @@ class DiffusionModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Turn prompts into conditioning, without a graph."""
+        """Embed prompts, without a graph."""
 
     @abstractmethod
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard Gaussian starting latents, float32 `(batch_size, ...)`, on the model's device."""
+        """Draw standard Gaussian starting latents, float32 `(batch_size, ...)`, on the model's device."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """The raw network's output after guidance, in the dtype of `x`."""
+        """Return the network's prediction after guidance, in the dtype of `x`."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float32 `(B, 3, H, W)`, in [0, 1] by convention and not clamped."""
+        """Decode latents into float32 images `(B, 3, H, W)`, in [0, 1] by convention and not clamped."""
 
-    def checkpoint_blocks(self) -> None:
-        """Recompute the activations inside the network's blocks in the backward pass, from now on."""
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """Recompute the activations inside the network's blocks in the backward pass from now on, or keep them."""
         raise ConfigurationError(
             f'{type(self).__name__} has no blocks to recompute; write checkpointing="step" or "none"'
         )
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the model is what it was before any training: adapters are off."""
-        raise NotImplementedError(f"{type(self).__name__} cannot switch its adapters off")
+        """Within this context the model has its original weights, those before any training."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement base(), its original weights")
         yield
 
     def denoise(
         self, x: Tensor, t: float, conditioning: Conditioning, *, detach_input: bool = False, freeze: bool = False
     ) -> Tensor:
-        """The estimate of `x_0`, `(B, ...)`.
+        """Estimate `x_0`, `(B, ...)`.
 
         Args:
             x: The latent at time `t`.
@@ -91,7 +124,11 @@ class DiffusionModel(nn.Module, ABC):
 
 
 def to_x0(raw: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:
-    """Convert a raw prediction at `x = alpha x_0 + sigma eps` into one of `x_0`."""
+    """Convert a prediction at `x = alpha x_0 + sigma eps` into one of `x_0`.
+
+    With `r` the network's output: `(x - sigma r) / alpha` for epsilon, `alpha x - sigma r` for v_prediction,
+    `x - sigma r` for flow, and `r` for sample.
+    """
     if prediction == "epsilon":
         return (x - sigma * raw) / alpha
     if prediction == "v_prediction":
@@ -100,4 +137,4 @@ def to_x0(raw: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Predic
         return x - sigma * raw
     if prediction == "sample":
         return raw
-    raise ValueError(f"prediction={prediction!r} is not known; write epsilon, v_prediction, flow or sample")
+    raise ConfigurationError(f"prediction={prediction!r} is not valid; write epsilon, v_prediction, flow or sample")

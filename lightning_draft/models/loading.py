@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,8 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lightning_draft.errors import ConfigurationError
-
-Precision = Literal["float32", "bfloat16", "float16"]
+from lightning_draft.models.decoder import Precision
 
 WRAPPERS = {
     "StableDiffusionPipeline": "StableDiffusion",
@@ -40,6 +39,7 @@ class Family:
         denoiser: Name of the denoiser among a pipeline's parts.
         text_encoders: Names of the text encoders.
         adapted: Layers that adapters go to by default: the attention's projections.
+        guidance_scale: Scale of classifier-free guidance by default.
         unused: Arguments of `from_pretrained` that leave out what is not needed.
         single_file: The same of `from_single_file`; `None` where single files do not hold a whole pipeline.
     """
@@ -51,6 +51,7 @@ class Family:
     denoiser: str
     text_encoders: tuple[str, ...]
     adapted: tuple[str, ...]
+    guidance_scale: float
     unused: Mapping[str, Any] = field(default_factory=dict)
     single_file: Mapping[str, Any] | None = None
 

@@ -1,16 +1,12 @@
-"""What the wrappers of diffusers' text-to-image pipelines share: guidance, text, decoding and adapters.
+"""The base class of diffusers' text-to-image pipelines."""
 
-References:
-    Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598.
-"""
-
-import math
 import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Self, get_args
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import lora as adapters
 from lightning_draft.models.base import Conditioning, DiffusionModel
-from lightning_draft.models.loading import Family, Precision
+from lightning_draft.models.decoder import Memory, decode
+from lightning_draft.models.guidance import Guidance
+from lightning_draft.models.loading import Family
 from lightning_draft.models.lora import LoRA
-
-GuidanceGradient = Literal["full", "conditional"]
 
 
 class PipelineModel(DiffusionModel):
@@ -36,13 +32,8 @@ class PipelineModel(DiffusionModel):
         pipeline: Opened by `load_pipeline`.
         pretrained: Where it came from.
         lora: The adapters; `None` for none at all, and then nothing is trainable.
-        guidance_scale: `w` in `e_u + w (e_c - e_u)`.
-        negative_prompt: What the unconditional branch is given.
-        guidance_gradient: `full` differentiates both branches, `conditional` only the one with the prompt.
-        block_checkpointing: Recompute the activations inside the denoiser's blocks in the backward pass.
-        decode_chunk: Decode this many images at a time; by default all at once.
-        checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk.
-        vae_dtype: What the autoencoder is run in, whatever the Trainer's precision is.
+        guidance: Classifier-free guidance.
+        memory: Options that lower the decoder's peak memory.
 
     Attributes:
         family: Which pipelines these are.
@@ -51,10 +42,6 @@ class PipelineModel(DiffusionModel):
     """
 
     family: ClassVar[Family]
-    embedded: ClassVar[tuple[str, ...]]
-    """Names of what a prompt becomes in a `Conditioning`."""
-    embedded_negative: ClassVar[tuple[str, ...]]
-    """The same for the negative prompt."""
     cached_prompts: ClassVar[int]
     """How many embeddings are remembered without being asked for."""
 
@@ -67,13 +54,8 @@ class PipelineModel(DiffusionModel):
         pretrained: str,
         *,
         lora: LoRA | None,
-        guidance_scale: float,
-        negative_prompt: str,
-        guidance_gradient: GuidanceGradient,
-        block_checkpointing: bool,
-        decode_chunk: int | None,
-        checkpoint_decoder: bool,
-        vae_dtype: Precision | None,
+        guidance: Guidance,
+        memory: Memory,
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
@@ -83,14 +65,9 @@ class PipelineModel(DiffusionModel):
         self.requires_grad_(False).eval()
         if lora is not None:
             lora.attach(self.denoiser, self.family.adapted)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
-        self.guidance_gradient = guidance_gradient
-        self.block_checkpointing = block_checkpointing
-        self.decode_chunk = decode_chunk
-        self.checkpoint_decoder = checkpoint_decoder
-        self._vae_dtype = vae_dtype
-        self._embeddings: dict[str, tuple[Tensor, ...]] = {}
+        self.guidance = guidance.or_default(self.family.guidance_scale)
+        self.memory = memory
+        self._embeddings: dict[str, Mapping[str, Tensor]] = {}
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -116,21 +93,12 @@ class PipelineModel(DiffusionModel):
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
-    @property
-    def block_checkpointing(self) -> bool:
-        """Whether the blocks' activations are recomputed in the backward pass; may be set."""
-        return bool(self.denoiser.is_gradient_checkpointing)
-
-    @block_checkpointing.setter
-    def block_checkpointing(self, enabled: bool) -> None:
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """Recompute the activations inside the denoiser's blocks in the backward pass from now on, or keep them."""
         if enabled:
             self.denoiser.enable_gradient_checkpointing(_checkpoint_block)
         else:
             self.denoiser.disable_gradient_checkpointing()
-
-    def checkpoint_blocks(self) -> None:
-        """Turn `block_checkpointing` on."""
-        self.block_checkpointing = True
 
     def train(self, mode: bool = True) -> Self:
         """Every part stays in eval mode: dropout of the frozen networks stays off in training."""
@@ -144,24 +112,17 @@ class PipelineModel(DiffusionModel):
         Raises:
             RuntimeError: The text encoder was released and a prompt is not among those that were precomputed.
         """
-        embeddings = zip(*(self._embedding(str(prompt)) for prompt in prompts), strict=True)
-        negatives = self._embedding(self.negative_prompt)
-        tensors = {}
-        for name, negative_name, parts, negative in zip(
-            self.embedded, self.embedded_negative, embeddings, negatives, strict=True
-        ):
-            tensors[name] = torch.stack(parts).to(self.device)
-            tensors[negative_name] = negative.to(self.device).expand_as(tensors[name])
-        return Conditioning(tensors)
+        negative = self._collate([self._embedding(self.guidance.negative_prompt)] * len(prompts))
+        return replace(self._collate([self._embedding(str(prompt)) for prompt in prompts]), negative=negative)
 
     def precompute(self, prompts: Iterable[str]) -> None:
         """Embed prompts, and the negative prompt, ahead of time and keep all of them."""
-        for prompt in {self.negative_prompt: None, **{str(prompt): None for prompt in prompts}}:
+        for prompt in {self.guidance.negative_prompt: None, **{str(prompt): None for prompt in prompts}}:
             self._embeddings[prompt] = self._embedding(prompt)
 
     def release_text_encoder(self) -> None:
         """Forget the text encoders to free their memory; from then on only remembered prompts can be used."""
-        self._embedding(self.negative_prompt)
+        self._embedding(self.guidance.negative_prompt)
         for name in self.family.text_encoders:
             setattr(self, name, None)
 
@@ -173,31 +134,11 @@ class PipelineModel(DiffusionModel):
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """The network's output after guidance, in the dtype of `x`."""
-        given = [conditioning.tensors[name] for name in self.embedded]
-        negative = [conditioning.tensors[name] for name in self.embedded_negative]
-        if self.guidance_scale == 1:
-            return self._denoised(x, t, *given)
-        if self.guidance_gradient == "conditional" and torch.is_grad_enabled():
-            with torch.no_grad():
-                unconditional = self._denoised(x, t, *negative)
-            conditional = self._denoised(x, t, *given)
-        else:
-            texts = [torch.cat(pair) for pair in zip(negative, given, strict=True)]
-            unconditional, conditional = self._denoised(torch.cat([x, x]), t, *texts).chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return self.guidance.apply(lambda x, conditioning: self._denoised(x, t, conditioning), x, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in the latents' dtype, around [0, 1] and not clamped."""
-        config = self.vae.config
-        scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        recompute = self.checkpoint_decoder and torch.is_grad_enabled()
-        images = [
-            checkpoint(self._decode, part, use_reentrant=False, preserve_rng_state=False)
-            if recompute
-            else self._decode(part)
-            for part in scaled.split(self.decode_chunk or max(1, len(scaled)))
-        ]
-        return torch.cat(images) / 2 + 0.5
+        return decode(self.vae, latents, self.memory)
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -249,27 +190,26 @@ class PipelineModel(DiffusionModel):
         """One of the denoiser's frozen weights, whose device and dtype are the denoiser's."""
 
     @abstractmethod
-    def _network(self, x: Tensor, time: Tensor, *texts: Tensor) -> Tensor:
-        """The network's output for `x` and texts in its dtype and `time`, a scalar."""
+    def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """Call the network with `x` and conditioning in its dtype, and `time`, a scalar."""
 
     @abstractmethod
-    def _embed(self, prompt: str) -> tuple[Tensor, ...]:
-        """What `embedded` names, for one prompt, without a batch."""
+    def _embed(self, prompt: str) -> Mapping[str, Tensor]:
+        """Embed one prompt: what `_network` is given, by name and without a batch dimension."""
 
-    def _denoised(self, x: Tensor, t: float, *texts: Tensor) -> Tensor:
-        """The raw network's output, in the dtype of `x`."""
+    def _collate(self, embeddings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+        """Stack the embeddings of single prompts; a family whose embeddings differ in shape overrides it."""
+        return Conditioning(
+            {name: torch.stack([each[name] for each in embeddings]).to(self.device) for name in embeddings[0]}
+        )
+
+    def _denoised(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """Return the network's prediction without guidance, in the dtype of `x`."""
         dtype = self._weight.dtype
         time = torch.full((), self.schedule.network_time(t), device=x.device)
-        return self._network(x.to(dtype), time, *(text.to(dtype) for text in texts)).to(x.dtype)
+        return self._network(x.to(dtype), time, conditioning.to(dtype)).to(x.dtype)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        dtype = self.vae.decoder.conv_in.weight.dtype
-        autocast = torch.is_autocast_enabled(latents.device.type) and self._vae_dtype is None
-        with torch.autocast(latents.device.type, enabled=autocast):
-            images: Tensor = self.vae.decode(latents.to(dtype), return_dict=False)[0]
-        return images.to(latents.dtype)
-
-    def _embedding(self, prompt: str) -> tuple[Tensor, ...]:
+    def _embedding(self, prompt: str) -> Mapping[str, Tensor]:
         """The prompt's embeddings on the CPU, remembered while there is room.
 
         Each prompt is embedded on its own, so that its embedding does not depend on the batch it first came in.
@@ -285,7 +225,7 @@ class PipelineModel(DiffusionModel):
         device = next(self.text_encoder.parameters()).device.type
         # An embedding made in inference mode could not be used in training later; one under autocast would be rounded.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            embedding = tuple(part.cpu() for part in self._embed(prompt))
+            embedding = {name: tensor.cpu() for name, tensor in self._embed(prompt).items()}
         if len(self._embeddings) < self.cached_prompts:
             self._embeddings[prompt] = embedding
         return embedding
@@ -301,20 +241,6 @@ def tokens(tokenizer: Any, prompt: str, length: int, warn: bool = True) -> Any:
     if warn and len(words) > length:
         warnings.warn(f"the model reads {length} tokens and cuts: {prompt}", stacklevel=6)
     return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-
-
-def check_options(guidance_scale: float, guidance_gradient: str, decode_chunk: int | None) -> None:
-    """Refuse values that cannot be meant, before anything is loaded.
-
-    Raises:
-        ConfigurationError: One of them.
-    """
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ConfigurationError(f"guidance_scale={guidance_scale} must be at least 0; write 1 for no guidance")
-    if guidance_gradient not in get_args(GuidanceGradient):
-        raise ConfigurationError(f"guidance_gradient={guidance_gradient!r} is not known; write full or conditional")
-    if decode_chunk is not None and decode_chunk < 1:
-        raise ConfigurationError(f"decode_chunk={decode_chunk} must be at least 1; leave it out to decode all at once")
 
 
 def _checkpoint_block(block: nn.Module, *inputs: Any) -> Any:

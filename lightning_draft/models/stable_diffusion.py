@@ -4,15 +4,19 @@ References:
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
 """
 
+from collections.abc import Mapping
+
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.base import Prediction
-from lightning_draft.models.loading import Family, Precision, load_pipeline, part_dtypes
+from lightning_draft.models.base import Conditioning, Prediction
+from lightning_draft.models.decoder import Memory, Precision
+from lightning_draft.models.guidance import Guidance
+from lightning_draft.models.loading import Family, load_pipeline, part_dtypes
 from lightning_draft.models.lora import ATTENTION, LoRA
-from lightning_draft.models.pipeline import GuidanceGradient, PipelineModel, check_options, tokens
+from lightning_draft.models.pipeline import PipelineModel, tokens
 from lightning_draft.schedules import VariancePreserving
 
 FAMILY = Family(
@@ -23,6 +27,7 @@ FAMILY = Family(
     denoiser="unet",
     text_encoders=("text_encoder",),
     adapted=ATTENTION,
+    guidance_scale=7.5,
     unused={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     single_file={"safety_checker": None},
 )
@@ -36,13 +41,8 @@ class StableDiffusion(PipelineModel):
             or a hub id.
         lora: The adapters; `None` for none at all, and then nothing is trainable.
         dtype: What the frozen denoiser, text encoder and autoencoder are held in. Adapters and latents are float32.
-        guidance_scale: `w` in `e_u + w (e_c - e_u)`, at least 0; with 1 the unconditional branch is not evaluated.
-        negative_prompt: What the unconditional branch is given.
-        guidance_gradient: `full` differentiates both branches, `conditional` only the one with the prompt.
-        block_checkpointing: Recompute the activations inside the denoiser's blocks in the backward pass.
-        decode_chunk: Decode this many images at a time; by default all at once.
-        checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk.
-        vae_dtype: What the autoencoder is held in, if not in `dtype`, and run in, whatever the Trainer's precision is.
+        guidance: Classifier-free guidance; its scale is 7.5 by default.
+        memory: Options that lower the decoder's peak memory.
         pretrained_config: For a single file: the folder or hub id of a pipeline with the same architecture; by default
             it is recognised, and its configuration comes from the hub.
 
@@ -53,8 +53,6 @@ class StableDiffusion(PipelineModel):
     """
 
     family = FAMILY
-    embedded = ("text",)
-    embedded_negative = ("negative",)
     cached_prompts = 16384
 
     unet: UNet2DConditionModel
@@ -66,29 +64,18 @@ class StableDiffusion(PipelineModel):
         *,
         lora: LoRA | None = LoRA(),  # noqa: B008 (frozen)
         dtype: Precision = "float32",
-        guidance_scale: float = 7.5,
-        negative_prompt: str = "",
-        guidance_gradient: GuidanceGradient = "full",
-        block_checkpointing: bool = False,
-        decode_chunk: int | None = None,
-        checkpoint_decoder: bool = False,
-        vae_dtype: Precision | None = None,
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+        memory: Memory = Memory(),  # noqa: B008 (frozen)
         pretrained_config: str | None = None,
     ) -> None:
-        check_options(guidance_scale, guidance_gradient, decode_chunk)
-        pipeline = load_pipeline(FAMILY, pretrained, part_dtypes(FAMILY, dtype, vae_dtype), pretrained_config)
+        pipeline = load_pipeline(FAMILY, pretrained, part_dtypes(FAMILY, dtype, memory.vae_dtype), pretrained_config)
         _check_parts(pipeline, pretrained)
         super().__init__(
             pipeline,
             pretrained,
             lora=lora,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            guidance_gradient=guidance_gradient,
-            block_checkpointing=block_checkpointing,
-            decode_chunk=decode_chunk,
-            checkpoint_decoder=checkpoint_decoder,
-            vae_dtype=vae_dtype,
+            guidance=guidance,
+            memory=memory,
         )
         self.schedule, self.prediction = _read_schedule(pipeline)
         self.tokenizer = pipeline.tokenizer
@@ -97,18 +84,18 @@ class StableDiffusion(PipelineModel):
     def _weight(self) -> Tensor:
         return self.unet.conv_in.weight
 
-    def _network(self, x: Tensor, time: Tensor, *texts: Tensor) -> Tensor:
-        output: Tensor = self.unet(x, time, encoder_hidden_states=texts[0], return_dict=False)[0]
+    def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = self.unet(x, time, conditioning.tensors["text"], return_dict=False)[0]
         return output
 
-    def _embed(self, prompt: str) -> tuple[Tensor]:
+    def _embed(self, prompt: str) -> Mapping[str, Tensor]:
         """The embedding `(tokens, width)`."""
         assert self.text_encoder is not None
         device = next(self.text_encoder.parameters()).device
         words = tokens(self.tokenizer, prompt, self.tokenizer.model_max_length)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = words.attention_mask.to(device) if uses_mask else None
-        return (self.text_encoder(words.input_ids.to(device), attention_mask=mask)[0][0],)
+        return {"text": self.text_encoder(words.input_ids.to(device), attention_mask=mask)[0][0]}
 
 
 def _read_schedule(pipeline: StableDiffusionPipeline) -> tuple[VariancePreserving, Prediction]:

@@ -4,6 +4,7 @@ References:
     Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", arXiv:2403.03206.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.loading import Family, Precision, load_pipeline, part_dtypes
+from lightning_draft.models.base import Conditioning
+from lightning_draft.models.decoder import Memory, Precision
+from lightning_draft.models.guidance import Guidance
+from lightning_draft.models.loading import Family, load_pipeline, part_dtypes
 from lightning_draft.models.lora import ATTENTION, LoRA
-from lightning_draft.models.pipeline import GuidanceGradient, PipelineModel, check_options, tokens
+from lightning_draft.models.pipeline import PipelineModel, tokens
 from lightning_draft.schedules import RectifiedFlow
 
 FAMILY = Family(
@@ -26,6 +30,7 @@ FAMILY = Family(
     denoiser="transformer",
     text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
     adapted=(*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    guidance_scale=4.5,
     unused={"image_encoder": None, "feature_extractor": None},
 )
 _OTHER_GRIDS = (
@@ -49,17 +54,12 @@ class StableDiffusion3(PipelineModel):
         lora: The adapters, by default on the attention of image and text alike; `None` for none at all, and then
             nothing is trainable.
         dtype: What the frozen denoiser, text encoders and autoencoder are held in. Adapters and latents are float32.
-        guidance_scale: `w` in `v_u + w (v_c - v_u)`, at least 0; with 1 the unconditional branch is not evaluated.
-        negative_prompt: What the unconditional branch is given.
-        guidance_gradient: `full` differentiates both branches, `conditional` only the one with the prompt.
+        guidance: Classifier-free guidance; its scale is 4.5 by default.
         t5: Load the third text encoder, the largest part of the pipeline; without it zeros stand in its tokens' place,
             as the models were trained for.
         max_sequence_length: Tokens that the third text encoder reads, 1 to 512.
         resolution: Height and width of the images in pixels; by default the pipeline's own, 1024 of the published ones.
-        block_checkpointing: Recompute the activations inside the denoiser's blocks in the backward pass.
-        decode_chunk: Decode this many images at a time; by default all at once.
-        checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk.
-        vae_dtype: What the autoencoder is held in, if not in `dtype`, and run in, whatever the Trainer's precision is.
+        memory: Options that lower the decoder's peak memory.
 
     Attributes:
         transformer: The denoiser.
@@ -70,8 +70,6 @@ class StableDiffusion3(PipelineModel):
     """
 
     family = FAMILY
-    embedded = ("text", "pooled")
-    embedded_negative = ("negative", "negative_pooled")
     cached_prompts = 1024
 
     schedule: RectifiedFlow
@@ -86,34 +84,23 @@ class StableDiffusion3(PipelineModel):
         *,
         lora: LoRA | None = LoRA(),  # noqa: B008 (frozen)
         dtype: Precision = "float32",
-        guidance_scale: float = 4.5,
-        negative_prompt: str = "",
-        guidance_gradient: GuidanceGradient = "full",
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
         t5: bool = True,
         max_sequence_length: int = 256,
         resolution: int | None = None,
-        block_checkpointing: bool = False,
-        decode_chunk: int | None = None,
-        checkpoint_decoder: bool = False,
-        vae_dtype: Precision | None = None,
+        memory: Memory = Memory(),  # noqa: B008 (frozen)
     ) -> None:
-        check_options(guidance_scale, guidance_gradient, decode_chunk)
         if not 1 <= max_sequence_length <= 512:
             raise ConfigurationError(f"max_sequence_length={max_sequence_length} must lie in 1..512; write 256")
         left_out: dict[str, None] = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = load_pipeline(FAMILY, pretrained, part_dtypes(FAMILY, dtype, vae_dtype), **left_out)
+        pipeline = load_pipeline(FAMILY, pretrained, part_dtypes(FAMILY, dtype, memory.vae_dtype), **left_out)
         _check_parts(pipeline, pretrained)
         super().__init__(
             pipeline,
             pretrained,
             lora=lora,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            guidance_gradient=guidance_gradient,
-            block_checkpointing=block_checkpointing,
-            decode_chunk=decode_chunk,
-            checkpoint_decoder=checkpoint_decoder,
-            vae_dtype=vae_dtype,
+            guidance=guidance,
+            memory=memory,
         )
         self.schedule, self.prediction = _read_schedule(pipeline), "flow"
         self.tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
@@ -130,18 +117,17 @@ class StableDiffusion3(PipelineModel):
     def _weight(self) -> Tensor:
         return self.transformer.pos_embed.proj.weight
 
-    def _network(self, x: Tensor, time: Tensor, *texts: Tensor) -> Tensor:
-        text, pooled = texts
+    def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = self.transformer(
             hidden_states=x,
             timestep=time.expand(len(x)),
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
+            encoder_hidden_states=conditioning.tensors["text"],
+            pooled_projections=conditioning.tensors["pooled"],
             return_dict=False,
         )[0]
         return output
 
-    def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _embed(self, prompt: str) -> Mapping[str, Tensor]:
         """Tokens `(CLIP's + T5's, width)` and the pooled embedding `(width,)`, as the pipeline joins them (fig. 2)."""
         clips = (self.text_encoder, self.text_encoder_2)
         length = self.tokenizers[0].model_max_length
@@ -151,7 +137,8 @@ class StableDiffusion3(PipelineModel):
         ]
         words, pooled = (torch.cat(parts, -1) for parts in zip(*pairs, strict=True))
         width = self.transformer.config.joint_attention_dim
-        return torch.cat([pad(words, (0, width - words.shape[-1])), self._read_t5(prompt, words)]), pooled
+        text = torch.cat([pad(words, (0, width - words.shape[-1])), self._read_t5(prompt, words)])
+        return {"text": text, "pooled": pooled}
 
     def _read_t5(self, prompt: str, like: Tensor) -> Tensor:
         """The T5's tokens `(max_sequence_length, width)`, zeros where there is no T5."""

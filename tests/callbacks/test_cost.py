@@ -12,7 +12,7 @@ from lightning_draft.callbacks import CostMonitor
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.objectives import PRDP
 from lightning_draft.rewards.color import Brightness
 from lightning_draft.samplers import DDIM
@@ -96,7 +96,7 @@ def test_policy_gradients(tmp_path: Path, options: Any, forwards: int, backwards
 
 def test_guidance_counts_twice(tiny_sd: Path, tmp_path: Path) -> None:
     def cost(scale: float) -> CostMonitor:
-        model = StableDiffusion(str(tiny_sd), guidance_scale=scale, lora=LoRA(2))
+        model = StableDiffusion(str(tiny_sd), guidance=Guidance(scale), lora=LoRA(2))
         module = DraftModule(model, Brightness(), DDIM(2, spacing="trailing"), LastK(1))
         return fit(tmp_path, module, 1, limit_val_batches=0)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lightning_draft import __version__
 from lightning_draft.cli.sample import _generate
-from lightning_draft.models import StableDiffusion
+from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.samplers import DDIM, Transition
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
@@ -195,7 +195,7 @@ class Forgetful(DDIM):
 
 
 def test_sample_draws_the_noise_of_the_steps_apart_from_the_starting_noise(tiny_sd: Path) -> None:
-    model = StableDiffusion(str(tiny_sd), guidance_scale=1.0, lora=None)
+    model = StableDiffusion(str(tiny_sd), guidance=Guidance(1.0), lora=None)
     start = model.noise(9, torch.Generator().manual_seed(3))
     ours = _generate(model, Forgetful(1), ["red"] * 9, 3, 1.0)
     for i in range(9):

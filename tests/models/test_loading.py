@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_draft.models import StableDiffusion
+from lightning_draft.models import Memory, StableDiffusion
 from lightning_draft.schedules import VariancePreserving
 
 
@@ -220,7 +220,7 @@ def test_single_file_in_the_original_layout(tiny_sd: Path, tmp_path: Path) -> No
     assert_same_weights(model, expected)
     assert (model.schedule, model.prediction) == (expected.schedule, expected.prediction)
     assert torch.equal(model.encode(["a cat"]).tensors["text"], expected.encode(["a cat"]).tensors["text"])
-    mixed = StableDiffusion(file, dtype="bfloat16", vae_dtype="float32", pretrained_config=str(tiny_sd))
+    mixed = StableDiffusion(file, dtype="bfloat16", memory=Memory(vae_dtype="float32"), pretrained_config=str(tiny_sd))
     assert torch.equal(mixed.vae.decoder.conv_in.weight, expected.vae.decoder.conv_in.weight)
     assert mixed.unet.conv_in.weight.dtype == torch.bfloat16
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.samplers import DDIM
 
 PROMPTS = ["a red cat", "dog"]
@@ -20,7 +20,7 @@ PROMPTS = ["a red cat", "dog"]
 
 def tuned(folder: Path, lora: LoRA, **arguments: Any) -> StableDiffusion:
     """A model whose adapters do something."""
-    model = StableDiffusion(str(folder), lora=lora, guidance_scale=2.0, **arguments)
+    model = StableDiffusion(str(folder), lora=lora, guidance=Guidance(2.0), **arguments)
     generator = torch.Generator().manual_seed(3)
     for _, value in model.trainable_parameters():
         value.data = 0.3 * torch.randn(value.shape, generator=generator)
@@ -80,7 +80,7 @@ def test_saved_file_gives_our_pictures_in_a_plain_pipeline(tiny_sd: Path, tmp_pa
 def test_load_restores_bit_for_bit_and_in_place(tiny_sd: Path, tmp_path: Path) -> None:
     model = tuned(tiny_sd, LoRA(rank=4, alpha=3.0))
     model.save_lora(tmp_path / "lora.safetensors")
-    other = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4, alpha=3.0), guidance_scale=2.0, dtype="bfloat16")
+    other = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4, alpha=3.0), guidance=Guidance(2.0), dtype="bfloat16")
     before = dict(other.trainable_parameters())
     other.load_lora(tmp_path / "lora.safetensors")
     for name, value in model.trainable_parameters():
@@ -91,7 +91,7 @@ def test_load_restores_bit_for_bit_and_in_place(tiny_sd: Path, tmp_path: Path) -
 def test_load_keeps_the_update_where_alpha_differs(tiny_sd: Path, tmp_path: Path) -> None:
     model = tuned(tiny_sd, LoRA(rank=4, alpha=6.0))
     model.save_lora(tmp_path / "lora.safetensors")
-    other = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4), guidance_scale=2.0)
+    other = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4), guidance=Guidance(2.0))
     other.load_lora(tmp_path / "lora.safetensors")
     torch.testing.assert_close(pictures(other), pictures(model), rtol=0, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_load_reads_what_diffusers_writes(tiny_sd: Path, tmp_path: Path, old: bo
     state = get_peft_model_state_dict(pipeline.unet)
     state = convert_state_dict_to_diffusers(state) if old else state
     pipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
-    model = StableDiffusion(str(tiny_sd), lora=LoRA(rank=2, target_modules=["to_q", "to_out.0"]), guidance_scale=2.0)
+    model = StableDiffusion(str(tiny_sd), lora=LoRA(2, target_modules=["to_q", "to_out.0"]), guidance=Guidance(2.0))
     model.load_lora(tmp_path / "pytorch_lora_weights.safetensors")
     torch.testing.assert_close(pictures(model), pipeline_pictures(pipeline), rtol=0, atol=2e-4)
 

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
-from lightning_draft.models import DiffusionModel, LoRA, StableDiffusion
+from lightning_draft.models import DiffusionModel, Guidance, LoRA, Memory, StableDiffusion
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, Sampler
 from lightning_draft.truncation import LastK, LowVariance
 
@@ -80,7 +81,7 @@ def test_pictures_are_those_of_the_diffusers_pipeline(
     arguments = {"num_inference_steps": 6, "guidance_scale": guidance_scale, "latents": noise()}
     theirs = pipeline(PROMPTS, negative_prompt=["tree"] * 2, output_type="latent", **arguments).images
     pictures = pipeline(PROMPTS, negative_prompt=["tree"] * 2, output_type="pt", **arguments).images
-    model = wide(folder, guidance_scale=guidance_scale, negative_prompt="tree", lora=None)
+    model = wide(folder, guidance=Guidance(guidance_scale, "tree"), lora=None)
     with torch.no_grad():
         ours = sample(model, sampler_class(6), noise())
         decoded = model.decode(ours)
@@ -94,7 +95,7 @@ def test_float32_pictures_are_those_of_the_diffusers_pipeline(folder: Path) -> N
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     start = noise(dtype=torch.float32)
     theirs = pipeline(PROMPTS, num_inference_steps=6, guidance_scale=3.0, latents=start, output_type="pt").images
-    model = StableDiffusion(str(folder), guidance_scale=3.0)
+    model = StableDiffusion(str(folder), guidance=Guidance(3.0))
     with torch.no_grad():
         ours = model.decode(sample(model, DDIM(6), start)).clamp(0, 1)
     assert ours.dtype == torch.float32
@@ -146,9 +147,10 @@ def test_adapter_scale_adds_the_update_times_the_scale(tiny_sd: Path, scale: flo
 def test_guidance_gradients_against_hand_computation(tiny_sd: Path) -> None:
     """`e_u + w (e_c - e_u)`: weights `w` and `1 - w` in full, `w` and 0 in conditional."""
     w, x = 3.0, noise()
-    model = wide(tiny_sd, guidance_scale=w)
+    model = wide(tiny_sd, guidance=Guidance(w))
     both = model.encode(PROMPTS)
-    text, negative = both.tensors["text"], both.tensors["negative"]
+    assert both.negative is not None
+    text, negative = both.tensors["text"], both.negative.tensors["text"]
     time = torch.tensor(500)
 
     def slope(embedding: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
@@ -160,7 +162,7 @@ def test_guidance_gradients_against_hand_computation(tiny_sd: Path) -> None:
     full = {name: w * conditional[name] + (1 - w) * unconditional[name] for name in conditional}
     assert_close(gradients(model, (output * cotangent).sum()), full, 1e-9)
 
-    model.guidance_gradient = "conditional"
+    model.guidance = replace(model.guidance, gradient="conditional")
     again = model(x, 500, both)
     torch.testing.assert_close(again, output)
     half = {name: w * value for name, value in conditional.items()}
@@ -174,11 +176,11 @@ def test_network_calls(tiny_sd: Path) -> None:
     model.unet.register_forward_hook(lambda _, inputs, output: sizes.append((len(inputs[0]), output[0].requires_grad)))
     conditioning, x = model.encode(PROMPTS), noise(dtype=torch.float32)
     model(x, 500, conditioning)
-    model.guidance_gradient = "conditional"
+    model.guidance = replace(model.guidance, gradient="conditional")
     model(x, 500, conditioning)
     with torch.no_grad():
         model(x, 500, conditioning)
-    model.guidance_scale = 1.0
+    model.guidance = Guidance(1.0)
     model(x, 500, conditioning)
     assert sizes == [(4, True), (2, False), (2, True), (4, False), (2, True)]
 
@@ -192,9 +194,9 @@ def test_first_gradient_of_a_is_zero_and_of_b_is_not(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["step", "block", "both"])
-@pytest.mark.parametrize("guidance_gradient", ["full", "conditional"])
-def test_checkpointing_gives_equal_gradients(tiny_sd_v: Path, mode: str, guidance_gradient: str) -> None:
-    model = wide(tiny_sd_v, guidance_scale=2.0, guidance_gradient=guidance_gradient)
+@pytest.mark.parametrize("gradient", ["full", "conditional"])
+def test_checkpointing_gives_equal_gradients(tiny_sd_v: Path, mode: str, gradient: Any) -> None:
+    model = wide(tiny_sd_v, guidance=Guidance(2.0, gradient=gradient))
     conditioning = model.encode(PROMPTS)
 
     def found(step: bool) -> dict[str, Tensor]:
@@ -202,9 +204,9 @@ def test_checkpointing_gives_equal_gradients(tiny_sd_v: Path, mode: str, guidanc
         return gradients(model, model.decode(LastK(2)(chain, noise())).square().mean())
 
     expected = found(step=False)
-    model.block_checkpointing = mode != "step"
-    assert model.block_checkpointing == (mode != "step")
-    model.checkpoint_decoder = True
+    model.checkpoint_blocks(mode != "step")
+    assert model.unet.is_gradient_checkpointing == (mode != "step")
+    model.memory = Memory(checkpoint_decoder=True)
     assert_close(found(step=mode != "block"), expected, 1e-12)
 
 
@@ -230,14 +232,16 @@ def test_block_checkpointing_keeps_fewer_activations(tiny_sd: Path) -> None:
 
 
 def test_dropout_stays_off_in_training(tiny_sd: Path) -> None:
-    model = StableDiffusion(str(tiny_sd), block_checkpointing=True).train()
+    model = StableDiffusion(str(tiny_sd))
+    model.checkpoint_blocks()
+    model.train()
     assert model.training
     assert not any(part.training for part in model.modules() if part is not model)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_base_trains_float32_adapters(tiny_sd_v: Path, dtype: str) -> None:
-    model = StableDiffusion(str(tiny_sd_v), dtype=dtype, guidance_scale=2.0)
+    model = StableDiffusion(str(tiny_sd_v), dtype=dtype, guidance=Guidance(2.0))
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     assert {value.dtype for value in frozen.values()} == {getattr(torch, dtype)}
     parameters = [value for _, value in model.trainable_parameters()]
@@ -263,7 +267,7 @@ def test_half_precision_base_trains_float32_adapters(tiny_sd_v: Path, dtype: str
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_near_float32(folder: Path, dtype: str) -> None:
     start = noise(dtype=torch.float32)
-    models = [StableDiffusion(str(folder), dtype=each, guidance_scale=2.0) for each in ("float32", dtype)]
+    models = [StableDiffusion(str(folder), dtype=each, guidance=Guidance(2.0)) for each in ("float32", dtype)]
     with torch.no_grad():
         whole, half = (model.decode(sample(model, DDIM(3), start)) for model in models)
     assert half.dtype == torch.float32
@@ -272,7 +276,7 @@ def test_half_precision_stays_near_float32(folder: Path, dtype: str) -> None:
 
 def test_decoder_in_its_own_precision(tiny_sd: Path) -> None:
     whole = StableDiffusion(str(tiny_sd))
-    mixed = StableDiffusion(str(tiny_sd), dtype="bfloat16", vae_dtype="float32")
+    mixed = StableDiffusion(str(tiny_sd), dtype="bfloat16", memory=Memory(vae_dtype="float32"))
     latents = noise(dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(mixed.decode(latents), whole.decode(latents))
@@ -299,14 +303,14 @@ def test_decoding_in_chunks_is_decoding_the_whole(tiny_sd: Path, recompute: bool
     latents = noise(3).requires_grad_()
     whole = model.decode(latents)
     (expected,) = torch.autograd.grad(whole.square().sum(), latents)
-    model.decode_chunk, model.checkpoint_decoder = 2, recompute
+    model.memory = Memory(2, recompute)
     parts = model.decode(latents)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), latents)[0], expected)
 
 
 def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd: Path) -> None:
-    model = wide(tiny_sd, negative_prompt="tree")
+    model = wide(tiny_sd, guidance=Guidance(negative_prompt="tree"))
     calls: list[int] = []
     assert model.text_encoder is not None
     model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -317,7 +321,8 @@ def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd: Path) -
     text, negative = plain(tiny_sd).encode_prompt(PROMPTS, torch.device("cpu"), 1, True, ["tree", "tree"])
     torch.testing.assert_close(first.tensors["text"][:2], text)
     torch.testing.assert_close(second.tensors["text"], text.flip(0))
-    torch.testing.assert_close(second.tensors["negative"], negative)
+    assert second.negative is not None
+    torch.testing.assert_close(second.negative.tensors["text"], negative)
 
 
 def test_text_encoder_can_be_released(tiny_sd: Path) -> None:
@@ -368,11 +373,8 @@ def test_parts_are_children(tiny_sd: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"guidance_scale": -1.0}, "guidance_scale=-1.0 must be at least 0; write 1"),
-        ({"guidance_gradient": "off"}, "guidance_gradient='off' is not known; write full or conditional"),
-        ({"decode_chunk": 0}, "decode_chunk=0 must be at least 1"),
         ({"dtype": "float8"}, "dtype='float8' is not supported; write float32"),
-        ({"vae_dtype": "int8"}, "dtype='int8' is not supported; write float32"),
+        ({"memory": Memory(vae_dtype="int8")}, "dtype='int8' is not supported; write float32"),
     ],
 )
 def test_wrong_arguments(tiny_sd: Path, arguments: dict[str, Any], message: str) -> None:

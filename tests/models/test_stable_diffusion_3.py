@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_draft.callbacks import GradientNormMonitor, LoRAExport, SampleLog
 from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.models import DiffusionModel, LoRA, StableDiffusion, StableDiffusion3
+from lightning_draft.models import DiffusionModel, Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
@@ -27,6 +28,7 @@ from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, Truncat
 
 PROMPTS = ["a red cat", "dog, cat"]
 LENGTH = 20
+NAMES = ("text", "pooled")
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
@@ -44,7 +46,7 @@ def noise(batch: int = 2, dtype: torch.dtype = torch.float32, size: int = 8) -> 
 
 def opened(folder: Path, **arguments: Any) -> StableDiffusion3:
     """A model whose T5 reads few tokens."""
-    return StableDiffusion3(str(folder), **{"max_sequence_length": LENGTH, "guidance_scale": 2.0, **arguments})
+    return StableDiffusion3(str(folder), **{"max_sequence_length": LENGTH, "guidance": Guidance(2.0), **arguments})
 
 
 def stirred(folder: Path, **arguments: Any) -> StableDiffusion3:
@@ -110,7 +112,7 @@ def exact(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_are_those_of_the_diffusers_pipeline(tiny_sd3: Path, guidance_scale: float, t5: bool) -> None:
     pipeline = plain(tiny_sd3, **({} if t5 else WITHOUT_T5))
     arguments = {"negative_prompt": ["tree"] * 2, "num_inference_steps": 6, "guidance_scale": guidance_scale}
-    model = opened(tiny_sd3, guidance_scale=guidance_scale, negative_prompt="tree", t5=t5)
+    model = opened(tiny_sd3, guidance=Guidance(guidance_scale, "tree"), t5=t5)
     with torch.no_grad():
         ours = sample(model, noise(), FlowEuler(6))
         decoded = model.decode(ours)
@@ -135,7 +137,7 @@ def test_pictures_of_another_resolution(tiny_sd3: Path) -> None:
 def test_times_are_those_of_the_pipelines_scheduler(tiny_sd3: Path, tmp_path: Path) -> None:
     """Whatever its shift; what the network is given is the flow's time in units of training timesteps."""
     folder = edited(tiny_sd3, tmp_path / "shifted", "scheduler/scheduler_config.json", shift=5.0)
-    model = opened(folder, guidance_scale=1.0)
+    model = opened(folder, guidance=Guidance(1.0))
     assert model.schedule == RectifiedFlow(5.0, 1000)
     assert model.prediction == "flow"
     given: list[Tensor] = []
@@ -156,7 +158,7 @@ def test_decoding_follows_the_autoencoders_scaling_and_shift(tiny_sd3: Path) -> 
     expected = model.vae.decode(latents / 1.5305 + 0.0609, return_dict=False)[0] / 2 + 0.5
     (slope,) = torch.autograd.grad(expected.square().sum(), latents)
     for chunk, recompute in ((None, False), (2, False), (2, True)):
-        model.decode_chunk, model.checkpoint_decoder = chunk, recompute
+        model.memory = Memory(chunk, recompute)
         images = model.decode(latents)
         torch.testing.assert_close(images, expected)
         torch.testing.assert_close(torch.autograd.grad(images.square().sum(), latents)[0], slope)
@@ -182,7 +184,7 @@ def test_a_pipeline_saved_without_the_t5_needs_no_word_of_it(tiny_sd3: Path, tmp
 
 @pytest.mark.parametrize("t5", [True, False])
 def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd3: Path, t5: bool) -> None:
-    model = opened(tiny_sd3, negative_prompt="tree", t5=t5)
+    model = opened(tiny_sd3, guidance=Guidance(negative_prompt="tree"), t5=t5)
     calls: list[int] = []
     assert model.text_encoder_2 is not None
     model.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
@@ -193,26 +195,26 @@ def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd3: Path, 
     expected = pipeline.encode_prompt(
         PROMPTS, None, None, negative_prompt=["tree"] * 2, max_sequence_length=LENGTH, device=torch.device("cpu")
     )
-    for name, value in zip(("text", "negative", "pooled", "negative_pooled"), expected, strict=True):
-        torch.testing.assert_close(first.tensors[name][:2], value)
-        torch.testing.assert_close(second.tensors[name], value if "negative" in name else value.flip(0))
+    text, negative, pooled, negative_pooled = expected
+    assert first.negative is not None
+    for name, given, other in (("text", text, negative), ("pooled", pooled, negative_pooled)):
+        torch.testing.assert_close(first.tensors[name][:2], given)
+        torch.testing.assert_close(second.tensors[name], given.flip(0))
+        torch.testing.assert_close(first.negative.tensors[name][:2], other)
     assert first.tensors["text"].shape == (3, 12 + LENGTH, 40)
     assert first.tensors["text"][:, 12:].any() == t5
 
 
 def test_every_embedding_reaches_the_network(tiny_sd3: Path) -> None:
     """Guidance off: the network reads the text of each encoder and the pooled one, and nothing of the negative."""
-    model = opened(tiny_sd3, guidance_scale=1.0)
+    model = opened(tiny_sd3, guidance=Guidance(1.0))
     conditioning = model.encode(PROMPTS)
-    for tensor in conditioning.tensors.values():
-        tensor.requires_grad_()
+    assert conditioning.negative is not None
+    given = [side.tensors[name].requires_grad_() for side in (conditioning, conditioning.negative) for name in NAMES]
     output = model(noise(), 0.5, conditioning)
-    slopes = torch.autograd.grad(output.square().sum(), list(conditioning.tensors.values()), allow_unused=True)
-    found = dict(zip(conditioning.tensors, slopes, strict=True))
-    assert found["negative"] is None
-    assert found["negative_pooled"] is None
-    text = found["text"]
-    assert all(part.any() for part in (text[:, :12, :16], text[:, :12, 16:32], text[:, 12:], found["pooled"]))
+    text, pooled, *negative = torch.autograd.grad(output.square().sum(), given, allow_unused=True)
+    assert negative == [None, None]
+    assert all(part.any() for part in (text[:, :12, :16], text[:, :12, 16:32], text[:, 12:], pooled))
 
 
 def test_text_encoders_can_be_released(tiny_sd3: Path) -> None:
@@ -242,7 +244,7 @@ def test_prompts_that_are_cut_are_named(tiny_sd3: Path, recwarn: pytest.Warnings
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_gradients_are_finite_differences(exact: Path, guidance_scale: float) -> None:
     """Through all steps and the decoder, on the attention of image, text, and the second one of the image."""
-    model = stirred(exact, guidance_scale=guidance_scale).double()
+    model = stirred(exact, guidance=Guidance(guidance_scale)).double()
     conditioning, start = model.encode(PROMPTS), noise(dtype=torch.float64)
 
     def loss() -> Tensor:
@@ -269,8 +271,9 @@ def test_gradients_are_finite_differences(exact: Path, guidance_scale: float) ->
 def test_guidance_gradients_against_hand_computation(exact: Path) -> None:
     """`v_u + w (v_c - v_u)`: weights `w` and `1 - w` in full, `w` and 0 in conditional."""
     w, x = 3.0, noise(dtype=torch.float64)
-    model = stirred(exact, guidance_scale=w, negative_prompt="tree").double()
-    both = model.encode(PROMPTS).tensors
+    model = stirred(exact, guidance=Guidance(w, "tree")).double()
+    both = model.encode(PROMPTS)
+    assert both.negative is not None
     time = torch.full((2,), 500.0)
 
     def slope(text: Tensor, pooled: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
@@ -279,11 +282,11 @@ def test_guidance_gradients_against_hand_computation(exact: Path) -> None:
 
     output = model(x, 0.5, model.encode(PROMPTS))
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    given = slope(both["text"], both["pooled"], cotangent)
-    negative = slope(both["negative"], both["negative_pooled"], cotangent)
+    given = slope(*both.tensors.values(), cotangent)
+    negative = slope(*both.negative.tensors.values(), cotangent)
     full = {name: w * given[name] + (1 - w) * negative[name] for name in given}
     assert_close(gradients(model, (output * cotangent).sum()), full, 1e-9)
-    model.guidance_gradient = "conditional"
+    model.guidance = replace(model.guidance, gradient="conditional")
     again = model(x, 0.5, model.encode(PROMPTS))
     torch.testing.assert_close(again, output)
     half = {name: w * value for name, value in given.items()}
@@ -300,7 +303,7 @@ def test_checkpointing_gives_equal_gradients(tiny_sd3: Path) -> None:
     expected = found(step=False)
     assert_close(found(step=True), expected, 1e-12)
     model.checkpoint_blocks()
-    assert model.block_checkpointing
+    assert model.transformer.is_gradient_checkpointing
     assert_close(found(step=False), expected, 1e-12)
     assert_close(found(step=True), expected, 1e-12)
 
@@ -525,9 +528,6 @@ def test_parts_that_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"guidance_scale": -1.0}, "guidance_scale=-1.0 must be at least 0; write 1"),
-        ({"guidance_gradient": "off"}, "guidance_gradient='off' is not known; write full or conditional"),
-        ({"decode_chunk": 0}, "decode_chunk=0 must be at least 1"),
         ({"dtype": "float8"}, "dtype='float8' is not supported; write float32"),
         ({"max_sequence_length": 600}, r"max_sequence_length=600 must lie in 1..512; write 256"),
         ({"resolution": 18}, "resolution=18 must be a multiple of 4 up to 48"),

@@ -15,7 +15,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.losses import Distance, Hinge, Saturating
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import LoRA, StableDiffusion, StableDiffusion3
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3
 from lightning_draft.objectives import PPO, PRDP, Reinforce
 from lightning_draft.rewards import (
     Brightness,
@@ -90,12 +90,12 @@ def lora(*targets: str) -> LoRA:
 
 
 def sd(folder: Path, name: str = "sd", **options: Any) -> StableDiffusion:
-    defaults: dict[str, Any] = {"guidance_scale": 1.0, "lora": lora("to_v", "conv_out")}
+    defaults: dict[str, Any] = {"guidance": Guidance(1.0), "lora": lora("to_v", "conv_out")}
     return StableDiffusion(str(folder / name), **{**defaults, **options})
 
 
 def sd3(folder: Path, **options: Any) -> StableDiffusion3:
-    defaults: dict[str, Any] = {"guidance_scale": 1.0, "lora": lora("to_v", "to_q"), "max_sequence_length": 16}
+    defaults: dict[str, Any] = {"guidance": Guidance(1.0), "lora": lora("to_v", "to_q"), "max_sequence_length": 16}
     return StableDiffusion3(str(folder / "sd3"), **{**defaults, **options})
 
 
@@ -135,7 +135,7 @@ def velocity(folder: Path) -> StableDiffusion:
 
 
 def emoji(folder: Path) -> StableDiffusion:
-    return StableDiffusion("emoji", guidance_scale=1.0, lora=LoRA(rank=4, seed=0))
+    return StableDiffusion("emoji", guidance=Guidance(1.0), lora=LoRA(rank=4, seed=0))
 
 
 def emoji_clip() -> CLIPClassification:
@@ -189,12 +189,12 @@ SAMPLERS = {
 }
 LOSSES = {"hinge": Hinge(0.5, 2.0), "soft_hinge": Saturating(0.1, 0.2), "distance": Distance(0.3)}
 MODELS = {
-    "guidance/full": with_options(sd, guidance_scale=3.0),
-    "guidance/conditional": with_options(sd, guidance_scale=3.0, guidance_gradient="conditional"),
-    "guidance/negative_prompt": with_options(sd, guidance_scale=3.0, negative_prompt="a tree"),
-    "guidance/below_1": with_options(sd, guidance_scale=0.5),
-    "decoder/chunks": with_options(sd, decode_chunk=1),
-    "decoder/checkpointed": with_options(sd, decode_chunk=1, checkpoint_decoder=True),
+    "guidance/full": with_options(sd, guidance=Guidance(3.0)),
+    "guidance/conditional": with_options(sd, guidance=Guidance(3.0, gradient="conditional")),
+    "guidance/negative_prompt": with_options(sd, guidance=Guidance(3.0, "a tree")),
+    "guidance/below_1": with_options(sd, guidance=Guidance(0.5)),
+    "decoder/chunks": with_options(sd, memory=Memory(decode_chunk=1)),
+    "decoder/checkpointed": with_options(sd, memory=Memory(decode_chunk=1, checkpoint_decoder=True)),
 }
 OBJECTIVES = {
     "reinforce": ({"objective": Reinforce(), "lr": 0.03}, 3),
@@ -229,9 +229,9 @@ CASES: dict[str, Case] = {
     **{f"sampler/{name}": direct(draft(model, sampler=each)) for name, (model, each) in SAMPLERS.items()},
     **{f"loss/{name}": direct(draft(loss=each)) for name, each in LOSSES.items()},
     **{name: direct(draft(model)) for name, model in MODELS.items()},
-    "guidance/sd3_full": direct(draft(with_options(sd3, guidance_scale=3.0), sampler=FlowEuler(4))),
+    "guidance/sd3_full": direct(draft(with_options(sd3, guidance=Guidance(3.0)), sampler=FlowEuler(4))),
     "guidance/sd3_conditional": direct(
-        draft(with_options(sd3, guidance_scale=3.0, guidance_gradient="conditional"), sampler=FlowEuler(4))
+        draft(with_options(sd3, guidance=Guidance(3.0, gradient="conditional")), sampler=FlowEuler(4))
     ),
     **{
         f"checkpointing/{mode}": direct(draft(truncation=Full(), checkpointing=mode))
@@ -284,7 +284,7 @@ CASES: dict[str, Case] = {
     "policy/micro_batch": direct(
         policy(objective=Reinforce(), lr=0.03, micro_batch_size=2), trainer={"accumulate_grad_batches": 2}
     ),
-    "policy/guidance": direct(policy(with_options(sd, guidance_scale=3.0), **TWO_EPOCHS), steps=4),
+    "policy/guidance": direct(policy(with_options(sd, guidance=Guidance(3.0)), **TWO_EPOCHS), steps=4),
     "policy/flow_sde": direct(
         policy(sd3, **TWO_EPOCHS, sampler=FlowSDE(4), advantage_estimator=BASELINES["group_mean_std"]), steps=4
     ),

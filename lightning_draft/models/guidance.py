@@ -1,0 +1,73 @@
+"""Classifier-free guidance.
+
+References:
+    Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_draft.arguments import one_of
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.base import Conditioning
+
+GuidanceGradient = Literal["full", "conditional"]
+Network = Callable[[Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: `e = e_u + w (e_c - e_u)`, with `e_c` given the prompt and `e_u` the negative prompt.
+
+    Args:
+        scale: `w`, at least 0; with 1, `e_u` is not evaluated. By default the value that the model family was
+            published with, such as 7.5 for Stable Diffusion 1.x.
+        negative_prompt: The prompt of `e_u`.
+        gradient: `full` differentiates both predictions, `conditional` only `e_c`.
+    """
+
+    scale: float | None = None
+    negative_prompt: str = ""
+    gradient: GuidanceGradient = "full"
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0 <= self.scale < math.inf:
+            raise ConfigurationError(
+                f"guidance.scale={self.scale} must be a finite number of at least 0; write 1 for no guidance"
+            )
+        one_of("guidance.gradient", self.gradient, get_args(GuidanceGradient))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the prediction for the negative prompt is evaluated."""
+        return self.scale != 1
+
+    def or_default(self, scale: float) -> "Guidance":
+        """Return the same with this scale, if none was given."""
+        return replace(self, scale=scale) if self.scale is None else self
+
+    def apply(self, network: Network, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """Evaluate the network with guidance.
+
+        Args:
+            network: Called with latents and conditioning of the same batch size.
+            x: The latents, `(B, ...)`.
+            conditioning: Of `B` prompts, with that of the negative prompt as its `negative`.
+        """
+        if not self.enabled:
+            return network(x, conditioning)
+        assert self.scale is not None
+        assert conditioning.negative is not None
+        if self.gradient == "conditional" and torch.is_grad_enabled():
+            with torch.no_grad():
+                unconditional = network(x, conditioning.negative)
+            conditional = network(x, conditioning)
+        else:
+            both = conditioning.negative.concatenate(conditioning)
+            unconditional, conditional = network(torch.cat([x, x]), both).chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)

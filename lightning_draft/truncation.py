@@ -23,6 +23,10 @@ class Truncation(ABC):
         """At most how many steps of one chain carry a gradient; step checkpointing is chosen by it."""
         return num_steps
 
+    def trains_only_last_step(self, num_steps: int) -> bool:
+        """Return whether only the network's output at the last of `num_steps` steps has a gradient."""
+        return False
+
 
 class Full(Truncation):
     """Back-propagate through every step.
@@ -57,6 +61,10 @@ class LastK(Truncation):
         """`k`."""
         return min(self.k, num_steps)
 
+    def trains_only_last_step(self, num_steps: int) -> bool:
+        """Return whether `k` is 1."""
+        return self.gradient_steps(num_steps) == 1
+
 
 class LowVariance(Truncation):
     """Back-propagate through the last step, and through it again from `copies` renoised copies of the sample.
@@ -81,6 +89,10 @@ class LowVariance(Truncation):
     def gradient_steps(self, num_steps: int) -> int:
         """1: the copies lie beside the chain, not along it."""
         return 1
+
+    def trains_only_last_step(self, num_steps: int) -> bool:
+        """Return whether only the last step is trained: always."""
+        return True
 
 
 class ReFL(Truncation):
@@ -130,6 +142,10 @@ class RandomK(Truncation):
     def gradient_steps(self, num_steps: int) -> int:
         """`max_k`."""
         return num_steps if self.max_k is None else min(self.max_k, num_steps)
+
+    def trains_only_last_step(self, num_steps: int) -> bool:
+        """Return whether `max_k` is 1."""
+        return self.gradient_steps(num_steps) == 1
 
 
 class RandomSteps(Truncation):

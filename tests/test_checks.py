@@ -1,4 +1,4 @@
-"""What cannot learn is refused before the first step, each with its own reason and fix."""
+"""Checks before the first training step: each refusal has its own reason and fix."""
 
 import math
 import warnings
@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
-from lightning_draft.methods.checks import check_gradient_flow, check_setup
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.rewards.base import Reward
@@ -68,6 +67,25 @@ class Listed(Reward):
 class OneForAll(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean()
+
+
+class Infinite(LinearReward):
+    """Infinite, with a finite gradient."""
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return super().forward(images, prompts) + math.inf
+
+
+class LastStepOfTheUser(Truncation):
+    """A user's own truncation that trains only the last step."""
+
+    def __call__(self, chain: Any, noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            state = chain.advance(chain.start(noise), chain.num_steps - 1)
+        return chain.advance(state).x
+
+    def trains_only_last_step(self, num_steps: int) -> bool:
+        return True
 
 
 class Broken(Reward):
@@ -140,24 +158,34 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "black box",
         {"reward": BlackBox()},
-        "BlackBox is not differentiable.*list BlackBox under `eval_rewards`.*policy-gradient",
+        "BlackBox is not differentiable, and DraftModule .*list BlackBox under `eval_rewards`.*policy-gradient",
     ),
     ("nothing trained", {"model": GaussianModel()}, "no trainable parameters; give it adapters"),
     ("wrong sampler", {"sampler": FlowEuler(4)}, "the sampler does not fit the model: .*use DDIM or DPMSolver"),
     (
         "last step does nothing",
         {"model": LinearModel(schedule=DEAD_END), "truncation": LastK(1)},
-        r"LastK trains the last sampling step alone.*coefficient is 0.*spacing to trailing.*LastK\(k=2\)",
+        r"LastK trains only the last sampling step.*coefficient is 0.*spacing to trailing.*LastK\(k=2\)",
     ),
     (
         "last step does nothing for the copies",
         {"model": LinearModel(schedule=DEAD_END), "truncation": LowVariance(2)},
-        "LowVariance trains the last sampling step alone",
+        "LowVariance trains only the last sampling step",
     ),
     (
         "last step does nothing for one random step",
         {"model": LinearModel(schedule=DEAD_END), "truncation": RandomK(max_k=1)},
-        "RandomK trains the last sampling step alone",
+        "RandomK trains only the last sampling step",
+    ),
+    (
+        "last step does nothing for a user's own truncation",
+        {"model": LinearModel(schedule=DEAD_END), "truncation": LastStepOfTheUser()},
+        "LastStepOfTheUser trains only the last sampling step",
+    ),
+    (
+        "infinite score",
+        {"reward": Infinite()},
+        "the reward Infinite returned inf for an image of '.'; every score must be a finite number",
     ),
     ("detached", {"reward": Detached()}, "Detached returned a score without a gradient.*no .item"),
     ("numpy", {"reward": Numpy()}, "Numpy left the graph .*numpy.*keep to tensor operations"),
@@ -193,38 +221,40 @@ def test_what_cannot_learn_is_refused_by_fit(options: dict[str, Any], message: s
 @pytest.mark.parametrize("sampler", [DDIM(4), DDIM(4, eta=1.0), DPMSolverPlusPlus(4)], ids=["DDIM", "DDPM", "2M"])
 def test_what_can_learn_passes(truncation: Truncation, sampler: Any) -> None:
     module = make(truncation=truncation, sampler=sampler)
-    check_setup(module)
-    check_gradient_flow(module, "a")
+    module.check_configuration()
+    module.check_first_step(["a"])
 
 
-def test_a_dead_last_step_is_no_hindrance_to_more_steps() -> None:
+def test_a_last_step_that_ignores_the_network_is_accepted_if_more_steps_are_trained() -> None:
     for truncation in (LastK(2), Full(), ReFL(m=1), RandomK(max_k=2)):
-        check_setup(make(model=LinearModel(schedule=DEAD_END), truncation=truncation))
-    check_setup(make(model=LinearModel(0.1, "flow", RectifiedFlow()), sampler=FlowEuler(1), truncation=LastK(1)))
+        make(model=LinearModel(schedule=DEAD_END), truncation=truncation).check_configuration()
+    make(
+        model=LinearModel(0.1, "flow", RectifiedFlow()), sampler=FlowEuler(1), truncation=LastK(1)
+    ).check_configuration()
 
 
-def test_a_faint_last_step_is_a_warning() -> None:
+def test_a_small_coefficient_of_the_last_step_is_a_warning() -> None:
     """SD 1.x's own grid counts the network by 0.0121 there, a flow of shift 3 by 0.009, DRaFT's grid by 0.134."""
     faint = LinearModel(schedule=scaled_linear(spacing="leading", final_alpha_cumprod=None, steps_offset=1))
     flow = LinearModel(0.1, "flow", RectifiedFlow(shift=3.0))
     for truncation in (LastK(1), LowVariance(2), RandomK(max_k=1)):
-        with pytest.warns(UserWarning, match=r"counts there by a factor of 0\.012 only.*trailing.*LastK\(k=2\)"):
-            check_setup(make(model=faint, sampler=DDIM(50), truncation=truncation))
-    with pytest.warns(UserWarning, match=r"by a factor of 0\.009 only"):
-        check_setup(make(model=flow, sampler=FlowEuler(28), truncation=LastK(1)))
+        with pytest.warns(UserWarning, match=r"output there is 0\.012, so.*trailing.*LastK\(k=2\)"):
+            make(model=faint, sampler=DDIM(50), truncation=truncation).check_configuration()
+    with pytest.warns(UserWarning, match=r"output there is 0\.009,"):
+        make(model=flow, sampler=FlowEuler(28), truncation=LastK(1)).check_configuration()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_setup(make(model=faint, sampler=DDIM(50), truncation=LastK(2)))
-        check_setup(make(model=LinearModel(schedule=scaled_linear()), sampler=DDIM(50), truncation=LastK(1)))
+        make(model=faint, sampler=DDIM(50), truncation=LastK(2)).check_configuration()
+        make(model=LinearModel(schedule=scaled_linear()), sampler=DDIM(50), truncation=LastK(1)).check_configuration()
 
 
-def test_proving_leaves_everything_as_it_was() -> None:
+def test_the_check_of_the_first_step_changes_nothing() -> None:
     module = make(truncation=LowVariance(2), sampler=DDIM(4, eta=1.0))
     seen: list[int] = []
     module.probes.append(lambda step, latent: seen.append(step))
     torch.manual_seed(4)
     before, value = torch.get_rng_state(), module.model.theta.detach().clone()
-    check_gradient_flow(module, "a")
+    module.check_first_step(["a"])
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(module.model.theta, value)
     assert module.model.theta.grad is None
@@ -232,15 +262,15 @@ def test_proving_leaves_everything_as_it_was() -> None:
     assert len(module.probes) == 1
 
 
-def test_a_rewards_own_errors_come_through() -> None:
+def test_errors_of_the_reward_itself_are_raised_unchanged() -> None:
     with pytest.raises(RuntimeError, match="^the reward's own trouble$"):
-        check_gradient_flow(make(reward=Broken()), "a")
+        make(reward=Broken()).check_first_step(["a"])
 
 
-def test_a_flat_loss_is_a_warning_and_no_refusal() -> None:
+def test_a_loss_with_zero_gradient_is_a_warning() -> None:
     """Or a run whose images have come to pass the hinge could not be resumed."""
-    with pytest.warns(UserWarning, match="Hinge is flat at the first prompt's reward .*move its threshold"):
-        check_gradient_flow(make(loss=Hinge(threshold=-1e6)), "a")
+    with pytest.warns(UserWarning, match="gradient of Hinge is 0 at the first prompt's reward .*change its threshold"):
+        make(loss=Hinge(threshold=-1e6)).check_first_step(["a"])
 
 
 def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
@@ -248,15 +278,15 @@ def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path
         model = StableDiffusion(str(tiny_sd), guidance=Guidance(2.0), **options)
         return DraftModule(model, Brightness(0.9), DDIM(2), LastK(1))
 
-    check_gradient_flow(module(), "a red cat")
-    check_gradient_flow(module(dtype="bfloat16"), "a red cat")
+    module().check_first_step(["a red cat"])
+    module(dtype="bfloat16").check_first_step(["a red cat"])
     with pytest.raises(
         ConfigurationError, match='trainable parameters are in bfloat16.*"bf16-mixed" or "32-true".*dtype=bfloat16'
     ):
         fit(module(), tmp_path, precision="bf16-true")
 
 
-def test_nothing_is_tried_for_validation(tmp_path: Path) -> None:
+def test_nothing_is_checked_for_validation(tmp_path: Path) -> None:
     """A black-box reward may be reported without being trained on."""
     trainer = L.Trainer(
         accelerator="cpu",

@@ -694,7 +694,7 @@ def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
         (
             {"timesteps_per_minibatch": 1},
             {"accumulate_grad_batches": 2},
-            "straddle rollouts, as accumulate_grad_batches=2 and a rollout is trained on in 3 parts; set .* to 3",
+            "would not end where rollouts end, as accumulate_grad_batches=2 .* in 3 training steps; set .* to 3",
         ),
         ({"sampler": DDIM(4)}, {}, r"DDIM adds no noise here.*DDIM\(eta=1\)"),
         ({"sampler": DPMSolverPlusPlus(4)}, {}, "DPMSolverPlusPlus adds no noise here"),
@@ -798,7 +798,7 @@ def test_the_steps_that_are_trained_are_those_that_add_noise() -> None:
         def step(self, *arguments: Any) -> Any:
             return super().step(*arguments)[0], "something"
 
-    with pytest.raises(ValueError, match="Remembering remembers earlier steps"):
+    with pytest.raises(ConfigurationError, match="Remembering is a multistep solver, which policy gradients do not"):
         stochastic_steps(Remembering(4, eta=1.0), scaled_linear())
 
 

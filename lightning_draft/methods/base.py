@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Self, cast
 
@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_draft.chain import SamplingChain
-from lightning_draft.distributed import clip_gradients, gather_full, shard, trainable_parameters, uses_fsdp
+from lightning_draft.data import PromptDataModule
+from lightning_draft.distributed import (
+    clip_gradients,
+    gather_full,
+    shard,
+    trainable_parameters,
+    uses_deepspeed,
+    uses_fsdp,
+)
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.checks import check_sampler, check_trainable
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
@@ -79,9 +88,34 @@ class RewardModule(L.LightningModule, ABC):
         """The strategy that makes this method what it is, for messages and file headers."""
 
     def setup(self, stage: str) -> None:
-        """Forget what the base model scored: sampler, guidance and data may have changed since."""
+        """Check the configuration before a fit, and drop the base model's cached scores, which may no longer hold."""
         self._base_scores.clear()
         self._step_state = (-1, {})
+        if stage == "fit":
+            self.check_configuration()
+
+    def check_configuration(self) -> None:
+        """Check what needs no computation.
+
+        Raises:
+            ConfigurationError: A combination cannot learn.
+        """
+        check_trainable(self.trainable_parameters())
+        check_sampler(self.sampler, self.model.schedule)
+
+    def on_fit_start(self) -> None:
+        """Check the gradient on the first training prompt."""
+        datamodule = self.trainer.datamodule
+        known = isinstance(datamodule, PromptDataModule)
+        self.check_first_step(datamodule.train_prompts[:1] if known else ["a photo"])
+
+    @abstractmethod
+    def check_first_step(self, prompts: Sequence[str]) -> None:
+        """Check on some prompts that the method's gradient reaches what is trained.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
 
     def configure_model(self) -> None:
         """Spread the denoiser over the processes, where the Trainer's strategy does so."""
@@ -235,6 +269,19 @@ class RewardModule(L.LightningModule, ABC):
                     f"the checkpoint's {name!r} has shape {tuple(theirs[name].shape)} and this model's "
                     f"{tuple(value.shape)}: {what}; use the config that the run saved beside it"
                 )
+
+    @property
+    def gradients_are_whole(self) -> bool:
+        """Whether plain `torch.autograd.grad` gives the gradients of the trainable parameters, unscaled."""
+        scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
+        return not (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer) or scaler is not None)
+
+    @contextmanager
+    def first_step_context(self) -> Iterator[None]:
+        """Enable gradients in the Trainer's precision, with seeded random generators that are restored afterwards."""
+        precision = nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+        with self._random_state(self.seed), torch.enable_grad(), precision:
+            yield
 
     @contextmanager
     def _random_state(self, seed: int) -> Iterator[None]:

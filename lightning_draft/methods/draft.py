@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from lightning_draft.chain import Probe, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.checks import check_gradient_flow, check_setup
+from lightning_draft.methods.checks import (
+    check_differentiable,
+    check_dtype,
+    check_final_step,
+    check_gradient,
+    check_latents,
+    check_loss,
+    check_reward,
+)
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
@@ -86,15 +94,41 @@ class DraftModule(RewardModule):
         """The truncation."""
         return self.truncation
 
-    def setup(self, stage: str) -> None:
-        """Refuse combinations that cannot learn, before anything is loaded onto a device."""
-        super().setup(stage)
-        if stage == "fit":
-            check_setup(self)
+    def check_configuration(self) -> None:
+        """Check that the reward has a gradient, something is trained, and the sampler and the truncation fit the model.
 
-    def on_fit_start(self) -> None:
-        """Prove on one prompt that the reward's gradient reaches what is trained."""
-        check_gradient_flow(self)
+        Raises:
+            ConfigurationError: One of them does not hold.
+        """
+        check_differentiable(self.reward, type(self).__name__)
+        super().check_configuration()
+        check_final_step(self.truncation, self.sampler, self.model.schedule)
+
+    def check_first_step(self, prompts: Sequence[str]) -> None:
+        """Run the method on some prompts and check the gradient from the reward back to what is trained.
+
+        The random state, the parameters and their gradients are left as they were.
+
+        Raises:
+            ConfigurationError: The gradient is missing, zero or not finite; the message says where.
+        """
+        check_dtype(self.trainable_parameters())
+        probes, self.probes = self.probes, []
+        try:
+            with self.first_step_context():
+                chain = self.chain(prompts, torch.Generator().manual_seed(self.seed))
+                latents = self.truncation(chain, self.model.noise(len(prompts)))
+                check_latents(latents, self.truncation)
+                with torch.no_grad():
+                    images = self.model.decode(latents).float()
+                prompts = list(prompts) * (len(latents) // len(prompts))
+                check_reward(self.reward, images, prompts)
+                if self.gradients_are_whole:
+                    rewards = self._rewards(latents, prompts)[0]
+                    check_gradient(rewards.sum(), self.trainable_parameters().values(), "reward")
+                    check_loss(self.loss, rewards)
+        finally:
+            self.probes = probes
 
     def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
         """Sample with gradient, reward, and return the loss."""

@@ -15,10 +15,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
+from lightning_draft.chain import SamplingChain, State
+from lightning_draft.data import PromptDataModule
 from lightning_draft.distributed import all_gather_objects, world_size
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.checks import check_accumulation, check_log_prob_gradient, check_policy
+from lightning_draft.methods.checks import (
+    check_accumulation,
+    check_dtype,
+    check_gradient,
+    check_group_size,
+    check_stochastic,
+)
 from lightning_draft.methods.rollout import (
     LogProbGradients,
     Minibatch,
@@ -111,15 +119,48 @@ class PolicyGradientModule(RewardModule):
         return self.objective
 
     def setup(self, stage: str) -> None:
-        """Refuse combinations that cannot learn, before anything is loaded onto a device."""
+        """Check the configuration before a fit, and drop the rollout of an earlier one."""
         super().setup(stage)
         if stage == "fit":
             self.rollout = self._derived = None
-            check_policy(self)
 
-    def on_fit_start(self) -> None:
-        """Prove that the gradient of the log-probabilities reaches what is trained."""
-        check_log_prob_gradient(self)
+    def check_configuration(self) -> None:
+        """Check that the sampler has log-probabilities, and that groups and optimizer steps fit the objective.
+
+        Raises:
+            ConfigurationError: One of them does not hold.
+        """
+        super().check_configuration()
+        check_stochastic(self.sampler, self.policy.steps)
+        check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
+        datamodule = self.trainer.datamodule
+        if isinstance(datamodule, PromptDataModule):
+            self.check_accumulation(datamodule.batch_size)
+
+    def check_accumulation(self, batch_size: int) -> None:
+        """Check that the Trainer's optimizer steps end where minibatches, epochs or rollouts do.
+
+        Raises:
+            ConfigurationError: They do not, as the objective needs it.
+        """
+        minibatches = len(self.minibatches(batch_size))
+        check_accumulation(self.objective, self.trainer.accumulate_grad_batches, minibatches, self.inner_epochs)
+
+    def check_first_step(self, prompts: Sequence[str]) -> None:
+        """Check on one sampling step that the gradient of its log-probability reaches what is trained.
+
+        The random state, the parameters and their gradients are left as they were.
+
+        Raises:
+            ConfigurationError: The gradient is missing, zero or not finite.
+        """
+        check_dtype(self.trainable_parameters())
+        with self.first_step_context():
+            chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
+            mean = chain.transition(State(self.model.noise(len(prompts)), self.policy.steps[-1])).mean
+            if self.gradients_are_whole:
+                value = (mean * torch.randn_like(mean)).sum()
+                check_gradient(value, self.trainable_parameters().values(), "log-probability")
 
     def minibatches(self, batch_size: int) -> list[Minibatch]:
         """The minibatches of one pass over the rollout of a batch."""
@@ -262,7 +303,7 @@ class PolicyGradientModule(RewardModule):
         """The rollout with this number, drawn unless it is there."""
         step = self.trainer.global_step
         if self.rollout is None or self.rollout.number != number:
-            check_accumulation(self, len(prompts))
+            self.check_accumulation(len(prompts))
             self.rollout, self._derived = self.collect_rollout(prompts, number, step), None
         if self.rollout.prompts != [str(prompt) for prompt in self._repeated(prompts)]:
             raise ConfigurationError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
@@ -171,14 +172,17 @@ def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:
     """The steps that add noise, and thus have a log-probability.
 
     Raises:
-        ValueError: The sampler does not fit the schedule, or a stochastic step needs a memory of earlier ones.
+        ConfigurationError: A stochastic step depends on earlier ones, which a rollout does not hold.
     """
     probe = torch.zeros(1, 1, dtype=torch.float64)
     found = []
     for step, (t, s) in enumerate(sampler.grid(schedule)):
         transition, solver_state = sampler.step(schedule, probe, probe, t, s)
         if transition.std > 0 and solver_state is not None:
-            raise ValueError(f"{type(sampler).__name__} remembers earlier steps, and a rollout holds latents alone")
+            raise ConfigurationError(
+                f"{type(sampler).__name__} is a multistep solver, which policy gradients do not support; use "
+                "DDIM(eta=1) or FlowSDE"
+            )
         if transition.std > 0:
             found.append(step)
     return found

@@ -1,4 +1,4 @@
-"""The README's commands on the shipped model run as they are written."""
+"""The commands of README and documentation on the shipped model run as they are written."""
 
 import re
 from collections.abc import Callable
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^lightning-draft (fit --config (?:quickstart|guard|loop)\b.*)$", README, re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
+PATTERN = re.compile(r"^lightning-draft (fit --config (?:quickstart|guard|loop|draft_k)\b[^#\n]*)", re.MULTILINE)
+COMMANDS = sorted({line.strip() for page in PAGES for line in PATTERN.findall(page)})
+SKIPPED = ("--ckpt_path last", "mine.yaml", "my_judges.score")  # need an earlier run or a file of the reader's own
 SHORT = {
     "trainer.max_steps": 1,
     "trainer.accelerator": "cpu",
@@ -16,15 +20,22 @@ SHORT = {
     "data.val_batch_size": 2,
     "samples": "null",
 }
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+REWARD = (ROOT / "docs" / "your_reward.md").read_text(encoding="utf-8")
 
 
-def test_they_are_found() -> None:
-    assert len(COMMANDS) == 4
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_it_runs(line: str, command: Callable) -> None:
-    (reward,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Redness" in block]
+def test_python_code_of_the_readme_runs() -> None:
+    for block in PYTHON:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not any(word in line for word in SKIPPED)])
+def test_command_runs(line: str, command: Callable) -> None:
+    (reward,) = [block for block in re.findall(r"```python\n(.*?)```", REWARD, re.DOTALL) if "class Redness" in block]
     Path("my_rewards.py").write_text(reward)
     options = dict(SHORT)
     if "loop" in line:

@@ -1,0 +1,34 @@
+"""The documentation: its Python code runs and its commands name shipped configs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page for page in DOCS.glob("*.md") if page.name != "rewards.md")
+CONFIGS = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")}
+
+
+def python_blocks(page: Path) -> list[str]:
+    """Code blocks that are marked as runnable Python."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_python_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in python_blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_on_the_page_name_shipped_configs(page):
+    named = set(re.findall(r"--config ([a-z0-9_]+)(?=\s|$|`)", page.read_text(encoding="utf-8")))
+    assert named <= CONFIGS
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if f": {page.name}" not in navigation] == []

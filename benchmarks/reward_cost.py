@@ -282,6 +282,8 @@ def cases(url: str) -> list[Case]:
         Case("JPEGCompressibility", "-", lambda folder: rewards.JPEGCompressibility()),
         Case("JPEGIncompressibility", "-", lambda folder: rewards.JPEGIncompressibility()),
         Case("JPEGRate", "-", lambda folder: rewards.JPEGRate()),
+        Case("ImageQuality", "shipped judge, at 64x64", lambda folder: rewards.ImageQuality("emoji64-judge")),
+        Case("CleanFraction", "the same, black box", lambda folder: rewards.CleanFraction("emoji64-judge-eval")),
         Case("JPEGSize", "black box", lambda folder: rewards.JPEGSize()),
         Case("PythonFunction", "black box, a mean", lambda folder: rewards.PythonFunction(by_mean, "tensor")),
         Case("HTTPReward", "black box, on this machine", lambda folder: rewards.HTTPReward(url)),

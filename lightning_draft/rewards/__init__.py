@@ -12,6 +12,7 @@ from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
 from lightning_draft.rewards.pickscore import PickScore
+from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 from lightning_draft.rewards.service import HTTPReward, RewardServiceError
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "CLIPScore",
     "CaptionRetrieval",
     "ClassifierTarget",
+    "CleanFraction",
     "ColorBalance",
     "ColorTarget",
     "DetectedCount",
     "HPSv2",
     "GradientNormSum",
     "HTTPReward",
+    "ImageQuality",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",

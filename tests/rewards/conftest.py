@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTokenizer,
@@ -39,6 +40,7 @@ from transformers import (
 )
 
 from lightning_draft.rewards import Reward
+from lightning_draft.rewards.quality import network
 
 Check = Callable[[Reward, Tensor, Sequence[str]], Tensor]
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -204,6 +206,16 @@ def tiny_aesthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random judge of quality for 64x64 images."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    save_file(network("convnet").state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architecture": "convnet", "size": 64}')
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(
     tiny_clip: Path,
     tiny_detectors: dict[str, Path],
@@ -211,8 +223,9 @@ def tiny(
     tiny_image_reward: Path,
     tiny_hps: Path,
     tiny_aesthetic: Path,
+    tiny_judge: Path,
 ) -> dict[str, str]:
     """Folders of small models by what they are."""
     folders = {"clip": tiny_clip, "classifier": tiny_classifier, "image_reward": tiny_image_reward, **tiny_detectors}
-    folders |= {"hps": tiny_hps, "aesthetic": tiny_aesthetic}
+    folders |= {"hps": tiny_hps, "aesthetic": tiny_aesthetic, "judge": tiny_judge}
     return {name: str(folder) for name, folder in folders.items()}

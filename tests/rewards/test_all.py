@@ -45,12 +45,14 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "CLIPScore": (lambda tiny: rewards.CLIPScore(tiny["clip"]), -1, 1),
     "CaptionRetrieval": (lambda tiny: rewards.CaptionRetrieval(tiny["clip"], CAPTIONS), 0, 1),
     "ClassifierTarget": (lambda tiny: rewards.ClassifierTarget(tiny["classifier"], "cat"), -torch.inf, 0),
+    "CleanFraction": (lambda tiny: rewards.CleanFraction(tiny["judge"]), 0, 1),
     "ColorBalance": (lambda tiny: rewards.ColorBalance(), -1, 1),
     "ColorTarget": (lambda tiny: rewards.ColorTarget(1.0, 0.5, 0.0), -1, 0),
     "DetectedCount": (lambda tiny: rewards.DetectedCount(tiny["owlvit"], "cat"), 0, 16),
     "HPSv2": (lambda tiny: rewards.HPSv2(weights=f"{tiny['hps']}/tiny.pt", tokenizer=tiny["hps"]), -1, 1),
     "GradientNormSum": (lambda tiny: rewards.GradientNormSum(parts(tiny)), -3, 2),
     "HTTPReward": (lambda tiny: rewards.HTTPReward(judge()), -1, 1),
+    "ImageQuality": (lambda tiny: rewards.ImageQuality(tiny["judge"]), -torch.inf, 0),
     "ImageReward": (
         lambda tiny: rewards.ImageReward(f"{tiny['image_reward']}/small.pt", tokenizer=tiny["image_reward"]),
         -torch.inf,
@@ -75,7 +77,9 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "WeightedSum": (lambda tiny: rewards.WeightedSum(parts(tiny)), -3, 2),
     "ZScoreSum": (lambda tiny: rewards.ZScoreSum(parts(tiny)), -3, 2),
 }
-DIFFERENTIABLE = sorted(set(EVERY) - {"CaptionRetrieval", "DetectedCount", "HTTPReward", "JPEGSize", "PythonFunction"})
+DIFFERENTIABLE = sorted(
+    set(EVERY) - {"CaptionRetrieval", "CleanFraction", "DetectedCount", "HTTPReward", "JPEGSize", "PythonFunction"}
+)
 
 # The value of this sum is not what its gradient is the gradient of.
 OF_A_FUNCTION = [name for name in DIFFERENTIABLE if name != "GradientNormSum"]

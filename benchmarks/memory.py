@@ -84,7 +84,6 @@ class Bench:
 
     def __call__(self, steps: int, truncation: Truncation, checkpointing: Checkpointing) -> float:
         """Peak MiB of one training step."""
-        self.model.checkpoint_blocks(False)
         module = DraftModule(
             self.model, ColorTarget(), DDIM(steps, spacing="trailing"), truncation, checkpointing=checkpointing
         )

@@ -1,18 +1,19 @@
-"""The sampling chain: the only loop over denoising steps, and the only place that checkpoints activations."""
+"""The sampling chain: the only loop over denoising steps, and the only place that recomputes their activations."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_draft.arguments import at_least
 from lightning_draft.models.base import Conditioning, DiffusionModel
-from lightning_draft.samplers import Sampler, Transition
+from lightning_draft.samplers import Grid, Sampler, Transition
 
 Probe = Callable[[int, Tensor], None]
-"""Called with (step, latent) for every latent that a step hands on and that carries a gradient."""
+"""Called with (step, latent) for every latent that a step returns and that requires a gradient."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class State:
 
     Attributes:
         x: The latent, `(B, ...)`.
-        step: How many steps lie behind: 0 at the start, `num_steps` at the end.
-        solver_state: What the sampler remembers of earlier steps.
+        step: Number of steps taken: 0 at the start, `num_steps` at the end.
+        solver_state: What the sampler returned at the previous step; `None` for single-step samplers.
     """
 
     x: Tensor
@@ -30,173 +31,254 @@ class State:
     solver_state: Any = None
 
 
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes again instead of keeping it in memory. No option changes a gradient.
+
+    Args:
+        steps: Recompute the network call of each step: one step's activations are kept at a time.
+        blocks: Recompute each block of the network: one block's activations are kept at a time.
+        micro_batch_size: Run steps with gradient on slices of this many samples and recompute each slice on its own;
+            `None` for the whole batch.
+
+    Raises:
+        ConfigurationError: `micro_batch_size` is less than 1.
+    """
+
+    steps: bool = False
+    blocks: bool = False
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is not None:
+            at_least("micro_batch_size", self.micro_batch_size, 1, "write 1 or more, or null for the whole batch")
+
+    def slices(self, batch: int) -> list[slice]:
+        """Return the slices of a batch of the given size."""
+        size = batch if self.micro_batch_size is None else self.micro_batch_size
+        return [slice(start, start + size) for start in range(0, batch, size)]
+
+
+class PredictionDrift:
+    """Accumulates how far the noise prediction is from the base model's, over the steps with gradient.
+
+        drift = mean over steps of mean (eps_theta - eps_base)^2
+
+    `eps_base` is a constant, as in NeMo-Aligner's code: the gradient flows through `eps_theta` alone. Each step with
+    gradient costs one more network call. Where the gradient of a step is scaled, so is that of its drift.
+
+    References:
+        Clark et al., arXiv:2309.17400 (DRaFT+, as NVIDIA's NeMo-Aligner implements it).
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Tensor] = []
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean over steps and samples, scalar with a graph; `None` before the first step with gradient."""
+        return torch.stack(self._steps).mean() if self._steps else None
+
+    def add(self, drifts: Tensor) -> None:
+        """Add one step's drifts, `(B,)`."""
+        self._steps.append(drifts.mean())
+
+    def measure(self, model: DiffusionModel, x: Tensor, x0: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """Return `(eps_theta - eps_base)^2` averaged over each latent, `(B,)`.
+
+        Args:
+            model: The model, which is run once more with its adapters off.
+            x: The latent at time `t`, `(B, ...)`.
+            x0: The model's estimate of the clean latent.
+            t: Time in the schedule's units.
+            conditioning: Of the same samples.
+        """
+        alpha, sigma = model.schedule.coefficients(t)
+        # With the network's output detached, but not the conversion to x_0, the latent cancels out of the difference.
+        with model.base():
+            base = model.denoise(x, t, conditioning, output_gain=0.0)
+        return (alpha / sigma * (x0 - base)).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True, eq=False)
 class SamplingChain:
-    """Walks latents from noise to sample, with the gradient flow that a truncation asks for.
+    """Sampling from noise to image latents, with control over where gradient flows.
+
+    A chain holds no position: `advance` and `leap` take a `State` and return the next one.
 
     Args:
         model: Predicts `x_0`; owns the schedule.
-        sampler: Arithmetic of a step, and the grid.
-        conditioning: What the model is conditioned on, for the whole batch.
-        checkpoint_steps: Recompute each step's activations in the backward pass instead of keeping them.
-        micro_batch_size: Run the steps that carry a gradient on slices of this many samples, each recomputed in the
-            backward pass on its own, so that memory follows the slice and not the batch.
-        generator: Source of the structural random choices (which step to stop at); every process must hold the same.
-        measure_drift: Also evaluate the base model at the steps with gradient, for `drift`.
-        probe: Observer of the latents that carry a gradient.
+        sampler: Arithmetic of a step, and the time grid.
+        conditioning: Conditioning of the whole batch.
+        recompute: What the backward pass computes again.
+        generator: Source of the truncation's random choices; every process must hold the same.
+        drift: Where steps with gradient add their distance from the base model.
+        probes: Called with every latent that a step returns and that requires a gradient.
+
+    Attributes:
+        grid: One `(t, s)` pair a step.
+
+    Raises:
+        ConfigurationError: The sampler does not fit the model's schedule.
     """
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        sampler: Sampler,
-        conditioning: Conditioning,
-        *,
-        checkpoint_steps: bool = False,
-        micro_batch_size: int | None = None,
-        generator: torch.Generator | None = None,
-        measure_drift: bool = False,
-        probe: Probe | None = None,
-    ) -> None:
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1; None takes the batch whole")
-        self.model = model
-        self.sampler = sampler
-        self.conditioning = conditioning
-        self.checkpoint_steps = checkpoint_steps
-        self.micro_batch_size = micro_batch_size
-        self.generator = generator
-        self.measure_drift = measure_drift
-        self.probe = probe
-        self.grid = sampler.grid(model.schedule)
-        self._drifts: list[Tensor] = []
+    model: DiffusionModel
+    sampler: Sampler
+    conditioning: Conditioning
+    recompute: Recompute = field(default=Recompute(), kw_only=True)
+    generator: torch.Generator | None = field(default=None, kw_only=True)
+    drift: PredictionDrift | None = field(default=None, kw_only=True)
+    probes: tuple[Probe, ...] = field(default=(), kw_only=True)
+    grid: Grid = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", self.sampler.grid(self.model.schedule))
 
     @property
     def num_steps(self) -> int:
-        """Network evaluations from noise to sample."""
+        """Number of network evaluations from noise to sample."""
         return len(self.grid)
 
-    @property
-    def drift(self) -> Tensor | None:
-        """Mean over the steps with gradient of `(eps_theta - eps_base)^2`, scalar; `None` unless it was measured."""
-        return torch.stack(self._drifts).mean() if self._drifts else None
-
     def start(self, noise: Tensor) -> State:
-        """Stand before the first step, with `noise` of shape `(B, ...)` as the latent."""
+        """Return the state before the first step, with `noise` of shape `(B, ...)` as the latent."""
         return State(noise, 0)
 
     def advance(
-        self, state: State, steps: int | None = None, *, detach_input: bool = False, freeze: bool = False
+        self, state: State, steps: int | None = None, *, input_gain: float = 1.0, output_gain: float = 1.0
     ) -> State:
-        """Walk `steps` steps, by default to the end.
+        """Take sampling steps.
+
+        The gains act on gradients only, through the network; the latent's own path through the sampler stays attached.
 
         Args:
             state: Where to start.
-            steps: How many.
-            detach_input: Cut the gradient at the network's input; the latent's own path through the sampler stays.
-            freeze: Give the network's output no gradient at all; the latent's own path stays.
+            steps: Number of steps; by default all that remain.
+            input_gain: Factor on the gradient of the network's input: 1 attached, 0 detached.
+            output_gain: Factor on the gradient of the network's output; with 0 the network builds no graph.
+
+        Raises:
+            ValueError: Fewer steps remain.
         """
-        remaining = self.num_steps - state.step
-        steps = remaining if steps is None else steps
-        if not 0 <= steps <= remaining:
-            raise ValueError(f"cannot advance {steps} steps: {remaining} of {self.num_steps} are left")
-        for _ in range(steps):
-            state = self._advance_one(state, detach_input, freeze)
+        for _ in range(self._checked(state, steps, minimum=0)):
+            state = self.leap(state, 1, input_gain=input_gain, output_gain=output_gain)
         return state
 
+    def leap(self, state: State, steps: int, *, input_gain: float = 1.0, output_gain: float = 1.0) -> State:
+        """Take one sampler step, with one network call, over several steps of the grid.
+
+        Args:
+            state: Where to start.
+            steps: Number of grid steps, at least 1.
+            input_gain: As in `advance`.
+            output_gain: As in `advance`.
+
+        Raises:
+            ValueError: Fewer steps remain, or `steps` is less than 1.
+        """
+        end = state.step + self._checked(state, steps, minimum=1)
+        transition, solver_state = self._step(state, end, input_gain, output_gain)
+        return State(self._observed(end - 1, transition.rsample()), end, solver_state)
+
     def sample_steps(self, noise: Tensor, step_noise: Iterable[Tensor]) -> Iterator[tuple[Transition, Tensor]]:
-        """Walk the whole chain with given noise; yield each step's distribution and the latent drawn from it.
+        """Sample with given noise; yield each step's distribution and the latent drawn from it.
 
         Args:
             noise: Where to start, `(B, ...)`.
-            step_noise: `num_steps` times `(B, ...)`; what a deterministic step is given is not used.
+            step_noise: `num_steps` tensors `(B, ...)`; those of deterministic steps are not used.
         """
         state = self.start(noise)
         for _, fresh in zip(range(self.num_steps), step_noise, strict=True):
-            transition, solver_state = self._step(state, False, False)
+            transition, solver_state = self._step(state, state.step + 1, 1.0, 1.0)
             state = State(transition.rsample(fresh), state.step + 1, solver_state)
             yield transition, state.x
 
     def transitions_at(self, latents: Tensor, steps: Iterable[int]) -> Iterator[Transition]:
-        """The distributions of the next latents at some steps of a walk, `latents` being `(num_steps + 1, B, ...)`."""
+        """Yield the distribution of the next latent at the given steps of a trajectory.
+
+        Args:
+            latents: The trajectory, `(num_steps + 1, B, ...)`.
+            steps: Which steps.
+        """
         for step in steps:
             yield self.transition(State(latents[step], step))
 
-    def transition(self, state: State, *, detach_input: bool = False, freeze: bool = False) -> Transition:
-        """The distribution of the next latent."""
-        return self._step(state, detach_input, freeze)[0]
+    def transition(self, state: State, *, input_gain: float = 1.0, output_gain: float = 1.0) -> Transition:
+        """Return the distribution of the next latent; the gains are those of `advance`."""
+        return self._step(state, state.step + 1, input_gain, output_gain)[0]
 
-    def predict(self, state: State, *, detach_input: bool = False, freeze: bool = False) -> Tensor:
-        """The network's estimate of the clean latent, `(B, ...)`."""
-        return self._observed(state.step, self._denoise(state, detach_input, freeze))
+    def predict(self, state: State, *, input_gain: float = 1.0, output_gain: float = 1.0) -> Tensor:
+        """Return the estimate of the clean latent, `(B, ...)`; the gains are those of `advance`."""
+        return self._observed(state.step, self._denoise(state, input_gain, output_gain))
 
     def renoise(self, x0: Tensor, steps_left: int, noise: Tensor | None = None) -> State:
-        """Diffuse `x0` to where `steps_left` steps remain; `noise` is drawn here unless it is given."""
+        """Diffuse `x0` to where `steps_left` steps remain: `x_t = alpha_t x_0 + sigma_t noise`.
+
+        Args:
+            x0: Clean latents, `(B, ...)`.
+            steps_left: From 1 to `num_steps`.
+            noise: Standard Gaussian, `(B, ...)`; drawn here by default.
+
+        Raises:
+            ValueError: `steps_left` is out of range.
+        """
         if not 1 <= steps_left <= self.num_steps:
-            raise ValueError(f"steps_left={steps_left} must lie in 1..{self.num_steps}")
+            raise ValueError(f"steps_left={steps_left} must be between 1 and {self.num_steps}")
         step = self.num_steps - steps_left
         alpha, sigma = self.model.schedule.coefficients(self.grid[step][0])
         return State(alpha * x0 + sigma * (torch.randn_like(x0) if noise is None else noise), step)
 
     def repeat(self, copies: int) -> "SamplingChain":
-        """The same chain for `copies` copies of the batch, one after the other: row `c * B + b` is copy `c` of `b`."""
-        other = SamplingChain.__new__(SamplingChain)
-        other.__dict__ = {**self.__dict__, "conditioning": self.conditioning.repeat(copies)}
-        return other
+        """Return the chain of `copies` copies of the batch, one after the other: row `c * B + b` is copy `c` of `b`."""
+        return replace(self, conditioning=self.conditioning.repeat(copies))
 
     def randint(self, low: int, high: int) -> int:
-        """A whole number in `low..high`, both included, the same on every process."""
+        """Draw an integer in `low..high`, both included, the same on every process."""
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def rand(self) -> float:
-        """A number in [0, 1), the same on every process."""
+        """Draw a number in [0, 1), the same on every process."""
         return float(torch.rand((), generator=self.generator))
 
-    def _advance_one(self, state: State, detach_input: bool, freeze: bool) -> State:
-        transition, solver_state = self._step(state, detach_input, freeze)
-        return State(self._observed(state.step, transition.rsample()), state.step + 1, solver_state)
+    def _checked(self, state: State, steps: int | None, minimum: int) -> int:
+        remaining = self.num_steps - state.step
+        steps = remaining if steps is None else steps
+        if not minimum <= steps <= remaining:
+            raise ValueError(f"cannot advance {steps} steps: {remaining} of {self.num_steps} are left")
+        return steps
 
-    def _step(self, state: State, detach_input: bool, freeze: bool) -> tuple[Transition, Any]:
-        x0 = self._denoise(state, detach_input, freeze)
-        t, s = self.grid[state.step]
+    def _step(self, state: State, end: int, input_gain: float, output_gain: float) -> tuple[Transition, Any]:
+        """One sampler step from `state` to grid position `end`."""
+        x0 = self._denoise(state, input_gain, output_gain)
+        t, s = self.grid[state.step][0], self.grid[end - 1][1]
         return self.sampler.step(self.model.schedule, state.x, x0, t, s, state.solver_state)
 
-    def _denoise(self, state: State, detach_input: bool, freeze: bool) -> Tensor:
+    def _denoise(self, state: State, input_gain: float, output_gain: float) -> Tensor:
         t, _ = self.grid[state.step]
 
         def denoise(x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-            x0 = self.model.denoise(x, t, conditioning, detach_input=detach_input, freeze=freeze)
+            x0 = self.model.denoise(x, t, conditioning, input_gain=input_gain, output_gain=output_gain)
             return x0, self._drift(x, x0, t, conditioning)
 
-        if freeze or not torch.is_grad_enabled():
-            return self.model.denoise(state.x, t, self.conditioning, detach_input=detach_input, freeze=freeze)
-        slices = _slices(len(state.x), self.micro_batch_size)
-        if self.checkpoint_steps or len(slices) > 1:
-            parts = [checkpoint(denoise, state.x[p], self.conditioning[p], use_reentrant=False) for p in slices]
+        if output_gain == 0 or not torch.is_grad_enabled():
+            return self.model.denoise(state.x, t, self.conditioning, input_gain=input_gain, output_gain=output_gain)
+        self.model.checkpoint_blocks(self.recompute.blocks)
+        slices = self.recompute.slices(len(state.x))
+        if self.recompute.steps or len(slices) > 1:
+            outputs = [checkpoint(denoise, state.x[s], self.conditioning[s], use_reentrant=False) for s in slices]
         else:
-            parts = [denoise(state.x, self.conditioning)]
-        if self.measure_drift:
-            self._drifts.append(torch.cat([drift for _, drift in parts]).mean())
-        return parts[0][0] if len(parts) == 1 else torch.cat([x0 for x0, _ in parts])
-
-    def _observed(self, step: int, latent: Tensor) -> Tensor:
-        if self.probe is not None and latent.requires_grad:
-            self.probe(step, latent)
-        return latent
+            outputs = [denoise(state.x, self.conditioning)]
+        if self.drift is not None:
+            self.drift.add(torch.cat([drift for _, drift in outputs]))
+        return outputs[0][0] if len(outputs) == 1 else torch.cat([x0 for x0, _ in outputs])
 
     def _drift(self, x: Tensor, x0: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """`(eps_theta - eps_base)^2` averaged over each latent, `(B,)`; empty unless it is measured.
-
-        `eps_base` is a constant, as in NeMo-Aligner's code: freezing the base network's output but not the conversion
-        to `x_0` lets the latent cancel out of the difference, value and gradient.
-        """
-        if not self.measure_drift:
+        """Each sample's drift, `(B,)`; empty unless it is measured."""
+        if self.drift is None:
             return x.new_empty(0)
-        alpha, sigma = self.model.schedule.coefficients(t)
-        with self.model.base():
-            base = self.model.denoise(x, t, conditioning, freeze=True)
-        return (alpha / sigma * (x0 - base)).square().flatten(1).mean(1)
+        return self.drift.measure(self.model, x, x0, t, conditioning)
 
-
-def _slices(batch: int, size: int | None) -> list[slice]:
-    size = batch if size is None else size
-    return [slice(start, start + size) for start in range(0, batch, size)]
+    def _observed(self, step: int, latent: Tensor) -> Tensor:
+        if latent.requires_grad:
+            for probe in self.probes:
+                probe(step, latent)
+        return latent

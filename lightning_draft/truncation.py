@@ -165,7 +165,7 @@ class RandomSteps(Truncation):
         drawn[-1] = drawn[-1] or not any(drawn)
         state = chain.start(noise)
         for used in drawn:
-            state = chain.advance(state, 1, freeze=not used)
+            state = chain.advance(state, 1, output_gain=float(used))
         return state.x
 
 
@@ -193,8 +193,8 @@ class DRTune(Truncation):
         trained = self._trained_steps(chain, stop + 1)
         state = chain.start(noise)
         for step in range(stop):
-            state = chain.advance(state, 1, detach_input=True, freeze=step not in trained)
-        return chain.predict(state, detach_input=True, freeze=stop not in trained)
+            state = chain.advance(state, 1, input_gain=0.0, output_gain=float(step in trained))
+        return chain.predict(state, input_gain=0.0, output_gain=float(stop in trained))
 
     def gradient_steps(self, num_steps: int) -> int:
         """`k`."""

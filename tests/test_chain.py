@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import SamplingChain, State
+from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain, State
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, Prediction
 from lightning_draft.rewards.base import Prompt
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
@@ -44,18 +45,26 @@ def noise(batch: int = 4) -> Tensor:
 # Positions.
 
 
-def test_a_walk_in_pieces_is_the_walk() -> None:
-    for sampler in (DDIM(STEPS), DPMSolverPlusPlus(STEPS)):
-        chain = chain_of(LinearModel(THETA, shape=(2, 3)), sampler)
-        whole = chain.advance(chain.start(noise()))
-        state = chain.start(noise())
-        for steps in (2, 0, 1, None):
-            state = chain.advance(state, steps)
-        assert whole.step == state.step == chain.num_steps == STEPS
-        assert torch.equal(whole.x, state.x)
+@pytest.mark.parametrize("sampler", [DDIM(STEPS), DPMSolverPlusPlus(STEPS)], ids=["DDIM", "2M"])
+@pytest.mark.parametrize("pieces", [(2, 0, 1, None), (1, 1, 1, 1, 1), (4, 1)])
+def test_advancing_in_pieces_equals_advancing_at_once(sampler: Sampler, pieces: tuple[int | None, ...]) -> None:
+    """Against one loop over the sampler: a multistep solver's state must survive from one call to the next."""
+    model = LinearModel(THETA, shape=(2, 3))
+    chain = chain_of(model, sampler)
+    x, solver_state = noise(), None
+    for t, s in chain.grid:
+        x0 = model.denoise(x, t, chain.conditioning)
+        transition, solver_state = sampler.step(model.schedule, x, x0, t, s, solver_state)
+        x = transition.mean
+    state = chain.start(noise())
+    for steps in pieces:
+        state = chain.advance(state, steps)
+    assert state.step == chain.num_steps == STEPS
+    assert torch.equal(state.x, x)
+    assert torch.equal(chain.advance(chain.start(noise())).x, x)
 
 
-def test_a_chain_is_not_changed_by_walking_it() -> None:
+def test_a_chain_is_not_changed_by_sampling() -> None:
     chain = chain_of(LinearModel(THETA, shape=(2, 3)))
     state = chain.advance(chain.start(noise()), 2)
     before = state.x.clone()
@@ -63,6 +72,8 @@ def test_a_chain_is_not_changed_by_walking_it() -> None:
     assert torch.equal(state.x, before)
     with pytest.raises(AttributeError):
         state.step = 3  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        chain.sampler = DDIM(3)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("steps", [-1, 4])
@@ -73,9 +84,9 @@ def test_more_steps_than_are_left_are_refused(steps: int) -> None:
 
 
 def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="micro_batch_size=0 must be at least 1; None takes the batch whole"):
-        chain_of(LinearModel(), micro_batch_size=0)
-    with pytest.raises(ValueError, match=r"steps_left=6 must lie in 1\.\.5"):
+    with pytest.raises(ConfigurationError, match="micro_batch_size=0 must be at least 1; write 1 or more, or null"):
+        Recompute(micro_batch_size=0)
+    with pytest.raises(ValueError, match=r"steps_left=6 must be between 1 and 5"):
         chain_of(LinearModel()).renoise(noise(), 6)
     with pytest.raises(ValueError, match="needs a rectified-flow model"):
         chain_of(LinearModel(), FlowEuler(4))
@@ -130,8 +141,8 @@ def test_renoised_data_has_the_marginal_of_its_step() -> None:
 
 def test_copies_lie_one_after_the_other_and_share_the_observers() -> None:
     seen: list[int] = []
-    model = Spy()
-    chain = chain_of(model, measure_drift=True, probe=lambda step, latent: seen.append(len(latent)))
+    model, drift = Spy(), PredictionDrift()
+    chain = chain_of(model, drift=drift, probes=(lambda step, latent: seen.append(len(latent)),))
     chain.advance(chain.start(noise()), 1)
     copies = chain.repeat(3)
     x = torch.cat([noise()] * 3)
@@ -140,8 +151,8 @@ def test_copies_lie_one_after_the_other_and_share_the_observers() -> None:
     assert torch.equal(moved[0], moved[2])
     assert torch.equal(moved[0], chain.advance(chain.start(noise()), 1).x)
     assert seen == [4, 12, 4]
-    assert copies.drift is not None
-    assert torch.equal(chain.drift, copies.drift)  # type: ignore[arg-type]
+    assert copies.drift is drift
+    assert copies.recompute is chain.recompute
     assert len(chain.conditioning) == 4
 
 
@@ -172,18 +183,23 @@ def test_the_prefix_without_gradient_builds_no_graph() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_detached_and_frozen_steps(prediction: Prediction, checkpointed: bool) -> None:
-    """Detached: the network sees no graph but has one. Frozen: it has none. The latent's own path stays."""
-    for options, call in (
-        ({}, (4, True, True)),
-        ({"detach_input": True}, (4, False, True)),
-        ({"freeze": True}, (4, True, False)),
+def test_gains_scale_the_gradient_through_the_network(prediction: Prediction, checkpointed: bool) -> None:
+    """`d x_1 = A d x_0 + output_gain B (w x_0 d theta + input_gain theta w d x_0)`; 0 builds no graph there."""
+    for gains, call in (
+        ((1.0, 1.0), (4, True, True)),
+        ((0.0, 1.0), (4, False, True)),
+        ((1.0, 0.0), (4, True, False)),
+        ((0.3, 1.0), (4, True, True)),
+        ((1.0, 2.5), (4, True, True)),
+        ((0.5, 0.25), (4, True, True)),
     ):
         model = Spy(prediction)
-        chain = chain_of(model, checkpoint_steps=checkpointed)
+        chain = chain_of(model, recompute=Recompute(steps=checkpointed))
         start = noise().requires_grad_()
-        x = chain.advance(chain.start(start), 1, **options).x
+        into, out = gains
+        x = chain.advance(chain.start(start), 1, input_gain=into, output_gain=out).x
         assert model.calls[0] == call
+        assert torch.equal(x, chain.advance(chain.start(start), 1).x)
         slope, theta = torch.autograd.grad(x.sum(), (start, model.theta), allow_unused=True)
         t, s = chain.grid[0]
         (alpha, sigma), (alpha_s, sigma_s) = model.schedule.coefficients(t), model.schedule.coefficients(s)
@@ -192,12 +208,61 @@ def test_detached_and_frozen_steps(prediction: Prediction, checkpointed: bool) -
         else:
             a, b = alpha_s * alpha + sigma_s * sigma, sigma_s * alpha - alpha_s * sigma
         weight = torch.tensor(WEIGHTS).double().view(-1, 1, 1)
-        through = b * THETA * weight if not options else 0.0
-        torch.testing.assert_close(slope, (a + through).expand_as(slope) if not options else torch.full_like(slope, a))
-        if "freeze" in options:
+        torch.testing.assert_close(slope, (a + out * into * b * THETA * weight).expand_as(slope))
+        if out == 0:
             assert theta is None
         else:
-            assert theta.item() == pytest.approx((b * weight * start).sum().item())
+            assert theta.item() == pytest.approx(out * (b * weight * start).sum().item())
+
+
+def test_gains_act_on_predictions_and_transitions_alike() -> None:
+    model = LinearModel(THETA, shape=(2, 3))
+    chain = chain_of(model, DDIM(STEPS, eta=1.0))
+    state = chain.advance(chain.start(noise()), 2)
+    state = State(state.x.detach(), state.step)
+    for value in (chain.predict, lambda state, **gains: chain.transition(state, **gains).mean):
+        (whole,) = torch.autograd.grad(value(state).sum(), model.theta)
+        (half,) = torch.autograd.grad(value(state, output_gain=0.5).sum(), model.theta)
+        assert half.item() == pytest.approx(0.5 * whole.item())
+        assert not value(state, output_gain=0.0).requires_grad
+
+
+# Leaps.
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler"),
+    [
+        (LinearModel(THETA, shape=(2, 3)), DDIM(STEPS)),
+        (LinearModel(THETA, "flow", RectifiedFlow(3.0), (2, 3)), FlowEuler(STEPS)),
+    ],
+    ids=["DDIM", "FlowEuler"],
+)
+@pytest.mark.parametrize(("start", "steps"), [(0, 3), (1, 4), (2, 1)])
+def test_a_leap_is_one_sampler_step_between_two_grid_points(
+    model: LinearModel, sampler: Sampler, start: int, steps: int
+) -> None:
+    """By hand: `x_s = alpha_s x_0 + sigma_s eps`, with both from one network call at `t`."""
+    chain = chain_of(model, sampler)
+    x, t, s = noise(), chain.grid[start][0], chain.grid[start + steps - 1][1]
+    (alpha, sigma), (alpha_s, sigma_s) = model.schedule.coefficients(t), model.schedule.coefficients(s)
+    raw = THETA * torch.tensor(WEIGHTS).double().view(-1, 1, 1) * x
+    x0 = x - sigma * raw if model.prediction == "flow" else (x - sigma * raw) / alpha
+    eps = x + alpha * raw if model.prediction == "flow" else raw
+    calls = model.calls_with_gradient
+    end = chain.leap(State(x, start), steps)
+    assert model.calls_with_gradient == calls + 1
+    assert end.step == start + steps
+    torch.testing.assert_close(end.x, alpha_s * x0 + sigma_s * eps)
+
+
+def test_a_leap_of_one_step_is_that_step() -> None:
+    chain = chain_of(LinearModel(THETA, shape=(2, 3)), DPMSolverPlusPlus(STEPS))
+    state = chain.advance(chain.start(noise()), 2)
+    assert torch.equal(chain.leap(state, 1).x, chain.advance(state, 1).x)
+    for steps in (0, 4):
+        with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 are left"):
+            chain.leap(state, steps)
 
 
 # Observers.
@@ -211,9 +276,9 @@ def test_the_probe_sees_what_carries_a_gradient_and_its_gradient() -> None:
         latent.register_hook(lambda gradient: arrived.__setitem__(step, gradient))
 
     model = LinearModel(THETA, shape=(2, 3))
-    for options in ({}, {"checkpoint_steps": True}, {"micro_batch_size": 3}):
+    for recompute in (Recompute(), Recompute(steps=True), Recompute(micro_batch_size=3)):
         arrived.clear()
-        chain = chain_of(model, probe=probe, **options)
+        chain = chain_of(model, probes=(probe,), recompute=recompute)
         with torch.no_grad():
             state = chain.advance(chain.start(noise()), 2)
         x2 = state.x
@@ -231,7 +296,7 @@ def test_the_probe_sees_what_carries_a_gradient_and_its_gradient() -> None:
 
 def test_the_probe_sees_predictions_and_nothing_without_a_graph() -> None:
     seen: list[int] = []
-    chain = chain_of(LinearModel(THETA, shape=(2, 3)), probe=lambda step, latent: seen.append(step))
+    chain = chain_of(LinearModel(THETA, shape=(2, 3)), probes=(lambda step, latent: seen.append(step),))
     with torch.no_grad():
         state = chain.advance(chain.start(noise()), 3)
         chain.predict(state)
@@ -248,7 +313,8 @@ def test_drift_is_that_of_the_noise_predictions(sampler: Sampler) -> None:
     model = LinearModel(THETA, prediction, RectifiedFlow() if flow else scaled_linear(), (2, 3))
     with torch.no_grad():
         model.theta.add_(0.1)
-    chain = chain_of(model, sampler, measure_drift=True)
+    drift = PredictionDrift()
+    chain = chain_of(model, sampler, drift=drift)
     torch.manual_seed(0)
     chain.advance(chain.start(noise()))
     torch.manual_seed(0)
@@ -260,22 +326,21 @@ def test_drift_is_that_of_the_noise_predictions(sampler: Sampler) -> None:
             weight = torch.tensor(WEIGHTS).double().view(-1, 1, 1)
             terms.append((alpha * 0.1 * weight * state.x).square().mean())
             state = plain.advance(state, 1)
-    assert chain.drift is not None
-    assert chain.drift.item() == pytest.approx(torch.stack(terms).mean().item())
-    assert plain.drift is None
+    assert drift.mean is not None
+    assert drift.mean.item() == pytest.approx(torch.stack(terms).mean().item())
 
 
 def test_drift_is_measured_with_gradient_alone() -> None:
-    model = Spy()
-    chain = chain_of(model, measure_drift=True)
+    model, drift = Spy(), PredictionDrift()
+    chain = chain_of(model, drift=drift)
     with torch.no_grad():
         state = chain.advance(chain.start(noise()), 2)
-    state = chain.advance(state, 2, freeze=True)
-    assert chain.drift is None
+    state = chain.advance(state, 2, output_gain=0.0)
+    assert drift.mean is None
     assert len(model.calls) == 4
     chain.advance(state)
     assert len(model.calls) == 6
-    assert chain.drift is not None
+    assert drift.mean is not None
 
 
 # What is computed again.
@@ -285,10 +350,10 @@ def test_drift_is_measured_with_gradient_alone() -> None:
     ("options", "forward", "backward"),
     [
         ({}, [4], []),
-        ({"checkpoint_steps": True}, [4], [4]),
+        ({"steps": True}, [4], [4]),
         ({"micro_batch_size": 4}, [4], []),
         ({"micro_batch_size": 3}, [3, 1], [1, 3]),
-        ({"micro_batch_size": 2, "checkpoint_steps": True}, [2, 2], [2, 2]),
+        ({"micro_batch_size": 2, "steps": True}, [2, 2], [2, 2]),
         ({"micro_batch_size": 1}, [1] * 4, [1] * 4),
     ],
 )
@@ -296,7 +361,7 @@ def test_slices_and_what_the_backward_pass_recomputes(
     options: dict[str, Any], forward: list[int], backward: list[int]
 ) -> None:
     model = Spy()
-    chain = chain_of(model, **options)
+    chain = chain_of(model, recompute=Recompute(**options))
     with torch.no_grad():
         state = chain.advance(chain.start(noise()), STEPS - 1)
     assert [size for size, _, _ in model.calls] == [4] * (STEPS - 1)
@@ -326,7 +391,7 @@ def test_checkpointed_steps_keep_no_activations() -> None:
             elements += tensor.numel()
             return tensor
 
-        chain = chain_of(Wide(THETA, shape=(2, 3)), DDIM(steps), checkpoint_steps=checkpointed)
+        chain = chain_of(Wide(THETA, shape=(2, 3)), DDIM(steps), recompute=Recompute(steps=checkpointed))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             chain.advance(chain.start(noise()))
         return elements

@@ -199,7 +199,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("list", {"reward": Listed()}, r"^Listed.forward returned a list for 1 images; return a tensor of shape \(1,\)"),
     ("one score", {"reward": OneForAll()}, r"OneForAll.forward returned shape \(\) for 1 images; return one score"),
-    ("cut", {"truncation": CutByTheUser()}, "CutByTheUser returned latents without a gradient.*freeze=True"),
+    ("cut", {"truncation": CutByTheUser()}, "CutByTheUser returned latents without a gradient.*output_gain=0"),
     ("white noise", {"model": Undecodable()}, "^decoding gave images that are not finite; use a wider dtype"),
     ("overflow", {"model": Overflowing()}, "sampling gave latents that are not finite; use a wider dtype"),
     ("unused", {"model": Unused()}, "reaches none of the trainable parameters: .*train the denoiser's adapters"),

@@ -249,7 +249,6 @@ def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncatio
         module.checkpointing, module.micro_batch_size = checkpointing, size
         assert_close(gradients(module), expected, 1e-5)  # images and rewards are float32
     module.checkpointing, module.micro_batch_size = "both", 2
-    module.model.checkpoint_blocks()
     assert_close(gradients(module), expected, 1e-5)
 
 
@@ -268,8 +267,8 @@ def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncatio
 )
 def test_what_is_recomputed(tiny_sd: Path, checkpointing: Any, truncation: Any, steps: bool, blocks: bool) -> None:
     module = make(tiny_sd, checkpointing=checkpointing, truncation=truncation)
-    assert module.chain(["a cat"]).checkpoint_steps == steps
-    assert module.model.denoiser.is_gradient_checkpointing == blocks
+    assert module.chain(["a cat"]).recompute.steps == steps
+    assert module.model.block_checkpointing == blocks
 
 
 def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:

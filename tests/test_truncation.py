@@ -7,7 +7,7 @@ over the steps that carry one. `Walk` holds these numbers.
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lightning_draft.truncation as module
-from lightning_draft.chain import SamplingChain, State
+from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain, State
 from lightning_draft.models.base import Conditioning, Prediction
 from lightning_draft.rewards.base import Prompt
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
@@ -261,13 +261,16 @@ def test_drtune(prediction: Prediction, k: int, m: int, seed: int) -> None:
 # What every truncation keeps.
 
 
-def run(truncation: Truncation, model: LinearModel, sampler: Sampler, **options: Any) -> tuple[Tensor, float, Any]:
+def run(
+    truncation: Truncation, model: LinearModel, sampler: Sampler, measure: bool, recompute: Recompute
+) -> tuple[Tensor, float, Any]:
     torch.manual_seed(11)
-    chain = chain_of(model, sampler, **options)
-    latents = truncation(chain, noise())
-    loss = (latents.square()).sum() + (0 if chain.drift is None else chain.drift)
+    drift = PredictionDrift() if measure else None
+    latents = truncation(chain_of(model, sampler, drift=drift, recompute=recompute), noise())
+    measured = None if drift is None else drift.mean
+    loss = (latents.square()).sum() + (0 if measured is None else measured)
     (found,) = torch.autograd.grad(loss, model.theta)
-    return latents.detach(), found.item(), None if chain.drift is None else chain.drift.item()
+    return latents.detach(), found.item(), None if measured is None else measured.item()
 
 
 @battery
@@ -277,13 +280,13 @@ def test_recomputing_changes_nothing(truncation: Truncation, sampler: Sampler, d
     model = LinearModel(THETA, "v_prediction", shape=(2, 3))
     with torch.no_grad():
         model.theta.add_(0.2)
-    latents, value, measured = run(truncation, model, sampler, measure_drift=drift)
-    for options in (
-        {"checkpoint_steps": True},
-        *({"micro_batch_size": size} for size in (1, 2, 3, 4, 100)),
-        {"checkpoint_steps": True, "micro_batch_size": 3},
+    latents, value, measured = run(truncation, model, sampler, drift, Recompute())
+    for recompute in (
+        Recompute(steps=True),
+        *(Recompute(micro_batch_size=size) for size in (1, 2, 3, 4, 100)),
+        Recompute(steps=True, micro_batch_size=3),
     ):
-        again = run(truncation, model, sampler, measure_drift=drift, **options)
+        again = run(truncation, model, sampler, drift, recompute)
         torch.testing.assert_close(again[0], latents, rtol=1e-13, atol=0)
         assert again[1] == pytest.approx(value, rel=1e-12)
         assert again[2] == (None if measured is None else pytest.approx(measured, rel=1e-12))
@@ -351,7 +354,7 @@ def test_gradient_steps_bounds_the_chain(truncation: Truncation) -> None:
 def test_network_calls(truncation: Truncation, without: int, attached: int, checkpointed: bool) -> None:
     """`T` sampling calls; a checkpointed step is called once more in the backward pass."""
     model = linear()
-    latents = truncation(chain_of(model, checkpoint_steps=checkpointed), noise())
+    latents = truncation(chain_of(model, recompute=Recompute(steps=checkpointed)), noise())
     assert (model.calls_without_gradient, model.calls_with_gradient) == (without, attached)
     latents.sum().backward()
     assert (model.calls_without_gradient, model.calls_with_gradient) == (without, attached * (1 + checkpointed))
@@ -424,10 +427,11 @@ def test_drift_by_hand(truncation: Truncation, prediction: Prediction) -> None:
     shift, moved = 0.05, THETA + 0.05
     with torch.no_grad():
         model.theta.fill_(moved)
-    chain = chain_of(model, measure_drift=True)
+    drift = PredictionDrift()
+    chain = chain_of(model, drift=drift)
     truncation(chain, noise())
-    assert chain.drift is not None
-    (ours,) = torch.autograd.grad(chain.drift, model.theta)
+    assert drift.mean is not None
+    (ours,) = torch.autograd.grad(drift.mean, model.theta)
 
     theta = torch.tensor(moved, dtype=torch.float64, requires_grad=True)
     steps = truncation.gradient_steps(STEPS)
@@ -442,7 +446,7 @@ def test_drift_by_hand(truncation: Truncation, prediction: Prediction) -> None:
             terms.append((scale * weight * (theta * seen - THETA * seen.detach())).square().mean())
         x = oracle.a[i] * x + oracle.b[i] * weight * theta * seen
     expected = torch.stack(terms).mean()
-    assert chain.drift.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert drift.mean.item() == pytest.approx(expected.item(), rel=1e-10)
     (by_hand,) = torch.autograd.grad(expected, theta)
     assert ours.item() == pytest.approx(by_hand.item(), rel=1e-10)
     if truncation.gradient_steps(STEPS) == 1:
@@ -460,16 +464,13 @@ def walk_to_last(chain: SamplingChain, theta: float) -> Tensor:
     return x
 
 
-def test_drift_is_nothing_before_training_and_nothing_unless_measured() -> None:
+def test_drift_is_zero_before_training() -> None:
     model = linear()
-    chain = chain_of(model, measure_drift=True)
-    Full()(chain, noise())
-    assert chain.drift is not None
-    assert chain.drift.item() == 0
-    assert torch.autograd.grad(chain.drift, model.theta)[0].item() == 0
-    unmeasured = chain_of(model)
-    Full()(unmeasured, noise())
-    assert unmeasured.drift is None
+    drift = PredictionDrift()
+    Full()(chain_of(model, drift=drift), noise())
+    assert drift.mean is not None
+    assert drift.mean.item() == 0
+    assert torch.autograd.grad(drift.mean, model.theta)[0].item() == 0
 
 
 # The draws. Frequencies of 3000 draws lie within 4.5 standard errors.
@@ -477,20 +478,21 @@ def test_drift_is_nothing_before_training_and_nothing_unless_measured() -> None:
 DRAWS = 3000
 
 
+@dataclass(frozen=True, eq=False)
 class Recorder(SamplingChain):
-    """Walks nothing, and notes which network calls would carry a gradient."""
+    """Samples nothing, and records which network calls would have a gradient."""
 
-    calls: list[bool]
+    calls: list[bool] = field(default_factory=list, kw_only=True)
 
     def advance(
-        self, state: State, steps: int | None = None, *, detach_input: bool = False, freeze: bool = False
+        self, state: State, steps: int | None = None, *, input_gain: float = 1.0, output_gain: float = 1.0
     ) -> State:
         steps = self.num_steps - state.step if steps is None else steps
-        self.calls += [torch.is_grad_enabled() and not freeze] * steps
+        self.calls.extend([torch.is_grad_enabled() and output_gain != 0] * steps)
         return State(state.x, state.step + steps)
 
-    def predict(self, state: State, *, detach_input: bool = False, freeze: bool = False) -> Tensor:
-        self.calls.append(torch.is_grad_enabled() and not freeze)
+    def predict(self, state: State, *, input_gain: float = 1.0, output_gain: float = 1.0) -> Tensor:
+        self.calls.append(torch.is_grad_enabled() and output_gain != 0)
         return state.x
 
 
@@ -500,7 +502,7 @@ def frequencies(truncation: Truncation, key: Callable[[list[bool]], Any], steps:
     chain = Recorder(model, DDIM(steps), model.encode(["a"]), generator=torch.Generator().manual_seed(1))
     counts: Counter[Any] = Counter()
     for _ in range(DRAWS):
-        chain.calls = []
+        chain.calls.clear()
         truncation(chain, torch.ones(1, 1))
         counts[key(chain.calls)] += 1
     return counts

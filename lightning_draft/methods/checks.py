@@ -90,7 +90,7 @@ def check_latents(latents: Tensor, truncation: Truncation) -> None:
         raise ConfigurationError(
             f"the truncation {type(truncation).__name__} returned latents without a gradient: a step under "
             "torch.no_grad() after the steps with gradient cuts the whole graph; to skip a step's network use "
-            "chain.advance(..., freeze=True)"
+            "chain.advance(..., output_gain=0)"
         )
     if not latents.isfinite().all():
         raise ConfigurationError(

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.chain import Probe, SamplingChain
+from lightning_draft.chain import PredictionDrift, Probe, Recompute, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.checks import (
@@ -49,8 +49,8 @@ class DraftModule(RewardModule):
         lr_scheduler: Called with the optimiser; stepped once an optimisation step.
         kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+); each of those
             steps then costs one more network call.
-        checkpointing: Recompute activations by `step`, inside the network's `block`s, `both` or `none`; `auto` is
-            `step` where more than one step carries a gradient, else `none`.
+        checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
+            network, `both` or `none`; `auto` is `step` where more than one step has a gradient, else `none`.
         micro_batch_size: Handle this many samples at a time wherever a graph is built; memory follows it, at the cost
             of recomputing.
         seed: Of the starting noise and of every random choice of the truncation.
@@ -86,8 +86,7 @@ class DraftModule(RewardModule):
         self.checkpointing = checkpointing
         self.micro_batch_size = micro_batch_size
         self.probes: list[Probe] = []
-        if checkpointing in ("block", "both"):
-            model.checkpoint_blocks()
+        model.checkpoint_blocks(self.recompute.blocks)
 
     @property
     def method(self) -> Truncation:
@@ -149,7 +148,8 @@ class DraftModule(RewardModule):
             prompts: The batch.
             generator: Source of the truncation's choices, the same on every process.
         """
-        chain = self.chain(prompts, generator)
+        drift = PredictionDrift() if self.kl_weight > 0 else None
+        chain = self.chain(prompts, generator, drift)
         latents = self.truncation(chain, self.model.noise(len(prompts)))
         copies = len(latents) // len(prompts)
         rewards, parts, saturated = self._rewards(latents, list(prompts) * copies)
@@ -161,28 +161,34 @@ class DraftModule(RewardModule):
             **{f"train/reward/{name}": part[: len(prompts)].mean() for name, part in parts.items()},
             "train/out_of_range_fraction": saturated.mean(),
         }
-        if chain.drift is not None:
-            logs["train/prediction_drift"] = chain.drift
-            loss = loss + self.kl_weight * chain.drift
+        if drift is not None and drift.mean is not None:
+            logs["train/prediction_drift"] = drift.mean
+            loss = loss + self.kl_weight * drift.mean
         return loss, {name: value.detach() for name, value in {**logs, "train/loss": loss}.items()}
 
-    def chain(self, prompts: Sequence[str], generator: torch.Generator | None = None) -> SamplingChain:
-        """The chain that a training step walks."""
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass of a training step recomputes."""
         several = self.truncation.gradient_steps(self.sampler.num_steps) > 1
+        steps = self.checkpointing in ("step", "both") or (self.checkpointing == "auto" and several)
+        return Recompute(steps, self.checkpointing in ("block", "both"), self.micro_batch_size)
+
+    def chain(
+        self,
+        prompts: Sequence[str],
+        generator: torch.Generator | None = None,
+        drift: PredictionDrift | None = None,
+    ) -> SamplingChain:
+        """Build the chain of a training step."""
         return SamplingChain(
             self.model,
             self.sampler,
             self.model.encode(prompts),
-            checkpoint_steps=self.checkpointing in ("step", "both") or (self.checkpointing == "auto" and several),
-            micro_batch_size=self.micro_batch_size,
+            recompute=self.recompute,
             generator=generator,
-            measure_drift=self.kl_weight > 0,
-            probe=self._probe if self.probes else None,
+            drift=drift,
+            probes=tuple(self.probes),
         )
-
-    def _probe(self, step: int, latent: Tensor) -> None:
-        for probe in self.probes:
-            probe(step, latent)
 
     def _rewards(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Scores `(B,)`, their parts, and each image's share of pixels outside [0, 1]."""

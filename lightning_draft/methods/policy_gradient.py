@@ -7,7 +7,7 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
-from lightning_draft.chain import SamplingChain, State
+from lightning_draft.arguments import one_of
+from lightning_draft.chain import Recompute, SamplingChain, State
 from lightning_draft.data import PromptDataModule
 from lightning_draft.distributed import all_gather_objects, world_size
 from lightning_draft.errors import ConfigurationError
@@ -68,6 +69,7 @@ class PolicyGradientModule(RewardModule):
             log-probabilities; it costs one more network call a step.
         micro_batch_size: Draw and train this many samples at a time; by default all. It changes no rollout.
         timesteps_per_minibatch: Train this many sampling steps at a time; by default all. Memory follows it.
+        checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
         seed: Of the starting noise and of the sampler's.
     """
 
@@ -86,6 +88,7 @@ class PolicyGradientModule(RewardModule):
         kl_weight: float = 0.0,
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
+        checkpointing: Literal["none", "block"] = "none",
         seed: int = 0,
     ) -> None:
         sampler = DDIM(50, eta=1.0) if sampler is None else sampler
@@ -108,6 +111,8 @@ class PolicyGradientModule(RewardModule):
         self.kl_weight = kl_weight
         self.micro_batch_size = micro_batch_size
         self.timesteps_per_minibatch = timesteps_per_minibatch
+        self.recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
+        model.checkpoint_blocks(self.recompute.blocks)
         self.rollout: Rollout | None = None
         self._unused = 0  # parts of the rollout that are still to be trained on
         self._derived: tuple[int, LogProbGradients] | None = None
@@ -174,7 +179,7 @@ class PolicyGradientModule(RewardModule):
     @property
     def policy(self) -> Policy:
         """The model and the sampler, as what draws trajectories and knows how likely they are."""
-        return Policy(self.model, self.sampler, self.objective.reduce, self.micro_batch_size)
+        return Policy(self.model, self.sampler, self.objective.reduce, self.micro_batch_size, self.recompute)
 
     def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
         """Draw a rollout where none is left, and return the loss of its next part."""

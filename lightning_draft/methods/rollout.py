@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import SamplingChain
+from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.samplers import Sampler
@@ -105,6 +105,7 @@ class Policy:
         sampler: The sampler.
         reduce: Turns a sum over a given number of latent dimensions into the unit of log-probabilities.
         micro_batch_size: Handle this many samples at a time; by default all.
+        recompute: What the backward pass computes again.
 
     Attributes:
         steps: The stochastic steps.
@@ -116,11 +117,13 @@ class Policy:
         sampler: Sampler,
         reduce: Callable[[Tensor, int], Tensor],
         micro_batch_size: int | None,
+        recompute: Recompute,
     ) -> None:
         self.model = model
         self.sampler = sampler
         self.reduce = reduce
         self.micro_batch_size = micro_batch_size
+        self.recompute = recompute
         self.steps = stochastic_steps(sampler, model.schedule)
 
     @torch.no_grad()
@@ -165,7 +168,7 @@ class Policy:
         return torch.stack(latents), torch.stack(log_probs)
 
     def _chain(self, prompts: Sequence[str]) -> SamplingChain:
-        return SamplingChain(self.model, self.sampler, self.model.encode(prompts))
+        return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=self.recompute)
 
 
 def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.gradients import scale_gradient
 from lightning_draft.schedules import Schedule
 
 Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
@@ -73,10 +74,13 @@ class DiffusionModel(nn.Module, ABC):
     Attributes:
         schedule: The forward process.
         prediction: What the network predicts: the noise, the velocity, the flow or the sample.
+        block_checkpointing: Whether the backward pass recomputes the activations inside the network's blocks; set by
+            `checkpoint_blocks`.
     """
 
     schedule: Schedule
     prediction: Prediction
+    block_checkpointing: bool = False
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -94,11 +98,23 @@ class DiffusionModel(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents into float32 images `(B, 3, H, W)`, in [0, 1] by convention and not clamped."""
 
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network whose passes are counted; the model itself where it wraps no other network."""
+        return self
+
     def checkpoint_blocks(self, enabled: bool = True) -> None:
-        """Recompute the activations inside the network's blocks in the backward pass from now on, or keep them."""
-        raise ConfigurationError(
-            f'{type(self).__name__} has no blocks to recompute; write checkpointing="step" or "none"'
-        )
+        """Set whether the backward pass recomputes the activations inside the network's blocks.
+
+        The sampling chain calls this before each network call with gradient, with `Recompute.blocks`.
+
+        Raises:
+            ConfigurationError: The network has no blocks that can be recomputed.
+        """
+        if enabled:
+            raise ConfigurationError(
+                f'{type(self).__name__} has no blocks to recompute; write checkpointing="step" or "none"'
+            )
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -107,20 +123,22 @@ class DiffusionModel(nn.Module, ABC):
         yield
 
     def denoise(
-        self, x: Tensor, t: float, conditioning: Conditioning, *, detach_input: bool = False, freeze: bool = False
+        self, x: Tensor, t: float, conditioning: Conditioning, *, input_gain: float = 1.0, output_gain: float = 1.0
     ) -> Tensor:
         """Estimate `x_0`, `(B, ...)`.
+
+        The gains act on gradients only, through the network; the conversion to `x_0` keeps `x` attached.
 
         Args:
             x: The latent at time `t`.
             t: Time in the schedule's units.
             conditioning: From `encode`.
-            detach_input: The network sees `x` detached; the conversion to `x_0` keeps it attached.
-            freeze: The network's output carries no gradient; the conversion to `x_0` does.
+            input_gain: Factor on the gradient of the network's input: 1 attached, 0 detached.
+            output_gain: Factor on the gradient of the network's output; with 0 the network builds no graph.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze):
-            raw = self(x.detach() if detach_input else x, t, conditioning)
-        return to_x0(raw, x, *self.schedule.coefficients(t), self.prediction)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and output_gain != 0):
+            raw = self(scale_gradient(x, input_gain), t, conditioning)
+        return to_x0(scale_gradient(raw, output_gain), x, *self.schedule.coefficients(t), self.prediction)
 
 
 def to_x0(raw: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Prediction) -> Tensor:

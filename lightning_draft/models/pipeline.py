@@ -94,11 +94,14 @@ class PipelineModel(DiffusionModel):
         return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
     def checkpoint_blocks(self, enabled: bool = True) -> None:
-        """Recompute the activations inside the denoiser's blocks in the backward pass from now on, or keep them."""
+        """Set whether the backward pass recomputes the activations inside the denoiser's blocks."""
+        if enabled == self.block_checkpointing:
+            return
         if enabled:
             self.denoiser.enable_gradient_checkpointing(_checkpoint_block)
         else:
             self.denoiser.disable_gradient_checkpointing()
+        self.block_checkpointing = enabled
 
     def train(self, mode: bool = True) -> Self:
         """Every part stays in eval mode: dropout of the frozen networks stays off in training."""

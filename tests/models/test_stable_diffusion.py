@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from lightning_draft.chain import SamplingChain
+from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.models import DiffusionModel, Guidance, LoRA, Memory, StableDiffusion
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, Sampler
 from lightning_draft.truncation import LastK, LowVariance
@@ -199,15 +199,14 @@ def test_checkpointing_gives_equal_gradients(tiny_sd_v: Path, mode: str, gradien
     model = wide(tiny_sd_v, guidance=Guidance(2.0, gradient=gradient))
     conditioning = model.encode(PROMPTS)
 
-    def found(step: bool) -> dict[str, Tensor]:
-        chain = SamplingChain(model, DDIM(3), conditioning, checkpoint_steps=step)
+    def found(**options: bool) -> dict[str, Tensor]:
+        chain = SamplingChain(model, DDIM(3), conditioning, recompute=Recompute(**options))
         return gradients(model, model.decode(LastK(2)(chain, noise())).square().mean())
 
-    expected = found(step=False)
-    model.checkpoint_blocks(mode != "step")
-    assert model.unet.is_gradient_checkpointing == (mode != "step")
+    expected = found()
     model.memory = Memory(checkpoint_decoder=True)
-    assert_close(found(step=mode != "block"), expected, 1e-12)
+    assert_close(found(steps=mode != "block", blocks=mode != "step"), expected, 1e-12)
+    assert model.block_checkpointing == (mode != "step")
 
 
 def test_block_checkpointing_keeps_fewer_activations(tiny_sd: Path) -> None:
@@ -227,14 +226,13 @@ def test_block_checkpointing_keeps_fewer_activations(tiny_sd: Path) -> None:
         return elements
 
     whole = kept()
-    model.checkpoint_blocks()
+    model.checkpoint_blocks(True)
     assert kept() < 0.5 * whole
 
 
 def test_dropout_stays_off_in_training(tiny_sd: Path) -> None:
-    model = StableDiffusion(str(tiny_sd))
-    model.checkpoint_blocks()
-    model.train()
+    model = StableDiffusion(str(tiny_sd)).train()
+    model.checkpoint_blocks(True)
     assert model.training
     assert not any(part.training for part in model.modules() if part is not model)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_draft.callbacks import GradientNormMonitor, LoRAExport, SampleLogger
-from lightning_draft.chain import SamplingChain
+from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import DiffusionModel, Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3
@@ -296,16 +296,15 @@ def test_guidance_gradients_against_hand_computation(exact: Path) -> None:
 def test_checkpointing_gives_equal_gradients(tiny_sd3: Path) -> None:
     model = stirred(tiny_sd3).double()
 
-    def found(step: bool) -> dict[str, Tensor]:
-        chain = SamplingChain(model, FlowEuler(3), model.encode(PROMPTS), checkpoint_steps=step)
+    def found(**options: bool) -> dict[str, Tensor]:
+        chain = SamplingChain(model, FlowEuler(3), model.encode(PROMPTS), recompute=Recompute(**options))
         return gradients(model, model.decode(LastK(2)(chain, noise(dtype=torch.float64))).square().mean())
 
-    expected = found(step=False)
-    assert_close(found(step=True), expected, 1e-12)
-    model.checkpoint_blocks()
-    assert model.transformer.is_gradient_checkpointing
-    assert_close(found(step=False), expected, 1e-12)
-    assert_close(found(step=True), expected, 1e-12)
+    expected = found()
+    assert_close(found(steps=True), expected, 1e-12)
+    assert_close(found(blocks=True), expected, 1e-12)
+    assert model.block_checkpointing
+    assert_close(found(steps=True, blocks=True), expected, 1e-12)
 
 
 def test_block_checkpointing_keeps_fewer_activations(tiny_sd3: Path) -> None:
@@ -325,7 +324,7 @@ def test_block_checkpointing_keeps_fewer_activations(tiny_sd3: Path) -> None:
         return elements
 
     whole = kept()
-    model.checkpoint_blocks()
+    model.checkpoint_blocks(True)
     assert kept() < 0.5 * whole
 
 

@@ -1,4 +1,4 @@
-"""Rewards: what a model is fine-tuned for."""
+"""Rewards: functions of images and prompts that a model is fine-tuned to increase."""
 
 from lightning_draft.rewards.aesthetic import AestheticScore
 from lightning_draft.rewards.base import Prompt, Reward, check_scores
@@ -10,6 +10,7 @@ from lightning_draft.rewards.combine import GradientNormSum, WeightedReward, Wei
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.image_reward import ImageReward
+from lightning_draft.rewards.inputs import NonFiniteScoreError
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
 from lightning_draft.rewards.pickscore import PickScore
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
@@ -35,6 +36,7 @@ __all__ = [
     "JPEGIncompressibility",
     "JPEGRate",
     "JPEGSize",
+    "NonFiniteScoreError",
     "ObjectAbsent",
     "ObjectCount",
     "ObjectPresent",

@@ -1,108 +1,123 @@
-"""What a reward is."""
+"""The interface of rewards, and prompts that carry metadata."""
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.inputs import check_finite, check_images, check_prompts, check_scores
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Prompt", "Reward", "check_name", "check_scores"]
+
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Prompt(str):
-    """A prompt: a string that may carry metadata a reward can read (a class, a count, a target).
+    """A prompt: a string that may carry metadata for rewards to read (a class, a count, a target).
 
     Args:
         text: The prompt.
-        metadata: Anything that belongs to it.
+        metadata: Values by name; copied.
     """
+
+    __slots__ = ("metadata",)
 
     metadata: Mapping[str, Any]
 
     def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> "Prompt":
-        """Strings are made in `__new__`."""
+        """Create the string; `str` is immutable, so `__init__` would be too late."""
         prompt = super().__new__(cls, text)
-        prompt.metadata = dict(metadata or {})
+        prompt.metadata = dict(metadata) if metadata else _NO_METADATA
         return prompt
 
-    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         """Keep the metadata when pickled or copied."""
-        return str(self), self.metadata
+        return type(self), (str(self), dict(self.metadata))
 
 
 class Reward(nn.Module, ABC):
-    """Scores images; higher is better.
+    """Score images; higher is better.
 
-    A subclass implements `forward` and nothing else. Parameters, if there are any, are frozen and in eval mode by the
-    module that uses the reward.
+    A subclass implements `forward` and nothing else. Calling a reward checks images and prompts, runs `forward` and
+    checks the scores. The module that trains freezes the reward's parameters and puts it into eval mode.
 
     Attributes:
-        differentiable: Whether a gradient flows from the score to the images. Direct methods refuse rewards without.
+        differentiable: Whether a gradient flows from the score to the images. Direct methods such as DRaFT refuse a
+            reward without one; policy gradients and evaluation take any reward.
     """
 
     differentiable: bool = True
 
     @abstractmethod
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score a batch.
+        """Compute the scores of a batch.
 
         Args:
-            images: float `(B, 3, H, W)`, in [0, 1] by convention and possibly slightly outside: a decoder's output is
-                not clamped, because a clamp kills the gradient of saturated pixels.
+            images: float `(B, 3, H, W)` in about [0, 1]. Values may lie slightly outside, because the output of a
+                decoder is not clamped: a clamp has no gradient where a pixel lies outside.
             prompts: `B` prompts; each may be a `Prompt` with metadata.
 
         Returns:
-            Scores `(B,)`, float32.
+            Scores `(B,)`, float32; integers and booleans are converted.
         """
 
-    def breakdown(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The score `(B,)` and its parts by name, each `(B,)`; parts are what a run logs beside the total."""
+    def __call__(self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]) -> Tensor:
+        """Check the input, compute the scores with `forward`, and check them.
+
+        Args:
+            images: float `(B, 3, H, W)` in about [0, 1], or a list of `B` PIL images of one size.
+            prompts: `B` strings.
+
+        Returns:
+            Finite scores `(B,)`, float32, or float64 where `forward` returns float64.
+
+        Raises:
+            ConfigurationError: Images or prompts are of another form, or the scores of another shape or type.
+            NonFiniteScoreError: A score is NaN or infinite and no gradient is computed; the message names the prompts.
+                With a gradient such a score becomes NaN with a warning, and the training module handles the step.
+        """
+        pixels = check_images(images)
+        texts = check_prompts(prompts, len(pixels))
+        scores: Tensor = super().__call__(pixels, texts)
+        return check_finite(check_scores(scores, len(texts), self), pixels, texts, self)
+
+    def breakdown(
+        self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the score `(B,)` and the scores of its components by name, each `(B,)`, which a run logs."""
         return self(images, prompts), {}
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the reward wants scores of some images (`update_statistics`) before it is trained on."""
+        """Whether the reward needs the scores of some images (`update_statistics`) before it is trained on."""
         return False
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
-        """Learn from scores of training images, such as running statistics; by default nothing.
+        """Update running statistics with the scores of training images; by default do nothing.
 
-        The module that trains calls it after each batch, with the same scores on every process; scoring itself never
-        changes a reward. What is learnt belongs into `get_extra_state`, which checkpoints hold.
+        The module that trains calls it after each batch, with the same scores on every process. Scoring itself never
+        changes a reward. Statistics belong into `get_extra_state`, which checkpoints hold.
 
         Args:
-            scores: The parts of `breakdown` by name, of the images of all processes, detached.
+            scores: The components of `breakdown` by name, of the images of all processes, detached.
         """
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it can name a reward.
+    """Return `name` if it can be part of a log key.
 
     Raises:
-        ConfigurationError: It cannot be part of a log key.
+        ConfigurationError: It holds other characters than letters, digits, `_` and `-`.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigurationError(
             f"{name!r} cannot name a reward: it becomes part of a log key; use letters, digits, _ and -"
         )
     return name
-
-
-def check_scores(scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:
-    """Return `scores` if they are a tensor of shape `(batch_size,)`.
-
-    Raises:
-        ConfigurationError: They are not; the message names the reward.
-    """
-    if not isinstance(scores, Tensor):
-        raise ConfigurationError(
-            f"{type(reward).__name__}.forward returned a {type(scores).__name__} for {batch_size} images; return a "
-            f"tensor of shape ({batch_size},), such as torch.stack of tensors"
-        )
-    if scores.shape != (batch_size,):
-        raise ConfigurationError(
-            f"{type(reward).__name__}.forward returned shape {tuple(scores.shape)} for {batch_size} images; "
-            f"return one score an image, shape ({batch_size},)"
-        )
-    return scores

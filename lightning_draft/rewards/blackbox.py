@@ -1,7 +1,6 @@
-"""Rewards without a gradient: a Python function, and what all black boxes share."""
+"""Rewards without a gradient: a Python function, and the helpers that black-box rewards share."""
 
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,81 +9,109 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_draft.arguments import one_of, positive
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.inputs import NonFiniteScoreError, quote_prompts
 
 ImageFormat = Literal["pil", "numpy", "tensor"]
 
 
 class PythonFunction(Reward):
-    """Scores by a plain Python function `function(images, prompts)`. Black box: for policy gradients or evaluation.
+    """Score with a Python function `function(images, prompts)`. Black box: for policy gradients or evaluation.
 
-    The function returns one number an image, as a list, an array or a tensor; any range will do, higher is better.
-    Prompts are strings, with metadata under `prompt.metadata` where the data has columns.
+    The function returns one number per image as a list, an array or a tensor; higher is better, any range is valid.
+    Prompts are strings; where the data has columns, `prompt.metadata` holds them.
 
     Args:
-        function: A callable, or where to import it from: `module.function`, found from the current folder too.
-        images: What the function is given: `pil`, a list of RGB pictures; `numpy`, uint8 `(B, H, W, 3)`; or `tensor`,
-            float32 `(B, 3, H, W)` in [0, 1] on the images' device, without a graph.
+        function: A callable, or its import path `module.function`; modules in the current folder are found too.
+        images: What the function receives: `pil`, a list of RGB pictures; `numpy`, uint8 `(B, H, W, 3)`; or `tensor`,
+            float32 `(B, 3, H, W)` in [0, 1] on the images' device, without gradient.
+        time_limit: Seconds for one call, after which the run ends with an error; None for no limit.
 
     Raises:
-        ConfigurationError: There is no such function, or the form is not known.
+        ConfigurationError: There is no such function, or an argument is not valid.
     """
 
     differentiable = False
 
-    def __init__(self, function: Callable[..., Any] | str, images: ImageFormat = "pil") -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any] | str,
+        images: ImageFormat = "pil",
+        time_limit: float | None = None,
+    ) -> None:
         super().__init__()
-        if images not in get_args(ImageFormat):
-            raise ConfigurationError(f"images={images!r} is not known; write {', '.join(get_args(ImageFormat))}")
-        self.images = images
+        self.images = one_of("images", images, get_args(ImageFormat))
         self.function = _import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
             raise ConfigurationError(f"{function!r} is not a function; give one that takes images and prompts")
+        self.time_limit = None if time_limit is None else positive("time_limit", time_limit)
 
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score `(B, 3, H, W)`, clamped, to `(B,)`."""
-        scores = self.function(_CONVERTERS[self.images](images), list(prompts))
+        """Score `(B, 3, H, W)`, clamped to [0, 1], to `(B,)`."""
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        scores = self._call(name, _CONVERTERS[self.images](images), list(prompts))
         return parse_scores(scores, prompts, f"the function {name}").to(images.device)
+
+    def _call(self, name: str, images: Any, prompts: list[str]) -> Any:
+        if self.time_limit is None:
+            return self.function(images, prompts)
+        try:
+            return run_all([lambda: self.function(images, prompts)], 1, self.time_limit)[0]
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"the function {name} did not return within time_limit={self.time_limit:g} s for "
+                f"{quote_prompts(prompts)}; raise time_limit if it needs longer"
+            ) from error
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """RGB pictures of images `(B, 3, H, W)`, clamped to [0, 1] and rounded to bytes."""
+    """Convert images `(B, 3, H, W)` to RGB pictures, clamped to [0, 1] and rounded to bytes."""
     return [Image.fromarray(picture) for picture in to_uint8(images)]
 
 
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Convert images `(B, 3, H, W)` to uint8 `(B, H, W, 3)`, clamped to [0, 1] and rounded."""
+    pixels = images.detach().float().clamp(0, 1).mul(255).round().byte()
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def parse_scores(scores: Any, prompts: Sequence[str], source: str) -> Tensor:
-    """Scores that came from outside as float32 `(B,)`.
+    """Return scores that came from outside as float32 `(B,)`.
 
     Args:
         scores: A list, array or tensor of numbers.
         prompts: `B` prompts.
-        source: Who gave the scores, for the message.
+        source: Where the scores come from, for the message.
 
     Raises:
-        ValueError: They are not `B` finite numbers; the message names the prompts.
+        ConfigurationError: They are not `B` numbers; the message names the prompts.
+        NonFiniteScoreError: Some are NaN or infinite.
     """
     try:
         values = torch.as_tensor(scores).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{source} returned {scores!r}, not numbers, for {quote_prompts(prompts)}") from error
+        raise ConfigurationError(
+            f"{source} returned {_shorten(scores)}, not numbers, for {quote_prompts(prompts)}; return a list of "
+            f"{len(prompts)} numbers"
+        ) from error
     if values.shape != (len(prompts),):
-        raise ValueError(
-            f"{source} returned shape {tuple(values.shape)} for {len(prompts)} images; return one number an image "
+        raise ConfigurationError(
+            f"{source} returned shape {tuple(values.shape)} for {len(prompts)} images; return one number per image "
             f"({quote_prompts(prompts)})"
         )
-    odd = [prompt for prompt, value in zip(prompts, values.tolist(), strict=True) if not math.isfinite(value)]
-    if odd:
-        raise ValueError(f"{source} returned scores that are not finite for {quote_prompts(odd)}")
+    bad = [prompt for prompt, finite in zip(prompts, values.isfinite().tolist(), strict=True) if not finite]
+    if bad:
+        raise NonFiniteScoreError(f"{source} returned scores that are not finite for {quote_prompts(bad)}")
     return values
 
 
-def quote_prompts(prompts: Sequence[str], most: int = 8) -> str:
-    """`the prompts 'a', 'b'`, at most `most` of them written out."""
-    rest = f" and {len(prompts) - most} more" if len(prompts) > most else ""
-    return f"the prompt{'s' * (len(prompts) != 1)} {', '.join(repr(str(prompt)) for prompt in prompts[:most])}{rest}"
+def _shorten(value: Any, length: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _import_function(path: str) -> Callable[..., Any]:
@@ -96,12 +123,6 @@ def _import_function(path: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"the function {path!r} cannot be imported: {error}") from error
     return function
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """uint8 `(B, H, W, 3)`."""
-    pixels = images.detach().float().clamp(0, 1).mul(255).round().byte()
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 _CONVERTERS: dict[str, Callable[[Tensor], Any]] = {

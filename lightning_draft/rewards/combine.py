@@ -1,37 +1,44 @@
-"""Sums of rewards: weighted, with every part on one scale, or with every part pulling alike.
+"""Sums of rewards: weighted, standardized by running statistics, or with equal gradient norms.
 
 References:
     Chen et al., "GradNorm", arXiv:1711.02257 (equal gradient norms). Chan, Golub and LeVeque, "Updating formulae and a
     pairwise algorithm for computing sample variances", 1979.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_draft.arguments import at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward, check_name, check_scores
+from lightning_draft.rewards.inputs import check_images, check_prompts
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Scored = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A part of a sum.
+    """A component of a sum of rewards.
 
     Args:
-        reward: The part.
-        weight: Its factor, of either sign; a part of weight 0 is only logged.
-        threshold: The score that is good enough: the part counts as `min(score, threshold)`, for a negative weight as
-            `max(score, threshold)`, so that it stops pulling there. By default it never does.
-        width: Softness of that corner, in units of the score: at the threshold the pull has fallen to a half.
+        reward: The component.
+        weight: Its factor, of either sign; a component of weight 0 is only logged.
+        threshold: The score that is good enough: the component counts as `min(score, threshold)`, for a negative
+            weight as `max(score, threshold)`, so that its gradient is 0 beyond. None for no threshold.
+        width: Width of a smooth corner, in units of the score: the minimum becomes
+            `threshold - width softplus((threshold - score) / width)`, whose gradient at the threshold is a half.
 
     Raises:
-        ConfigurationError: The width is negative, or there is no threshold for it.
+        ConfigurationError: A number is not finite, the width is negative, or there is no threshold for it.
     """
 
     reward: Reward
@@ -40,11 +47,15 @@ class WeightedReward:
     width: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.width < 0 or (self.width > 0 and self.threshold is None):
-            raise ConfigurationError(f"width={self.width} must not be negative, and needs a threshold to soften")
+        for name, value in (("weight", self.weight), ("threshold", self.threshold), ("width", self.width)):
+            if value is not None and not math.isfinite(value):
+                raise ConfigurationError(f"{name}={value!r} of {type(self.reward).__name__} must be finite; write 1.0")
+        at_least("width", self.width, 0.0)
+        if self.width > 0 and self.threshold is None:
+            raise ConfigurationError(f"width={self.width} needs a threshold; write threshold, or leave width out")
 
     def capped(self, score: Tensor) -> Tensor:
-        """What a score counts as."""
+        """Return the score up to the threshold, and about the threshold beyond it."""
         if self.threshold is None:
             return score
         sign = -1.0 if self.weight < 0 else 1.0
@@ -54,37 +65,41 @@ class WeightedReward:
 
 
 class WeightedSum(Reward):
-    """`sum_i weight_i reward_i`; the breakdown holds every part's own score by name: no weight, no threshold.
+    """`sum_i weight_i reward_i`.
 
-    Differentiable where every part is whose weight is not 0.
+    The breakdown holds each component's own score by name, without weight and threshold. The sum is differentiable if
+    every component is whose weight is not 0.
 
     Args:
-        rewards: Parts by name; names are letters, digits, `_` and `-`, and are what the parts are logged as.
+        rewards: Components by name. Names consist of letters, digits, `_` and `-`, and become log keys.
 
     Raises:
-        ConfigurationError: There are no parts, all weights are 0, or a name cannot be used.
+        ConfigurationError: There are no components, all weights are 0, or a name is not valid.
     """
 
     def __init__(self, rewards: dict[str, WeightedReward]) -> None:
         super().__init__()
-        if not any(part.weight for part in rewards.values()):
+        if not any(component.weight for component in rewards.values()):
             raise ConfigurationError(
                 f"{type(self).__name__} has no reward whose weight is not 0, so its score would be constant; name at "
                 "least one under `rewards`"
             )
-        self.weights = {check_name(name): part.weight for name, part in rewards.items()}
-        self.rewards = nn.ModuleList(part.reward for part in rewards.values())
-        self.differentiable = all(part.reward.differentiable for part in rewards.values() if part.weight != 0)
-        self._caps = {name: part.capped for name, part in rewards.items()}
+        self.weights = {check_name(name): component.weight for name, component in rewards.items()}
+        self.rewards = nn.ModuleList(component.reward for component in rewards.values())
+        self.differentiable = all(
+            component.reward.differentiable for component in rewards.values() if component.weight != 0
+        )
+        self._caps = {name: component.capped for name, component in rewards.items()}
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score `(B, 3, H, W)` to `(B,)`; parts of weight 0 are not evaluated."""
+        """Score `(B, 3, H, W)` to `(B,)`; components of weight 0 are not evaluated."""
         active = [name for name, weight in self.weights.items() if weight != 0]
         return self._total(images, self._scores(images, prompts, active))
 
-    def breakdown(self, images: Tensor, prompts: Sequence[str]) -> Scored:
-        """The sum `(B,)` and every part `(B,)` by name; the parts of a part are named `part/name`."""
-        found = self._scores(images, prompts, self.weights)
+    def breakdown(self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]) -> Scored:
+        """Compute the sum `(B,)` and every component `(B,)` by name; a component's own ones are named `outer/inner`."""
+        images = check_images(images)
+        found = self._scores(images, check_prompts(prompts, len(images)), self.weights)
         scores: dict[str, Tensor] = {}
         for name, (score, inner) in found.items():
             scores[name] = score
@@ -92,30 +107,33 @@ class WeightedSum(Reward):
         return self._total(images, found), scores
 
     def components(self) -> dict[str, Reward]:
-        """The parts by name."""
+        """Return the components by name."""
         return dict(zip(self.weights, cast(Iterable[Reward], self.rewards), strict=True))
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a part is."""
-        return any(part.needs_calibration for part in self.components().values())
+        """Whether a component needs calibration."""
+        return any(component.needs_calibration for component in self.components().values())
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
-        """Hand each part what belongs to its own parts."""
-        for name, part in self.components().items():
+        """Pass the scores of nested components on to them."""
+        for name, component in self.components().items():
             head = f"{name}/"
-            part.update_statistics(
+            component.update_statistics(
                 {key.removeprefix(head): value for key, value in scores.items() if key.startswith(head)}
             )
 
     def _scores(self, images: Tensor, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
-        members = self.components()
-        return {name: self._score(name, members[name], images, prompts) for name in names}
+        components = self.components()
+        return {name: self._score(name, components[name], images, prompts) for name in names}
 
     def _score(self, name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scored:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] != 0):
-            score, inner = reward.breakdown(images, prompts)
-        return _checked_scores(name, score, len(images), reward), inner
+            try:
+                score, inner = reward.breakdown(images, prompts)
+                return check_scores(score, len(images), reward), inner
+            except ConfigurationError as error:
+                raise ConfigurationError(f"reward {name!r}: {error}") from error
 
     def _total(self, images: Tensor, found: Mapping[str, Scored]) -> Tensor:
         total = torch.zeros(len(images), device=images.device)
@@ -125,31 +143,29 @@ class WeightedSum(Reward):
         return total
 
     def _scaled(self, name: str, score: Tensor) -> Tensor:
-        """A part's score on the scale on which parts are added."""
+        """Return a component's score on the scale on which components are added."""
         return score
 
 
 class ZScoreSum(WeightedSum):
-    """`sum_i weight_i (reward_i - mean_i) / std_i`, with running statistics of each part's own scores in training.
+    """`sum_i weight_i (reward_i - mean_i) / std_i`, with running statistics of each component's scores in training.
 
-    Parts of different units become comparable, and weights mean what they say. The statistics start with at least 16
-    images of the first prompts, change after each batch of training images, never in validation, are the same on every
-    process, and are part of the checkpoint. Thresholds are in the part's own units. Before any statistics, mean 0 and
-    std 1 are used.
+    Components of different units become comparable. The statistics start with at least 16 images of the first prompts,
+    are updated after each batch of training images and never in validation, are equal on all processes, and are part
+    of the checkpoint. Thresholds are in the component's own units. Without statistics, mean 0 and std 1 are used.
 
     Args:
-        rewards: Parts by name, as in `WeightedSum`.
-        memory: The statistics are those of all images while there are fewer than this, and then forget older ones.
+        rewards: Components by name, as in `WeightedSum`.
+        memory: Number of images, at least 2. The statistics cover all images up to this number, and then decay
+            exponentially with this time constant.
 
     Raises:
-        ConfigurationError: As in `WeightedSum`, or the memory is shorter than 2.
+        ConfigurationError: As in `WeightedSum`, or the memory is less than 2.
     """
 
     def __init__(self, rewards: dict[str, WeightedReward], memory: int = 4096) -> None:
         super().__init__(rewards)
-        if memory < 2:
-            raise ConfigurationError(f"memory={memory} holds no standard deviation; write at least 2, better hundreds")
-        self.memory = memory
+        self.memory = at_least("memory", memory, 2)
         self.moments = {name: RunningMoments(memory) for name, weight in self.weights.items() if weight != 0}
 
     @property
@@ -158,17 +174,17 @@ class ZScoreSum(WeightedSum):
         return super().needs_calibration or any(moments.count == 0 for moments in self.moments.values())
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
-        """Take scores of training images into the statistics."""
+        """Update the statistics with the scores of training images."""
         super().update_statistics(scores)
         for name, moments in self.moments.items():
             moments.update(scores[name])
 
     def get_extra_state(self) -> dict[str, list[float]]:
-        """The statistics, for the state dict."""
+        """Return the statistics, for the state dict."""
         return {name: [moments.count, moments.mean, moments.variance] for name, moments in self.moments.items()}
 
     def set_extra_state(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on with saved statistics."""
+        """Restore saved statistics."""
         for name, moments in self.moments.items():
             if name in state:
                 moments.count, moments.mean, moments.variance = state[name]
@@ -178,15 +194,16 @@ class ZScoreSum(WeightedSum):
 
 
 class GradientNormSum(WeightedSum):
-    """`sum_i weight_i reward_i` whose gradient is `sum_i weight_i c g_i / |g_i|`: every part pulls alike.
+    """`sum_i weight_i reward_i` with the gradient `sum_i weight_i c g_i / |g_i|`: components have equal gradient norms.
 
-    `g_i` is the gradient of a part's own score with respect to one image, and `c` the mean of the parts' norms `|g_i|`
-    for this image, so that a sum of one part is that part. A part whose gradient is 0 does not pull. Thresholds act
-    after the norms are made equal, so that a part fades out as it reaches its own. The value is the plain weighted sum:
-    its gradient is that of no function. Each part's graph is freed before the next part runs.
+    `g_i` is the gradient of a component's own score with respect to one image, and `c` the mean of the norms `|g_i|`
+    over the components for this image, so that a sum of one component equals that component. A component whose
+    gradient is 0 contributes 0. Thresholds act after the norms are made equal, so that a component's contribution
+    vanishes at its threshold. The value is the plain weighted sum, of which this is not the gradient. Each component's
+    graph is freed before the next component runs.
 
     Args:
-        rewards: Parts by name, as in `WeightedSum`.
+        rewards: Components by name, as in `WeightedSum`.
     """
 
     def _scores(self, images: Tensor, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
@@ -206,24 +223,24 @@ class GradientNormSum(WeightedSum):
         for name, gradient in gradients.items():
             factor = torch.where(norms[name] > 0, common / norms[name], 0.0)
             slope = factor.view(-1, 1, 1, 1) * gradient
-            # Value 0, gradient `slope`: by it the score keeps its value and is given this gradient.
+            # The added term has value 0 and gradient `slope`: the score keeps its value and gets this gradient.
             found[name] = found[name][0] + (slope * (x - x.detach())).flatten(1).sum(1), found[name][1]
         return found
 
 
 class RunningMoments:
-    """Mean and standard deviation of numbers that come in batches.
+    """Running mean and variance of numbers that come in batches.
 
-    The first `memory` numbers weigh alike (the update is Chan's, exact); from then on a batch of `b` weighs
-    `b / (memory + b)`, so that older ones are forgotten.
+    The first `memory` numbers have equal weight (Chan's update, which is exact); after that a batch of `b` numbers has
+    the weight `b / (memory + b)`.
 
     Args:
-        memory: How many numbers are remembered.
+        memory: Number of numbers after which older ones lose weight.
 
     Attributes:
-        count: How many numbers the statistics stand for, at most `memory`.
-        mean: Of them.
-        variance: Of them, divided by the count.
+        count: Number of numbers that the statistics cover, at most `memory`.
+        mean: Their mean.
+        variance: Their variance, divided by the count.
     """
 
     def __init__(self, memory: int) -> None:
@@ -232,12 +249,12 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Standard deviation; 1 where the numbers do not differ, up to rounding."""
+        """Standard deviation, or 1 if the numbers are equal up to rounding."""
         std = self.variance**0.5
         return std if std > 1e-6 * abs(self.mean) else 1.0
 
     def update(self, values: Tensor) -> None:
-        """Take in numbers of any shape, at least one."""
+        """Update the statistics with at least one number, in a tensor of any shape."""
         values = values.detach().double()
         size, mean, variance = values.numel(), float(values.mean()), float(values.var(correction=0))
         total, shift = self.count + size, mean - self.mean
@@ -248,15 +265,8 @@ class RunningMoments:
 
 
 def image_gradient(scores: Tensor, images: Tensor) -> Tensor:
-    """Gradient `(B, 3, H, W)` of each image's own score; 0 where there is none. The graph is freed."""
+    """Return the gradient `(B, 3, H, W)` of each image's own score, 0 if there is none, and free the graph."""
     if not scores.requires_grad:
         return torch.zeros_like(images)
     (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
     return torch.zeros_like(images) if gradient is None else gradient
-
-
-def _checked_scores(name: str, scores: Tensor, batch_size: int, reward: nn.Module) -> Tensor:
-    try:
-        return check_scores(scores, batch_size, reward)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"reward {name!r}: {error}") from error

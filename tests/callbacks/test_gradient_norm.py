@@ -30,6 +30,9 @@ class Weights(Callback):
         if self.slopes:
             pl_module.reward.weight = self.slopes[trainer.global_step]
 
+    def on_validation_start(self, trainer, pl_module):
+        pl_module.reward.weight = 1.0
+
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         gradient = pl_module.model.theta.grad
         self.gradients.append(None if gradient is None else gradient.item())
@@ -302,6 +305,9 @@ class WriteDown(Callback):
     def on_train_batch_start(self, trainer, pl_module, *_):
         if trainer.global_step == 3 and trainer.global_rank == 1:
             pl_module.reward.weight = math.nan
+
+    def on_validation_start(self, trainer, pl_module):
+        pl_module.reward.weight = 1.0
 
     def on_train_end(self, trainer, pl_module):
         theta = pl_module.model.theta.item()

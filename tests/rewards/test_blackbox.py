@@ -1,9 +1,13 @@
-"""Black boxes: what a function and a service are sent, what comes back, and what happens when nothing does."""
+"""Black-box rewards: what a function and a service receive, what they may return, and how failures are reported."""
 
 import itertools
+import signal
+import ssl
+import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +25,7 @@ from examples.judge_server import Server, redness
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import Prompt, Reward
 from lightning_draft.rewards.blackbox import PythonFunction
+from lightning_draft.rewards.http_client import is_transient, reason
 from lightning_draft.rewards.service import HTTPReward, RewardServiceError
 
 PROMPTS = ["a cat", "a dog", "a red bird", "bread", "a bed"]
@@ -34,7 +39,7 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
 
 
 @pytest.mark.parametrize("form", ["pil", "numpy", "tensor"])
-def test_a_function_is_given_what_it_asks_for(form: str, pictures: Callable[..., Tensor]) -> None:
+def test_a_function_receives_the_format_that_it_asks_for(form: str, pictures: Callable[..., Tensor]) -> None:
     images = (pictures(3, 8, 10) * 1.6 - 0.3).requires_grad_()
     prompts = [Prompt("cats", {"count": 2}), "dogs", "birds"]
     seen: list[Any] = []
@@ -64,7 +69,7 @@ def test_a_function_is_given_what_it_asks_for(form: str, pictures: Callable[...,
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([1.0], r"judge returned shape \(1,\) for 2 images; return one number an image \(the prompts 'a', 'b'\)"),
+        ([1.0], r"judge returned shape \(1,\) for 2 images; return one number per image \(the prompts 'a', 'b'\)"),
         (torch.ones(2, 1), r"shape \(2, 1\) for 2 images"),
         (0.5, r"shape \(\) for 2 images"),
         ([0.0, float("nan")], "judge returned scores that are not finite for the prompt 'b'$"),
@@ -73,7 +78,7 @@ def test_a_function_is_given_what_it_asks_for(form: str, pictures: Callable[...,
         (["good", "bad"], "not numbers, for the prompts 'a', 'b'"),
     ],
 )
-def test_an_answer_that_is_no_score_is_an_error_that_names_the_prompts(answer: Any, message: str) -> None:
+def test_invalid_scores_of_a_function_name_the_prompts(answer: Any, message: str) -> None:
     def judge(images: Any, prompts: Any) -> Any:
         return answer
 
@@ -81,7 +86,7 @@ def test_an_answer_that_is_no_score_is_an_error_that_names_the_prompts(answer: A
         PythonFunction(judge)(torch.zeros(2, 3, 4, 4), ["a", "b"])
 
 
-def test_the_functions_own_error_comes_through() -> None:
+def test_an_exception_of_the_function_is_raised_unchanged() -> None:
     def judge(images: Any, prompts: Any) -> Any:
         raise KeyError("out of memory")
 
@@ -89,7 +94,7 @@ def test_the_functions_own_error_comes_through() -> None:
         PythonFunction(judge)(torch.zeros(2, 3, 4, 4), ["a", "b"])
 
 
-def test_a_function_is_found_by_its_import_path_and_saved_by_it(
+def test_a_function_is_imported_and_saved_by_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Callable[..., Tensor]
 ) -> None:
     """As the command line does it: parsed, saved, parsed again."""
@@ -114,10 +119,10 @@ def test_a_function_is_found_by_its_import_path_and_saved_by_it(
         (("no_such_module.judge",), "'no_such_module.judge' cannot be imported: No module named 'no_such_module'"),
         (("math.judge",), "'math.judge' cannot be imported: .* no attribute 'judge'"),
         (("math.pi",), "'math.pi' is not a function"),
-        ((brightness, "jpeg"), "images='jpeg' is not known; write pil, numpy, tensor"),
+        ((brightness, "jpeg"), "images='jpeg' is not a valid choice; write one of pil, numpy, tensor"),
     ],
 )
-def test_what_is_no_function_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_functions_that_cannot_be_imported_are_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         PythonFunction(*arguments)
 
@@ -126,7 +131,11 @@ def test_what_is_no_function_is_refused(arguments: tuple[Any, ...], message: str
 
 
 class Flaky(ThreadingHTTPServer):
-    """Answers from a script, one entry a request: a status, a body, or seconds to sleep; then the last one for ever."""
+    """Answer from a script, one entry per request, the last one from then on.
+
+    An entry is a status, a body, a list of pieces of a body, seconds to sleep, or `("short", body)` for an answer that
+    announces five bytes more than it has.
+    """
 
     daemon_threads = True
 
@@ -134,6 +143,7 @@ class Flaky(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Scripted)
         self.script = list(script)
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.times: list[float] = []
         self.lock = threading.Lock()
 
@@ -146,12 +156,17 @@ class _Scripted(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.times.append(time.monotonic())
             self.server.headers.append(dict(self.headers))
+            self.server.paths.append(self.path)
             entry = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
         if isinstance(entry, float):
             time.sleep(entry)
             return
+        short = isinstance(entry, tuple)
+        entry = entry[1] if short else entry
         status, *rest = (entry,) if isinstance(entry, int) else (200, entry)
         self.send_response(status)
+        if short:
+            self.send_header("Content-Length", str(len(entry) + 5))
         if status == 503:
             self.send_header("Retry-After", "1")
         if status == 302:
@@ -191,7 +206,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], str]]:
         thread.join(5)
 
 
-def test_a_service_scores_exact_pixels_in_batches(serve: Callable, pictures: Callable[..., Tensor]) -> None:
+def test_a_service_receives_exact_pixels_in_batches(serve: Callable, pictures: Callable[..., Tensor]) -> None:
     seen: list[tuple[int, list[str], list[dict]]] = []
 
     def judge(images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
@@ -210,13 +225,13 @@ def test_a_service_scores_exact_pixels_in_batches(serve: Callable, pictures: Cal
     assert [{"count": 2}, {}] in [metadata for *_, metadata in seen]
 
 
-def test_the_shipped_server_on_jpeg(serve: Callable) -> None:
+def test_the_example_server_scores_jpeg_files(serve: Callable) -> None:
     images = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.4, 0.6]]).view(2, 3, 1, 1).expand(2, 3, 16, 16)
     scores = HTTPReward(serve(Server(redness)), encoding="jpeg", quality=90)(images, ["red", "blue"])
     torch.testing.assert_close(scores, torch.tensor([1.0, -0.3]), rtol=0, atol=0.02)
 
 
-def test_no_more_requests_at_a_time_than_allowed(serve: Callable) -> None:
+def test_concurrency_bounds_the_number_of_parallel_requests(serve: Callable) -> None:
     lock, running, most = threading.Lock(), 0, 0
 
     def judge(images: list[Image.Image], prompts: list[str], metadata: list[dict]) -> list[float]:
@@ -238,7 +253,7 @@ def test_no_more_requests_at_a_time_than_allowed(serve: Callable) -> None:
         assert most == limit
 
 
-def test_what_may_pass_is_tried_again_with_growing_pauses(serve: Callable) -> None:
+def test_transient_failures_are_repeated_with_growing_pauses(serve: Callable) -> None:
     server = Flaky(500, 429, 502, b'{"scores": [0.25]}')
     reward = HTTPReward(serve(server), backoff=0.05)
     assert reward(torch.zeros(1, 3, 4, 4), ["a cat"]).tolist() == [0.25]
@@ -247,7 +262,7 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(serve: Callable) -> No
     assert sum(pauses) < 2
 
 
-def test_a_service_may_say_how_long_to_wait(serve: Callable) -> None:
+def test_retry_after_is_respected(serve: Callable) -> None:
     server = Flaky(503, b'{"scores": [1]}')
     HTTPReward(serve(server), backoff=0.0)(torch.zeros(1, 3, 4, 4), ["a cat"])
     assert server.times[1] - server.times[0] >= 1
@@ -268,6 +283,9 @@ def test_a_service_may_say_how_long_to_wait(serve: Callable) -> None:
         ([b'{"scores": [1, "2"]}'], {}, 1, "its scores are not numbers"),
         ([b'{"scores": [1, true]}'], {}, 1, "its scores are not numbers"),
         ([b'{"values": [1, 2]}'], {}, 1, r"'scores'"),
+        ([b"[" * 100_000], {}, 1, "recursion"),
+        ([b"\xff\xfe{}"], {}, 1, "must answer"),
+        ([5.0], {"time_limit": 0.3}, 1, "did not score the prompts 'a cat', 'a dog' within time_limit=0.3 s"),
     ],
 )
 def test_a_failure_is_an_error_that_names_the_prompts(
@@ -282,7 +300,7 @@ def test_a_failure_is_an_error_that_names_the_prompts(
     assert len(server.times) == requests
 
 
-def test_nobody_there_is_an_error_too() -> None:
+def test_a_refused_connection_is_an_error() -> None:
     closed = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     closed.server_close()
     reward = HTTPReward(f"http://127.0.0.1:{closed.server_port}", retries=1, backoff=0.01)
@@ -290,7 +308,7 @@ def test_nobody_there_is_an_error_too() -> None:
         reward(torch.zeros(1, 3, 4, 4), ["a cat"])
 
 
-def test_one_hopeless_request_ends_the_retries_of_the_others(serve: Callable) -> None:
+def test_a_permanent_failure_ends_the_repetitions_of_other_requests(serve: Callable) -> None:
     """One is refused for good while another waits a minute for its next attempt."""
     server = Flaky(500, 404)
     reward = HTTPReward(serve(server), batch_size=1, concurrency=2, backoff=60.0)
@@ -315,13 +333,119 @@ def test_the_token_comes_from_the_environment(serve: Callable, monkeypatch: pyte
         ({"url": "file:///etc/hosts"}, "is not the address of a service; write http://host:port/path"),
         ({"url": "localhost:8000"}, "is not the address of a service"),
         ({"url": "http://me:secret@host/"}, "url holds a password, which would be saved.* use token_variable"),
-        ({"url": "http://host", "encoding": "webp"}, "encoding='webp' is not known; write png or jpeg"),
-        ({"url": "http://host", "concurrency": 0}, "batch_size and concurrency must be at least 1"),
-        ({"url": "http://host", "timeout": 0.0}, "timeout positive"),
+        ({"url": "http://host", "encoding": "webp"}, "encoding='webp' is not a valid choice; write one of png, jpeg"),
+        ({"url": "http://host", "concurrency": 0}, "concurrency=0 must be at least 1"),
+        ({"url": "http://host", "timeout": 0.0}, "timeout=0.0 must be a positive number"),
         ({"url": "http://host", "quality": 0}, "quality=0 is not a JPEG quality"),
         ({"url": "http://host", "token_variable": "NO_SUCH"}, "the environment variable NO_SUCH is not set"),
+        ({"url": "http://host", "token_variable": "EMPTY"}, "the environment variable EMPTY holds no token"),
+        ({"url": "http://host/x y"}, "is not the address of a service"),
+        ({"url": "http://host:port/"}, "url='http://host:port/': Port could not be cast"),
+        ({"url": "http://host/?key=s3cret"}, "url holds the value of 'key'.* write http://host/[?]key={VARIABLE}"),
+        ({"url": "http://host/?api_key=s3cret"}, "url holds the value of 'api_key'"),
+        ({"url": "http://host/?key={NO_SUCH}"}, "the environment variable NO_SUCH, which url names, is not set"),
+        ({"url": "http://host", "retries": -1}, "retries=-1 must be at least 0"),
+        ({"url": "http://host", "time_limit": 0.0}, "time_limit=0.0 must be a positive number"),
     ],
 )
-def test_what_cannot_be_a_service_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_settings_that_cannot_work_are_refused(
+    arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", " ")
+    with pytest.raises(ConfigurationError, match=message) as caught:
         HTTPReward(**arguments)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_key_in_the_url_stays_in_the_environment(serve: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    server = Flaky(404)
+    reward = HTTPReward(serve(server) + "?key={JUDGE_KEY}")
+    with pytest.raises(RewardServiceError, match="/score gave no scores") as caught:
+        reward(torch.zeros(1, 3, 4, 4), ["a cat"])
+    assert server.paths == ["/score?key=s3cret"]
+    assert "s3cret" not in str(caught.value) + str(vars(reward))
+
+
+def test_metadata_is_sent_as_json_values(serve: Callable) -> None:
+    metadata = {
+        "array": np.array([1, 2]),
+        "flag": np.bool_(True),
+        "number": np.float32(0.5),
+        "tensor": torch.tensor([[1.5]]),
+        "nan": float("nan"),
+        "infinite": [np.inf, 1.0],
+        "nested": {"path": Path("a")},
+        "none": None,
+    }
+    seen: list[dict[str, Any]] = []
+
+    def judge(images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        seen.extend(metadata)
+        return [0.0]
+
+    HTTPReward(serve(Server(judge)))(torch.zeros(1, 3, 4, 4), [Prompt("a cat", metadata)])
+    assert seen == [
+        {
+            "array": [1, 2],
+            "flag": True,
+            "number": 0.5,
+            "tensor": [[1.5]],
+            "nan": None,
+            "infinite": [None, 1.0],
+            "nested": {"path": "a"},
+            "none": None,
+        }
+    ]
+
+
+def test_an_answer_that_is_cut_short_is_asked_for_again(serve: Callable) -> None:
+    server = Flaky(("short", b'{"scores": [1]}'), b'{"scores": [2]}')
+    assert HTTPReward(serve(server), backoff=0.0)(torch.zeros(1, 3, 4, 4), ["a cat"]).tolist() == [2.0]
+    server = Flaky(("short", b'{"scores": [1]}'))
+    with pytest.raises(RewardServiceError, match="cut short: 15 bytes arrived and 5 are missing"):
+        HTTPReward(serve(server), retries=0)(torch.zeros(1, 3, 4, 4), ["a cat"])
+
+
+def test_certificate_errors_are_not_repeated() -> None:
+    error = urllib.error.URLError(ssl.SSLCertVerificationError(1, "self-signed certificate"))
+    assert not is_transient(error)
+    assert "SSL_CERT_FILE" in reason(error)
+    assert is_transient(urllib.error.URLError(ConnectionRefusedError()))
+
+
+SILENT = """
+import signal, sys, torch
+from lightning_draft.rewards import HTTPReward
+signal.signal(signal.SIGTERM, lambda *_: print("noted", flush=True))
+print("ready", flush=True)
+HTTPReward(sys.argv[1])(torch.zeros(1, 3, 4, 4), ["a cat"])
+print("scored", flush=True)
+"""
+
+
+def test_sigterm_ends_the_wait_for_a_silent_service_and_the_process(serve: Callable) -> None:
+    """With a handler that only takes a note, as that of Lightning's Trainer."""
+    server = Flaky(60.0)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SILENT, serve(server)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not server.times:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 15
+    assert out == "ready\nnoted\n"
+    assert "Error" not in err
+
+
+def test_a_function_has_a_time_limit() -> None:
+    ready = threading.Event()
+    endless = PythonFunction(lambda images, prompts: ready.wait(60), time_limit=0.2)
+    with pytest.raises(TimeoutError, match="did not return within time_limit=0.2 s for the prompt 'a cat'"):
+        endless(torch.zeros(1, 3, 4, 4), ["a cat"])
+    ready.set()
+    quick = PythonFunction(lambda images, prompts: [1.0], time_limit=60.0)
+    assert quick(torch.zeros(1, 3, 4, 4), ["a cat"]).tolist() == [1.0]

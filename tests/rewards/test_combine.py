@@ -244,7 +244,7 @@ def test_a_threshold_is_in_the_parts_own_units(pictures: Callable[..., Tensor]) 
 
 
 def test_a_memory_holds_two_numbers() -> None:
-    with pytest.raises(ConfigurationError, match="memory=1 holds no standard deviation"):
+    with pytest.raises(ConfigurationError, match="memory=1 must be at least 2"):
         zscore(1)
 
 
@@ -271,9 +271,17 @@ def test_a_part_stops_pulling_at_its_threshold(weight: float, width: float, pict
         assert sorted((missing > 0).tolist()) == [False, True]
 
 
-@pytest.mark.parametrize("options", [{"width": 0.1}, {"threshold": 1.0, "width": -0.1}])
-def test_a_width_needs_a_threshold(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError, match="must not be negative, and needs a threshold"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0.1}, "width=0.1 needs a threshold"),
+        ({"threshold": 1.0, "width": -0.1}, "width=-0.1 must be at least 0"),
+        ({"threshold": float("nan")}, "threshold=nan of Brightness must be finite"),
+        ({"weight": float("inf")}, "weight=inf of Brightness must be finite"),
+    ],
+)
+def test_invalid_weights_and_thresholds_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         WeightedReward(Brightness(), **options)
 
 

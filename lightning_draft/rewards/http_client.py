@@ -1,0 +1,144 @@
+"""HTTP requests of rewards: addresses without secrets, one attempt with a time limit, and what may be repeated."""
+
+import os
+import re
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException, IncompleteRead
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from lightning_draft.errors import ConfigurationError
+
+LARGEST_ANSWER = 1 << 26
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_VARIABLE = re.compile(r"\{(\w+)\}")
+_SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|credential", re.IGNORECASE)
+
+
+def check_url(url: str) -> str:
+    """Return `url` if it is the address of a service and holds no secret.
+
+    Raises:
+        ConfigurationError: It is not an HTTP address, it holds a password or a key in plain text, or an environment
+            variable that it names is not set.
+    """
+    shown = redact(url)
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[!-~]+", url):
+        raise ConfigurationError(f"url={shown!r} is not the address of a service; write http://host:port/path")
+    try:
+        parts.port  # noqa: B018 (reading it checks it)
+    except ValueError as error:
+        raise ConfigurationError(f"url={shown!r}: {error}; write http://host:port/path") from error
+    if parts.username or parts.password:
+        raise ConfigurationError("url holds a password, which would be saved with the config; use token_variable")
+    for name, value in parse_qsl(parts.query):
+        if _SECRET.search(name) and not _VARIABLE.fullmatch(value):
+            raise ConfigurationError(
+                f"url holds the value of {name!r}, which would be saved with the config; put it into an environment "
+                f"variable and write {shown}?{name}={{VARIABLE}}, or use token_variable"
+            )
+    expand_url(url)
+    return url
+
+
+def expand_url(url: str) -> str:
+    """Replace each `{VARIABLE}` by the environment variable's value.
+
+    Raises:
+        ConfigurationError: A variable is not set.
+    """
+    missing = [name for name in _VARIABLE.findall(url) if name not in os.environ]
+    if missing:
+        raise ConfigurationError(f"the environment variable {missing[0]}, which url names, is not set; export it")
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], url)
+
+
+def redact(url: str) -> str:
+    """Return the address without user name, password, query and fragment, for messages."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}" if host else url.partition("?")[0]
+
+
+def check_token(variable: str) -> str:
+    """Return the name of an environment variable that holds a token.
+
+    Raises:
+        ConfigurationError: It is not set, empty, or cannot be sent in a header.
+    """
+    token = os.environ.get(variable)
+    if token is None:
+        raise ConfigurationError(f"the environment variable {variable} is not set; put the token there")
+    if not re.fullmatch(r"[!-~]+", token.strip()):
+        raise ConfigurationError(
+            f"the environment variable {variable} holds no token: it is empty, or has spaces or special characters"
+        )
+    return variable
+
+
+def post(url: str, content: bytes, headers: Mapping[str, str], timeout: float) -> bytes:
+    """Send one request and return the body of the answer.
+
+    Args:
+        url: Address.
+        content: Body of the request.
+        headers: Its headers.
+        timeout: Seconds for the whole attempt, and for each wait for data within it.
+
+    Raises:
+        OSError: There is no connection, no answer in time, or a status that is an error.
+        HTTPException: The answer is incomplete or not valid.
+    """
+    request = urllib.request.Request(url, content, dict(headers), method="POST")
+    deadline = time.monotonic() + timeout
+    body = bytearray()
+    with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
+        while piece := answer.read1(65536):
+            body += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no complete answer within {timeout:g} s")
+            if len(body) > LARGEST_ANSWER:
+                raise HTTPException(f"the answer is longer than {LARGEST_ANSWER} bytes")
+        expected = answer.headers.get("Content-Length", "")
+    if expected.isdecimal() and len(body) < int(expected):
+        raise IncompleteRead(bytes(body), int(expected) - len(body))
+    return bytes(body)
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether the same request may succeed later."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in _TRANSIENT
+    return not isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError)
+
+
+def retry_after(error: Exception) -> float:
+    """Return the seconds that the service asks to wait, 0 if it does not."""
+    headers: Mapping[str, Any] = getattr(error, "headers", None) or {}
+    seconds = str(headers.get("Retry-After", ""))
+    return float(seconds) if seconds.isdecimal() else 0.0
+
+
+def reason(error: Exception) -> str:
+    """Describe a failure for a message."""
+    if isinstance(error, urllib.error.HTTPError):
+        with error:
+            return f"status {error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')!r}"
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{cause}; install the service's certificate, or name its file in the variable SSL_CERT_FILE"
+    if isinstance(error, IncompleteRead):
+        return f"the answer was cut short: {len(error.partial)} bytes arrived and {error.expected} are missing"
+    return str(cause) or type(error).__name__
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect: the request would arrive without its body, and the token would go elsewhere."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return None, so that the status becomes the error."""

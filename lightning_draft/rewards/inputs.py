@@ -1,0 +1,195 @@
+"""Checks of what goes into a reward and of what comes out."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_draft.arguments import prompt_list
+from lightning_draft.errors import ConfigurationError
+
+LARGEST_PIXEL = 8.0
+"""Images in [0, 1] overshoot by fractions; without a negative value and above this, the scale is that of bytes."""
+
+
+class NonFiniteScoreError(ValueError):
+    """A reward returned NaN or an infinite score; the message names the prompts."""
+
+
+def check_images(images: Any) -> Tensor:
+    """Return images as a float tensor `(B, 3, H, W)`.
+
+    Args:
+        images: float `(B, 3, H, W)` in about [0, 1], or a list of PIL images of one size, which are converted.
+
+    Raises:
+        ConfigurationError: They have another type, shape or range; the message gives the conversion.
+    """
+    if isinstance(images, (list, tuple)) and images and all(_is_pil(image) for image in images):
+        return from_pil(images)
+    if not isinstance(images, Tensor):
+        raise ConfigurationError(_describe_no_tensor(images))
+    if not images.is_floating_point():
+        raise ConfigurationError(
+            f"images are {_dtype(images)}; rewards take float images in [0, 1]: write images.float() / 255"
+        )
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ConfigurationError(_describe_shape(tuple(images.shape)))
+    _check_range(images)
+    return images
+
+
+def check_prompts(prompts: Any, count: int) -> list[str]:
+    """Return the prompts as a list if they are `count` strings.
+
+    Raises:
+        ConfigurationError: They are not.
+    """
+    texts = prompt_list(prompts)
+    if len(texts) != count:
+        raise ConfigurationError(
+            f"{count} images and {len(texts)} prompts were given; give one prompt for each image, such as "
+            f"prompts={[str(texts[0])]!r} * {count}"
+        )
+    return texts
+
+
+def check_scores(scores: Any, batch_size: int, reward: nn.Module) -> Tensor:
+    """Return scores as a float tensor `(batch_size,)`.
+
+    Integers, booleans and half precision are converted to float32; float64 is kept.
+
+    Raises:
+        ConfigurationError: They are no tensor, or have another shape or type; the message names the reward.
+    """
+    name = f"{type(reward).__name__}.forward"
+    if not isinstance(scores, Tensor):
+        raise ConfigurationError(
+            f"{name} returned a {type(scores).__name__} for {batch_size} images; return a tensor of shape "
+            f"({batch_size},), such as torch.stack of tensors"
+        )
+    if scores.shape != (batch_size,):
+        raise ConfigurationError(
+            f"{name} returned shape {tuple(scores.shape)} for {batch_size} images; return one score per image, shape "
+            f"({batch_size},)"
+        )
+    if scores.is_complex():
+        raise ConfigurationError(f"{name} returned complex scores; return real numbers, such as scores.real")
+    return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+
+
+def check_finite(scores: Tensor, images: Tensor, prompts: Sequence[str], reward: nn.Module) -> Tensor:
+    """Return the scores if they are finite.
+
+    While a gradient is computed through the reward, a score that is not finite becomes NaN with a warning: then the
+    gradient is not finite either, and the training module decides whether to skip the step or to stop.
+
+    Raises:
+        NonFiniteScoreError: Some are NaN or infinite and no gradient is computed; the message names their prompts.
+    """
+    finite = scores.isfinite()
+    if bool(finite.all()):
+        return scores
+    message = _describe_not_finite(scores, images, prompts, type(reward).__name__)
+    if not scores.requires_grad:
+        raise NonFiniteScoreError(message)
+    warnings.warn(message, stacklevel=3)
+    return torch.where(finite, scores, scores * math.nan)
+
+
+def from_pil(images: Sequence[Any]) -> Tensor:
+    """Convert PIL images of one size to float32 `(B, 3, H, W)` in [0, 1]; transparent ones are put on white.
+
+    Raises:
+        ConfigurationError: The sizes differ.
+    """
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ConfigurationError(
+            f"the pictures have different sizes, such as {sizes[0]} and {sizes[1]}; resize them to one size, or score "
+            "them one by one"
+        )
+    arrays = np.stack([np.asarray(_to_rgb(image)) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def quote_prompts(prompts: Sequence[str], most: int = 8) -> str:
+    """Return `the prompts 'a', 'b'`, at most `most` of them written out."""
+    rest = f" and {len(prompts) - most} more" if len(prompts) > most else ""
+    return f"the prompt{'s' * (len(prompts) != 1)} {', '.join(repr(str(prompt)) for prompt in prompts[:most])}{rest}"
+
+
+def _describe_not_finite(scores: Tensor, images: Tensor, prompts: Sequence[str], name: str) -> str:
+    bad = [i for i, finite in enumerate(scores.isfinite().tolist()) if not finite]
+    reason = (
+        "look for a log, a division or a square root of 0 in the reward"
+        if bool(images[bad].isfinite().all())
+        else "the images themselves are not finite: the model diverged; lower the learning rate"
+    )
+    return (
+        f"{name} gave a score that is not finite ({scores[bad[0]].item()}) for "
+        f"{quote_prompts([prompts[i] for i in bad])}; {reason}"
+    )
+
+
+def _check_range(images: Tensor) -> None:
+    if images.numel() == 0:
+        raise ConfigurationError(f"images have shape {tuple(images.shape)}, which holds no pixels; give at least one")
+    low, high = (value.item() for value in images.detach().aminmax())
+    if low >= 0 and LARGEST_PIXEL < high < math.inf:
+        raise ConfigurationError(
+            f"images have values up to {high:.4g}; rewards take images in [0, 1]: write images / 255"
+        )
+
+
+def _describe_no_tensor(images: Any) -> str:
+    wanted = "rewards take a float tensor (B, 3, H, W) in [0, 1] or a list of PIL images"
+    if _is_pil(images):
+        return f"images is one PIL image; {wanted}: write [image]"
+    if isinstance(images, np.ndarray):
+        scale = " / 255" if images.dtype.kind in "ui" else ""
+        order = ".permute(0, 3, 1, 2)" if images.ndim == 4 and images.shape[-1] == 3 else ""
+        return (
+            f"images are a numpy array of shape {images.shape}; {wanted}: write "
+            f"torch.from_numpy(images){order}.float(){scale}"
+        )
+    if isinstance(images, (list, tuple)):
+        kinds = sorted({type(image).__name__ for image in images})
+        return f"images are a list of {', '.join(kinds) or 'nothing'}; {wanted}: write torch.stack(images)"
+    return f"images are a {type(images).__name__}; {wanted}"
+
+
+def _describe_shape(shape: tuple[int, ...]) -> str:
+    fix = "give three color channels"
+    if len(shape) == 3:
+        fix = "write images.unsqueeze(0)" if shape[0] == 3 else "write images.permute(2, 0, 1).unsqueeze(0)"
+    elif len(shape) == 4 and shape[-1] == 3:
+        fix = "write images.permute(0, 3, 1, 2)"
+    elif len(shape) == 4 and shape[1] == 1:
+        fix = "write images.expand(-1, 3, -1, -1)"
+    elif len(shape) == 4 and shape[1] == 4:
+        fix = "write images[:, :3]; four channels are an alpha channel or latents that are not decoded"
+    return f"images have shape {shape}; rewards take (B, 3, H, W): {fix}"
+
+
+def _to_rgb(image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _is_pil(image: Any) -> bool:
+    from PIL import Image
+
+    return isinstance(image, Image.Image)
+
+
+def _dtype(images: Tensor) -> str:
+    return str(images.dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.distributed import gather_full, uses_fsdp
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.redaction import redact
 
 _FALLBACK = "train/reward"
 
@@ -249,9 +250,9 @@ def header(trainer: L.Trainer, pl_module: Any, validated: bool = True) -> dict[s
 
 
 def describe(thing: object) -> str:
-    """Class and plain public attributes, such as `LastK(k=1)`."""
+    """Class and plain public attributes, such as `LastK(k=1)`; secrets are left out."""
     plain = {
-        name: value
+        name: redact(value, name)
         for name, value in vars(thing).items()
         if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
     }

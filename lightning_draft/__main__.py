@@ -1,4 +1,4 @@
-"""The command `lightning-draft`; nothing heavy is imported until a verb needs it."""
+"""The command `lightning-draft`; heavy packages are imported only by the commands that need them."""
 
 import os
 import sys
@@ -6,24 +6,31 @@ from collections.abc import Sequence
 
 from lightning_draft import __version__
 from lightning_draft.cli import pages, shipped
-from lightning_draft.cli.failures import INTERRUPTED, USAGE, complain
+from lightning_draft.cli.messages import INTERRUPTED, USAGE, print_error
+from lightning_draft.cli.output import VERBOSE, quiet_output
 from lightning_draft.errors import ConfigurationError
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a person's mistake, 130 for Ctrl-C.
+    """Run the command line and return its exit status.
+
+    0 is success, 1 a fault in training, 2 invalid input, 130 Ctrl-C and 143 a termination signal.
 
     Args:
-        args: What follows the command's name; by default the process's own arguments.
+        args: The arguments after the command's name; by default those of the process.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if "--verbose" in arguments:
+        arguments.remove("--verbose")
+        os.environ[VERBOSE] = "1"
     try:
-        return _dispatch(arguments)
+        with quiet_output():
+            return _dispatch(arguments)
     except ConfigurationError as error:
-        complain(str(error))
+        print_error(str(error))
         return USAGE
     except KeyboardInterrupt:
-        complain("stopped by Ctrl-C")
+        print_error("stopped by Ctrl-C")
         return INTERRUPTED
 
 
@@ -31,27 +38,33 @@ def _dispatch(arguments: list[str]) -> int:
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help", "help"):
         print(pages.MAIN)
-    elif verb in ("-V", "--version"):
+        return 0
+    if verb in ("-V", "--version"):
         print(f"lightning-draft {__version__}")
-    elif verb == "configs":
+        return 0
+    if verb == "configs":
         return _configs(rest)
-    elif verb in pages.VERBS:
-        if rest in (["-h"], ["--help"]):
-            print(pages.VERBS[verb])
-            return 0
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        if verb == "sample":
-            from lightning_draft.cli.sample import main as sample
+    if verb in pages.VERBS:
+        return _run(verb, rest)
+    known = [*pages.VERBS, "configs", "--help", "--version"]
+    hint = f": {pages.INSTEAD[verb]}" if verb in pages.INSTEAD else shipped.nearest(verb, known)
+    raise ConfigurationError(f"there is no command {verb!r}{hint}; see lightning-draft --help")
 
-            return sample(rest)
-        rest = shipped.expand(rest)
-        from lightning_draft.cli.app import run
 
-        return run(verb, rest)
-    else:
-        known = ["fit", "validate", "sample", "configs", "--help", "--version"]
-        raise ConfigurationError(f"{verb!r} is not a command{shipped.nearest(verb, known)}; see lightning-draft --help")
-    return 0
+def _run(verb: str, rest: list[str]) -> int:
+    """Run `fit`, `validate` or `sample`."""
+    if rest in (["-h"], ["--help"]):
+        print(pages.VERBS[verb])
+        return 0
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if verb == "sample":
+        from lightning_draft.cli.sample import main as sample
+
+        return sample(rest)
+    rest = shipped.expand(verb, rest)
+    from lightning_draft.cli.app import run
+
+    return run("fit" if verb == "fit" else "validate", rest)
 
 
 def _configs(rest: list[str]) -> int:
@@ -62,7 +75,9 @@ def _configs(rest: list[str]) -> int:
     elif rest in (["-h"], ["--help"]):
         print(pages.CONFIGS)
     else:
-        raise ConfigurationError(f"configs {' '.join(rest)}: write `configs list` or `configs show NAME`")
+        raise ConfigurationError(
+            f"there is no command `configs {' '.join(rest)}`; write `configs list` or `configs show NAME`"
+        )
     return 0
 
 

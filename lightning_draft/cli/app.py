@@ -1,20 +1,19 @@
-"""The verbs that train: LightningCLI with this package's classes, defaults, run folders and messages."""
+"""`fit` and `validate`: LightningCLI with this package's classes, defaults, run folders and messages."""
 
 import argparse
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lightning.pytorch.loggers as loggers
-from lightning.pytorch import Callback, LightningModule, Trainer
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,25 +23,21 @@ import lightning_draft.objectives  # noqa: F401
 import lightning_draft.rewards  # noqa: F401
 import lightning_draft.samplers  # noqa: F401
 import lightning_draft.truncation  # noqa: F401
-from lightning_draft.assets import resolve
-from lightning_draft.callbacks import (
-    AdapterEMA,
-    CostMonitor,
-    GradientNormMonitor,
-    LoRAExport,
-    OverOptimisationGuard,
-    ProgressBar,
-    RewardConflict,
-    SampleLogger,
-)
-from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
-from lightning_draft.callbacks.lora_export import describe
-from lightning_draft.cli import runs
-from lightning_draft.cli.diagnosis import diagnose
-from lightning_draft.cli.failures import INTERRUPTED, complain, mendable, unwrapped
+from lightning_draft import callbacks
+from lightning_draft.cli import messages, run_folder, summary
+from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
+from lightning_draft.cli.checkpoint_file import find_checkpoint
+from lightning_draft.cli.explain import explain
+from lightning_draft.cli.option_checks import check_options
+from lightning_draft.cli.preemption import Preemption, requeue
+from lightning_draft.cli.process import import_from_current_folder, option_values, process_arguments
+from lightning_draft.cli.run_folder import RunFolder
+from lightning_draft.cli.run_record import RunRecord
+from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers, run_logger
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.methods.draft import DraftModule, RewardModule
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule  # noqa: F401
 from lightning_draft.models import StableDiffusion, StableDiffusion3  # noqa: F401
 
@@ -54,249 +49,255 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-CALLBACKS: dict[str, tuple[type[Callback], bool, str]] = {
-    "cost": (CostMonitor, True, "Reward queries, network passes and seconds so far; null for none."),
-    "samples": (SampleLogger, True, "Grids of pictures, base beside tuned; null for none."),
-    "export": (LoRAExport, True, "LoRA files, last and best; null for none."),
-    "gradients": (GradientNormMonitor, True, "Gradient norms and what to do when they explode; null for none."),
-    "checkpoint": (LastCheckpoint, True, "The checkpoint to resume from; null for none."),
-    "progress": (ProgressBar, True, "The progress bar; null for Lightning's."),
-    "ema": (AdapterEMA, False, "Moving average of the adapters; none by default."),
-    "guard": (OverOptimisationGuard, False, "What to do when held-out rewards fall; none by default."),
-    "conflict": (RewardConflict, False, "Cosine between the gradients of rewards; none by default."),
-}
-_OLD_NEWS = ("\N{ELECTRIC LIGHT BULB}", "TPU available", "Seed set", "`weights_only` was not set")
-_SAVING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
-_WRITERS = (SampleLogger, LoRAExport, LastCheckpoint, OverOptimisationGuard)
-_KEYWORDS = ("hpc", "registry")
+_WRITERS = tuple(getattr(callbacks, option.class_name) for option in CALLBACK_OPTIONS if option.writes_files)
+_SAVE_DIR = "--trainer.logger.save_dir"
 
 
-def run(verb: str, args: Sequence[str]) -> int:
+def run(verb: Literal["fit", "validate"], args: Sequence[str]) -> int:
     """Run `fit` or `validate` and return the exit status.
 
     Args:
         verb: Which.
-        args: What follows it on the command line; configs are files.
+        args: The arguments after it; configs are files by now.
 
     Raises:
-        ConfigurationError: Something that a person can mend.
+        ConfigurationError: The configuration cannot work.
     """
-    _quieten()
-    import_from_here()
+    import_from_current_folder()
     options = ["--help" if arg == "--help_all" else arg for arg in args]
-    with _argv([verb, *options]), mendable():
-        return DraftCLI().status
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Write `config.yaml` into the run's folder, without the checkpoint that this run may have resumed from."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
-        super().__init__(parser, config.clone(), overwrite=True, **kwargs)
-        self.config["ckpt_path"] = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it when training is set up."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+    with process_arguments([verb, *options]):
+        return DraftCLI(verb).status
 
 
 class DraftCLI(LightningCLI):
-    """`fit` and `validate`: parses the process's arguments, builds what they describe, and runs it.
+    """Parse the process's arguments, build what they describe, and run it.
+
+    Args:
+        verb: `fit` or `validate`.
 
     Attributes:
         status: The exit status of what was run.
-        folder: The run's folder.
+        run: The run's folder and the checkpoint that it continues from.
     """
 
     status = 0
-    folder: Path
+    run: RunFolder | None = None
 
-    def __init__(self) -> None:
-        super().__init__(
-            RewardModule,
-            PromptDataModule,
-            save_config_callback=SaveRunConfig,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_kwargs={
-                "prog": "lightning-draft",
-                "parser_mode": "omegaconf",
-                "exit_on_error": False,
-                "allow_abbrev": False,
-            },
-            subclass_mode_model=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+    def __init__(self, verb: Literal["fit", "validate"]) -> None:
+        self.verb = verb
+        self.preemption = Preemption()
+        self._as_written = Namespace()
+        try:
+            with messages.as_configuration_error():
+                super().__init__(
+                    RewardModule,
+                    PromptDataModule,
+                    save_config_callback=None,
+                    trainer_class=RunTrainer,
+                    trainer_defaults=TRAINER_DEFAULTS,
+                    seed_everything_default=0,
+                    parser_kwargs={
+                        "prog": "lightning-draft",
+                        "parser_mode": "omegaconf",
+                        "exit_on_error": False,
+                        "allow_abbrev": False,
+                        "default_env": any(name.startswith(f"PL_{verb.upper()}__") for name in os.environ),
+                    },
+                    subclass_mode_model=True,
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                )
+        except ConfigurationError as error:
+            named = messages.with_option_name(str(error), messages.flatten(self._as_written.as_dict()))
+            raise ConfigurationError(named) from error
+        finally:
+            self._discard_unused_folder()
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The Trainer's methods that are verbs here."""
-        return {
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the Trainer's method that is run, and which of its arguments are no options."""
+        options = {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose"},
         }
+        return {self.verb: options[self.verb]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's name and the callbacks that every run has."""
+        """Add the run's name, how it resumes, and one option for each callback."""
         parser.set_defaults({"model": {"class_path": _path(DraftModule)}})
         parser.add_argument("--name", type=str | None, default=None, help="The run writes to runs/NAME.")
-        for key, (kind, used, text) in CALLBACKS.items():
-            default = {"class_path": _path(kind)} if used else None
-            parser.add_argument(f"--{key}", type=kind | None, default=default, help=text)
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="`auto`: continue from the last checkpoint in runs/NAME if there is one, else start there.",
+        )
+        for option in CALLBACK_OPTIONS:
+            kind = getattr(callbacks, option.class_name)
+            default = {"class_path": _path(kind)} if option.enabled else None
+            parser.add_argument(
+                f"--{option.key}", type=kind | None, default=default, help=f"{option.help}; null for none"
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say what is wrong in one message."""
+        """Parse, and report what is wrong in one message."""
         try:
             super().parse_arguments(parser, args)
-        except (argparse.ArgumentError, OmegaConfBaseException) as error:
-            raise ConfigurationError(diagnosis(sys.argv[2:]) or str(error)) from error
+        except OmegaConfBaseException as error:
+            configs = ", ".join(option_values(sys.argv, "--config"))
+            raise ConfigurationError(f"{configs}: {str(error).splitlines()[0]}") from error
+        except (argparse.ArgumentError, TypeError) as error:
+            message = explain_parser_error(error)
+            if message.startswith(f"{_SAVE_DIR} is missing"):
+                sys.argv += [_SAVE_DIR, run_folder.ROOT]
+                return self.parse_arguments(parser, args)
+            if message.startswith("--model") and "is missing" in message and not option_values(sys.argv, "--config"):
+                message = "there is no config; start from one, such as --config quickstart"
+            raise ConfigurationError(message) from error
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint never overrides what was typed."""
+        """Keep the options as written: those saved in a checkpoint never override them."""
 
     def before_instantiate_classes(self) -> None:
-        """Settle the run's folder and checkpoint before anything is loaded."""
-        config = self.config[self.subcommand]
+        """Check values, and decide the run's folder and checkpoint before anything is loaded."""
+        config = self.config[self.verb]
         configs = [Path(str(path)) for path in config.get("config") or []]
-        config["name"] = config["name"] or runs.default_name(configs)
-        root = Path(config["trainer"]["default_root_dir"] or runs.ROOT)
-        if config["trainer"]["val_check_interval"] == 0:
-            raise ConfigurationError(
-                "trainer.val_check_interval=0: for no validation write trainer.limit_val_batches=0"
-            )
-        asked = config["ckpt_path"]
-        if asked == "last":
-            saved = [path.parent for path in configs if path.name == "config.yaml"]
-            folders = saved[-1:] or runs.existing(root, config["name"]) or [root / config["name"]]
-            elsewhere = _dirpath(config["checkpoint"])
-            file = runs.last_checkpoint(folders if elsewhere is None else [elsewhere])
-            config["ckpt_path"] = str(file)
-            inside = [folder for folder in folders if folder in file.parents]
-            self.folder = inside[0] if inside else folders[-1]
-            return
-        if asked and not str(asked).startswith(_KEYWORDS) and "://" not in str(asked):
-            config["ckpt_path"] = str(runs.checkpoint(Path(asked)))
-        self.folder = runs.fresh(root, config["name"])
+        config["name"] = config["name"] or run_folder.default_name(configs)
+        self._as_written = config.clone()
+        check_options(messages.flatten(config.as_dict()))
+        root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT)
+        self.run = self._choose_folder(root, configs)
+        config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
+        place_loggers(config["trainer"]["logger"], self.run.path, root)
+
+    def _choose_folder(self, root: Path, configs: list[Path]) -> RunFolder:
+        """Return where this run writes; create it if it is new and this is the first process."""
+        config = self.config[self.verb]
+        name, checkpoint = run_folder.check_name(config["name"]), config["ckpt_path"]
+        saved = [path.parent for path in configs if path.name == "config.yaml"][-1:]
+        own = None if option_values(sys.argv, "--name") or not saved else saved[0]
+        elsewhere = _dirpath(config["checkpoint"])
+        if config["resume"] == "auto":
+            if checkpoint is not None:
+                raise ConfigurationError("--resume auto finds the checkpoint itself; leave --ckpt_path out")
+            return run_folder.start_or_resume(own or root / name, elsewhere)
+        if checkpoint == "last":
+            if own is None and elsewhere is None:
+                return run_folder.newest(root, name)
+            return run_folder.resume(own or (run_folder.existing(root, name) or [root / name])[-1], elsewhere)
+        file = None if checkpoint is None else find_checkpoint(str(checkpoint))
+        if self.verb != "fit" or config["trainer"]["fast_dev_run"] or rank_zero_only.rank:
+            return RunFolder(root / name, file)
+        return RunFolder(run_folder.create(root, name).path, file, created=True)
 
     def instantiate_classes(self) -> None:
-        """Build everything; the errors of constructors come through as they are."""
-        with unwrapped():
+        """Build everything; an error of a constructor comes without the parser's own exceptions around it."""
+        try:
             super().instantiate_classes()
+        except Exception as error:
+            cause = messages.root_cause(error)
+        else:
+            return
+        raise cause from cause.__cause__
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the run's folder, logger and callbacks to what the config says."""
+        """Add the run's folder, logger and callbacks to the Trainer's options."""
+        assert self.run is not None
         config = self._get(self.config_init, "trainer")
         if config["logger"] in (None, True):
-            fit = self.subcommand == "fit"
-            place = loggers.TensorBoardLogger(self.folder.parent, name=self.folder.name, version="")
-            kwargs["logger"] = place if fit else False
-        if self.subcommand == "validate" and not sys.stdout.isatty():
+            kwargs["logger"] = run_logger(self.run.path) if self.verb == "fit" else False
+        if self.verb == "validate" and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
-        kwargs["default_root_dir"] = str(self.folder)
+        kwargs["default_root_dir"] = str(self.run.path)
         kwargs["callbacks"] = self._callbacks({**config, **kwargs})
         if not any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"]):
             kwargs["enable_checkpointing"] = False
         return super().instantiate_trainer(**kwargs)
 
-    def before_fit(self) -> None:
-        """Say what is about to happen."""
-        place = Path(self.trainer.log_dir or self.folder)
-        if self.trainer.is_global_zero:
-            print(_headline(self.model), flush=True)
-            if not self._get(self.config, "trainer")["fast_dev_run"]:
-                curves = any(isinstance(logger, loggers.TensorBoardLogger) for logger in self.trainer.loggers)
-                hint = f"    (curves: tensorboard --logdir {place.parent})" if curves else ""
-                print(f"run folder: {place}{hint}", flush=True)
-
-    def fit(self, **kwargs: Any) -> None:
-        """Train; Ctrl-C or SIGTERM ends it with what it has."""
-        try:
-            self.trainer.fit(**kwargs)
-        except SystemExit as end:
-            if not self.trainer.interrupted:
-                raise
-            self.status = INTERRUPTED
-            way = "SIGTERM" if isinstance(end, SIGTERMException) else "Ctrl-C"
-            complain(f"stopped by {way} after {self.trainer.global_step} steps")
-        except Exception:
-            if self.trainer.global_step == 0 and self.trainer.is_global_zero:
-                runs.discard(self.folder)
-            raise
-
-    def after_fit(self) -> None:
-        """Say what is there now, and how to use it."""
-        folder = Path(self.trainer.log_dir or self.folder)
-        if self.trainer.is_global_zero:
-            print("\n".join(self._farewell(folder)), flush=True)
-
-    def validate(self, **kwargs: Any) -> None:
-        """Score held-out prompts and print the means."""
-        (scores,) = self.trainer.validate(verbose=False, **{k: v for k, v in kwargs.items() if k != "verbose"})
-        if self.trainer.is_global_zero:
-            width = max(map(len, scores))
-            print("\n".join(f"{name:{width}}  {value:.6g}" for name, value in sorted(scores.items())))
-
     def _callbacks(self, config: Any) -> list[Callback]:
-        """The config's own, and those of `CALLBACKS` that are not switched off."""
+        """Return the callbacks of `trainer.callbacks`, those of `CALLBACK_OPTIONS` that are on, and the run's own."""
+        assert self.run is not None
         given = config["callbacks"] or []
-        callbacks = list(given) if isinstance(given, Sequence) else [given]
-        named = [self._get(self.config_init, key) for key in CALLBACKS]
-        if config["enable_progress_bar"] is False or any(isinstance(c, AnyProgressBar) for c in callbacks):
+        chosen = list(given) if isinstance(given, Sequence) else [given]
+        named = [self._get(self.config_init, option.key) for option in CALLBACK_OPTIONS]
+        if config["enable_progress_bar"] is False or any(isinstance(c, AnyProgressBar) for c in chosen):
             named = [callback for callback in named if not isinstance(callback, AnyProgressBar)]
         if config["enable_checkpointing"] is False:
             named = [callback for callback in named if not isinstance(callback, Checkpoint)]
         if config["fast_dev_run"]:
             named = [callback for callback in named if not isinstance(callback, _WRITERS)]
-        return callbacks + [callback for callback in named if callback is not None]
+        elif self.verb == "fit":
+            record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_none=False))
+            named = [*named, RunRecord(record, self.run.path), StepNumber(), self.preemption]
+        return chosen + [callback for callback in named if callback is not None]
 
-    def _farewell(self, folder: Path) -> Iterator[str]:
-        if self.status == INTERRUPTED and (folder / "checkpoints" / "last.ckpt").exists():
-            yield f"resume:   add --ckpt_path last --name {self.config[self.subcommand]['name']}"
-        exports = [callback for callback in self.trainer.callbacks if isinstance(callback, LoRAExport)]  # type: ignore[attr-defined]
-        files = [file for export in exports for file in (export.best_path, export.last_path) if file.is_file()]
-        if not files or self._get(self.config, "trainer")["fast_dev_run"]:
+    def before_fit(self) -> None:
+        """Print what is trained, where it writes, and what it continues from."""
+        assert self.run is not None
+        if self.trainer.is_global_zero:
+            print(messages.printable(summary.headline(self.model)), flush=True)
+            if not self._get(self.config, "trainer")["fast_dev_run"]:
+                print(summary.folder_line(self.trainer, self.run.path), flush=True)
+            if self.run.checkpoint is not None:
+                print(f"continuing from {self.run.checkpoint}", flush=True)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; Ctrl-C, SIGTERM or the scheduler's SIGUSR1 ends it after the last checkpoint is written."""
+        try:
+            with self.preemption.handle_signal():
+                self.trainer.fit(**kwargs)
+        except SystemExit as end:
+            if not self.trainer.interrupted:
+                raise
+            self.status = messages.TERMINATED if isinstance(end, SIGTERMException) else messages.INTERRUPTED
+            self._report_interruption()
+
+    def _report_interruption(self) -> None:
+        if not self.trainer.is_global_zero:
             return
-        guards = [callback for callback in self.trainer.callbacks if isinstance(callback, OverOptimisationGuard)]  # type: ignore[attr-defined]
-        files = [guard.best_path for guard in guards if guard.best_path.is_file()] + files
-        base = getattr(self.model.model, "pretrained", "...")
-        family = getattr(self.model.model, "family", None)
-        opener = "DiffusionPipeline" if family is None else family.pipeline_class.__name__
-        yield f"adapters: {'  '.join(map(str, files))}"
-        yield f"pictures: lightning-draft sample {folder}"
-        yield "in diffusers:"
-        yield f'    pipe = {opener}.from_pretrained("{resolve(base)}")'
-        yield f'    pipe.load_lora_weights("{files[0]}")'
+        signals = {messages.INTERRUPTED: "Ctrl-C", messages.TERMINATED: "SIGTERM"}
+        signal_name = "SIGUSR1" if self.preemption.requested else signals[self.status]
+        messages.print_error(f"stopped by {signal_name} after {self.trainer.global_step} steps")
+        if self.preemption.requested and requeue():
+            print("the job was requeued", flush=True)
+
+    def after_fit(self) -> None:
+        """Print which files there are and how to use them; a fault in training gives a status that is not 0."""
+        assert self.run is not None
+        failures = [c.failure for c in self.trainer.callbacks if isinstance(c, callbacks.GradientNormMonitor)]
+        for failure in filter(None, failures):
+            self.status = messages.FAILED
+            messages.print_error(f"training failed: {failure}")
+        if not self.trainer.is_global_zero or self.trainer.global_step == 0:
+            return
+        if self.status and (self.run.path / "checkpoints" / "last.ckpt").exists():
+            print(f"resume:     lightning-draft fit --config {self.run.path} --ckpt_path last")
+        if not self._get(self.config, "trainer")["fast_dev_run"]:
+            print("\n".join(summary.closing_lines(self.trainer, self.model, self.run.path)), flush=True)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Score held-out prompts and print the means."""
+        if self.trainer.is_global_zero and kwargs.get("ckpt_path") is None:
+            print("no --ckpt_path: these are the scores of the base model", flush=True)
+        (scores,) = self.trainer.validate(verbose=False, **kwargs)
+        if self.trainer.is_global_zero:
+            width = max(map(len, scores))
+            print("\n".join(f"{name:{width}}  {value:.6g}" for name, value in sorted(scores.items())))
+
+    def _discard_unused_folder(self) -> None:
+        """Remove the folder of a run that was refused or interrupted before its first step."""
+        trainer = getattr(self, "trainer", None)
+        if self.run is not None and (trainer is None or trainer.global_step == 0):
+            run_folder.discard(self.run)
 
 
-def import_from_here() -> None:
-    """Let classes of the user's be imported from the current folder."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-
-
-def diagnosis(args: list[str]) -> str | None:
-    """What is wrong with the arguments of a verb; what a module of the user's raises is raised."""
-    named = {key: kind | None for key, (kind, _, _) in CALLBACKS.items()}
-    groups = {"model": RewardModule, "data": PromptDataModule, "trainer": Trainer}
+def explain_parser_error(error: BaseException) -> str:
+    """Return one message for what the parser of a verb raised."""
+    groups = {option.key: getattr(callbacks, option.class_name) for option in CALLBACK_OPTIONS}
     plain = {"seed_everything": bool | int, "name": str | None, "ckpt_path": str | None}
-    rest = {"weights_only": bool | None, "verbose": bool}
-    classes = {"model": DraftModule, "data": PromptDataModule, "trainer": Trainer}
-    defaults = {**classes, **{key: kind for key, (kind, _, _) in CALLBACKS.items()}}
-    try:
-        return diagnose(args, {**groups, **plain, **rest, **named}, {key: _path(c) for key, c in defaults.items()})
-    except ConfigurationError:
-        raise
-    except Exception as bug:
-        raise bug from None
-
-
-def _headline(module: RewardModule) -> str:
-    count = sum(parameter.numel() for parameter in module.trainable_parameters().values())
-    parts = [module.reward, module.method, getattr(module, "advantage_estimator", None), module.sampler]
-    said = ", ".join(describe(part) for part in parts if part is not None)
-    return f"{type(module).__name__}: {said}; {count:,} trainable parameters"
+    named = {"resume": Literal["auto"] | None, "weights_only": bool | None}
+    return explain(
+        error, {"model": RewardModule, "data": PromptDataModule, "trainer": Trainer, **plain, **named, **groups}
+    )
 
 
 def _path(kind: type) -> str:
@@ -304,29 +305,6 @@ def _path(kind: type) -> str:
 
 
 def _dirpath(callback: Any) -> Path | None:
-    """The folder that a callback's config gives, if it gives one."""
+    """Return the folder in the configuration of a callback, if it has one."""
     folder = None if callback is None else callback.get("init_args", {}).get("dirpath")
     return None if folder is None else Path(folder)
-
-
-@contextmanager
-def _argv(args: list[str]) -> Iterator[None]:
-    """Within this context the process's arguments are `args`, by which distributed strategies start more processes."""
-    before = sys.argv
-    sys.argv = [before[0], *args]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-def _quieten() -> None:
-    """Keep notices that nobody can act on off the screen."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", _SAVING):
-        logging.getLogger(name).addFilter(_is_news)
-    for text in (".*treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*"):
-        warnings.filterwarnings("ignore", text)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_OLD_NEWS)

@@ -1,267 +1,257 @@
-"""Say what is wrong with a configuration that the parser refused: which key, why, and what to write instead.
+"""One message for a configuration that the parser refused, derived from the parser's own exceptions.
 
-The parser's own message nests every alternative of every type on the way. Here the configuration is walked along the
-type hints instead, and only what does not fit is reported.
+The parser raises one exception for each level of the configuration. The keys on the way name the option, the class of
+the last level gives the known options and types, and the innermost exception gives the reason.
 """
 
 import argparse
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-import yaml
-from jsonargparse import ArgumentParser
+from typing import Any
 
 from lightning_draft.cli import hints
 from lightning_draft.cli.shipped import nearest
-from lightning_draft.errors import ConfigurationError
 
-_SPEC = {"class_path", "init_args", "dict_kwargs"}
-_KEPT = "kept from the class before"
-_MOST = 5
+_KEY = re.compile(r'Parser key "([^"]+)":|--([\w.]+)\.help: ')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)':")
+_MOST = 12
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 
 
-def diagnose(args: Sequence[str], types: Mapping[str, Any], defaults: Mapping[str, str]) -> str | None:
-    """What is wrong, one problem a line; `None` if nothing is found here.
+@dataclass(frozen=True)
+class Problem:
+    """Where the parser stopped, and why.
 
     Args:
-        args: The command line after the verb.
-        types: Type hint of each top-level key.
-        defaults: Class path of the top-level keys that have a default class.
+        path: Names of the options from the outermost to the one that was refused.
+        owner: The class that has the last option of `path`; `None` at the top level.
+        kind: The class that was given for the last option of `path`, or its import path where there is none.
+        reason: The innermost exception.
+        value: The refused value as the parser shows it, or `None`.
+    """
+
+    path: tuple[str, ...]
+    owner: type | None
+    kind: type | str | None
+    reason: BaseException
+    value: str | None
+
+    def hint(self, groups: Mapping[str, Any]) -> Any:
+        """Return the type of the last option of `path`."""
+        if self.owner is not None:
+            return hints.parameters(self.owner).get(self.path[-1], Any)
+        group, _, key = ".".join(self.path).partition(".")
+        known = groups.get(group, Any)
+        return hints.parameters(known).get(key, Any) if key and isinstance(known, type) else known
+
+
+def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
+    """Return one message that names the option, what is wrong with it, and what to write.
+
+    Args:
+        error: What the parser raised.
+        groups: The type of each top-level option.
 
     Raises:
-        ConfigurationError: A config file cannot be read.
+        Exception: Importing a module of the user's failed; its own exception, without the parser's.
     """
-    tree: dict[str, Any] = {key: {"class_path": path, "init_args": {}} for key, path in defaults.items()}
-    problems: list[str] = []
-    for source in _sources(args):
-        if isinstance(source, str):
-            problems.append(f"{source!r} is neither an option nor the value of one")
-        else:
-            tree = _merge(tree, source)
-    known = [*types, "config", "print_config", "help"]
-    problems += [_unknown("", key, known, _inside(key, defaults)) for key in tree if key not in known]
-    for key, value in tree.items():
-        problems += _check(value, types.get(key, Any), key)
-    if not any(arg.startswith(("--config", "-c")) or ".help" in arg for arg in args):
-        missing = [key for key in ("data", "model") if key not in tree or not tree[key].get("init_args", tree[key])]
-        if missing:
-            return f"there is no {' and no '.join(missing)}: start from a config, e.g. --config quickstart"
-    return "\n".join((problems or list(_deep_nulls(args)))[:_MOST]) or None
+    problem = locate(error)
+    if not isinstance(problem.reason, (ValueError, TypeError, KeyError, argparse.ArgumentError)) and not _is_missing(
+        problem
+    ):
+        raise problem.reason from None
+    text = _text(problem.reason).removeprefix("- ")
+    for pattern, say in _REASONS:
+        match = re.search(pattern, text)
+        if match is not None:
+            return say(problem, groups, *match.groups())
+    return f"{_option(problem.path)}: {text.splitlines()[0]}" if problem.path else text.splitlines()[0]
 
 
-def _sources(args: Sequence[str]) -> Iterator[dict[str, Any] | str]:
-    """Config files and options as mappings, in their order; strings are arguments that belong to nothing."""
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
-        if not arg.startswith("-"):
-            yield arg
-            continue
-        key, equals, value = arg.lstrip("-").partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        if key in ("config", "c"):
-            yield load(Path(value))
-        elif key.endswith(".help"):
-            yield _nested([*key.split(".")[:-1], "class_path"], value) if value != "true" else {}
-        else:
-            yield _nested(key.split("."), value)
+def locate(error: BaseException) -> Problem:
+    """Follow the parser's exceptions to the innermost one."""
+    path: list[str] = []
+    owner: type | None = None
+    kind: type | str | None = None
+    value = None
+    reason: BaseException = error
+    for link in _distinct_causes(error):
+        text, reason = _text(link), link
+        if match := _KEY.match(text):
+            path += (match[1] or match[2]).split(".")
+            owner, kind, value = kind if isinstance(kind, type) else None, None, None
+        elif match := _CLASS.match(text):
+            kind = _imported(match[1])
+        value = next((found[1] for found in [_VALUE.search(text)] if found), value)
+    return Problem(tuple(path), owner, kind, reason, value)
 
 
-def _deep_nulls(args: Sequence[str]) -> Iterator[str]:
-    """A null for an argument of a class within a class, which the parser takes for the text `None`."""
-    for option, value in zip(args, [*args[1:], ""], strict=True):
-        name, equals, given = option.partition("=")
-        keys = [key for key in name.lstrip("-").split(".") if key != "init_args"]
-        if name.startswith("--") and len(keys) > 2 and (given if equals else value) in ("null", "~"):
-            yield f"{name}: the command line takes no null this deep; write it in a config file"
+def _distinct_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its causes, each message once."""
+    link: BaseException | None = error
+    before = None
+    while link is not None:
+        cause = link.__cause__ or link.__context__
+        if _text(link) != before:
+            yield link
+        before, link = _text(link), cause
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The content of a config file, interpolations resolved.
+def _text(error: BaseException) -> str:
+    """Return the message of an exception; a `KeyError` shows it in quotes."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    return text[1:-1] if text[:1] == text[-1:] == "'" else text
 
-    Raises:
-        ConfigurationError: An interpolation cannot be resolved.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
+def _is_missing(problem: Problem) -> bool:
+    """Whether a module or class that the configuration names does not exist; else importing it failed on its own."""
+    reason = problem.reason
+    if isinstance(reason, ModuleNotFoundError):
+        return isinstance(problem.kind, str) and f"{problem.kind}.".startswith(f"{reason.name}.")
+    return isinstance(reason, AttributeError) and re.search(r"module '.+' has no attribute", str(reason)) is not None
+
+
+def _imported(path: str) -> type | str:
+    module, _, name = path.rpartition(".")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(f"{path}: {str(error).splitlines()[0]}") from error
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError, SyntaxError):
+        return path
+    return kind if isinstance(kind, type) else path
 
 
-def _nested(keys: list[str], text: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if keys[-1].endswith("+"):
-        value = value if isinstance(value, list) else [value]
-    for key in reversed(keys):
-        value = {key: value}
-    return value
+def _option(path: tuple[str, ...]) -> str:
+    return f"--{'.'.join(path)}"
 
 
-def _merge(old: Any, new: Any) -> Any:
-    """`new` over `old`, as the parser merges them."""
-    if isinstance(old, str) and isinstance(new, dict):
-        old = {"class_path": old}
-    if not isinstance(old, dict):
-        return new
-    if "class_path" in old:
-        if isinstance(new, str):
-            new = {"class_path": new}
-        if not isinstance(new, dict):
-            return new
-        if not new.keys() & _SPEC:
-            new = {"init_args": new}
-        if new.get("class_path", old["class_path"]) != old["class_path"]:
-            return {**new, _KEPT: {**old.get(_KEPT, {}), **(old.get("init_args") or {})}}
-    if not isinstance(new, dict):
-        return new
-    merged = dict(old)
-    for key, value in new.items():
-        if key.endswith("+"):
-            merged[key[:-1]] = [*(old.get(key[:-1]) or []), *value]
-        else:
-            merged[key] = _merge(old.get(key), value)
-    return merged
+def _unknown_argument(problem: Problem, groups: Mapping[str, Any], option: str) -> str:
+    if not option.startswith("-"):
+        return f"{option!r} is neither an option nor the value of one; options are written --name value"
+    return _unknown_option(problem, groups, option.lstrip("-").partition("=")[0])
 
 
-def _check(value: Any, hint: Any, path: str) -> Iterator[str]:
-    """What does not fit in `value`, for a parameter with the type `hint`."""
-    alternatives = hints.alternatives(hint)
-    if hint is Any or value is None and type(None) in alternatives:
-        return
-    classes, elements, values = hints.classes(hint), hints.elements(hint), hints.values(hint)
-    if isinstance(value, list) and elements is not None:
-        for index, item in enumerate(value):
-            yield from _check(item, elements, f"{path}[{index}]")
-    elif isinstance(value, dict) and values is not None and "class_path" not in value:
-        for key, item in value.items():
-            yield from _check(item, values, f"{path}.{key}")
-    elif classes and (isinstance(value, dict) or (isinstance(value, str) and str not in alternatives)):
-        yield from _check_class({"class_path": value} if isinstance(value, str) else value, hint, classes, path)
-    elif not _fits(value, hint):
-        options = [option for part in alternatives if get_origin(part) is Literal for option in get_args(part)]
-        yield f"{path}: expected {hints.describe(hint)}, got {value!r}{nearest(str(value), map(str, options))}"
+def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> str:
+    path = (*problem.path, *name.split("."))
+    if isinstance(problem.kind, type):
+        known, what = list(hints.parameters(problem.kind)), problem.kind.__name__
+    elif len(path) > 1 and isinstance(groups.get(path[0]), type):
+        path, kind = path[:2], groups[path[0]]
+        known, what = list(hints.parameters(kind)), kind.__name__
+    else:
+        path, known, what = path[:1], [*groups, "config", "print_config", "help"], ""
+        for group, kind in groups.items():
+            if isinstance(kind, type) and path[0] in hints.parameters(kind):
+                return f"there is no option {_option(path)}; did you mean --{group}.{path[0]}"
+    similar = nearest(path[-1], known)
+    listed = f"; its options are {', '.join(known)}" if what and len(known) <= 20 else ""
+    return f"{_option(path)}: {what + ' has' if what else 'there is'} no option {path[-1]!r}{similar or listed}"
 
 
-def _check_class(value: dict[str, Any], hint: Any, classes: tuple[type, ...], path: str) -> Iterator[str]:
-    name = value.get("class_path")
-    if name is None and len(classes) == 1 and (hints.is_closed(classes[0]) or not hints.subclasses(classes)):
-        value = {"class_path": classes[0], "init_args": value.get("init_args", value)}
-    elif not isinstance(name, str):
-        yield f"{path}: say which {_kinds(classes)} it is, class_path: {_known(classes)}"
-        return
-    stray = sorted(value.keys() - _SPEC - {_KEPT})
-    if stray:
-        yield f"{path}: {', '.join(stray)} must stand under init_args, beside class_path"
-    kind = value["class_path"] if isinstance(value["class_path"], type) else _resolve(name or "", classes)
-    if isinstance(kind, str):
-        yield f"{path}: {kind}"
-        return
-    parameters = hints.parameters(kind, skip_first=hints.is_factory(hint))
-    arguments = {key: item for key, item in (value.get(_KEPT) or {}).items() if key in parameters}
-    arguments.update(value.get("init_args") or {})
-    yield from _check_arguments(arguments, kind, parameters, path)
+def _missing(problem: Problem, groups: Mapping[str, Any], names: str) -> str:
+    name = names.split(", ")[0].removeprefix("fit.").removeprefix("validate.")
+    path = (*problem.path, *name.split("."))
+    kind = problem.kind if isinstance(problem.kind, type) else None
+    hint = hints.parameters(kind).get(name, Any) if kind else groups.get(name, Any)
+    needed = f"{kind.__name__} needs it ({hints.describe(hint)})" if kind else "every run needs it"
+    return f"{_option(path)} is missing: {needed}"
 
 
-def _check_arguments(
-    arguments: dict[str, Any], kind: type, parameters: Mapping[str, hints.Parameter], path: str
-) -> Iterator[str]:
-    for key, value in arguments.items():
-        if key in parameters:
-            yield from _check(value, parameters[key].hint, f"{path}.{key}")
-        else:
-            yield _unknown(f"{path} ({kind.__name__})", str(key), list(parameters))
-    for key, parameter in parameters.items():
-        if parameter.required and key not in arguments:
-            yield f"{path}.{key} is missing: {kind.__name__} needs it ({hints.describe(parameter.hint)})"
+def _unknown_class(problem: Problem, groups: Mapping[str, Any], name: str) -> str:
+    hint = problem.hint(groups)
+    bases = hints.classes(hint)
+    if not bases:
+        return _wrong_type(problem, groups)
+    everything = [kind.__name__ for kind in hints.subclasses(bases)]
+    listed = f"; write {_known(bases)}, or a class of your own as module.Class"
+    return f"{_option(problem.path)}: there is no {_names(bases)} {name!r}{nearest(name, everything) or listed}"
 
 
-def _resolve(name: str, classes: tuple[type, ...]) -> type | str:
-    """The class of that name, or why there is none."""
-    if "." in name:
-        return _import(name, classes)
-    found = {kind for kind in hints.subclasses(classes, abstract=True) if kind.__name__ == name}
-    if not found:
-        return f"there is no {_kinds(classes)} {name!r}{_hint(name, classes)}"
-    if len(found) > 1:
-        paths = " or ".join(sorted(f"{kind.__module__}.{name}" for kind in found))
-        return f"{name!r} is the name of several classes: write {paths}"
-    (kind,) = found
-    return f"{name} is abstract: write one of {_known(classes)}" if inspect.isabstract(kind) else kind
-
-
-def _import(name: str, classes: tuple[type, ...]) -> type | str:
-    module_name, _, class_name = name.rpartition(".")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
+def _not_a_class(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
+    hint = problem.hint(groups)
+    bases = hints.classes(hint)
+    if bases and hints.class_names(bases) != [bases[0].__name__]:
         return (
-            f"{name!r} was not found: there is no module {error.name!r}, neither {error.name}.py in the current folder "
-            f"({Path.cwd()}) nor installed"
+            f"{_option(problem.path)}: expected the class of a {_names(bases)}, got {_shown(problem)}; write "
+            f"class_path: {_known(bases)}, with its options under init_args"
         )
-    kind = getattr(module, class_name, None)
-    if kind is None:
-        own = [
-            key
-            for key, item in vars(module).items()
-            if isinstance(item, type) and issubclass(item, classes) and not inspect.isabstract(item)
-        ]
-        return f"module {module_name!r} has no class {class_name!r}{nearest(class_name, own)}"
-    if not (isinstance(kind, type) and issubclass(kind, classes)):
-        return f"{name!r} is not a {_kinds(classes)}"
-    if inspect.isabstract(kind):
+    return _wrong_type(problem, groups)
+
+
+def _abstract(problem: Problem, groups: Mapping[str, Any], path: str) -> str:
+    kind = _imported(path)
+    bases = hints.classes(problem.hint(groups))
+    if isinstance(kind, type) and kind not in bases:
         methods = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
-        return f"{name!r} is abstract: it has no {methods}"
-    return kind
+        return f"{_option(problem.path)}: {path} is abstract: it has no {methods}"
+    return (
+        f"{_option(problem.path)}: the class of the {_names(bases)} is missing; write class_path: {_known(bases)}, "
+        "with its options under init_args"
+    )
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf")
-    try:
-        parser.add_argument("--value", type=hint)
-        parser.parse_object({"value": value})
-    except argparse.ArgumentError:
-        return False
-    except ValueError:
-        return True
-    return True
+def _wrong_base(problem: Problem, groups: Mapping[str, Any], path: str, base: str) -> str:
+    known = _known(hints.classes(problem.hint(groups)))
+    return f"{_option(problem.path)}: {path} is not a {base}; write {known}, or a subclass of {base}"
 
 
-def _unknown(where: str, key: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
-    near = f"; did you mean {' or '.join(elsewhere)}" if elsewhere else nearest(key, known)
-    options = f"; known are {', '.join(known)}" if known and len(known) <= 20 else ""
-    return f"{where + ' has' if where else 'there is'} no option {key!r}{near or options}"
+def _no_module(problem: Problem, groups: Mapping[str, Any], module: str) -> str:
+    return (
+        f"{_option(problem.path)}: {problem.kind!r} was not found: there is no module {module!r}, neither {module}.py "
+        f"in the current folder ({Path.cwd()}) nor installed"
+    )
 
 
-def _inside(key: str, defaults: Mapping[str, str]) -> list[str]:
-    """The options of that name which belong to a group, such as `trainer.max_steps`."""
-    kinds = {group: _import(path, (object,)) for group, path in defaults.items()}
-    return [f"{g}.{key}" for g, kind in kinds.items() if isinstance(kind, type) and key in hints.parameters(kind)]
+def _no_class(problem: Problem, groups: Mapping[str, Any], module: str, name: str) -> str:
+    bases = hints.classes(problem.hint(groups)) or (object,)
+    members = vars(import_module(module)).items()
+    known = [key for key, item in members if isinstance(item, type) and issubclass(item, bases)]
+    return f"{_option(problem.path)}: module {module!r} has no class {name!r}{nearest(name, known)}"
 
 
-def _hint(name: str, classes: tuple[type, ...]) -> str:
-    near = nearest(name, [kind.__name__ for kind in hints.subclasses(classes)])
-    return near or f"; known are {_known(classes)}, and classes of your own as module.Class"
+def _no_value(problem: Problem, groups: Mapping[str, Any], option: str) -> str:
+    return f"{option} needs a value: write {option} VALUE"
 
 
-def _known(classes: tuple[type, ...]) -> str:
-    known = hints.subclasses(classes)
-    own = [kind for kind in known if kind.__module__.startswith("lightning_draft.")] or known
-    return ", ".join(sorted({kind.__name__ for kind in own}))
+def _wrong_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
+    hint = problem.hint(groups)
+    if hint is Any:
+        return f"{_option(problem.path)}: {str(problem.reason).splitlines()[0]}"
+    similar = nearest(str(problem.value), hints.choices(hint))
+    return f"{_option(problem.path)}: expected {hints.describe(hint)}, got {_shown(problem)}{similar}"
 
 
-def _kinds(classes: tuple[type, ...]) -> str:
-    return " or ".join(dict.fromkeys(kind.__name__ for kind in classes))
+_REASONS: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"^unrecognized arguments: (\S+)", _unknown_argument),
+    (r"does not accept option '(.+?)'", _unknown_option),
+    (r"^Option '(.+?)' is not accepted", _unknown_option),
+    (r"^the following arguments are required: (.+)", _missing),
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"Import path (\S+) does not correspond to a subclass of (\w+)", _wrong_base),
+    (r"Expected an instantiatable class, but (\S+) is abstract", _abstract),
+    (r"^No module named '(.+?)'", _no_module),
+    (r"module '(.+?)' has no attribute '(.+?)'", _no_class),
+    (r"^Not a valid subclass of", _not_a_class),
+    (r"^argument (\S+): expected (?:one|at least one) argument", _no_value),
+    (r"Expected |Got value|Given value", _wrong_type),
+)
+
+
+def _known(bases: tuple[type, ...]) -> str:
+    names = hints.class_names(bases)
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return f"{'one of ' if len(names) > 1 else ''}{', '.join(names[:_MOST])}{more}"
+
+
+def _shown(problem: Problem) -> str:
+    """Return the refused value as a user would write it."""
+    value = problem.value
+    if value is None or value == "None":
+        return "null"
+    return value if value[:1] in "[{" or value.replace(".", "", 1).lstrip("-").isdigit() else repr(value)
+
+
+def _names(bases: tuple[type, ...]) -> str:
+    return " or ".join(dict.fromkeys(kind.__name__ for kind in bases))

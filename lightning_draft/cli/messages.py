@@ -1,76 +1,111 @@
-"""What a person can mend is said in one message; what is a bug keeps its traceback."""
+"""Exit statuses, error messages, and which exceptions become one message."""
 
-import dis
+import errno
+import os
+import re
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
+from typing import Any
 
 from lightning_draft.errors import ConfigurationError
 
+FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
+TERMINATED = 143
+
+_LIBRARIES = ("lightning_draft.", "lightning.pytorch.", "lightning.fabric.", "torch.optim.")
+_FILE_SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 
-def complain(message: str) -> None:
-    """Write one message to the error stream."""
-    print(f"lightning-draft: {message}", file=sys.stderr)
+def print_error(message: str) -> None:
+    """Write one message to the error stream, with control characters escaped."""
+    print(f"lightning-draft: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with terminal control characters escaped, such as `\x1b`; line ends and tabs stay."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Zl", "Zp") else _escaped(char)
+        for char in text
+    )
 
 
 @contextmanager
-def mendable() -> Iterator[None]:
-    """Within this context errors that a person can mend become `ConfigurationError`; others pass unchanged."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ConfigurationError) or not is_mendable(error):
-            raise
-        raise ConfigurationError(str(error)) from error
+def as_configuration_error() -> Iterator[None]:
+    """Raise what a library says of its options, and file system errors, as `ConfigurationError`; others pass unchanged.
 
-
-@contextmanager
-def unwrapped() -> Iterator[None]:
-    """Within this context an error of a constructor is raised as it was, not as the parser retells it."""
-    try:
-        yield
-        return
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None and _origin(cause).startswith("jsonargparse."):
-            cause = cause.__cause__
-    raise cause from cause.__cause__  # without what the parser tried and said on the way
-
-
-def is_mendable(error: BaseException) -> bool:
-    """Whether the message alone says what to write instead.
-
-    True for Lightning's `MisconfigurationException`, and for a `ValueError` that a `raise` statement threw on purpose,
-    in this package, in Lightning's Trainer or in a constructor.
+    A library's exceptions are Lightning's `MisconfigurationException`, and a `ValueError` that the Trainer, a callback
+    of Lightning's, an optimizer or this package raises. Those of the user's code keep their traceback.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    if isinstance(error, (ConfigurationError, MisconfigurationException)):
-        return True
-    if not isinstance(error, ValueError):
-        return False
-    place = _place(error)
-    if place is None:
-        return False
-    code = place.tb_frame.f_code
-    deliberate = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
-    ours = _origin(error).startswith(("lightning_draft.", "lightning.pytorch.trainer."))
-    return deliberate and (ours or code.co_name in ("__init__", "__post_init__"))
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except MisconfigurationException as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        if not f"{_module(error)}.".startswith(_LIBRARIES):
+            raise
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    except OSError as error:
+        if error.errno not in _FILE_SYSTEM_ERRORS:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        raise ConfigurationError(
+            f"cannot write or read{place}: {os.strerror(error.errno)}; free the space or choose another folder with "
+            "--trainer.default_root_dir"
+        ) from error
 
 
-def _place(error: BaseException) -> TracebackType | None:
-    """Where an error was raised."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that a constructor raised, without the parser's exceptions around it."""
+    while error.__cause__ is not None and _module(error).startswith("jsonargparse."):
+        error = error.__cause__
+    return error
+
+
+def with_option_name(message: str, options: Mapping[str, Any]) -> str:
+    """Replace the argument's name at the start of a message by the option's full name, if only one option has it.
+
+    Args:
+        message: Such as `val_size=8 must be ...`, or `SampleLogger: every_n_steps=0 must be ...`.
+        options: All options by full name, such as `data.val_size`, with their values.
+    """
+    match = re.match(r"(?:(\w+): )?(\w+)=", message)
+    if match is None:
+        return message
+    kind, name = match.groups()
+    found = [key for key in options if key.rpartition(".")[2] == name]
+    shown = message[match.end() :]
+    exact = [key for key in found if re.match(rf"{re.escape(repr(options[key]))}(?!\w)", shown)]
+    if kind is not None:
+        exact = [key for key in exact if str(options.get(f"{key.rpartition('.')[0]}.class_path", "")).endswith(kind)]
+    return f"--{exact[0]}={shown}" if len(exact) == 1 else message
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted name, as options are written: without `init_args`."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        leaves |= flatten(value, name)
+    return leaves
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def _module(error: BaseException) -> str:
+    """Return the name of the module that raised `error`."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    return traceback
-
-
-def _origin(error: BaseException) -> str:
-    """The module in which an error was raised."""
-    place = _place(error)
-    return "" if place is None else str(place.tb_frame.f_globals.get("__name__", ""))
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))

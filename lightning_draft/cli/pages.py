@@ -1,76 +1,92 @@
-"""The short pages that help opens with."""
+"""The help pages of the commands."""
+
+from lightning_draft.cli.callback_options import help_lines
 
 MAIN = """\
-lightning-draft: fine-tune a text-to-image diffusion model on a reward, through its sampler
+lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-propagating through its sampler
 
-  lightning-draft fit --config quickstart          train; a shipped config by name, or a YAML file
-  lightning-draft sample runs/quickstart           pictures before and after, same prompts and noise
-  lightning-draft validate --config runs/NAME --ckpt_path last
-                                                   score held-out prompts
-  lightning-draft configs list                     the shipped configs, a line each
-  lightning-draft configs show NAME                one of them, to copy and change
-  lightning-draft --version
+  lightning-draft fit --config quickstart          train; the config is a shipped name or a YAML file
+  lightning-draft sample runs/quickstart           draw images with the base and the trained model side by side
+  lightning-draft validate --config runs/quickstart --ckpt_path last
+                                                   score a checkpoint on held-out prompts
+  lightning-draft configs list                     list the shipped configs
+  lightning-draft configs show NAME                print one, to copy and change
+  lightning-draft --version                        print the version
 
-`lightning-draft fit --help` is the next page."""
+Each command has a help page: lightning-draft fit --help. With --verbose a command also prints the notices of Lightning
+and torch that are left out otherwise, and so does the environment variable LIGHTNING_DRAFT_VERBOSE=1."""
 
-FIT = """\
+FIT = (
+    """\
 lightning-draft fit: train
 
   lightning-draft fit --config quickstart
   lightning-draft fit --config draft_k --model.truncation.k 3 --trainer.max_steps 200
   lightning-draft fit --config quickstart --config mine.yaml     later files win, options win over files
-  lightning-draft fit --config quickstart --ckpt_path last       go on where the newest run of it ended
+  lightning-draft fit --config runs/quickstart --ckpt_path last  continue this run
 
-  --config NAME|FILE       a shipped config, a YAML file, or a run's folder
-  --name NAME              the run writes to runs/NAME; by default the config's name, with -2, -3 ... for more runs
-  --model.KEY VALUE        the method: model, reward, sampler, truncation, loss, objective, optimizer, ...
-  --data.KEY VALUE         the prompts: prompts, val_prompts, batch_size, ...
-  --trainer.KEY VALUE      every option of Lightning's Trainer: max_steps, precision, devices, strategy, ...
-  --samples.KEY VALUE      grids of pictures; `--samples null` for none; likewise --export (LoRA files),
-                           --gradients (norms), --cost (queries, passes, seconds), --checkpoint (to resume from),
-                           --progress; and none by default: --ema (moving average), --guard (held-out rewards that
-                           fall), --conflict (of rewards): --guard OverOptimisationGuard --guard.action stop
-  --ckpt_path FILE|last    resume
-  --print_config           print the whole configuration and stop
+Run
+  --config NAME|FILE    a shipped config, a YAML file, or a run's folder
+  --name NAME           write to runs/NAME; by default the config's name; a second run of it writes to runs/NAME-2
+  --ckpt_path PATH|last continue from a checkpoint, a run's folder, or the newest run of this name
+  --resume auto         continue from the checkpoint in runs/NAME if there is one, else start there (for clusters)
+  --print_config        print the whole configuration and stop
 
-Classes are given by name (LastK, DDIM, CLIPScore, WeightedSum), your own by module and name: my_rewards.Redness is
-class Redness in my_rewards.py in the current folder.
+Options of classes
+  --model.KEY VALUE     the method: model, reward, sampler, truncation, loss, objective, optimizer, ...
+  --data.KEY VALUE      the prompts: prompts, val_prompts, batch_size, ...
+  --trainer.KEY VALUE   Lightning's Trainer: max_steps, precision, devices, strategy, ...
 
-  --help_all               every option
-  --model.help DraftModule, --model.help PolicyGradientModule, --samples.help SampleLogger
-                           the options of one class"""
+Callbacks: --samples.every_n_steps 50 sets an option of one, --samples null removes it
+"""
+    + "\n".join(help_lines())
+    + """
+
+A class is written by name (LastK, DDIM, CLIPScore, WeightedSum), one of your own by module and name: my_rewards.Redness
+is the class Redness in my_rewards.py in the current folder. Importing it runs the code of that module.
+
+More help
+  --help_all            every option
+  --model.help DraftModule, --model.reward.help CLIPScore, --samples.help SampleLogger
+                        the options of one class"""
+)
 
 VALIDATE = """\
-lightning-draft validate: score held-out prompts, beside the base model on the same noise
+lightning-draft validate: score held-out prompts; prints the mean of each reward for the trained and the base model
 
   lightning-draft validate --config runs/quickstart --ckpt_path last
 
-  --config NAME|FILE       a shipped config, a YAML file, or a run's folder
-  --ckpt_path FILE|last    the checkpoint; without one the base model is scored
-  --model.KEY, --data.KEY, --trainer.KEY
-                           as for fit
-  --help_all               every option"""
+  --config NAME|FILE     a shipped config, a YAML file, or a run's folder
+  --ckpt_path PATH|last  the checkpoint; without it the base model is scored
+  --model.KEY VALUE, --data.KEY VALUE, --trainer.KEY VALUE
+                         as for fit
+  --help_all             every option"""
 
 CONFIGS = """\
-lightning-draft configs list         the shipped configs, a line each
-lightning-draft configs show NAME    one of them, to copy and change"""
+lightning-draft configs list         list the shipped configs
+lightning-draft configs show NAME    print one, to copy and change"""
 
 SAMPLE = """\
-lightning-draft sample: pictures from the same prompts and noise at several scales of a LoRA file
+lightning-draft sample: draw the same prompts from the same noise with the base model and with a LoRA file
 
   lightning-draft sample runs/quickstart
   lightning-draft sample lora.safetensors --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a cat"
 
-  LORA                     a .safetensors file, or a run's folder: then its best adapters
-  --config NAME|FILE       the config that describes the model, sampler and reward; by default the run's own
-  --model NAME             instead of a config: a shipped name, a pipeline's folder or file, or a hub id
-  --scale S [S ...]        multiples of the LoRA, 0 is the base model; by default 0 1
-  --prompt P [P ...]       by default the config's held-out prompts
-  --prompts FILE|NAME      or a prompt file or shipped list
-  --seed N [N ...]         of the starting noise, by default 0
-  --max N                  at most this many prompts, by default 8
-  --steps N                sampling steps, by default the config's, or 50 (28 for Stable Diffusion 3)
-  --output FILE            by default sample.png
-  --device NAME            by default cuda where there is one, else cpu"""
+  LORA                  a .safetensors file, or a run's folder for its best LoRA file
+  --config NAME|FILE    the config of the model, sampler and reward; by default the one in the run's folder
+  --model NAME          instead of a config: a shipped model, a pipeline's folder or file, or a hub id
+  --scale S [S ...]     strengths of the LoRA: 0 is the base model, 1 the trained one; by default 0 1
+  --prompt P [P ...]    prompts; by default the held-out prompts of the config
+  --prompts FILE|NAME   or a prompt file, or a shipped list of prompts
+  --seed N [N ...]      seeds of the starting noise; by default 0
+  --max N               draw at most N prompts; by default 8
+  --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
+  --output FILE         the image file; by default sample.png
+  --device NAME         cpu, cuda, ...; by default cuda where available"""
 
 VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE}
+INSTEAD = {
+    "test": "score held-out prompts with `lightning-draft validate`",
+    "predict": "draw images with `lightning-draft sample`",
+    "train": "train with `lightning-draft fit`",
+}

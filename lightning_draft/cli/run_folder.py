@@ -1,85 +1,148 @@
-"""Where runs lie: `runs/NAME`, `runs/NAME-2`, ... and which of their checkpoints is the last."""
+"""The folder that a run writes to: `runs/NAME`, `runs/NAME-2`, ..., created exclusively by one process."""
 
 import re
-import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_draft.cli.checkpoint_file import check_checkpoint, newest_checkpoint
+from lightning_draft.cli.messages import printable
 from lightning_draft.errors import ConfigurationError
 
 ROOT = "runs"
+_MAX_BYTES = 200
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and what it continues from.
+
+    Args:
+        path: The folder.
+        checkpoint: The checkpoint to load, or `None`.
+        created: Whether this process created the folder for this run.
+    """
+
+    path: Path
+    checkpoint: Path | None = None
+    created: bool = False
 
 
 def default_name(configs: Iterable[Path]) -> str:
-    """The name of a run that was given none: that of its last config, or of the folder of a saved one."""
-    stems = [path.parent.name if path.name == "config.yaml" else path.stem for path in configs]
+    """Return the name of a run without `--name`: that of its last config, or of the run folder that holds it."""
+    stems = [path.resolve().parent.name if path.name == "config.yaml" else path.stem for path in configs]
     return stems[-1] if stems else "draft"
 
 
+def check_name(name: str) -> str:
+    """Return the name of a run if it names a folder inside `runs`.
+
+    Raises:
+        ConfigurationError: It is absolute, contains `..`, or has characters that do not belong in a folder's name.
+    """
+    reason = next(filter(None, map(_fault, name.split("/"))), None)
+    if reason is not None:
+        raise ConfigurationError(f"--name={name!r} {reason}; write a name such as my-run or sweep/1")
+    return name
+
+
 def existing(root: Path, name: str) -> list[Path]:
-    """The folders `name`, `name-2`, ... in `root`, in that order; a name may lie in folders of its own."""
+    """Return the folders `name`, `name-2`, ... in `root`, oldest first."""
     place = root / name
-    pattern = re.compile(re.escape(place.name) + r"(?:-(\d+))?")
-    there = place.parent.iterdir() if place.parent.is_dir() else ()
-    found = [(match, path) for path in there if (match := pattern.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1] or 1))]
+    entries = place.parent.iterdir() if place.parent.is_dir() else ()
+    return sorted(
+        (path for path in entries if _number(path.name, place.name)), key=lambda p: _number(p.name, place.name)
+    )
 
 
-def fresh(root: Path, name: str) -> Path:
-    """A folder that no run has used: `root/name`, or with the next free number."""
-    taken = [path for path in existing(root, name) if path.is_dir() and any(path.iterdir())]
-    if not taken:
-        return root / name
-    number = re.fullmatch(re.escape((root / name).name) + r"(?:-(\d+))?", taken[-1].name)
-    assert number is not None
-    return root / f"{name}-{int(number[1] or 1) + 1}"
+def create(root: Path, name: str) -> RunFolder:
+    """Create the folder of a new run, which no other process can have.
+
+    Raises:
+        ConfigurationError: The name is not valid, or the folder cannot be created.
+    """
+    place = root / check_name(name)
+    while True:
+        taken = existing(root, name)
+        number = _number(taken[-1].name, place.name) + 1 if taken else 1
+        folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError as error:
+            if not folder.parent.is_dir():
+                raise ConfigurationError(f"{folder.parent} is not a folder; choose another --name") from error
+        except FileNotFoundError:
+            continue
+        else:
+            return RunFolder(folder, created=True)
 
 
-def discard(folder: Path) -> None:
-    """Remove the folder of a run that was refused before its first step, unless there are results in it."""
-    if not folder.is_dir():
+def newest(root: Path, name: str) -> RunFolder:
+    """Return the newest run of a name with its newest checkpoint.
+
+    Raises:
+        ConfigurationError: There is no run of that name, or the newest has no checkpoint.
+    """
+    runs = existing(root, check_name(name))
+    if not runs:
+        raise ConfigurationError(
+            f"--ckpt_path last: there is no run {root / name}; leave --ckpt_path out to start one, or give the --name "
+            "of a run"
+        )
+    checkpoint = newest_checkpoint(runs[-1])
+    if checkpoint is None:
+        others = [run for run in runs[:-1] if newest_checkpoint(run) is not None]
+        hint = f"; to continue from {others[-1]} write --ckpt_path {others[-1]}" if others else ""
+        raise ConfigurationError(
+            f"--ckpt_path last: there is no checkpoint in {runs[-1]}{', the newest run' if len(runs) > 1 else ''}{hint}"
+        )
+    return RunFolder(runs[-1], check_checkpoint(checkpoint))
+
+
+def resume(folder: Path, checkpoints: Path | None = None) -> RunFolder:
+    """Return the run in `folder` with its newest checkpoint.
+
+    Args:
+        folder: The run's folder.
+        checkpoints: Where its checkpoints are, if elsewhere.
+
+    Raises:
+        ConfigurationError: It has no checkpoint.
+    """
+    checkpoint = newest_checkpoint(folder if checkpoints is None else checkpoints)
+    if checkpoint is None:
+        raise ConfigurationError(f"--ckpt_path last: there is no checkpoint in {checkpoints or folder}")
+    return RunFolder(folder, check_checkpoint(checkpoint))
+
+
+def start_or_resume(folder: Path, checkpoints: Path | None = None) -> RunFolder:
+    """Return the run in `folder` with its newest checkpoint, if it has one; create the folder if there is none.
+
+    Raises:
+        ConfigurationError: The checkpoint is broken, or the folder cannot be created.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = newest_checkpoint(folder if checkpoints is None else checkpoints)
+    return RunFolder(folder, None if checkpoint is None else check_checkpoint(checkpoint), created)
+
+
+def discard(run: RunFolder) -> None:
+    """Remove the folder that this process created for a run that made no step, unless there are results in it."""
+    if not run.created or not run.path.is_dir():
         return
-    files = list(folder.iterdir())
+    files = list(run.path.iterdir())
     if all(file.name in ("config.yaml", "hparams.yaml") or file.name.startswith("events.out.") for file in files):
         for file in files:
             file.unlink()
-        folder.rmdir()
-
-
-def checkpoint(path: Path) -> Path:
-    """The checkpoint that is asked for: a file, or the newest one in a run's folder.
-
-    Raises:
-        ConfigurationError: There is none, or the file is something else.
-    """
-    if (path / "checkpoints").is_dir():
-        return last_checkpoint([path])
-    if not path.exists():
-        raise ConfigurationError(f"there is no checkpoint {path}; give its file, or `last` for this run's own")
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ConfigurationError(f"{path} is not a checkpoint; give a file such as runs/NAME/checkpoints/last.ckpt")
-    return path
-
-
-def last_checkpoint(folders: Iterable[Path]) -> Path:
-    """The newest checkpoint in the folders or in the `checkpoints` folders inside them.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    folders = list(folders)
-    files = [file for folder in folders for place in (folder, folder / "checkpoints") for file in place.glob("*.ckpt")]
-    if not files:
-        places = ", ".join(map(str, folders)) or "runs"
-        raise ConfigurationError(
-            f"ckpt_path=last, but there is no checkpoint in {places}; start the run without --ckpt_path, or give the "
-            "checkpoint's file, or the run's --name"
-        )
-    return max(files, key=lambda file: file.stat().st_mtime_ns)
+        run.path.rmdir()
+        if not any(run.path.parent.iterdir()):
+            run.path.parent.rmdir()
 
 
 def adapters(folder: Path) -> Path:
-    """The best adapters of a run, or its last ones.
+    """Return the LoRA file of a run: the best, or the last where there is no best.
 
     Raises:
         ConfigurationError: It has none.
@@ -88,4 +151,21 @@ def adapters(folder: Path) -> Path:
         file = folder / "lora" / f"{name}.safetensors"
         if file.is_file():
             return file
-    raise ConfigurationError(f"{folder} holds no adapters (lora/best.safetensors, lora/last.safetensors)")
+    raise ConfigurationError(f"{folder} has no LoRA file (lora/best.safetensors or lora/last.safetensors)")
+
+
+def _fault(part: str) -> str | None:
+    """Return why a part of a run's name is not valid, or `None`."""
+    if part in ("", ".", "..") or part.startswith("~"):
+        return "must be a name inside the folder runs: not absolute, without .. and without empty parts"
+    if printable(part) != part or "\n" in part or "\t" in part or "\\" in part or part != part.strip():
+        return "contains characters that do not belong in a folder's name"
+    if part.startswith("-"):
+        return "must not start with a dash"
+    return f"is longer than {_MAX_BYTES} bytes" if len(part.encode()) > _MAX_BYTES else None
+
+
+def _number(folder: str, name: str) -> int:
+    """Return which run of `name` a folder is, counted from 1; 0 if it is not one."""
+    match = re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder)
+    return 0 if match is None else int(match[1] or 1)

@@ -1,4 +1,4 @@
-"""The verb `sample`: pictures from the same prompts and noise at several scales of a LoRA file."""
+"""The command `sample`: images of the same prompts and noise at several scales of a LoRA file."""
 
 import argparse
 import math
@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,10 +20,10 @@ from torch import Tensor
 from lightning_draft import models
 from lightning_draft.callbacks.pictures import comparison
 from lightning_draft.chain import SamplingChain
-from lightning_draft.cli import pages, runs, shipped
-from lightning_draft.cli.app import diagnosis, import_from_here
-from lightning_draft.cli.diagnosis import load
-from lightning_draft.cli.failures import mendable, unwrapped
+from lightning_draft.cli import pages, run_folder, shipped
+from lightning_draft.cli.app import explain_parser_error
+from lightning_draft.cli.messages import as_configuration_error, root_cause
+from lightning_draft.cli.process import import_from_current_folder
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import RewardModule
@@ -37,20 +39,20 @@ _DOWN = re.compile(r"^[a-z]+\.(.+?)\.(?:lora_A|lora\.down|lora_down)\.")
 
 
 def main(args: Sequence[str]) -> int:
-    """Parse, sample, write one PNG file.
+    """Parse the arguments, draw the images, write one image file; return the exit status.
 
     Raises:
-        ConfigurationError: Something that a person can mend.
+        ConfigurationError: The arguments cannot work.
     """
-    import_from_here()
+    import_from_current_folder()
     options = _parse(args)
-    with mendable():
+    with as_configuration_error():
         _sample(options)
     return 0
 
 
 def lora_of(file: Path) -> LoRA:
-    """Adapters that a LoRA file fits: its rank and the layers that it names.
+    """Return adapters for a LoRA file: its rank and the layers that it names.
 
     Raises:
         ConfigurationError: It is not a LoRA file.
@@ -119,11 +121,11 @@ def _write(
 
 @torch.no_grad()
 def _generate(model: PipelineModel, sampler: Sampler, prompts: list[str], seed: int, scale: float) -> Tensor:
-    """Images `(N, 3, H, W)` on the CPU; the same noise whatever the scale."""
+    """Return images `(N, 3, H, W)` on the CPU, from noise that does not depend on the scale."""
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     images = []
     for start in range(0, len(prompts), BATCH):
-        torch.manual_seed(derive_seed(seed, start))  # of the steps' noise, which must not be the starting noise again
+        torch.manual_seed(derive_seed(seed, start))  # else the steps would draw the starting noise again
         chain = SamplingChain(model, sampler, model.encode(prompts[start : start + BATCH]))
         state = chain.start(noise[start : start + BATCH])
         if model.lora is None:
@@ -143,11 +145,11 @@ def _score(module: RewardModule, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """The LoRA file and the config: the given ones, or those of the run that the file lies in."""
+    """Return the LoRA file and the config: the given ones, or those of the run's folder that holds the file."""
     file = None if options.lora is None else Path(options.lora).expanduser()
     config = None if options.config is None else shipped.locate(options.config)
     if file is not None and file.is_dir():
-        folder, file = file, runs.adapters(file)
+        folder, file = file, run_folder.adapters(file)
     elif file is not None:
         folder = file.parent.parent
         lora_of(file)
@@ -161,30 +163,44 @@ def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
 
 
 def _base_of(file: Path | None) -> str:
-    """The base model that the header of a LoRA file names."""
+    """Return the base model that the header of a LoRA file names."""
     assert file is not None
     with safe_open(file, framework="pt") as content:
         base = (content.metadata() or {}).get("base")
     if base is None:
-        raise ConfigurationError(f"{file} does not say what it was trained from; write --model NAME")
+        raise ConfigurationError(f"{file} does not name its base model; write --model NAME")
     return str(base)
 
 
 def _build(config: Path) -> tuple[RewardModule, list[str]]:
-    """The module that a config describes, and the prompts that it holds out."""
-    content = load(config)
+    """Return the module of a config, and its held-out prompts."""
+    content = _load(config)
     parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf")
     parser.add_subclass_arguments(RewardModule, "model")
     parser.add_class_arguments(PromptDataModule, "data")
     try:
         parsed = parser.parse_object({key: content[key] for key in ("model", "data") if key in content})
     except argparse.ArgumentError as error:
-        raise ConfigurationError(diagnosis(["--config", str(config)]) or str(error)) from error
-    with unwrapped():
+        raise ConfigurationError(f"{config}: {explain_parser_error(error)}") from error
+    try:
         built = parser.instantiate_classes(parsed)
+    except Exception as error:
+        raise root_cause(error) from None
     if not isinstance(built.model.model, PipelineModel):
-        raise ConfigurationError(f"sample draws from StableDiffusion and StableDiffusion3; {config} has another model")
+        kind = type(built.model.model).__name__
+        raise ConfigurationError(f"{config}: sample cannot draw from a {kind}; its model must be a diffusers pipeline")
     return built.model, list(built.data.val_prompts or built.data.train_prompts)
+
+
+def _load(config: Path) -> dict[str, Any]:
+    """Return the content of a config, with interpolations resolved."""
+    shipped.read(config)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"{config}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -208,7 +224,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--max", type=_positive, default=8)
     parser.add_argument("--steps", type=_positive)
-    parser.add_argument("--output", "-o", type=_picture, default=Path("sample.png"))
+    parser.add_argument("--output", "-o", type=_image_file, default=Path("sample.png"))
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     if set(args) & {"-h", "--help"}:
         print(pages.SAMPLE)
@@ -230,9 +246,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def _picture(text: str) -> Path:
+def _image_file(text: str) -> Path:
     if Path(text).suffix.lower() not in Image.registered_extensions():
-        raise argparse.ArgumentTypeError(f"{text} must end as a picture does, such as in .png")
+        raise argparse.ArgumentTypeError(f"{text} is not an image file; write a name such as sample.png")
     return Path(text)
 
 
@@ -240,5 +256,5 @@ def _device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is not here: {str(error).splitlines()[0]}") from error
+        raise argparse.ArgumentTypeError(f"{text} is not available: {str(error).splitlines()[0]}") from error
     return text

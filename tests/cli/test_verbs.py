@@ -1,4 +1,4 @@
-"""The command line: pages, run folders, resuming, validating, sampling."""
+"""The commands: help pages, what a run leaves, resuming, validating, sampling."""
 
 import shutil
 import signal
@@ -23,7 +23,7 @@ HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "num
 PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]
 
 
-def test_pages_come_without_heavy_imports() -> None:
+def test_help_pages_import_nothing_heavy() -> None:
     code = (
         "import sys\nfrom lightning_draft.__main__ import main\n"
         f"for args in {PAGES!r}: assert main(args) == 0\n"
@@ -38,11 +38,13 @@ def test_version(command: Callable) -> None:
 
 
 def test_help_names_every_callback_and_verb(command: Callable) -> None:
-    from lightning_draft.cli.app import CALLBACKS
+    from lightning_draft import callbacks
+    from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 
     page = command("fit", "--help").out
-    assert len(page.splitlines()) < 40
-    assert all(f"--{key}" in page for key in CALLBACKS)
+    assert len(page.splitlines()) < 50
+    assert all(f"--{option.key}" in page and option.help in page for option in CALLBACK_OPTIONS)
+    assert {option.class_name for option in CALLBACK_OPTIONS} == set(callbacks.__all__) - {"RandomState"}
     assert all(f"lightning-draft {verb}" in command().out for verb in ("fit", "validate", "sample", "configs"))
 
 
@@ -55,7 +57,7 @@ def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None
     assert "Optimisation steps between grids." in samples
 
 
-def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path) -> None:
+def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path, tiny_sd: Path) -> None:
     result = command("fit", "--config", config)
     assert result.status == 0, result.err
     run = Path("runs/small")
@@ -63,6 +65,7 @@ def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path) 
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints", "lora", "samples"}
     assert list(run.glob("events.out.tfevents.*"))
     assert f"run folder: {run}" in result.out
+    assert f'from_pretrained("{tiny_sd}")' in result.out
     assert f'pipe.load_lora_weights("{run}/lora/best.safetensors")' in result.out
     assert (run / "lora" / "best.safetensors").is_file()
 
@@ -158,8 +161,115 @@ def test_interpolation_and_later_files_and_options_win(command: Callable, config
     assert arguments["truncation"]["init_args"] == {"k": 2}
 
 
+def test_loading_code_of_a_single_file_opens_a_single_file(tmp_path: Path) -> None:
+    from lightning_draft.cli.summary import loading_code
+
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert (
+        loading_code(str(file), "StableDiffusionPipeline")
+        == f'pipe = StableDiffusionPipeline.from_single_file("{file}")'
+    )
+    assert loading_code("org/model", "X") == 'pipe = X.from_pretrained("org/model")'
+
+
+def test_curves_images_and_lines_count_completed_steps(command: Callable, config: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert command("fit", "--config", config, "--samples.every_n_steps", "1").status == 0
+    events = EventAccumulator("runs/small", size_guidance={"scalars": 0, "images": 0}).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["train/reward"] == [1, 2]
+    assert steps["val/reward"] == [2]
+    assert "step" not in steps
+    assert {event.step for tag in events.Tags()["images"] for event in events.Images(tag)} == {0, 1, 2}
+
+
+def test_a_fault_in_training_ends_with_status_1(command: Callable, config: Path) -> None:
+    Path("mine.py").write_text(
+        "from lightning_draft.rewards import Reward\n"
+        "class Broken(Reward):\n"
+        "    def forward(self, images, prompts):\n"
+        "        return images.mean((1, 2, 3)) * float('nan')\n"
+    )
+    text = config.read_text().replace("class_path: Brightness", "class_path: mine.Broken")
+    config.write_text(text.replace("      init_args: {target: 0.9}\n", ""))
+    result = command("fit", "--config", config, "--gradients.max_nonfinite", "1")
+    assert result.status == 1
+    assert "training failed: the gradient is not finite at step" in result.err
+
+
+def test_ctrl_c_before_the_first_step_is_one_message(command: Callable, config: Path) -> None:
+    Path("pressing.py").write_text(
+        "import lightning as L\n"
+        "class Press(L.Callback):\n"
+        "    def setup(self, trainer, *_, **__):\n"
+        "        raise KeyboardInterrupt\n"
+    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        result = command("fit", "--config", config, "--trainer.callbacks", "[pressing.Press]")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.status == 130
+    assert result.err.splitlines()[-1] == "lightning-draft: stopped by Ctrl-C after 0 steps"
+    assert not Path("runs").exists()
+
+
+def test_secrets_are_in_no_file_of_the_run(command: Callable, config: Path) -> None:
+    Path("mine.py").write_text(
+        "from lightning_draft.rewards import Reward\n"
+        "class Service(Reward):\n"
+        "    def __init__(self, url: str, api_key: str):\n"
+        "        super().__init__()\n"
+        "        self.url, self.api_key = url, api_key\n"
+        "    def forward(self, images, prompts):\n"
+        "        return images.mean((1, 2, 3))\n"
+    )
+    text = config.read_text().replace("class_path: Brightness", "class_path: mine.Service")
+    config.write_text(text.replace("{target: 0.9}", "{url: 'http://me:hush1@host/?token=hush2', api_key: hush3}"))
+    result = command("fit", "--config", config)
+    assert result.status == 0, result.err
+    assert "hush" not in result.out + result.err
+    files = [path for path in Path("runs").rglob("*") if path.is_file()]
+    assert [path for path in files if b"hush" in path.read_bytes()] == []
+    again = command("fit", "--config", "runs/small")
+    assert again.status == 2
+    assert "give the value again with --model.reward." in again.err
+
+
+def test_terminal_codes_in_a_warning_are_escaped(command: Callable, config: Path) -> None:
+    Path("warning.py").write_text(
+        "import lightning as L, warnings\n"
+        "class Warn(L.Callback):\n"
+        "    def on_train_start(self, *_):\n"
+        "        warnings.warn('\\x1b[31mred')\n"
+    )
+    result = command("fit", "--config", config, "--trainer.callbacks", "[warning.Warn]", "--trainer.max_steps", "1")
+    assert "warning: \\x1b[31mred\n" in result.err
+    assert "\x1b" not in result.err
+
+
+def test_environment_variables_set_options(command: Callable, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "7")
+    printed = command("fit", "--config", config, "--data.batch_size", "1", "--print_config").out
+    assert yaml.safe_load(printed)["data"]["batch_size"] == 1
+    monkeypatch.setenv("PL_FIT__NAME", "other")
+    assert yaml.safe_load(command("fit", "--config", config, "--print_config").out)["name"] == "other"
+
+
+def test_a_file_in_the_current_folder_does_not_replace_a_package(config: Path) -> None:
+    (config.parent / "omegaconf.py").write_text("raise SystemExit('replaced')\n")
+    args = [sys.executable, "-m", "lightning_draft", "fit", "--config", str(config), "--trainer.max_steps", "0"]
+    done = subprocess.run(args, cwd=config.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == ("lightning-draft: --trainer.max_steps=0 must be at least 1, or -1 for no limit; write 200\n")
+    assert done.stdout == ""
+
+
 def test_validate_scores_the_checkpoint(command: Callable, trained: Path) -> None:
     base = command("validate", "--config", "runs/small")
+    assert "no --ckpt_path: these are the scores of the base model" in base.out
     tuned = command("validate", "--config", "runs/small", "--ckpt_path", "last")
     assert _table(base.out)["val/gain"] == 0
     assert _table(tuned.out)["val/gain"] != 0
@@ -219,7 +329,7 @@ def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, confi
         signal.signal(signal.SIGINT, before)
     assert pressed.status == 130
     assert "stopped by Ctrl-C after 2 steps" in pressed.err
-    assert "--ckpt_path last --name small" in pressed.out
+    assert "lightning-draft fit --config runs/small --ckpt_path last" in pressed.out
     assert Path("runs/small/lora/last.safetensors").is_file()
     resumed = command("fit", "--config", config, *options, "--ckpt_path", "last", "--name", "small")
     assert resumed.status == 0, resumed.err
@@ -251,6 +361,7 @@ def test_a_run_that_fails_or_is_terminated_keeps_its_checkpoint(command: Callabl
     saved = torch.load("runs/small/checkpoints/last.ckpt")
     assert saved["global_step"] == _place(saved) == 2
     ended = command(*options, "[failing.Terminate]")
+    assert ended.status == 143
     assert "stopped by SIGTERM after 3 steps" in ended.err
     saved = torch.load("runs/small-2/checkpoints/last.ckpt")
     assert saved["global_step"] == _place(saved) == 3
@@ -259,14 +370,6 @@ def test_a_run_that_fails_or_is_terminated_keeps_its_checkpoint(command: Callabl
 def _place(checkpoint: dict[str, Any]) -> int:
     """How many batches were seen."""
     return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"]
-
-
-def test_a_run_in_its_own_process(config: Path) -> None:
-    args = [sys.executable, "-m", "lightning_draft", "fit", "--config", str(config), "--model.truncation.k", "six"]
-    done = subprocess.run(args, cwd=config.parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert done.stderr == "lightning-draft: model.truncation.k: expected an integer, got 'six'\n"
-    assert done.stdout == ""
 
 
 def _table(text: str) -> dict[str, float]:
@@ -281,22 +384,11 @@ def _table(text: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["small", "a.b", "lr[1]", "group/small"])
-def test_runs_are_numbered(tmp_path: Path, name: str) -> None:
-    from lightning_draft.cli import runs
-
-    assert runs.fresh(tmp_path, name) == tmp_path / name
-    for folder in (name, f"{name}-2", f"{name}-10", f"{name}-other"):
-        (tmp_path / folder / "lora").mkdir(parents=True)
-    assert runs.fresh(tmp_path, name) == tmp_path / f"{name}-11"
-    assert [path.name for path in runs.existing(tmp_path, name)] == [
-        Path(name).name + number for number in ("", "-2", "-10")
-    ]
-
-
 def test_a_folder_stands_for_its_newest_checkpoint(command: Callable, trained: Path) -> None:
     args = ["fit", "--config", trained, "--name", "more", "--trainer.max_steps", "3", "--trainer.logger", "CSVLogger"]
     result = command(*args, "--trainer.logger.save_dir", "csv", "--ckpt_path", "runs/small")
     assert result.status == 0, result.err
     assert "step 3/3" in result.out
     assert "tensorboard" not in result.out
+    assert list(Path("csv").rglob("metrics.csv"))
+    assert Path("runs/more/config.yaml").is_file()

@@ -1,0 +1,44 @@
+"""The callbacks that every run can have, one option each; the command line and its help page read this table."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CallbackOption:
+    """An option of the command line that configures one callback.
+
+    Args:
+        key: The option's name, without dashes.
+        class_name: The callback's class in `lightning_draft.callbacks`.
+        enabled: Whether a run has it by default.
+        help: What it does, in a few words.
+        writes_files: Whether it writes files, which a run with `fast_dev_run` does not.
+    """
+
+    key: str
+    class_name: str
+    enabled: bool
+    help: str
+    writes_files: bool = False
+
+
+CALLBACK_OPTIONS = (
+    CallbackOption("cost", "CostMonitor", True, "log reward queries, network passes and seconds"),
+    CallbackOption("samples", "SampleLogger", True, "image grids of the base and the trained model", True),
+    CallbackOption("export", "LoRAExport", True, "LoRA files of the last and the best step", True),
+    CallbackOption("gradients", "GradientNormMonitor", True, "log gradient norms, act when they explode"),
+    CallbackOption("checkpoint", "LastCheckpoint", True, "the checkpoint to resume from", True),
+    CallbackOption("progress", "ProgressBar", True, "the progress bar"),
+    CallbackOption("ema", "AdapterEMA", False, "moving average of the trained parameters"),
+    CallbackOption("guard", "OverOptimisationGuard", False, "act when evaluation rewards fall", True),
+    CallbackOption("conflict", "RewardConflict", False, "log the cosine between the gradients of rewards"),
+)
+
+
+def help_lines() -> list[str]:
+    """Return one line for each option, for the help page of `fit`."""
+    return [f"  --{option.key:11} {option.help}{_how_to_enable(option)}" for option in CALLBACK_OPTIONS]
+
+
+def _how_to_enable(option: CallbackOption) -> str:
+    return "" if option.enabled else f" (off; on with --{option.key} {option.class_name})"

@@ -1,0 +1,88 @@
+"""Values that the Trainer and torch accept in silence or with an unclear error, refused with one message."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.redaction import HIDDEN
+
+_MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class OptionCheck:
+    """A condition on the value of one option; `null` is always valid.
+
+    Args:
+        name: The option's full name.
+        is_valid: The condition.
+        rule: The condition in words.
+        hint: What to write instead.
+    """
+
+    name: str
+    is_valid: Callable[[Any], bool]
+    rule: str
+    hint: str
+
+
+CHECKS = (
+    OptionCheck(
+        "trainer.max_steps", lambda n: n == -1 or n >= 1, "must be at least 1, or -1 for no limit", "write 200"
+    ),
+    OptionCheck(
+        "trainer.max_epochs", lambda n: n == -1 or n >= 1, "must be at least 1, or -1 for no limit", "write 10"
+    ),
+    OptionCheck("trainer.accumulate_grad_batches", lambda n: n >= 1, "must be at least 1", "write 1"),
+    OptionCheck(
+        "trainer.gradient_clip_val",
+        lambda x: 0 < x < math.inf,
+        "must be a positive number",
+        "write 1.0, or null for no clipping",
+    ),
+    OptionCheck("trainer.log_every_n_steps", lambda n: n >= 1, "must be at least 1", "write 1"),
+    OptionCheck(
+        "trainer.val_check_interval",
+        lambda n: n != 0,
+        "must not be 0",
+        "for no validation write --trainer.limit_val_batches 0",
+    ),
+    OptionCheck("trainer.num_nodes", lambda n: n >= 1, "must be at least 1", "write 1"),
+    OptionCheck(
+        "seed_everything",
+        lambda n: isinstance(n, bool) or 0 <= n <= _MAX_SEED,
+        f"must be between 0 and {_MAX_SEED}",
+        "write 0",
+    ),
+    OptionCheck(
+        "model.optimizer.lr",
+        lambda x: not isinstance(x, (int, float)) or 0 < x < math.inf,
+        "must be positive",
+        "write 1e-4",
+    ),
+    OptionCheck(
+        "model.optimizer.weight_decay", lambda x: 0 <= x < math.inf, "must be a number of at least 0", "write 0.01"
+    ),
+)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the values of options.
+
+    Args:
+        options: Values by full name, such as `trainer.max_steps`.
+
+    Raises:
+        ConfigurationError: One is not valid; the message says what to write.
+    """
+    for check in CHECKS:
+        value = options.get(check.name)
+        if value is not None and not check.is_valid(value):
+            raise ConfigurationError(f"--{check.name}={value!r} {check.rule}; {check.hint}")
+    for name, value in options.items():
+        if isinstance(value, str) and HIDDEN in value:
+            raise ConfigurationError(
+                f"--{name}: this config was saved without its secrets; give the value again with --{name} VALUE"
+            )

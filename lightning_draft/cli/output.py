@@ -1,0 +1,67 @@
+"""What Lightning, torch and Python print during a command: fewer notices, one line a warning, no terminal codes."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_draft.cli.messages import printable
+
+VERBOSE = "LIGHTNING_DRAFT_VERBOSE"
+_NOTICES = (
+    "\N{ELECTRIC LIGHT BULB}",
+    "TPU available",
+    "Seed set",
+    "`weights_only` was not set",
+    "\nDetected KeyboardInterrupt",
+)
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
+_WARNINGS = (".*treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*")
+
+
+@contextmanager
+def quiet_output() -> Iterator[None]:
+    """Within this context notices that ask for nothing are left out, and warnings are one line each.
+
+    The environment variable `LIGHTNING_DRAFT_VERBOSE=1`, or `--verbose`, turns this off. Everything is restored at the
+    end.
+    """
+    if os.environ.get(VERBOSE, "0") not in ("", "0"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(_is_useful)
+    factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *args, **kwargs: _escape(factory(*args, **kwargs)))
+    try:
+        with warnings.catch_warnings():
+            for text in _WARNINGS:
+                warnings.filterwarnings("ignore", text)
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        for logger in loggers:
+            logger.removeFilter(_is_useful)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    print(f"warning: {printable(str(message))}", file=sys.stderr, flush=True)
+
+
+def _escape(record: logging.LogRecord) -> logging.LogRecord:
+    if isinstance(record.msg, str):
+        record.msg = printable(record.msg)
+    return record
+
+
+def _is_useful(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOTICES)

@@ -1,0 +1,128 @@
+"""The configuration of a run, written into its folder and compared when the run is resumed."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_draft import __version__
+from lightning_draft.cli.messages import flatten
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.redaction import redact
+
+_NOT_COMPARED = ("name", "resume", "ckpt_path", "weights_only")
+_FIXED = (
+    "model.class_path",
+    "model.model.class_path",
+    "model.model.pretrained",
+    "model.model.pretrained_config",
+    "model.model.lora",
+    "model.model.trainable",
+    "model.optimizer.class_path",
+    "model.lr_scheduler.class_path",
+)
+_OPTIMIZER = "model.optimizer."
+
+
+class RunRecord(Callback):
+    """Write `config.yaml` when training starts, and what a resume changed into `config-resume-N.yaml`.
+
+    `config.yaml` is never replaced. The configuration is part of every checkpoint, so a resumed run is compared with
+    the run that wrote the checkpoint: changes of the model, its adapters or the class of the optimizer are refused;
+    changed options of the optimizer are applied; other changes take effect and are printed.
+
+    Args:
+        config: The configuration of this run; secrets are removed.
+        folder: The run's folder.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+        self.config = redact({**config, "ckpt_path": None, "resume": None})
+        self.folder = folder
+        self.changes: dict[str, tuple[Any, Any]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the configuration as YAML text."""
+        return {"config": _dump(self.config)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with the configuration of the run that wrote the checkpoint.
+
+        Raises:
+            ConfigurationError: Something was changed that a resumed run must keep.
+        """
+        self.changes = changed_options(yaml.safe_load(state_dict["config"]), self.config)
+        check_changes(self.changes, self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply changed options of the optimizer; write the configuration."""
+        options = {key.removeprefix(_OPTIMIZER): new for key, (_, new) in self.changes.items() if _OPTIMIZER in key}
+        for optimizer in trainer.optimizers if options else ():
+            for group in optimizer.param_groups:
+                group.update({name: value for name, value in options.items() if name in group})
+        if trainer.is_global_zero:
+            for key, (old, new) in self.changes.items():
+                print(f"changed since the checkpoint: --{key} {old!r} -> {new!r}", flush=True)
+            self._write()
+
+    def _write(self) -> None:
+        """Write the configuration, unless the folder has the same one."""
+        first = self.folder / "config.yaml"
+        if not first.exists():
+            write_text(first, f"# lightning-draft {__version__}\n{_dump(self.config)}")
+        elif self.changes:
+            number = 1 + len(list(self.folder.glob("config-resume-*.yaml")))
+            lines = "".join(f"# --{key}: {old!r} -> {new!r}\n" for key, (old, new) in self.changes.items())
+            write_text(self.folder / f"config-resume-{number}.yaml", lines + _dump(self.config))
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the old and new value of each option that differs, by its full name."""
+    before, after = flatten(old), flatten(new)
+    names = [key for key in dict.fromkeys([*before, *after]) if key.partition(".")[0] not in _NOT_COMPARED]
+    return {
+        key: (before.get(key), after.get(key)) for key in names if _comparable(before, key) != _comparable(after, key)
+    }
+
+
+def check_changes(changes: Mapping[str, tuple[Any, Any]], config: Mapping[str, Any]) -> None:
+    """Check that a resumed run can have these changes.
+
+    Raises:
+        ConfigurationError: It cannot; the message names the option and both values.
+    """
+    for key, (old, new) in changes.items():
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
+            raise ConfigurationError(
+                f"--{key}: the checkpoint was trained with {old!r} and this run has {new!r}; a resumed run must keep "
+                f"it. Write --{key} {old}, or start a new run without --ckpt_path"
+            )
+    if f"{_OPTIMIZER}lr" in changes and flatten(config).get("model.lr_scheduler.class_path"):
+        old, new = changes[f"{_OPTIMIZER}lr"]
+        raise ConfigurationError(
+            f"--{_OPTIMIZER}lr: changed from {old!r} to {new!r}, but the learning rate of this run follows its "
+            f"lr_scheduler, whose state is in the checkpoint; write --{_OPTIMIZER}lr {old}, or start a new run"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole: under another name in the same folder first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _comparable(options: Mapping[str, Any], key: str) -> Any:
+    value = options.get(key)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dump(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)

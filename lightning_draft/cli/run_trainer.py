@@ -1,0 +1,62 @@
+"""The Trainer of a run: one folder for everything, and loggers that write inside it."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+_DEFAULT_DIRS = ("", ".", "./mlruns", "mlruns")
+
+
+class RunTrainer(Trainer):
+    """Lightning's Trainer, whose `log_dir` is the run's folder whatever the loggers are."""
+
+    @property
+    def log_dir(self) -> str:
+        """Return the run's folder, which process 0 decides; all processes must ask for it."""
+        return str(self.strategy.broadcast(self.default_root_dir))
+
+
+class StepNumber(Callback):
+    """Log everything at the number of completed optimization steps, as the progress lines and images count them."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Number the values of this step, from 1."""
+        pl_module.log("step", float(trainer.global_step))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Number the values of this validation by the steps before it."""
+        if trainer.state.fn == "fit":
+            pl_module.log("step", float(trainer.global_step))
+
+
+def run_logger(folder: Path) -> TensorBoardLogger:
+    """Return the default logger, which writes event files into the run's folder."""
+    return TensorBoardLogger(folder.parent, name=folder.name, version="")
+
+
+def place_loggers(loggers: Any, folder: Path, root: Path) -> None:
+    """Let configured loggers write into the run's folder, unless their `save_dir` is a folder of the user's.
+
+    Args:
+        loggers: The configuration `trainer.logger`, changed in place.
+        folder: The run's folder.
+        root: The folder of all runs, which as a logger's `save_dir` means the run's folder.
+    """
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if arguments is None or "save_dir" not in arguments or not _is_default(arguments["save_dir"], root):
+            continue
+        kind = str(logger["class_path"]).rpartition(".")[2]
+        if kind == "TensorBoardLogger":
+            arguments.update({"save_dir": str(folder.parent), "name": folder.name, "version": ""})
+        else:
+            arguments["save_dir"] = str(folder / "mlruns" if kind == "MLFlowLogger" else folder)
+        if kind == "CSVLogger" and arguments["name"] == "lightning_logs":
+            arguments["name"] = "csv"
+
+
+def _is_default(save_dir: Any, root: Path) -> bool:
+    return save_dir is None or str(save_dir) in _DEFAULT_DIRS or Path(str(save_dir)) == root

@@ -1,0 +1,63 @@
+"""What a run prints before and after training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_draft.assets import resolve
+from lightning_draft.callbacks import LoRAExport, OverOptimisationGuard
+from lightning_draft.callbacks.lora_export import describe
+from lightning_draft.methods.base import RewardModule
+
+
+def headline(module: RewardModule) -> str:
+    """Return one line with the method, reward, sampler and number of trainable parameters."""
+    count = sum(parameter.numel() for parameter in module.trainable_parameters().values())
+    parts = [module.reward, module.method, getattr(module, "advantage_estimator", None), module.sampler]
+    described = ", ".join(describe(part) for part in parts if part is not None)
+    return f"{type(module).__name__}: {described}; {count:,} trainable parameters"
+
+
+def folder_line(trainer: Trainer, folder: Path) -> str:
+    """Return where the run writes, and the command that shows its curves."""
+    hint = f"    (curves: tensorboard --logdir {folder.parent})"
+    return f"run folder: {folder}{hint if any(isinstance(each, TensorBoardLogger) for each in trainer.loggers) else ''}"
+
+
+def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Iterator[str]:
+    """Yield which LoRA files there are, the command that draws from them, and code that loads the first."""
+    files = lora_files(trainer)
+    if not files:
+        return
+    base = str(getattr(module.model, "pretrained", "..."))
+    family: Any = getattr(module.model, "family", None)
+    yield f"LoRA files: {'  '.join(map(str, files))}"
+    yield f"sample:     lightning-draft sample {folder}"
+    yield "in diffusers:"
+    yield f"    {loading_code(base, 'DiffusionPipeline' if family is None else family.pipeline_class.__name__)}"
+    yield f'    pipe.load_lora_weights("{files[0]}")'
+
+
+def loading_code(base: str, pipeline: str) -> str:
+    """Return the line that opens a base model in diffusers: a single file, or a folder or hub id.
+
+    Args:
+        base: The model's `pretrained`.
+        pipeline: Name of the pipeline's class.
+    """
+    place = str(resolve(base))
+    method = "from_single_file" if Path(place).expanduser().is_file() else "from_pretrained"
+    return f'pipe = {pipeline}.{method}("{place}")'
+
+
+def lora_files(trainer: Trainer) -> list[Path]:
+    """Return the LoRA files of a run, the recommended one first: the guard's, the best by validation, the last."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    exports = [callback for callback in callbacks if isinstance(callback, LoRAExport)]
+    files = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimisationGuard)]
+    files += [export.best_path for export in exports if export.best_metric == export.monitor]
+    files += [export.last_path for export in exports]
+    return [file for file in files if file.is_file()]

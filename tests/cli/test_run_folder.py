@@ -1,0 +1,270 @@
+"""Run folders: exclusive, inside `runs`, never overwritten; what resuming finds, compares, applies and refuses."""
+
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lightning_draft.cli import run_folder
+from lightning_draft.cli.run_record import changed_options, check_changes, write_text
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.redaction import redact
+
+
+def _checkpoint(folder: Path, step: int = 1) -> Path:
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "global_step": step}, folder / "checkpoints" / "last.ckpt")
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("name", ["small", "a.b", "lr[1]", "group/small"])
+def test_runs_of_one_name_are_numbered(tmp_path: Path, name: str) -> None:
+    assert run_folder.create(tmp_path, name).path == tmp_path / name
+    for folder in (f"{name}-2", f"{name}-10", f"{name}-other"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert run_folder.create(tmp_path, name).path == tmp_path / f"{name}-11"
+    names = [path.name for path in run_folder.existing(tmp_path, name)]
+    assert names == [Path(name).name + number for number in ("", "-2", "-10", "-11")]
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path) -> None:
+    barrier, folders = threading.Barrier(16), []
+
+    def start() -> None:
+        barrier.wait()
+        folders.append(run_folder.create(tmp_path, "a/same").path)
+
+    threads = [threading.Thread(target=start) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(folders)) == 16
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "group").touch()
+    with pytest.raises(ConfigurationError, match="group is not a folder"):
+        run_folder.create(tmp_path, "group/small")
+
+
+def test_last_is_the_newest_run_and_not_the_newest_file(tmp_path: Path) -> None:
+    old, new = _checkpoint(tmp_path / "small"), _checkpoint(tmp_path / "small-2")
+    os.utime(new, ns=(0, 0))
+    assert run_folder.newest(tmp_path, "small") == run_folder.RunFolder(tmp_path / "small-2", new)
+    new.unlink()
+    with pytest.raises(ConfigurationError, match=r"no checkpoint in .*small-2, the newest run; .*--ckpt_path .*small"):
+        run_folder.newest(tmp_path, "small")
+    assert old.exists()
+
+
+def test_start_or_resume_starts_once_and_then_continues_in_the_same_folder(tmp_path: Path) -> None:
+    first = run_folder.start_or_resume(tmp_path / "job")
+    assert first == run_folder.RunFolder(tmp_path / "job", None, created=True)
+    file = _checkpoint(tmp_path / "job")
+    assert run_folder.start_or_resume(tmp_path / "job") == run_folder.RunFolder(tmp_path / "job", file)
+
+
+def test_discard_removes_only_an_unused_folder_of_its_own(tmp_path: Path) -> None:
+    run = run_folder.create(tmp_path / "runs", "small")
+    (run.path / "config.yaml").touch()
+    run_folder.discard(run_folder.RunFolder(run.path))
+    assert run.path.exists()
+    run_folder.discard(run)
+    assert not (tmp_path / "runs").exists()
+    run = run_folder.create(tmp_path / "runs", "small")
+    _checkpoint(run.path)
+    run_folder.discard(run)
+    assert run.path.exists()
+
+
+def _config(**changes: object) -> dict:
+    arguments = {
+        "model": {"class_path": "SD", "init_args": {"pretrained": "emoji", "lora": {"rank": 2, "alpha": 2.0}}},
+        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3, "betas": (0.9, 0.999)}},
+        "lr_scheduler": None,
+        "kl_weight": 0.0,
+    }
+    return {"name": "x", "model": {"class_path": "DraftModule", "init_args": {**arguments, **changes}}}
+
+
+def _model(pretrained: str = "emoji", **lora: object) -> dict:
+    adapters = {"rank": 2, "alpha": 2.0, **lora}
+    return {"class_path": "SD", "init_args": {"pretrained": pretrained, "lora": adapters}}
+
+
+REFUSED = [
+    ({"model": _model(alpha=4.0)}, "--model.model.lora.alpha: .*2.0 .*4.0"),
+    ({"model": _model(rank=4)}, "--model.model.lora.rank"),
+    ({"model": _model("other")}, "--model.model.pretrained: .*'emoji' .*'other'"),
+    ({"model": {"class_path": "SD3", "init_args": {"pretrained": "emoji"}}}, "--model.model"),
+    ({"optimizer": {"class_path": "SGD", "init_args": {"lr": 1e-3}}}, "--model.optimizer.class_path"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_changes_that_a_resumed_run_cannot_have(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        check_changes(changed_options(_config(), _config(**changes)), _config(**changes))
+
+
+def test_changes_that_a_resumed_run_can_have() -> None:
+    new = _config(kl_weight=0.5, optimizer={"class_path": "AdamW", "init_args": {"lr": 1e-4, "betas": [0.9, 0.999]}})
+    changes = changed_options(_config(), {**new, "name": "y"})
+    assert changes == {"model.kl_weight": (0.0, 0.5), "model.optimizer.lr": (1e-3, 1e-4)}
+    check_changes(changes, new)
+    new["model"]["init_args"]["lr_scheduler"] = {"class_path": "StepLR"}
+    with pytest.raises(ConfigurationError, match="follows its lr_scheduler"):
+        check_changes(changes, new)
+
+
+def test_a_refused_resume_changes_nothing_and_an_allowed_change_is_applied_and_recorded(
+    command: Callable, config: Path
+) -> None:
+    assert command("fit", "--config", config, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.001").status == 0
+    run = Path("runs/small")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    more = ["fit", "--config", run, "--ckpt_path", "last", "--trainer.max_steps", "4"]
+    refused = command(*more, "--model.model.lora.alpha", "7")
+    assert refused.status == 2
+    assert "--model.model.lora.alpha" in refused.err
+    assert {path: path.read_bytes() for path in before} == before
+    resumed = command(*more, "--model.optimizer.lr", "0.0005")
+    assert resumed.status == 0, resumed.err
+    assert "continuing from runs/small/checkpoints/last.ckpt" in resumed.out
+    assert "changed since the checkpoint: --model.optimizer.lr 0.001 -> 0.0005" in resumed.out
+    state = torch.load(run / "checkpoints/last.ckpt")
+    assert state["global_step"] == 4
+    assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.0005]
+    assert (run / "config.yaml").read_bytes() == before[run / "config.yaml"]
+    text = (run / "config-resume-1.yaml").read_text()
+    assert text.startswith("# --trainer.max_steps: 2 -> 4\n")
+    assert yaml.safe_load(text)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.0005
+
+
+def test_files_are_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.yaml", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.yaml", "new \ud800")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+    assert (tmp_path / "a.yaml").read_text() == "old"
+
+
+LOGGER = """
+from pathlib import Path
+from lightning.pytorch.loggers.logger import DummyLogger
+class FileLogger(DummyLogger):
+    def __init__(self, save_dir: str = "./mlruns", project: str = "p"):
+        super().__init__()
+        self._dir = save_dir
+    @property
+    def save_dir(self):
+        return self._dir
+    def log_metrics(self, metrics, step=None):
+        Path(self._dir).mkdir(parents=True, exist_ok=True)
+        with open(Path(self._dir) / "metrics.txt", "a") as file:
+            file.write(f"{step} {sorted(metrics)}\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("logger", "files"),
+    [("CSVLogger", ["csv/version_0/metrics.csv", "csv/version_1/metrics.csv"]), ("mine.FileLogger", ["metrics.txt"])],
+)
+def test_loggers_only_log_and_inside_the_run_folder(
+    command: Callable, config: Path, logger: str, files: list[str]
+) -> None:
+    Path("mine.py").write_text(LOGGER)
+    Path("config.yaml").write_text("# written by hand\n")
+    args = ["fit", "--config", config, "--trainer.logger", logger]
+    for _ in range(2):
+        result = command(*args)
+        assert result.status == 0, result.err
+    resumed = command(*args, "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert resumed.status == 0, resumed.err
+    assert "run folder: runs/small-2\n" in resumed.out
+    assert {path.name for path in Path("runs").iterdir()} == {"small", "small-2"}
+    for run, count in (("small", 1), ("small-2", len(files))):
+        assert all((Path("runs") / run / file).is_file() for file in files[:count])
+        inside = {path.name for path in (Path("runs") / run).iterdir()}
+        assert inside >= {"config.yaml", "checkpoints", "lora", "samples"}
+    assert Path("config.yaml").read_text() == "# written by hand\n"
+    outside = {path.name for path in Path().iterdir()} - {"__pycache__"}
+    assert outside == {"runs", "mine.py", "config.yaml", "small.yaml"}
+
+
+SIGNALS = """
+import lightning as L, os, signal
+class Warn(L.Callback):
+    def on_before_backward(self, trainer, *_):
+        if trainer.global_step == 1 and not os.path.exists("warned"):
+            open("warned", "w").close()
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.fixture
+def slurm(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for SLURM: the variables of a job, and a `scontrol` that writes its arguments to a file."""
+    scontrol = workplace / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {workplace}/requeued\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    job = {"JOB_ID": "17", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return workplace / "requeued"
+
+
+def test_one_command_line_starts_and_continues_after_the_schedulers_warning(
+    command: Callable, config: Path, slurm: Path
+) -> None:
+    Path("signals.py").write_text(SIGNALS)
+    job = ["fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks", "[signals.Warn]"]
+    first = command(*job, "--name", "job", "--resume", "auto")
+    assert first.status == 143, first.err
+    assert "stopped by SIGUSR1 after 2 steps" in first.err
+    assert slurm.read_text() == "requeue 17\n"
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    second = command(*job, "--name", "job", "--resume", "auto")
+    assert second.status == 0, second.err
+    assert {path.name for path in Path("runs").iterdir()} == {"job"}
+    assert command(*job, "--name", "whole").status == 0
+    job_state, whole = (torch.load(f"runs/{name}/checkpoints/last.ckpt") for name in ("job", "whole"))
+    assert job_state["global_step"] == whole["global_step"] == 4
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, job_state["state_dict"][name])
+    files = [load_file(Path("runs") / name / "lora/last.safetensors") for name in ("job", "whole")]
+    assert all(torch.equal(value, files[0][name]) for name, value in files[1].items())
+    third = command(*job, "--name", "job", "--resume", "auto")
+    assert third.status == 0, third.err
+
+
+SECRETS = [
+    ("https://user:pw@host/path?api_key=abc&size=3", "https://REDACTED@host/path?api_key=REDACTED&size=3"),
+    ("https://host/?key=abc", "https://host/?key=REDACTED"),
+    ("https://host/?x=1", "https://host/?x=1"),
+    ("http://[broken", "http://[broken"),
+    ("a cat: 50% off?", "a cat: 50% off?"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), SECRETS)
+def test_secrets_in_urls_are_removed(text: str, shown: str) -> None:
+    assert redact({"url": [text]}) == {"url": [shown]}
+
+
+def test_secrets_are_removed_by_the_name_of_the_option() -> None:
+    secret = {"api_key": "a", "hf_token": "b", "headers": {"Authorization": "Bearer c"}, "wandb": {"password": "d"}}
+    assert "'a'" not in str(redact(secret))
+    assert redact(secret)["headers"] == {"Authorization": "REDACTED"}
+    kept = {"tokens": "x", "num_token": 3, "token": None, "column": "key", "monitor": "val/reward", "k": 3}
+    assert redact(kept) == kept

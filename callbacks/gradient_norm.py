@@ -237,7 +237,7 @@ def total_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:
         norm = get_total_norm(parts)
         square = square + (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
     # Replicas hold the same gradients; the maximum makes sure of the same decision.
-    square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf), reduce_op="max")
+    square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
     return float(square.sqrt())
 
 

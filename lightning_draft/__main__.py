@@ -8,6 +8,7 @@ from lightning_draft import __version__
 from lightning_draft.cli import pages, shipped
 from lightning_draft.cli.messages import INTERRUPTED, USAGE, print_error
 from lightning_draft.cli.output import VERBOSE, quiet_output
+from lightning_draft.cli.process import import_from_current_folder
 from lightning_draft.errors import ConfigurationError
 
 
@@ -57,6 +58,7 @@ def _run(verb: str, rest: list[str]) -> int:
         print(pages.VERBS[verb])
         return 0
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import_from_current_folder()
     if verb == "sample":
         from lightning_draft.cli.sample import main as sample
 

@@ -30,7 +30,7 @@ from lightning_draft.cli.checkpoint_file import find_checkpoint
 from lightning_draft.cli.explain import explain
 from lightning_draft.cli.option_checks import check_options
 from lightning_draft.cli.preemption import Preemption, requeue
-from lightning_draft.cli.process import import_from_current_folder, option_values, process_arguments
+from lightning_draft.cli.process import option_values, process_arguments
 from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers, run_logger
@@ -63,7 +63,6 @@ def run(verb: Literal["fit", "validate"], args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: The configuration cannot work.
     """
-    import_from_current_folder()
     options = ["--help" if arg == "--help_all" else arg for arg in args]
     with process_arguments([verb, *options]):
         return DraftCLI(verb).status

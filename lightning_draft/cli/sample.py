@@ -23,7 +23,6 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, run_folder, shipped
 from lightning_draft.cli.app import explain_parser_error
 from lightning_draft.cli.messages import as_configuration_error, root_cause
-from lightning_draft.cli.process import import_from_current_folder
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import RewardModule
@@ -44,7 +43,6 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: The arguments cannot work.
     """
-    import_from_current_folder()
     options = _parse(args)
     with as_configuration_error():
         _sample(options)

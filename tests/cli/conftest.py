@@ -95,7 +95,7 @@ model:
   init_args:
     model:
       class_path: StableDiffusion
-      init_args: {{pretrained: {model}, guidance: {scale: 2.0}, lora: {{rank: 2}}}}
+      init_args: {{pretrained: {model}, guidance: {{scale: 2.0}}, lora: {{rank: 2}}}}
     sampler:
       class_path: DDIM
       init_args: {{num_steps: 3}}

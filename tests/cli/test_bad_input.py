@@ -29,7 +29,7 @@ PARSED = [
     (["--model.truncation.kk", "5"], ["--model.truncation.kk: LastK", "did you mean k"]),
     (["--model.truncaton", "Full"], ["--model.truncaton: DraftModule", "did you mean truncation"]),
     (["--model.model.lora.ranks", "3"], ["--model.model.lora.ranks: LoRA", "did you mean rank"]),
-    (["--model.model.guidance", "3"], ["--model.model.guidance: StableDiffusion", "did you mean guidance_"]),
+    (["--model.model.guidence", "3"], ["--model.model.guidence: StableDiffusion", "did you mean guidance"]),
     (["--model.sampler.steps", "3"], ["--model.sampler.steps: DDIM", "num_steps"]),
     (["--model.reward.targt", "1"], ["--model.reward.targt: Brightness", "did you mean target"]),
     (["--trainer.max_step", "5"], ["--trainer.max_step: Trainer", "did you mean max_steps"]),

@@ -186,16 +186,16 @@ def test_curves_images_and_lines_count_completed_steps(command: Callable, config
 
 
 def test_a_fault_in_training_ends_with_status_1(command: Callable, config: Path) -> None:
-    Path("mine.py").write_text(
-        "from lightning_draft.rewards import Reward\n"
-        "class Broken(Reward):\n"
-        "    def forward(self, images, prompts):\n"
-        "        return images.mean((1, 2, 3)) * float('nan')\n"
+    Path("exploding.py").write_text(
+        "import lightning as L\n"
+        "class Explode(L.Callback):\n"
+        "    def on_after_backward(self, trainer, pl_module):\n"
+        "        for parameter in pl_module.trainable_parameters().values():\n"
+        "            parameter.grad.fill_(float('inf'))\n"
     )
-    text = config.read_text().replace("class_path: Brightness", "class_path: mine.Broken")
-    config.write_text(text.replace("      init_args: {target: 0.9}\n", ""))
-    result = command("fit", "--config", config, "--gradients.max_nonfinite", "1")
-    assert result.status == 1
+    options = ["--trainer.callbacks", "[exploding.Explode]", "--gradients.max_nonfinite", "1"]
+    result = command("fit", "--config", config, *options)
+    assert result.status == 1, result.err
     assert "training failed: the gradient is not finite at step" in result.err
 
 

@@ -1,4 +1,4 @@
-"""What a run has cost so far: reward queries, network passes, seconds."""
+"""What training has cost so far: reward queries, network passes, seconds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,81 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lightning_draft.models.guidance import Guidance
+from lightning_draft.models.base import DiffusionModel
+
+
+class PassCounter:
+    """Counts the passes of a model's denoiser with hooks on that network. The hooks change no value and no gradient.
+
+    A pass is one forward or one backward pass for one sample: a batch of `B` counts `B`, and a batch that joins the two
+    branches of classifier-free guidance counts `2 B`. Recomputed forward passes count: a recomputed step when the
+    network is called again, recomputed blocks as one forward pass when the gradient arrives at the network's output.
+
+    Attributes:
+        forwards: Forward passes since `start`.
+        backwards: Backward passes since `start`.
+        active: Whether passes are counted; those of a call made while counting are counted to the end.
+    """
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.backwards = 0
+        self.active = False
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: DiffusionModel) -> None:
+        """Put the hooks on the model's denoiser."""
+
+        def before(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Before the call: a recomputed one is abandoned as soon as it has what the backward pass needs.
+            if self.active:
+                self.forwards += _batch(args, kwargs)
+
+        def after(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.active:
+                self._count_backward(output, _batch(args, kwargs), model.block_checkpointing)
+
+        self._handles = [
+            model.denoiser.register_forward_pre_hook(before, with_kwargs=True),
+            model.denoiser.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def start(self) -> None:
+        """Count from 0."""
+        self.forwards = self.backwards = 0
+        self.active = True
+
+    def _count_backward(self, output: Any, samples: int, recomputed: bool) -> None:
+        def count(gradient: Tensor) -> None:
+            self.backwards += samples
+            self.forwards += samples if recomputed else 0
+
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if tensors:
+            tensors[0].register_hook(count)  # type: ignore[no-untyped-call]
 
 
 class CostMonitor(Callback):
-    """Count what training costs, without validation and samples, and log it after every optimisation step.
+    """Count what training costs, without validation and samples, and log it after every training step.
 
-    - `cost/reward_queries`: images that the trained reward was asked about;
-    - `cost/network_forwards`: forward passes of the denoiser on one sample, recomputed ones included; a call with
-      classifier-free guidance is two;
-    - `cost/network_backwards`: backward passes of the denoiser on one sample, counted likewise;
+    - `cost/reward_queries`: images that the trained reward has scored;
+    - `cost/network_forwards`: forward passes of the denoiser for one sample, recomputed ones included;
+    - `cost/network_backwards`: backward passes of the denoiser for one sample;
     - `cost/seconds`: time within training steps.
 
-    Counts are over all processes, each taken to do what the first does. They go on where a resumed run left off.
+    Passes are counted by hooks on the denoiser. A call with both branches of classifier-free guidance is two passes a
+    sample; with `gradient: conditional` only one of them has a backward pass. Counts are multiplied by the number of
+    processes, which make the same calls. A resumed run continues them; the checkpoint of an interrupted optimizer step
+    holds the counts before that step, which is repeated.
     """
 
     def __init__(self) -> None:
@@ -30,65 +90,63 @@ class CostMonitor(Callback):
         self.network_forwards = 0
         self.network_backwards = 0
         self.seconds = 0.0
-        self._handles: list[RemovableHandle] = []
-        self._asked = 0
-        self._passes = 1
-        self._started: float | None = None
+        self._passes = PassCounter()
+        self._queries_before = 0
+        self._started = 0.0
+        self._completed: tuple[int, dict[str, Any]] = (-1, self._counts())  # after how many optimizer steps, and what
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Watch the network."""
-        self._passes = trainer.world_size * (1 if getattr(pl_module.model, "guidance", Guidance(1)).scale == 1 else 2)
-        self._handles = [
-            # Before the call: a recomputed one is abandoned as soon as it has what the backward pass needs.
-            pl_module.model.register_forward_pre_hook(self._note_forward),
-            pl_module.model.register_forward_hook(self._note_backward),
-        ]
+        """Put the hooks on the network."""
+        self._passes.attach(pl_module.model)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Stop watching."""
-        self._release()
+        """Remove the hooks."""
+        self._passes.detach()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Stop watching."""
-        self._release()
+        """Remove the hooks."""
+        self._passes.detach()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Start the clock."""
-        self._asked = pl_module.reward_queries
+        """Start counting."""
+        self._keep_completed(trainer)
+        self._queries_before = pl_module.reward_queries
         self._started = time.perf_counter()
+        self._passes.start()
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Stop counting network passes: those of other callbacks do not train."""
+        self._passes.active = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Stop the clock, and log."""
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-        self._started = None
-        self.reward_queries += trainer.world_size * (pl_module.reward_queries - self._asked)
-        pl_module.log_dict({f"cost/{name}": float(value) for name, value in self.state_dict().items()})
+        """Add this training step's counts, and log."""
+        self._passes.active = False
+        self.seconds += time.perf_counter() - self._started
+        self.network_forwards += trainer.world_size * self._passes.forwards
+        self.network_backwards += trainer.world_size * self._passes.backwards
+        self.reward_queries += trainer.world_size * (pl_module.reward_queries - self._queries_before)
+        self._keep_completed(trainer)
+        pl_module.log_dict({f"cost/{name}": float(value) for name, value in self._counts().items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """The counts after the last completed optimizer step."""
+        return dict(self._completed[1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting from a checkpoint."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+        self._completed = (-1, self._counts())
+
+    def _keep_completed(self, trainer: L.Trainer) -> None:
+        if trainer.global_step != self._completed[0]:
+            self._completed = trainer.global_step, self._counts()
+
+    def _counts(self) -> dict[str, Any]:
         names = ("reward_queries", "network_forwards", "network_backwards", "seconds")
         return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        for name, value in state_dict.items():
-            setattr(self, name, value)
 
-    def _note_forward(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._started is not None:
-            self.network_forwards += self._passes * len(inputs[0])
-
-    def _note_backward(self, model: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        samples = len(inputs[0])
-
-        def note(gradient: Tensor) -> None:
-            self.network_backwards += self._passes * samples
-
-        if self._started is not None and output.requires_grad:
-            output.register_hook(note)
-
-    def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Batch size of the network's first argument, by position or by name."""
+    return len(next(iter((*args, *kwargs.values()))))

@@ -33,7 +33,7 @@ class StepGradients:
     def __call__(self, step: int, latent: Tensor) -> None:
         """Watch `latent`, which step `step` hands on."""
         if self.active:
-            latent.register_hook(lambda gradient: self._measure(step, gradient))
+            latent.register_hook(lambda gradient: self._measure(step, gradient))  # type: ignore[no-untyped-call]
 
     def collect(self, trainer: L.Trainer, device: torch.device) -> dict[int, float]:
         """The norms by step since the last call, with the gradient scaler's factor taken out; forgets them."""

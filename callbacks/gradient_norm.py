@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from statistics import median
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_draft.callbacks.gradient_profile import StepGradients, log_figure
-from lightning_draft.distributed import gradient, scale_gradient, trainable_parameters, uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.parameter_gradients import (
+    drop_gradients,
+    gradient_norm,
+    multiply_gradient,
+    parameters_with_gradients,
+)
 
 Action = Literal["warn", "skip", "clip", "stop"]
 
@@ -114,12 +115,12 @@ class GradientNormMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Measure, act, log: after unscaling and accumulation, before the Trainer clips."""
-        parameters = _parameters(trainer, pl_module, optimizer)
+        parameters = parameters_with_gradients(trainer, pl_module, optimizer)
         profile = self._steps.collect(trainer, pl_module.device)
         self._steps.active = False
         if not parameters:
             return
-        norm = total_norm(parameters, trainer)
+        norm = gradient_norm(parameters, trainer)
         taken = self._act(trainer, parameters, norm)
         trainer.callback_metrics["gradient_norm/total"] = torch.tensor(norm)
         if taken or self._logs_at(trainer):
@@ -162,9 +163,9 @@ class GradientNormMonitor(Callback):
         message = f"gradient norm {norm:.3g} at step {trainer.global_step} exceeds {threshold:.3g}"
         if self.action == "clip":
             for parameter in parameters:
-                scale_gradient(parameter, threshold / norm)
+                multiply_gradient(parameter, threshold / norm)
         elif self.action != "warn":
-            _drop(parameters)
+            drop_gradients(parameters)
         if self.action == "stop":
             trainer.should_stop = True
             self.failure = message
@@ -175,7 +176,7 @@ class GradientNormMonitor(Callback):
         self.counts["nonfinite"] += 1
         self.counts["skipped"] += 1
         self._nonfinite_in_a_row += 1
-        _drop(parameters)
+        drop_gradients(parameters)
         stop = self.action == "stop" and _scaler(trainer) is None
         if stop or self._nonfinite_in_a_row >= self.max_nonfinite:
             self.counts["stopped"] += 1
@@ -213,40 +214,6 @@ _MESSAGES = {
     "clip": "clipped to that",
     "stop": "training stops; lower the learning rate or the number of steps with gradient, or choose action=skip",
 }
-
-
-def _parameters(trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> list[nn.Parameter]:
-    """What has a gradient, on some process at least."""
-    if uses_deepspeed(trainer):  # its optimiser holds flat copies
-        return list(trainable_parameters(pl_module).values())
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return parameters if uses_fsdp(trainer) else [p for p in parameters if p.grad is not None]
-
-
-def total_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:
-    """The gradient's norm over all parameters, wherever their shards lie; the same on every process."""
-    gradients = [value for value in map(gradient, parameters) if value is not None]
-    whole: list[Tensor] = [value for value in gradients if not isinstance(value, DTensor)]
-    parts = [value for value in gradients if isinstance(value, DTensor)]
-    square = torch.zeros((), device=trainer.strategy.root_device)
-    if whole:
-        square = square + get_total_norm(whole).square()
-    if isinstance(trainer.strategy, FSDPStrategy):
-        square = trainer.strategy.reduce(square, reduce_op="sum")
-    if parts:
-        norm = get_total_norm(parts)
-        square = square + (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
-    # Replicas hold the same gradients; the maximum makes sure of the same decision.
-    square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
-    return float(square.sqrt())
-
-
-def _drop(parameters: Iterable[nn.Parameter]) -> None:
-    """Optimisers pass over parameters without a gradient: no decay, no momentum, no step count; but for DeepSpeed's."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            scale_gradient(parameter, 0)
-        parameter.grad = None
 
 
 def _scaler(trainer: L.Trainer) -> Any:

@@ -1,121 +1,150 @@
-"""Baselines: from the rewards of a rollout to advantages, so that a gradient learns from what is better than usual.
+"""Advantages: how much better than expected the rewards of a rollout are.
 
-Rewards are `(N,)` with every `group` in a row drawn for one prompt. In a distributed run a baseline is given the
-rewards of all processes, in the same order on each, so that its state is the same on each.
+Rewards are `(N,)`, and each `group` in a row are of samples of one prompt. In a distributed run an estimator receives
+the rewards of all processes, in the same order on each, so that its state is the same on each.
 
 References:
     Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301 (per-prompt statistics).
-    Gupta et al., arXiv:2503.00897 (leave-one-out); Liu et al., "Flow-GRPO", arXiv:2505.05470 (division by the spread).
+    Gupta et al., arXiv:2503.00897 (leave-one-out); Liu et al., "Flow-GRPO", arXiv:2505.05470 (division by the standard
+    deviation).
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import at_least, in_range, positive
+
+Rewards = Sequence[float]
 
 
 class AdvantageEstimator(ABC):
-    """Turns rewards into advantages.
+    """Compute advantages from rewards.
 
     Attributes:
-        min_group: The least number of samples a prompt.
+        min_group: The least number of samples per prompt.
     """
 
     min_group: int = 1
+    _marked: Mapping[str, Any] = {}
 
     @abstractmethod
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
-        """Advantages `(N,)`.
+        """Return advantages `(N,)`.
 
         Args:
             rewards: `(N,)`.
-            prompts: `N` prompts, one a sample.
+            prompts: `N` prompts, one per sample.
             group: How many samples in a row share a prompt.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, in plain types; a copy, which later rewards do not change."""
+        """Return a copy of the state in plain types, which later rewards do not change."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most have none)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most have no state)
         """Continue from a saved state."""
+
+    def mark(self) -> None:
+        """Note the state before an optimizer step, to which a checkpoint of an interrupted step returns."""
+        self._marked = self.state_dict()
+
+    def marked_state(self) -> dict[str, Any]:
+        """Return what `state_dict` was when `mark` was last called."""
+        return dict(self._marked)
 
 
 class GroupRelative(AdvantageEstimator):
-    """`r - mean` over the samples of the prompt, optionally divided by their standard deviation (GRPO).
+    """`A_i = r_i - mean(r)` over the samples of the prompt, or `A_i = (r_i - mean(r)) / (std(r) + epsilon)` (GRPO).
 
     Args:
-        divide_by_std: Divide by `std + epsilon`, the standard deviation of the population.
-        epsilon: Keeps groups of equal rewards at 0.
+        divide_by_std: Divide by the standard deviation of the population.
+        epsilon: Positive; avoids a division by 0 in groups of equal rewards.
     """
 
     min_group = 2
 
     def __init__(self, divide_by_std: bool = False, epsilon: float = 1e-4) -> None:
-        if not epsilon > 0:
-            raise ConfigurationError(f"epsilon={epsilon} must be positive")
         self.divide_by_std = divide_by_std
-        self.epsilon = epsilon
+        self.epsilon = positive("epsilon", epsilon)
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
-        """Centre each group."""
-        centred = _centred(rewards, group)
+        """Subtract the mean of each group."""
+        centered = _centered(rewards, group)
         if self.divide_by_std:
-            centred = centred / (centred.square().mean(1, keepdim=True).sqrt() + self.epsilon)
-        return centred.flatten()
+            centered = centered / (centered.square().mean(1, keepdim=True).sqrt() + self.epsilon)
+        return centered.flatten()
 
 
 class LeaveOneOut(AdvantageEstimator):
-    """`r_i - mean_{j != i} r_j` over the samples of the prompt: unbiased, and not divided by anything (RLOO, LOOP)."""
+    """`A_i = r_i - 1 / (K - 1) sum_{j != i} r_j` over the `K` samples of the prompt: unbiased (RLOO, LOOP)."""
 
     min_group = 2
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
-        """`K / (K - 1) (r - mean)`, which is the same."""
-        return (group / (group - 1) * _centred(rewards, group)).flatten()
+        """Compute `K / (K - 1) (r - mean)`, which is equal."""
+        return (group / (group - 1) * _centered(rewards, group)).flatten()
 
 
 class PerPromptStatistics(AdvantageEstimator):
-    """`(r - mean) / std` by the prompt's last rewards, or by the rollout's where the prompt has been seen too rarely.
+    """`A_i = (r_i - mean) / (std + 1e-6)`, by the last rewards of the prompt (DDPO).
+
+    The statistics are those of the prompt's last `buffer_size` rewards, these ones included. A prompt with fewer than
+    `min_count` takes the mean and standard deviation of the whole rollout instead.
 
     Args:
-        buffer_size: How many rewards of a prompt are remembered.
-        min_count: From how many on they are used.
+        buffer_size: How many rewards of each prompt are kept.
+        min_count: From how many on they are used, in `2..buffer_size`.
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
-        if not 2 <= min_count <= buffer_size:
-            raise ConfigurationError(f"min_count={min_count} must lie in 2..buffer_size={buffer_size}")
-        self.buffer_size = buffer_size
-        self.min_count = min_count
-        self._seen: dict[str, list[float]] = {}
+        self.buffer_size = at_least("buffer_size", buffer_size, 2)
+        self.min_count = in_range("min_count", min_count, 2, buffer_size)
+        self._rewards: dict[str, Rewards] = {}
+        self._before_mark: dict[str, Rewards] = {}  # of the prompts that changed since the mark; empty for new ones
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
-        """Remember the rewards, then standardise them."""
+        """Store the rewards, then standardize them."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self._seen[str(prompt)] = [*self._seen.get(str(prompt), []), reward][-self.buffer_size :]
-        known = {prompt: torch.tensor(self._seen[prompt]) for prompt in {str(prompt) for prompt in prompts}}
-        everything = rewards.float().cpu()
-        chosen = [known[str(p)] if len(known[str(p)]) >= self.min_count else everything for p in prompts]
+            self._append(str(prompt), reward)
+        known = {prompt: torch.tensor(self._rewards[prompt]) for prompt in {str(prompt) for prompt in prompts}}
+        rollout = rewards.float().cpu()
+        chosen = [known[str(p)] if len(known[str(p)]) >= self.min_count else rollout for p in prompts]
         mean = torch.stack([values.mean() for values in chosen]).to(rewards)
         std = torch.stack([values.std(correction=0) for values in chosen]).to(rewards)
         return (rewards - mean) / (std + 1e-6)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rewards that are remembered, by prompt."""
-        return {"seen": {prompt: list(values) for prompt, values in self._seen.items()}}
+        """Return `seen`: the kept rewards of each prompt."""
+        return {"seen": {prompt: list(rewards) for prompt, rewards in self._rewards.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember them again; the state of another baseline has none, and what is remembered is gathered anew."""
-        self._seen = {prompt: list(values) for prompt, values in state.get("seen", {}).items()}
+        """Continue with the kept rewards; the state of another estimator has none."""
+        self._rewards = {prompt: array("f", rewards) for prompt, rewards in state.get("seen", {}).items()}
+        self.mark()
+
+    def mark(self) -> None:
+        """Note the state in constant time: what changes from now on is kept as it was before."""
+        self._before_mark = {}
+
+    def marked_state(self) -> dict[str, Any]:
+        """Return the state at the mark."""
+        then = {**self._rewards, **self._before_mark}
+        return {"seen": {prompt: list(rewards) for prompt, rewards in then.items() if len(rewards)}}
+
+    def _append(self, prompt: str, reward: float) -> None:
+        """Add a reward to a new array, as an old one may be in use as the state at the mark."""
+        rewards = self._rewards.get(prompt, ())
+        self._before_mark.setdefault(prompt, rewards)
+        self._rewards[prompt] = array("f", [*rewards, reward][-self.buffer_size :])
 
 
-def _centred(rewards: Tensor, group: int) -> Tensor:
-    """`(prompts, group)`; exactly 0 where all rewards of a group are equal."""
+def _centered(rewards: Tensor, group: int) -> Tensor:
+    """Return `r - mean` by group, `(prompts, group)`; exactly 0 where all rewards of a group are equal."""
     groups = rewards.view(-1, group)
     shifted = groups - groups[:, :1]
     return shifted - shifted.mean(1, keepdim=True)

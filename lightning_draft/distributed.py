@@ -124,29 +124,6 @@ def gather_full(module: nn.Module) -> dict[str, Tensor]:
         return {name: _full(parameter).detach().clone() for name, parameter in trainable_parameters(module).items()}
 
 
-def gradient(parameter: nn.Parameter) -> Tensor | None:
-    """This process's part of a gradient; under DeepSpeed, whose optimiser has it, the whole: all must ask together."""
-    if not hasattr(parameter, "_hp_mapping"):
-        return parameter.grad
-    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found, unused-ignore]
-
-    return cast(Tensor, safe_get_full_grad(parameter))
-
-
-def scale_gradient(parameter: nn.Parameter, factor: float) -> None:
-    """Multiply a gradient in place; with 0 it becomes 0 whatever it was. Under DeepSpeed all must ask together."""
-    value = gradient(parameter)
-    if value is None:
-        return
-    scaled = value * factor if factor else torch.zeros_like(value)
-    if not hasattr(parameter, "_hp_mapping"):
-        value.copy_(scaled)
-        return
-    from deepspeed.utils import safe_set_full_grad
-
-    safe_set_full_grad(parameter, scaled)
-
-
 def clip_gradients(model: nn.Module, limit: float) -> None:
     """Scale the gradient so that its norm over all processes' parts is at most `limit`; for `FSDPStrategy`."""
     denoiser = cast(FullyShardedDataParallel, _denoiser(model, "FSDPStrategy"))

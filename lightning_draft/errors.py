@@ -1,5 +1,9 @@
-"""Errors that a user can mend."""
+"""Errors that a user can correct."""
 
 
 class ConfigurationError(ValueError):
-    """Something in the set-up cannot work; the message says what, why, and what to write instead."""
+    """A setting cannot work; the message names the option, the value, the reason, and a value that works."""
+
+
+class DivergenceError(ConfigurationError):
+    """Training was stopped because its gradients exploded or were not finite."""

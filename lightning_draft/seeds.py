@@ -1,4 +1,21 @@
-"""Seeds derived from several numbers."""
+"""Seeds: their range, and seeds derived from several numbers."""
+
+from typing import Any
+
+from lightning_draft.errors import ConfigurationError
+
+_END = 2**63
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """Return `seed` if it is a whole number in `0..2^63 - 1`.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _END:
+        raise ConfigurationError(f"{name}={seed!r} must be a whole number between 0 and 2^63 - 1; write for example 0")
+    return seed
 
 
 def derive_seed(*numbers: int) -> int:
@@ -11,5 +28,5 @@ def derive_seed(*numbers: int) -> int:
     """
     seed = 0
     for number in numbers:
-        seed = (seed * 6364136223846793005 + number * 1442695040888963407 + 1013904223) % 2**63
+        seed = (seed * 6364136223846793005 + number * 1442695040888963407 + 1013904223) % _END
     return seed

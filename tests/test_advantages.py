@@ -71,9 +71,9 @@ def test_per_prompt_statistics_survive_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GroupRelative(epsilon=0), "epsilon=0 must be positive"),
-        (lambda: PerPromptStatistics(8, 16), "min_count=16 must lie in 2..buffer_size=8"),
-        (lambda: PerPromptStatistics(8, 1), "min_count=1 must lie in 2..buffer_size=8"),
+        (lambda: GroupRelative(epsilon=0), "epsilon=0 must be a positive number"),
+        (lambda: PerPromptStatistics(8, 16), "min_count=16 must be between 2 and 8"),
+        (lambda: PerPromptStatistics(8, 1), "min_count=1 must be between 2 and 8"),
     ],
 )
 def test_wrong_settings_are_refused(make: Any, message: str) -> None:

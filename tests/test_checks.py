@@ -185,7 +185,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "infinite score",
         {"reward": Infinite()},
-        "the reward Infinite returned inf for an image of '.'; every score must be a finite number",
+        "the reward Infinite returned nan for an image of '.'; every score must be a finite number",
     ),
     ("detached", {"reward": Detached()}, "Detached returned a score without a gradient.*no .item"),
     ("numpy", {"reward": Numpy()}, "Numpy left the graph .*numpy.*keep to tensor operations"),

@@ -165,9 +165,9 @@ def test_validation_clamps_what_training_does_not() -> None:
     module = linear(reward=Largest())
     images = torch.tensor([-1.0, 0.3, 4.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     assert module.score(images, PROMPTS[:3])["reward"].tolist() == pytest.approx([0, 0.3, 1])
-    rewards, _, saturated = module._rewards(images, PROMPTS[:3])
+    rewards, _, out_of_range = module._rewards(images, PROMPTS[:3])
     assert rewards.tolist() == pytest.approx([-1, 0.3, 4])
-    assert saturated.tolist() == [1, 0, 1]
+    assert out_of_range.tolist() == [1, 0, 1]
 
 
 # The loss.
@@ -553,9 +553,12 @@ def test_the_optimiser_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must be at least 0"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
-        ({"checkpointing": "steps"}, "checkpointing='steps' is not known; write one of auto, none, step, block, both"),
+        (
+            {"checkpointing": "steps"},
+            "checkpointing='steps' is not a valid choice; write one of auto, none, step, block, both",
+        ),
         ({"checkpointing": "block"}, 'LinearModel has no blocks to recompute; write checkpointing="step" or "none"'),
     ],
 )

@@ -19,8 +19,9 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy import stochastic_steps
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.methods.rollout import Rollout, stochastic_steps
+from lightning_draft.methods.rollout import Rollout
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
 from lightning_draft.rewards import Brightness, ColorBalance, Reward, Sharpness, WeightedReward, ZScoreSum
@@ -346,11 +347,11 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
     module.model.theta.data.copy_(start)
     recorder = fit(tmp_path, module, steps=2)
     first, second = recorder.gradients
-    rollout, fresh = module.rollout, linear()
+    rollout, fresh = module.buffer.rollout, linear()
     assert rollout is not None
     reference = fresh.policy.log_probs(rollout.prompts, rollout.latents)
     fresh.model.theta.data.copy_(start - lr * first.squeeze())
-    log_probs, divergence = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps, diverge=True)
+    log_probs, divergence = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps, with_kl=True)
     assert divergence is not None
     loss = module.objective(PolicyBatch(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
     assert recorder.of("train/loss")[1] == pytest.approx(loss.item(), rel=1e-4)
@@ -531,7 +532,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
     first = run(stop, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1))
     file = tmp_path / f"step={stop}.ckpt"
     kept = torch.load(file, weights_only=True)["rollouts"]
-    assert [rollout is None for rollout in kept] == [stop == 4 or "inner_epochs" not in options]
+    assert [state["rollout"] is None for state in kept] == [stop == 4 or "inner_epochs" not in options]
     torch.manual_seed(99)
     resumed = run(6, ckpt=str(file))
     assert [*first[2].of("train/reward"), *resumed[2].of("train/reward")] == straight[2].of("train/reward")
@@ -596,7 +597,7 @@ class Note(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         notes = {
-            "rollout": pl_module.rollout.state_dict(),
+            "rollout": pl_module.buffer.rollout.state_dict(),
             "theta": pl_module.model.theta.detach(),
             "advantage_estimator": pl_module.advantage_estimator.state_dict(),
         }
@@ -665,7 +666,7 @@ def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
     for ours, theirs in zip(resumed, straight, strict=True):
         assert torch.equal(ours["theta"], theirs["theta"])
         assert torch.equal(ours["rollout"]["latents"], theirs["rollout"]["latents"])
-    with pytest.warns(UserWarning, match="of 2 processes and there are 1 now: the rollout is drawn anew"):
+    with pytest.warns(UserWarning, match="of 2 processes and there are 1 now: the rollout is collected again"):
         trainer_of(tmp_path, max_steps=4).fit(linear(**settings), data(), ckpt_path=tmp_path / "step=3.ckpt")
 
 
@@ -770,7 +771,7 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return super().forward(images, prompts).log() * float("nan")
 
-    with pytest.raises(ValueError, match="Broken gave a score that is not finite .* for the prompt 'a red cat'"):
+    with pytest.raises(ValueError, match="Broken gave a score that is not finite .* for the prompts 'a red cat', 'a red cat'"):
         linear(reward=Broken()).collect_rollout(PROMPTS[:1])
 
 
@@ -781,7 +782,7 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
         ({"inner_epochs": 0}, "inner_epochs=0 must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
         ({"timesteps_per_minibatch": 0}, "timesteps_per_minibatch=0 must be at least 1"),
-        ({"kl_weight": -1.0}, "kl_weight=-1.0 must not be negative"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0 must be at least 0"),
     ],
 )
 def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:

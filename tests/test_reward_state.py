@@ -99,7 +99,7 @@ def test_gain_is_measured_with_the_statistics_of_the_moment(tmp_path: Path) -> N
         def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             seen.append(float(trainer.callback_metrics["val/gain"]))
 
-    still = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    still = module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-30))
     fit(still, tmp_path, Gain(), num_sanity_val_steps=1)
     assert seen == [0, 0, 0]
 
@@ -200,7 +200,7 @@ def test_a_reward_without_statistics_is_resumed_with_a_checkpoint_that_has_them(
 
 @pytest.mark.parametrize("name", ["reward", "gain"])
 def test_a_watched_reward_takes_no_name_of_the_trained_one(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"`{name}` is the trained reward's own name"):
+    with pytest.raises(ConfigurationError, match=f"`{name}` is a log key of the trained reward"):
         module(eval_rewards={name: Brightness()})
 
 

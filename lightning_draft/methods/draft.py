@@ -1,17 +1,18 @@
-"""LightningModules that fine-tune a diffusion model on a reward.
+"""Direct gradients: back-propagate a differentiable reward through the sampler.
 
 References:
     Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv:2309.17400 (DRaFT).
 """
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_draft.arguments import at_least, one_of, prompt_list
 from lightning_draft.chain import PredictionDrift, Probe, Recompute, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
@@ -36,24 +37,32 @@ Checkpointing = Literal["auto", "none", "step", "block", "both"]
 
 
 class DraftModule(RewardModule):
-    """Back-propagate a differentiable reward through the sampler; where the gradient flows is the truncation's say.
+    """Back-propagate a differentiable reward through the sampler; the truncation decides where the gradient flows.
+
+    With the latents `x_0 = truncation(noise)`, of which DRaFT-LV makes `c` for each of `B` prompts, the loss is
+
+        L = 1/B sum_b sum_c loss(r(decode(x_0[c, b]), prompt_b)) + kl_weight * mean (eps_theta - eps_base)^2.
 
     Args:
-        model: The diffusion model, with its adapters.
-        reward: What to raise; it must be differentiable.
-        sampler: How images are sampled; `DDIM(50)` by default.
-        truncation: Where gradient flows; `LastK(1)` by default, which is DRaFT-1.
+        model: The diffusion model, with its trainable parameters.
+        reward: The reward to increase; it must be differentiable.
+        sampler: The sampler in training and in validation; `DDIM(50)` by default.
+        truncation: Which steps have a gradient; `LastK(1)` by default, which is DRaFT-1.
         loss: Map from reward to loss; `Maximize()` by default.
-        eval_rewards: Rewards that are reported on validation images and never trained on.
+        eval_rewards: Rewards that are only reported, on validation images, by name.
         optimizer: Called with the trainable parameters.
-        lr_scheduler: Called with the optimiser; stepped once an optimisation step.
-        kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+); each of those
-            steps then costs one more network call.
+        lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
+            validation.
+        kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+), at least 0; each of
+            those steps then costs one more network call.
         checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
             network, `both` or `none`; `auto` is `step` where more than one step has a gradient, else `none`.
-        micro_batch_size: Handle this many samples at a time wherever a graph is built; memory follows it, at the cost
-            of recomputing.
-        seed: Of the starting noise and of every random choice of the truncation.
+        micro_batch_size: Number of samples that a graph is built for at a time; by default the whole batch. Memory is
+            proportional to it, and activations are recomputed.
+        seed: Seed of the starting noise and of the truncation's random choices, in `0..2^63 - 1`.
+
+    Raises:
+        ConfigurationError: An option is out of range.
     """
 
     def __init__(
@@ -74,17 +83,13 @@ class DraftModule(RewardModule):
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         self.truncation = LastK(1) if truncation is None else truncation
         self.loss = Maximize() if loss is None else loss
-        if kl_weight < 0:
-            raise ValueError(f"kl_weight={kl_weight} must not be negative")
-        if checkpointing not in get_args(Checkpointing):
-            raise ValueError(
-                f"checkpointing={checkpointing!r} is not known; write one of {', '.join(get_args(Checkpointing))}"
-            )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
-        self.kl_weight = kl_weight
+        self.kl_weight = at_least("kl_weight", kl_weight, 0)
+        one_of("checkpointing", checkpointing, get_args(Checkpointing))
+        if micro_batch_size is not None:
+            at_least("micro_batch_size", micro_batch_size, 1)
         self.checkpointing = checkpointing
         self.micro_batch_size = micro_batch_size
+        self.batches = 0
         self.probes: list[Probe] = []
         model.checkpoint_blocks(self.recompute.blocks)
 
@@ -92,6 +97,12 @@ class DraftModule(RewardModule):
     def method(self) -> Truncation:
         """The truncation."""
         return self.truncation
+
+    def setup(self, stage: str) -> None:
+        """Count training steps from 0 in a new run."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.global_step == 0:
+            self.batches = 0
 
     def check_configuration(self) -> None:
         """Check that the reward has a gradient, something is trained, and the sampler and the truncation fit the model.
@@ -131,35 +142,50 @@ class DraftModule(RewardModule):
 
     def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
         """Sample with gradient, reward, and return the loss."""
-        batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        with self._random_state(derive_seed(self.seed, batch, self.global_rank)):
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, batch))
+        prompts = prompt_list(prompts)
+        with self._random_state(derive_seed(self.seed, self.batches, self.global_rank)):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.batches))
             loss, logs = self.loss_and_logs(prompts, generator)
+        self.batches += 1
         self.log("train/reward", logs.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
         self.log_dict(logs, batch_size=len(prompts))
         return loss
 
+    def extra_state(self) -> dict[str, Any]:
+        """Return what training changes besides parameters: also `batches`, the number of training steps."""
+        return {**super().extra_state(), "batches": self.batches}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained parameters, the rewards' states and the number of training steps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["batches"] = self.last_step_state()["batches"]
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue counting; the checkpoint of another method has no count."""
+        super().on_load_checkpoint(checkpoint)
+        self.batches = checkpoint.get("batches", 0)
+
     def loss_and_logs(
         self, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One draw of the loss, scalar with a graph, and what to log of it, detached.
+        """Return the loss of a batch, a scalar with a graph, and what to log, detached.
 
         Args:
             prompts: The batch.
-            generator: Source of the truncation's choices, the same on every process.
+            generator: Source of the truncation's random choices, equal on every process.
         """
         drift = PredictionDrift() if self.kl_weight > 0 else None
         chain = self.chain(prompts, generator, drift)
         latents = self.truncation(chain, self.model.noise(len(prompts)))
         copies = len(latents) // len(prompts)
-        rewards, parts, saturated = self._rewards(latents, list(prompts) * copies)
-        self.update_statistics(parts)
+        rewards, components, out_of_range = self._rewards(latents, list(prompts) * copies)
+        self.update_statistics(components)
         # The copies of DRaFT-LV add up; the batch is averaged.
-        loss = self.loss(rewards).view(copies, -1).sum(0).mean()
+        loss = self.loss(rewards).view(copies, -1).sum(0).mean() * _nan_unless_finite(rewards)
         logs = {
             "train/reward": rewards[: len(prompts)].mean(),
-            **{f"train/reward/{name}": part[: len(prompts)].mean() for name, part in parts.items()},
-            "train/out_of_range_fraction": saturated.mean(),
+            **{f"train/reward/{name}": scores[: len(prompts)].mean() for name, scores in components.items()},
+            "train/out_of_range_fraction": out_of_range.mean(),
         }
         if drift is not None and drift.mean is not None:
             logs["train/prediction_drift"] = drift.mean
@@ -191,22 +217,27 @@ class DraftModule(RewardModule):
         )
 
     def _rewards(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Scores `(B,)`, their parts, and each image's share of pixels outside [0, 1]."""
+        """Return scores `(B,)`, those of the components, and each image's fraction of values outside [0, 1]."""
 
         def reward(latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
             images = self.model.decode(latents).float()
-            total, parts = self.reward.breakdown(images, prompts)
-            saturated = ((images < 0) | (images > 1)).float().flatten(1).mean(1)
-            return check_scores(total, len(prompts), self.reward), parts, saturated
+            total, components = self.reward.breakdown(images, prompts)
+            out_of_range = ((images < 0) | (images > 1)).float().flatten(1).mean(1)
+            return check_scores(total, len(prompts), self.reward), components, out_of_range
 
         self.reward_queries += len(latents)
         size = self.micro_batch_size or len(latents)
         if size >= len(latents):
             return reward(latents, prompts)
-        pieces = [
+        results = [
             checkpoint(reward, latents[i : i + size], prompts[i : i + size], use_reentrant=False)
             for i in range(0, len(latents), size)
         ]
-        totals, parts, saturated = zip(*pieces, strict=True)
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return torch.cat(totals), joined, torch.cat(saturated)
+        totals, components, out_of_range = zip(*results, strict=True)
+        joined = {name: torch.cat([scores[name] for scores in components]) for name in components[0]}
+        return torch.cat(totals), joined, torch.cat(out_of_range)
+
+
+def _nan_unless_finite(values: Tensor) -> Tensor:
+    """Return 1, or NaN if a value is not finite: an infinite reward may have a finite gradient."""
+    return torch.where(values.detach().isfinite().all(), 1.0, float("nan"))

@@ -1,33 +1,30 @@
-"""Rollouts: trajectories that a stochastic sampler drew, and the parts in which they are trained on."""
+"""Rollouts: trajectories of a stochastic sampler with their rewards, and the buffer that they are trained on from.
 
-from collections.abc import Callable, Sequence
+Shapes: `T` sampling steps, `S` of them stochastic, `N` samples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import Recompute, SamplingChain
-from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.base import DiffusionModel
-from lightning_draft.samplers import Sampler
-from lightning_draft.schedules import Schedule
-
 
 @dataclass(frozen=True)
 class Rollout:
-    """Trajectories and what they were worth; `T` steps, `S` of them stochastic, `N` samples.
+    """Trajectories, their rewards and advantages.
 
     Args:
-        number: Which rollout of the run it is.
-        step: How many optimiser steps were behind the model that drew it.
-        prompts: One a sample; samples of a prompt lie side by side.
+        number: Number of the rollout in the run, from 0.
+        step: Number of optimizer steps before it was collected.
+        prompts: One per sample; samples of one prompt are next to each other.
         latents: `(T + 1, N, ...)`, from noise to sample.
-        log_probs: Of the stochastic steps, under the model that took them, `(S, N)`.
+        log_probs: Of the stochastic steps, under the model that made them, `(S, N)`.
         rewards: `(N,)`.
         advantages: `(N,)`.
-        summary: What to log of it.
-        ref_log_probs: As `log_probs` under the base model, where it was asked for.
+        summary: Figures to log.
+        ref_log_probs: As `log_probs`, under the base model, if the objective needs it.
     """
 
     number: int
@@ -41,24 +38,26 @@ class Rollout:
     ref_log_probs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """The same on another device."""
+        """Return a copy on another device, or the rollout itself if it is there."""
+        if self.latents.device == torch.device(device):
+            return self
         state: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.state_dict().items()
         }
         return Rollout(**state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, in types that any checkpoint holds."""
+        """Return the fields, in types that a checkpoint can hold under `weights_only=True`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
 class LogProbGradients:
-    """An objective at a point: its value, and its derivatives by the log-probabilities.
+    """The value of an objective, and its gradient with respect to the log-probabilities.
 
     Args:
-        weights: `(S, N)`.
-        loss: Scalar.
+        weights: `dL / d log_probs`, `(S, N)`.
+        loss: `L`, scalar.
     """
 
     weights: Tensor
@@ -67,12 +66,12 @@ class LogProbGradients:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Some steps of some samples.
+    """Some stochastic steps of some samples of a rollout.
 
     Args:
-        samples: Which samples.
-        steps: Which of the stochastic steps.
-        fraction: Share of the whole rollout's steps and samples, in (0, 1].
+        samples: Which of the `N` samples.
+        steps: Which of the `S` stochastic steps.
+        fraction: Their fraction of the `N S` log-probabilities, in (0, 1].
     """
 
     samples: slice
@@ -80,10 +79,83 @@ class Minibatch:
     fraction: float
 
 
+class RolloutBuffer:
+    """The current rollout, the position in it, and what its training steps share.
+
+    A rollout is used in a number of training steps, one minibatch each. The buffer counts rollouts and training steps
+    itself, so that a run depends on nothing but what a checkpoint holds.
+
+    Attributes:
+        number: Number of the current rollout, from 0; its noise is derived from it.
+        index: Number of the next training step on it, from 0.
+        rollout: The rollout that was collected last, if any.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.index = 0
+        self.rollout: Rollout | None = None
+        self._gradients: tuple[int, LogProbGradients] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._sums_step = -1
+
+    def current(self, device: torch.device, collect: Callable[[int], Rollout]) -> Rollout:
+        """Return the current rollout on a device; `collect` is called with its number if there is none yet."""
+        if self.rollout is None or self.rollout.number != self.number:
+            self.rollout, self._gradients = collect(self.number), None
+        self.rollout = self.rollout.to(device)
+        return self.rollout
+
+    def log_prob_gradients(self, step: int, compute: Callable[[], LogProbGradients]) -> LogProbGradients:
+        """Return the gradients of an optimizer step, computed once for all its minibatches."""
+        if self._gradients is None or self._gradients[0] != step:
+            self._gradients = step, compute()
+        return self._gradients[1]
+
+    def averages(self, values: Mapping[str, Tensor], fraction: float, step: int) -> dict[str, Tensor]:
+        """Return the means over the minibatches of an optimizer step so far, weighted by their fractions."""
+        if self._sums_step != step:
+            self._sums, self._sums_step = {}, step
+        for name, value in {"fraction": torch.ones(()), **values}.items():
+            self._sums[name] = self._sums.get(name, 0) + fraction * value
+        return {name: self._sums[name] / self._sums["fraction"] for name in values}
+
+    def advance(self, training_steps: int) -> None:
+        """Go to the next of the rollout's training steps, and after the last one to the next rollout."""
+        self.index += 1
+        if self.index >= training_steps:
+            self.number, self.index = self.number + 1, 0
+
+    def drop_rollout(self) -> None:
+        """Drop the rollout, so that it is collected again; the position stays."""
+        self.rollout = self._gradients = None
+
+    def reset(self) -> None:
+        """Start at the first rollout."""
+        self.drop_rollout()
+        self.number = self.index = 0
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the position, and the rollout if there are training steps left on it; nothing is copied."""
+        return {"number": self.number, "index": self.index, "rollout": self.rollout if self.index else None}
+
+    @staticmethod
+    def state_dict(extra_state: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert an `extra_state` to types that a checkpoint can hold under `weights_only=True`, on the CPU."""
+        rollout = extra_state["rollout"]
+        return {**extra_state, "rollout": None if rollout is None else rollout.to("cpu").state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.number, self.index = state["number"], state["index"]
+        rollout = state["rollout"]
+        self.rollout = None if rollout is None else Rollout(**rollout)
+
+
 def minibatches(
     samples: int, steps: int, micro_batch_size: int | None, timesteps_per_minibatch: int | None
 ) -> list[Minibatch]:
-    """Split a rollout of `samples` by `steps` into minibatches, all steps of some samples before the next samples."""
+    """Split a rollout of `samples` by `steps` into minibatches: all steps of some samples before the next samples."""
     return [
         Minibatch(some, few, (some.stop - some.start) * (few.stop - few.start) / (samples * steps))
         for some in slices(samples, micro_batch_size)
@@ -92,113 +164,35 @@ def minibatches(
 
 
 def slices(length: int, size: int | None) -> list[slice]:
-    """`0..length` in slices of `size`, the last one possibly shorter."""
+    """Split `0..length` into slices of `size`, the last one possibly shorter; `None` makes one slice."""
     size = length if size is None else size
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-class Policy:
-    """A model and a stochastic sampler, as what draws trajectories and knows how likely their steps are.
+def summarize(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, float]:
+    """Return what is logged of a rollout.
 
     Args:
-        model: The diffusion model.
-        sampler: The sampler.
-        reduce: Turns a sum over a given number of latent dimensions into the unit of log-probabilities.
-        micro_batch_size: Handle this many samples at a time; by default all.
-        recompute: What the backward pass computes again.
+        rewards: `(N,)`.
+        advantages: `(N,)`.
+        group: How many samples in a row share a prompt.
 
-    Attributes:
-        steps: The stochastic steps.
+    Returns:
+        `train/reward`: mean. `train/reward_within_prompts`: mean of the standard deviations by prompt.
+        `train/reward_worst_prompt`, `train/reward_best_prompt`: extremes of the means by prompt. `train/advantage_std`:
+        standard deviation. `train/zero_advantage_groups`: fraction of prompts whose advantages are all 0.
     """
-
-    def __init__(
-        self,
-        model: DiffusionModel,
-        sampler: Sampler,
-        reduce: Callable[[Tensor, int], Tensor],
-        micro_batch_size: int | None,
-        recompute: Recompute,
-    ) -> None:
-        self.model = model
-        self.sampler = sampler
-        self.reduce = reduce
-        self.micro_batch_size = micro_batch_size
-        self.recompute = recompute
-        self.steps = stochastic_steps(sampler, model.schedule)
-
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Latents `(T + 1, N, ...)` and log-probabilities `(S, N)`, each sample from a seed of its own."""
-        pieces = [self._walk(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
-        latents, log_probs = zip(*pieces, strict=True)
-        return torch.cat(latents, 1), torch.cat(log_probs, 1)
-
-    def evaluate(
-        self, prompts: Sequence[str], latents: Tensor, steps: Sequence[int], diverge: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities `(S, B)` of some steps, and if asked for their mean KL divergence from the base model."""
-        chain = self._chain(prompts)
-        ours = list(chain.transitions_at(latents, steps))
-        taken = [transition.log_prob(latents[step + 1]) for step, transition in zip(steps, ours, strict=True)]
-        elements = latents[0, 0].numel()
-        log_probs = self.reduce(torch.stack(taken), elements)
-        if not diverge:
-            return log_probs, None
-        with torch.no_grad(), self.model.base():
-            base = list(chain.transitions_at(latents, steps))
-        divergence = torch.stack([one.kl(other) for one, other in zip(ours, base, strict=True)])
-        return log_probs, self.reduce(divergence, elements).mean()
-
-    @torch.no_grad()
-    def log_probs(self, prompts: Sequence[str], latents: Tensor) -> Tensor:
-        """Of all stochastic steps, `(S, N)`, without a graph."""
-        pieces = slices(len(prompts), self.micro_batch_size)
-        return torch.cat([self.evaluate(prompts[some], latents[:, some], self.steps)[0] for some in pieces], 1)
-
-    def _walk(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chain = self._chain(prompts)
-        # A generator a sample: its noise does not depend on what it is drawn with.
-        each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
-        noise = torch.stack(each, 1)
-        latents, log_probs = [noise[0]], []
-        for transition, x in chain.sample_steps(noise[0], noise[1:]):
-            latents.append(x)
-            if transition.std > 0:
-                log_probs.append(self.reduce(transition.log_prob(x), x[0].numel()))
-        return torch.stack(latents), torch.stack(log_probs)
-
-    def _chain(self, prompts: Sequence[str]) -> SamplingChain:
-        return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=self.recompute)
-
-
-def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:
-    """The steps that add noise, and thus have a log-probability.
-
-    Raises:
-        ConfigurationError: A stochastic step depends on earlier ones, which a rollout does not hold.
-    """
-    probe = torch.zeros(1, 1, dtype=torch.float64)
-    found = []
-    for step, (t, s) in enumerate(sampler.grid(schedule)):
-        transition, solver_state = sampler.step(schedule, probe, probe, t, s)
-        if transition.std > 0 and solver_state is not None:
-            raise ConfigurationError(
-                f"{type(sampler).__name__} is a multistep solver, which policy gradients do not support; use "
-                "DDIM(eta=1) or FlowSDE"
-            )
-        if transition.std > 0:
-            found.append(step)
-    return found
-
-
-def summarise(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, float]:
-    """What to log of a rollout: its reward overall and by prompt, and what there is to learn from it."""
-    groups, spread = rewards.view(-1, group), advantages.view(-1, group)
+    by_prompt, advantages_by_prompt = rewards.view(-1, group), advantages.view(-1, group)
     return {
         "train/reward": float(rewards.mean()),
-        "train/reward_within_prompts": float(groups.std(1, correction=0).mean()),
-        "train/reward_worst_prompt": float(groups.mean(1).amin()),
-        "train/reward_best_prompt": float(groups.mean(1).amax()),
+        "train/reward_within_prompts": float(by_prompt.std(1, correction=0).mean()),
+        "train/reward_worst_prompt": float(by_prompt.mean(1).amin()),
+        "train/reward_best_prompt": float(by_prompt.mean(1).amax()),
         "train/advantage_std": float(advantages.std(correction=0)),
-        "train/zero_advantage_groups": float((spread == 0).all(1).float().mean()),
+        "train/zero_advantage_groups": float((advantages_by_prompt == 0).all(1).float().mean()),
     }
+
+
+def repeat_prompts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
+    """Return every prompt `samples_per_prompt` times in a row."""
+    return [prompt for prompt in prompts for _ in range(samples_per_prompt)]

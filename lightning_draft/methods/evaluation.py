@@ -1,0 +1,151 @@
+"""Sampling, scoring and validation of a diffusion model on rewards, as a LightningModule."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_draft.arguments import prompt_list
+from lightning_draft.chain import SamplingChain
+from lightning_draft.distributed import shard
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.batches import to_prompts
+from lightning_draft.models.base import DiffusionModel
+from lightning_draft.rewards.base import Reward, check_name, check_scores
+from lightning_draft.samplers import DDIM, Sampler
+from lightning_draft.seeds import check_seed, derive_seed
+
+_STEP_NOISE = 1  # keeps the noise of a sampler's steps apart from the starting noise of the same seed
+
+
+class EvaluationModule(L.LightningModule):
+    """Sample images of prompts and score them.
+
+    A batch is a list of prompts, a list of rows with a `prompt` column, or a mapping of such columns.
+
+    Args:
+        model: The diffusion model.
+        reward: The reward that `val/reward` reports.
+        sampler: The sampler; `DDIM(50)` by default.
+        eval_rewards: Further rewards by name.
+        seed: Seed of the starting noise, in `0..2^63 - 1`.
+
+    Raises:
+        ConfigurationError: An evaluation reward has the name of another log key, or the seed is out of range.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        reward: Reward,
+        sampler: Sampler | None,
+        eval_rewards: dict[str, Reward] | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.reward = _frozen(reward)
+        eval_rewards = eval_rewards or {}
+        taken = {"reward", "gain"} & eval_rewards.keys()
+        if taken:
+            raise ConfigurationError(
+                f"eval_rewards: `{taken.pop()}` is a log key of the trained reward; give the evaluation reward another "
+                "name"
+            )
+        self.eval_reward_names = [check_name(name) for name in eval_rewards]
+        self.eval_rewards = nn.ModuleList(_frozen(other) for other in eval_rewards.values())
+        self.sampler = DDIM(50) if sampler is None else sampler
+        self.seed = check_seed(seed)
+        self.strict_loading = False
+        self._base_scores: dict[tuple[Any, ...], Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Drop the cached scores of the base model: sampler, guidance and data may have changed."""
+        self.clear_base_scores()
+
+    def configure_model(self) -> None:
+        """Shard the denoiser over the processes if the Trainer's strategy does so."""
+        shard(self, self.model)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, except for rewards: dropout would add noise to their scores."""
+        super().train(mode)
+        self.reward.eval()
+        self.eval_rewards.eval()
+        return self
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> list[str]:
+        """Convert the batch of any data loader to a list of prompts."""
+        return to_prompts(batch)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """Sample images, float32 `(B, 3, H, W)`, not clamped.
+
+        The caller's random state is left as it was.
+
+        Args:
+            prompts: `B` prompts.
+            noise: Starting latents `(B, ...)`; by default drawn with `seed`.
+            seed: Seed of the starting noise and, separately, of a stochastic sampler's noise; by default the module's.
+        """
+        prompts = prompt_list(prompts)
+        seed = self.seed if seed is None else seed
+        with self._random_state(derive_seed(seed, _STEP_NOISE)):
+            if noise is None:
+                noise = self.model.noise(len(prompts), torch.Generator().manual_seed(seed))
+            chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
+            return self.model.decode(chain.advance(chain.start(noise)).x)
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return scores `(B,)` of images clamped to [0, 1]: `reward`, its components, and the evaluation rewards.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            prompts: `B` prompts.
+        """
+        images = images.float().clamp(0, 1)
+        total, components = self.reward.breakdown(images, prompts)
+        check_scores(total, len(prompts), self.reward)
+        evaluated = {
+            name: check_scores(reward(images, prompts), len(prompts), reward)
+            for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True)
+        }
+        return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
+
+    def validation_step(self, prompts: Sequence[str], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score validation prompts from fixed noise; `val/gain` is the reward minus the base model's on the same noise.
+
+        Keys of the first data loader start with `val/`, those of the next ones with `val_1/`, `val_2/` and so on.
+        """
+        prompts = prompt_list(prompts)
+        seed = derive_seed(self.seed, dataloader_idx, batch_idx, self.global_rank)
+        scores = self.score(self.generate(prompts, seed=seed), prompts)
+        key = (seed, *prompts)
+        if key not in self._base_scores:
+            with self.model.base():
+                self._base_scores[key] = self.score(self.generate(prompts, seed=seed), prompts)["reward"]
+        prefix = f"val_{dataloader_idx}" if dataloader_idx else "val"
+        values = {f"{prefix}/{name}": value.mean() for name, value in scores.items()}
+        values[f"{prefix}/gain"] = (scores["reward"] - self._base_scores[key]).mean()
+        self.log_dict(values, on_epoch=True, batch_size=len(prompts), sync_dist=True, add_dataloader_idx=False)
+
+    def clear_base_scores(self) -> None:
+        """Drop the cached scores of the base model."""
+        self._base_scores.clear()
+
+    @contextmanager
+    def _random_state(self, seed: int) -> Iterator[None]:
+        """Seed torch's generators within this context and restore them afterwards."""
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+
+
+def _frozen(reward: Reward) -> Reward:
+    return reward.eval().requires_grad_(False)

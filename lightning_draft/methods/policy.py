@@ -1,0 +1,124 @@
+"""A diffusion model with a stochastic sampler as a policy, whose actions are the sampling steps.
+
+Shapes: `T` sampling steps, `S` of them stochastic, `N` samples.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.rollout import slices
+from lightning_draft.models.base import DiffusionModel
+from lightning_draft.samplers import Sampler
+from lightning_draft.schedules import Schedule
+
+
+class Policy:
+    """Sample trajectories, and evaluate the log-probabilities of their steps.
+
+    Args:
+        model: The diffusion model.
+        sampler: The sampler.
+        reduce: Called with a log-probability summed over a number of latent dimensions, and that number.
+        micro_batch_size: How many samples are handled at a time; by default all.
+        recompute: What the backward pass computes again.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        sampler: Sampler,
+        reduce: Callable[[Tensor, int], Tensor],
+        micro_batch_size: int | None,
+        recompute: Recompute,
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.reduce = reduce
+        self.micro_batch_size = micro_batch_size
+        self.recompute = recompute
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """The stochastic steps."""
+        return stochastic_steps(self.sampler, self.model.schedule)
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return latents `(T + 1, N, ...)` and log-probabilities `(S, N)`; each sample has a seed of its own."""
+        results = [self._sample(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
+        latents, log_probs = zip(*results, strict=True)
+        return torch.cat(latents, 1), torch.cat(log_probs, 1)
+
+    def evaluate(
+        self, prompts: Sequence[str], latents: Tensor, steps: Sequence[int], with_kl: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the log-probabilities of some steps, and if asked for their mean KL divergence from the base model.
+
+        Args:
+            prompts: `B` prompts.
+            latents: `(T + 1, B, ...)`.
+            steps: `S` stochastic steps.
+            with_kl: Whether to compute the divergence.
+
+        Returns:
+            Log-probabilities `(S, B)`, and a scalar or `None`.
+        """
+        chain = self._chain(prompts)
+        transitions = list(chain.transitions_at(latents, steps))
+        log_probs = [
+            transition.log_prob(latents[step + 1]) for step, transition in zip(steps, transitions, strict=True)
+        ]
+        elements = latents[0, 0].numel()
+        reduced = self.reduce(torch.stack(log_probs), elements)
+        if not with_kl:
+            return reduced, None
+        with torch.no_grad(), self.model.base():
+            base = list(chain.transitions_at(latents, steps))
+        kl = torch.stack([ours.kl(theirs) for ours, theirs in zip(transitions, base, strict=True)])
+        return reduced, self.reduce(kl, elements).mean()
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Sequence[str], latents: Tensor) -> Tensor:
+        """Return the log-probabilities of all stochastic steps, `(S, N)`, without a graph."""
+        some = slices(len(prompts), self.micro_batch_size)
+        return torch.cat([self.evaluate(prompts[part], latents[:, part], self.steps)[0] for part in some], 1)
+
+    def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chain = self._chain(prompts)
+        # One generator per sample: its noise does not depend on the samples beside it.
+        each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = torch.stack(each, 1)
+        latents, log_probs = [noise[0]], []
+        for transition, x in chain.sample_steps(noise[0], noise[1:]):
+            latents.append(x)
+            if transition.std > 0:
+                log_probs.append(self.reduce(transition.log_prob(x), x[0].numel()))
+        return torch.stack(latents), torch.stack(log_probs)
+
+    def _chain(self, prompts: Sequence[str]) -> SamplingChain:
+        return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=self.recompute)
+
+
+def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:
+    """Return the steps that add noise, and so have a log-probability.
+
+    Raises:
+        ConfigurationError: A stochastic step depends on earlier ones, which a rollout does not hold.
+    """
+    probe = torch.zeros(1, 1, dtype=torch.float64)
+    found = []
+    for step, (t, s) in enumerate(sampler.grid(schedule)):
+        transition, solver_state = sampler.step(schedule, probe, probe, t, s)
+        if transition.std > 0 and solver_state is not None:
+            raise ConfigurationError(
+                f"{type(sampler).__name__} is a multistep solver, which policy gradients do not support; use "
+                "DDIM(eta=1) or FlowSDE"
+            )
+        if transition.std > 0:
+            found.append(step)
+    return found

@@ -1,0 +1,90 @@
+"""Gradients of parameters, also where a strategy spreads them over processes."""
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from lightning_draft.distributed import trainable_parameters, uses_deepspeed, uses_fsdp
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Return this process's shard of a gradient.
+
+    Under DeepSpeed, whose optimizer holds the gradients, it is the full gradient, and all processes must call together.
+    """
+    if not _in_deepspeed(parameter):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found, unused-ignore]
+
+    return cast(Tensor, safe_get_full_grad(parameter))
+
+
+def multiply_gradient(parameter: nn.Parameter, factor: float) -> None:
+    """Multiply a gradient in place; with 0 it becomes 0 even where it was not finite.
+
+    Under DeepSpeed all processes must call together.
+    """
+    value = gradient(parameter)
+    if value is None:
+        return
+    product = value * factor if factor else torch.zeros_like(value)
+    if not _in_deepspeed(parameter):
+        value.copy_(product)
+        return
+    from deepspeed.utils import safe_set_full_grad
+
+    safe_set_full_grad(parameter, product)
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Remove gradients, so that the optimizer leaves parameters, moments, weight decay and step counts alone.
+
+    DeepSpeed's optimizer always takes a step; there the gradient becomes 0.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            multiply_gradient(parameter, 0)
+        parameter.grad = None
+
+
+def parameters_with_gradients(
+    trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer
+) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient, on at least one process."""
+    if uses_deepspeed(trainer):  # its optimizer holds flat copies
+        return list(trainable_parameters(module).values())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return parameters if uses_fsdp(trainer) else [p for p in parameters if p.grad is not None]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:
+    """Return the 2-norm of the gradient over all parameters and shards; infinite if it is not finite.
+
+    All processes must call it together, and get the same value.
+    """
+    gradients = [value for value in map(gradient, parameters) if value is not None]
+    full: list[Tensor] = [value for value in gradients if not isinstance(value, DTensor)]
+    shards = [value for value in gradients if isinstance(value, DTensor)]
+    square = torch.zeros((), device=trainer.strategy.root_device)
+    if full:
+        square = square + get_total_norm(full).square()
+    if isinstance(trainer.strategy, FSDPStrategy):
+        square = trainer.strategy.reduce(square, reduce_op="sum")
+    if shards:
+        norm = get_total_norm(shards)
+        square = square + (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
+    # Replicas hold the same gradients; the maximum makes sure that all processes decide alike.
+    square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
+    return float(square.sqrt())
+
+
+def _in_deepspeed(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "_hp_mapping")

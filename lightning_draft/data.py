@@ -1,36 +1,45 @@
 """Prompt data module and loaders: batches, order, and the split into training and validation prompts."""
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
+from lightning_draft.arguments import at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards.base import Prompt
 
+DEFAULT_VAL_SIZE = 8
+
 
 class PromptLoader:
-    """Endless shuffled prompts in batches, whose order is a function of the seed and the position alone.
+    """Endless batches of shuffled prompts, in an order that depends only on the seed and the position.
 
-    A checkpoint holds the position, so a resumed run sees the prompts that the uninterrupted one would have seen.
-    Each process of a distributed run takes its own part of every global batch.
+    A checkpoint holds the position, so that a resumed run sees the prompts that the uninterrupted run would have seen.
+    Each process of a distributed run takes its own slice of every global batch. The cost of a batch does not depend on
+    the number of prompts: the permutation of a pass is drawn once.
 
     Args:
-        prompts: All of them.
-        batch_size: Prompts a process and step.
-        shuffle: In a new order each pass, else in the given order.
-        seed: Of the order.
-        rank: Which process this is.
-        world_size: How many processes there are.
-        repeats: Yield every batch so many times in a row, as a method needs that trains on it for several steps.
-        multiple: Let a pass be a multiple of so many batches: those that the Trainer accumulates gradients over, since
-            it ends an optimiser step with every pass.
+        prompts: All training prompts.
+        batch_size: Prompts per process and step.
+        shuffle: Draw a new order for each pass; else keep the given order.
+        seed: Seed of the order; pass `e` uses `seed + e`.
+        rank: Number of this process.
+        world_size: Number of processes.
+        repeats: Yield every batch this many times in a row, for methods that train on a batch for several steps.
+        multiple: Round the length of a pass up to a multiple of this number of batches: the number over which the
+            Trainer accumulates gradients, since it ends an optimizer step at the end of a pass.
+        distinct: Yield only the first so many batches again and again (`Trainer(overfit_batches=...)`); None for all.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[str],
         batch_size: int,
         *,
         shuffle: bool = True,
@@ -39,6 +48,7 @@ class PromptLoader:
         world_size: int = 1,
         repeats: int = 1,
         multiple: int = 1,
+        distinct: int | None = None,
     ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
@@ -48,10 +58,12 @@ class PromptLoader:
         self.world_size = world_size
         self.repeats = repeats
         self.multiple = multiple
+        self.distinct = distinct
         self.position = 0
+        self._orders: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        """Batches in one pass; a remainder is carried into the next."""
+        """Return the number of batches in one pass; a remainder of prompts is carried into the next pass."""
         batches = self.repeats * max(1, len(self.prompts) // (self.batch_size * self.world_size))
         return -(-batches // self.multiple) * self.multiple
 
@@ -62,12 +74,14 @@ class PromptLoader:
             yield self.batch(self.position - 1)
 
     def batch(self, number: int) -> list[Prompt]:
-        """The batch that this process sees at `number`."""
+        """Return the batch of this process at position `number`."""
+        if self.distinct is not None:
+            number %= self.distinct
         first = (number // self.repeats * self.world_size + self.rank) * self.batch_size
         return [self._prompt(place) for place in range(first, first + self.batch_size)]
 
     def state_dict(self) -> dict[str, int]:
-        """The position."""
+        """Return the position."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -76,53 +90,62 @@ class PromptLoader:
 
     def _prompt(self, place: int) -> Prompt:
         epoch, index = divmod(place, len(self.prompts))
-        return self.prompts[self._order(epoch)[index]]
+        prompt = self.prompts[int(self._order(epoch)[index]) if self.shuffle else index]
+        return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
 
-    def _order(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.prompts)))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(len(self.prompts), generator=generator).tolist()
+    def _order(self, epoch: int) -> Tensor:
+        """Return the permutation of a pass; the last two are kept, because a batch may lie across their border."""
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._orders = dict([*self._orders.items()][-1:])
+            self._orders[epoch] = torch.randperm(len(self.prompts), generator=generator)
+        return self._orders[epoch]
 
 
 class FixedPrompts:
-    """Prompts in their order, once, in batches; each process takes every `world_size`-th.
+    """Each prompt once, in order, in batches; each process takes every `world_size`-th prompt.
 
     Args:
-        prompts: All of them.
-        batch_size: Prompts a process and batch.
-        rank: Which process this is.
-        world_size: How many processes there are.
+        prompts: All prompts.
+        batch_size: Prompts per process and batch.
+        rank: Number of this process.
+        world_size: Number of processes.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, prompts: Sequence[str], batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.prompts = prompts[rank::world_size]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.prompts) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        """Yield them."""
+        """Yield the batches."""
         for start in range(0, len(self.prompts), self.batch_size):
-            yield list(self.prompts[start : start + self.batch_size])
+            batch = self.prompts[start : start + self.batch_size]
+            yield [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in batch]
 
 
 class PromptDataModule(L.LightningDataModule):
     """Prompts for training and validation.
 
     Args:
-        prompts: A list; or a `.txt` file (one a line), a `.jsonl`, `.json` or `.csv` file; or the name of a shipped
-            list (`emoji`, `emoji_names`, `animals`); or a data set folder or hub id that the `datasets` package reads.
-            In files with columns, every column but the prompt's becomes metadata that rewards may read.
-        val_prompts: Held-out prompts, given likewise; by default `val_size` prompts are held out of `prompts`.
-        batch_size: Prompts a process and optimisation step.
-        val_batch_size: Prompts a validation batch; by default `batch_size`.
-        val_size: How many prompts to hold out, chosen by the seed; used where `val_prompts` is not given.
+        prompts: A list of prompts; a file (`.txt` with one prompt per line, `.csv`, `.tsv`, `.json`, `.jsonl`,
+            `.ndjson` or `.parquet`); the name of a shipped list (`emoji`, `emoji_names`, `animals`); or the folder or
+            hub id of a data set. From Python also tuples, lists of dictionaries, `datasets.Dataset` and `DataFrame`.
+            Columns other than the prompt's become metadata that rewards can read.
+        val_prompts: Held-out prompts in the same forms; by default `val_size` prompts are held out of `prompts`.
+        batch_size: Prompts per process and training step.
+        val_batch_size: Prompts per process and validation batch; by default `batch_size`.
+        val_size: Number of prompts to hold out, chosen by the seed, where `val_prompts` is not given; 0 for none. By
+            default 8, or half of the prompts if there are fewer than 16.
         column: The prompt's column in files and data sets that have columns.
         split: The split of a data set.
-        seed: Of the order and of the choice of held-out prompts.
+        seed: Seed of the order and of the choice of held-out prompts.
+
+    Raises:
+        ConfigurationError: There are no prompts, or an argument is not valid.
     """
 
     def __init__(
@@ -131,67 +154,111 @@ class PromptDataModule(L.LightningDataModule):
         val_prompts: list[str] | str | None = None,
         batch_size: int = 4,
         val_batch_size: int | None = None,
-        val_size: int = 8,
+        val_size: int | None = None,
         column: str = "prompt",
         split: str = "train",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
-        for name, size in (("batch_size", self.batch_size), ("val_batch_size", self.val_batch_size)):
-            if size < 1:
-                raise ConfigurationError(f"{name}={size} must be at least 1")
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.val_batch_size = batch_size if val_batch_size is None else at_least("val_batch_size", val_batch_size, 1)
         self.seed = seed
+        self._loader: PromptLoader | None = None
         everything = read_prompts(prompts, column, split)
         if val_prompts is None:
-            self.train_prompts, self.val_prompts = hold_out(everything, val_size, seed)
+            size = _default_val_size(everything) if val_size is None else val_size
+            self.train_prompts, self.val_prompts = hold_out(everything, size, seed)
         else:
             self.train_prompts, self.val_prompts = everything, read_prompts(val_prompts, column, split)
 
     def train_dataloader(self) -> PromptLoader:
-        """Shuffled batches."""
+        """Return shuffled batches; reloaded within a training, the order continues where it was."""
         rank, size = self._process()
-        asked = getattr(self.trainer and self.trainer.lightning_module, "training_steps_per_batch", None)
-        return PromptLoader(
+        steps = getattr(self.trainer and self.trainer.lightning_module, "training_steps_per_batch", None)
+        loader = PromptLoader(
             self.train_prompts,
             self.batch_size,
             seed=self.seed,
             rank=rank,
             world_size=size,
-            repeats=asked(self.batch_size) if callable(asked) else 1,
+            repeats=steps(self.batch_size) if callable(steps) else 1,
             multiple=self.trainer.accumulate_grad_batches if self.trainer else 1,
         )
+        loader.distinct = self._overfit_batches(len(loader))
+        if self._loader is not None and self.trainer is not None and self.trainer.current_epoch > 0:
+            loader.load_state_dict(self._loader.state_dict())
+        self._loader = loader
+        return loader
 
     def val_dataloader(self) -> FixedPrompts:
-        """The held-out prompts in their order.
+        """Return the held-out prompts in their order.
 
         Raises:
-            ConfigurationError: A process would have none, and the others would wait for it.
+            ConfigurationError: There are fewer held-out prompts than processes.
         """
         rank, size = self._process()
         if 0 < len(self.val_prompts) < size:
             raise ConfigurationError(
-                f"{len(self.val_prompts)} held-out prompts do not go round {size} processes; hold out at least {size}"
+                f"{len(self.val_prompts)} held-out prompts are fewer than the {size} processes, and each needs one; "
+                f"write --data.val_size {size} or more"
             )
         return FixedPrompts(self.val_prompts, self.val_batch_size, rank=rank, world_size=size)
 
     def _process(self) -> tuple[int, int]:
-        """Which process this is, of how many."""
+        """Return the number of this process and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
+    def _overfit_batches(self, batches: int) -> int | None:
+        """Return the number of batches of `Trainer(overfit_batches=...)`; a float is a fraction of a pass."""
+        limit = getattr(self.trainer, "overfit_batches", 0)
+        if not limit:
+            return None
+        return max(1, math.floor(batches * limit)) if isinstance(limit, float) else int(limit)
 
-def hold_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Split off `size` prompts chosen by `seed`; both parts keep their order."""
-    if size < 0:
-        raise ConfigurationError(f"val_size={size} must not be negative; 0 holds nothing out")
-    if size >= len(prompts):
+
+def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[list[str], list[str]]:
+    """Split prompts into training and held-out prompts; both keep their order.
+
+    A text that is held out is not trained on: its further copies are left out with a warning.
+
+    Args:
+        prompts: All prompts.
+        size: Number of different texts to hold out.
+        seed: Seed of the choice.
+
+    Raises:
+        ConfigurationError: The size is negative, or leaves nothing to train on.
+    """
+    at_least("val_size", size, 0, hint="write 0 to hold out nothing")
+    if size == 0:
+        return list(prompts), []
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    chosen: dict[str, int] = {}
+    for index in order.tolist():
+        if len(chosen) == size:
+            break
+        chosen.setdefault(prompts[index].strip(), index)
+    held = set(chosen.values())
+    train = [prompt for prompt in prompts if prompt.strip() not in chosen]
+    if not train or len(held) < size:
         raise ConfigurationError(
-            f"val_size={size} of {len(prompts)} in all leaves nothing to train on; lower val_size, or give val_prompts"
+            f"val_size={size} leaves nothing to train on: there are {len({p.strip() for p in prompts})} different "
+            f"prompts; write --data.val_size with a smaller number, or give --data.val_prompts"
         )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = set(torch.randperm(len(prompts), generator=generator)[:size].tolist())
-    return (
-        [prompt for i, prompt in enumerate(prompts) if i not in chosen],
-        [prompt for i, prompt in enumerate(prompts) if i in chosen],
-    )
+    copies = len(prompts) - len(train) - len(held)
+    if copies:
+        rank_zero_warn(
+            f"{copies} copies of held-out prompts are left out of training, so that validation measures prompts that "
+            "were not trained on"
+        )
+    return train, [prompt for index, prompt in enumerate(prompts) if index in held]
+
+
+def _default_val_size(prompts: Sequence[Any]) -> int:
+    size = min(DEFAULT_VAL_SIZE, len(prompts) // 2)
+    if size < DEFAULT_VAL_SIZE:
+        rank_zero_info(
+            f"{size} of {len(prompts)} prompts are held out for validation; set --data.val_size or --data.val_prompts "
+            "for another split"
+        )
+    return size

@@ -1,100 +1,116 @@
 """Read prompts from lists, files, shipped lists and data sets."""
 
-import csv
 import difflib
-import json
+import os
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import Prompt
+from lightning_draft.prompt_files import SUFFIXES, check_column, read_file, to_prompts
+
+_ACCEPTED = (
+    "give a list of strings, a list of rows with a prompt column, a prompt file, the name of a shipped list, or a data "
+    "set of the datasets package"
+)
 
 
-def read_prompts(source: list[str] | str, column: str = "prompt", split: str = "train") -> list[Prompt]:
+def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> list[str]:
     """Read prompts from a list, a file, a shipped list or a data set.
 
+    Args:
+        source: A list or tuple of strings or of rows (dictionaries with the prompt under `column`), a
+            `datasets.Dataset`, a pandas `DataFrame`; or, as a string, the path of a file (`.txt`, `.csv`, `.tsv`,
+            `.json`, `.jsonl`, `.ndjson`, `.parquet`), the name of a shipped list, or the folder or hub id of a data
+            set.
+        column: The prompt's column, where there are columns. The other columns become metadata.
+        split: Split of a data set that is read by its folder or hub id.
+
+    Returns:
+        The prompts that are not blank; those with metadata are `Prompt` objects, the others plain strings.
+
     Raises:
-        ConfigurationError: Nothing is found there, or what is there holds no prompts.
+        ConfigurationError: Nothing is there, or something that holds no prompts.
     """
-    if not isinstance(source, str):
-        prompts = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in source]
-    else:
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, str):
         prompts = _read(source, column, split) if source.strip() else []
-    prompts = [prompt for prompt in prompts if prompt.strip()]
+    else:
+        prompts = _read_object(source, column)
+    prompts = [prompt for prompt in prompts if prompt and not prompt.isspace()]
     if not prompts:
-        raise ConfigurationError(f"no prompts in {source!r}; write one a line, or list them")
+        shown = repr(source) if isinstance(source, str) else f"the {type(source).__name__} that was given"
+        raise ConfigurationError(f"there are no prompts in {shown}; {_ACCEPTED}")
     return prompts
 
 
-def _read(source: str, column: str, split: str) -> list[Prompt]:
-    shipped = _shipped().get(source)
-    path = Path(source)
-    if shipped is not None:
-        return _READERS[shipped.suffix](shipped, column)
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise ConfigurationError(f"there is no file {source!r}; give the path of a prompt file")
-        try:
-            return _READERS[path.suffix](path, column)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"{source} is not JSON: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(f"{source} is not text in UTF-8: {error}") from error
-    if not path.exists():
-        _refuse_slips(source)
-    return _read_data_set(source, column, split)
-
-
 def shipped_lists() -> list[str]:
-    """Names of the shipped prompt lists."""
+    """Return the names of the shipped prompt lists."""
     return sorted(_shipped())
 
 
+def _read_object(source: Any, column: str) -> list[str]:
+    if isinstance(source, (list, tuple)):
+        return to_prompts(source, column, "the list of prompts", "element")
+    names = getattr(source, "column_names", None)
+    if isinstance(names, list) and hasattr(source, "select_columns"):
+        return _read_rows(source, names, column)
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        return to_prompts(source.to_dict("records"), column, "the table")
+    if isinstance(names, Mapping):
+        raise ConfigurationError(
+            f"prompts are a DatasetDict with the splits {', '.join(names)}; pass one split, such as "
+            f"prompts[{next(iter(names))!r}]"
+        )
+    raise ConfigurationError(f"prompts are a {type(source).__name__}; {_ACCEPTED}")
+
+
+def _read_rows(rows: Iterable[Any], names: list[str], column: str, where: str = "the data set") -> list[str]:
+    """Read a `datasets.Dataset`."""
+    check_column(names, column, where)
+    return to_prompts(rows, column, where)
+
+
+def _read(source: str, column: str, split: str) -> list[str]:
+    shipped = _shipped().get(source)
+    path = Path(source).expanduser()
+    if shipped is not None:
+        return read_file(shipped, column)
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        if not path.is_file():
+            raise ConfigurationError(f"there is no file {source!r}; give the path of a prompt file")
+        return read_file(path, column)
+    if path.is_file():
+        raise ConfigurationError(
+            f"{source!r} has a suffix that is not known; prompt files end in {', '.join(SUFFIXES)}: rename it"
+        )
+    if not path.exists():
+        _refuse_mistakes(source)
+    return _read_data_set(str(path) if path.exists() else source, column, split)
+
+
 def _shipped() -> dict[str, Path]:
-    """Files of the shipped prompt lists by name."""
+    """Return the files of the shipped prompt lists by name."""
     folder = Path(str(files("lightning_draft") / "prompts"))
     return {file.stem: file for file in folder.iterdir() if file.suffix in (".txt", ".csv")}
 
 
-def _refuse_slips(source: str) -> None:
-    """Name what was meant by a source that is surely not a data set's name."""
+def _refuse_mistakes(source: str) -> None:
+    """Raise if a source cannot be the name of a data set, and name what was probably meant."""
     near = difflib.get_close_matches(source, shipped_lists(), n=1, cutoff=0.75)
     if near:
         raise ConfigurationError(f"there is no prompt list {source!r}; did you mean {near[0]}")
-    if " " in source:
+    if any(character.isspace() for character in source):
         raise ConfigurationError(
             f"{source!r} is not the name of a file or data set; write prompts as a list: [{source}]"
         )
     if source.startswith((".", "/", "~")):
-        raise ConfigurationError(f"there is no file or folder {source!r}")
+        raise ConfigurationError(f"there is no file or folder {source!r}; {_ACCEPTED}")
 
 
-def _read_text(path: Path, column: str) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _read_json(path: Path, column: str) -> list[Prompt]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(rows, list):
-        raise ConfigurationError(f"{path} must hold a list, of prompts or of rows with the column {column!r}")
-    return [Prompt(row) if isinstance(row, str) else _from_row(row, column, str(path)) for row in rows]
-
-
-def _read_json_lines(path: Path, column: str) -> list[Prompt]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [_from_row(json.loads(line), column, str(path)) for line in lines if line.strip()]
-
-
-def _read_csv(path: Path, column: str) -> list[Prompt]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [_from_row(row, column, str(path)) for row in csv.DictReader(file)]
-
-
-_READERS = {".txt": _read_text, ".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}
-
-
-def _read_data_set(source: str, column: str, split: str) -> list[Prompt]:
+def _read_data_set(source: str, column: str, split: str) -> list[str]:
     try:
         from datasets import load_dataset, load_from_disk
     except ImportError as error:
@@ -107,14 +123,4 @@ def _read_data_set(source: str, column: str, split: str) -> list[Prompt]:
         rows = load_from_disk(source) if saved else load_dataset(source, split=split)
     except Exception as error:
         raise ConfigurationError(f"the data set {source!r} (split {split!r}) could not be read: {error}") from error
-    return [_from_row(row, column, source) for row in rows]
-
-
-def _from_row(row: Any, column: str, source: str) -> Prompt:
-    if not isinstance(row, dict):
-        raise ConfigurationError(f"{source} holds {row!r} where a row with the column {column!r} is expected")
-    if column not in row:
-        raise ConfigurationError(f"{source} has no column {column!r}; it has {', '.join(row)}: set data.column")
-    if not isinstance(row[column], str):
-        raise ConfigurationError(f"{source} holds {row[column]!r} in the column {column!r}; prompts are text")
-    return Prompt(row[column], {name: value for name, value in row.items() if name != column})
+    return _read_rows(rows, list(rows.column_names), column, source)

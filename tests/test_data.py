@@ -1,19 +1,30 @@
-"""Prompts: every source, the held-out split, the order and its resuming, the processes of a distributed run."""
+"""Prompts: sources, files, the held-out split, the order and its resumption, distributed processes, growth."""
 
 import json
+import pickle
+import time
+import tracemalloc
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
-from datasets import Dataset
+import torch
+from datasets import Dataset, DatasetDict
+from lightning.pytorch import Trainer
 
 from lightning_draft.data import FixedPrompts, PromptDataModule, PromptLoader, hold_out
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.prompt_sources import read_prompts, shipped_lists
-from lightning_draft.rewards.base import Prompt
+from lightning_draft.rewards.base import Columns, Prompt
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel, LinearReward
+from lightning_draft.truncation import LastK
 
 ROWS = [{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]
 PROMPTS = [Prompt(f"prompt {i}") for i in range(10)]
@@ -39,6 +50,16 @@ def _csv(path: Path) -> Path:
     return path
 
 
+def _tsv(path: Path) -> Path:
+    path.write_text("prompt\tcount\ntwo cats\t2\na bed\t1\n", encoding="utf-8")
+    return path
+
+
+def _parquet(path: Path) -> Path:
+    Dataset.from_list(ROWS).to_parquet(str(path))
+    return path
+
+
 def _saved(path: Path) -> Path:
     Dataset.from_list(ROWS).save_to_disk(str(path))
     return path
@@ -57,25 +78,31 @@ def _folder(path: Path) -> Path:
         (_jsonl, "p.jsonl", [2, 1]),
         (_json, "p.json", [2, 1]),
         (_csv, "p.csv", ["2", "1"]),
+        (_text, "p.TXT", [None, None]),
+        (_csv, "p.Csv", ["2", "1"]),
+        (_tsv, "p.tsv", ["2", "1"]),
+        (_jsonl, "p.ndjson", [2, 1]),
+        (_parquet, "p.parquet", [2, 1]),
         (_saved, "saved", [2, 1]),
         (_folder, "folder", [2, 1]),
     ],
 )
-def test_every_source_yields_the_same_prompts(
+def test_all_sources_yield_the_same_prompts(
     write: Callable[[Path], Path], name: str, counts: list[object], tmp_path: Path
 ) -> None:
     prompts = read_prompts(str(write(tmp_path / name)))
     assert prompts == ["two cats", "a bed"]
-    assert [prompt.metadata.get("count") for prompt in prompts] == counts
-    assert all("prompt" not in prompt.metadata for prompt in prompts)
+    metadata = [getattr(prompt, "metadata", {}) for prompt in prompts]
+    assert [row.get("count") for row in metadata] == counts
+    assert all("prompt" not in row for row in metadata)
 
 
-def test_lists_and_json_of_strings(tmp_path: Path) -> None:
+def test_lists_and_json_files_hold_strings(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('["a cat", "a dog"]')
     assert read_prompts(str(tmp_path / "p.json")) == read_prompts(["a cat", "a dog"]) == ["a cat", "a dog"]
 
 
-def test_another_column(tmp_path: Path) -> None:
+def test_the_column_of_the_prompt_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("caption,kind\na cat,animal\n")
     (prompt,) = read_prompts(str(tmp_path / "p.csv"), column="caption")
     assert (prompt, prompt.metadata) == ("a cat", {"kind": "animal"})
@@ -100,29 +127,124 @@ def test_bare_names_come_with_a_caption_that_the_model_knows(name: str) -> None:
     assert not set(names) & set(read_prompts("emoji"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("p.txt", b"\n \n", "no prompts in"),
-        ("p.txt", b"\xff\xfe\xfa", "not text in UTF-8"),
-        ("p.json", b"[1", "is not JSON"),
-        ("p.json", b'{"prompt": "a cat"}', "must hold a list"),
-        ("p.jsonl", b'"a cat"\n', "where a row"),
-        ("p.jsonl", b'{"text": "a cat"}\n', "no column 'prompt'; it has text"),
-        ("p.jsonl", b'{"prompt": 3}\n', "prompts are text"),
-        ("p.csv", b"text\na cat\n", "no column 'prompt'"),
-    ],
-)
-def test_a_bad_file_is_refused_with_the_reason(name: str, content: bytes, said: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigurationError, match=said):
-        read_prompts(str(tmp_path / name))
+CONTENTS = {
+    "one column, text with a comma": ("p.csv", "prompt\na cat, sitting on a mat\n", ["a cat, sitting on a mat"]),
+    "one column, quoted": ("p.csv", 'prompt\n"a cat, sitting"\n', ["a cat, sitting"]),
+    "one column, quoted start": ("p.csv", 'prompt\n"a cat", sitting\n', ['"a cat", sitting']),
+    "trailing comma": ("p.csv", "prompt,count\na cat,1,\n", ["a cat"]),
+    "empty rows": ("p.csv", "prompt,count\n\na cat,1\n,\n", ["a cat"]),
+    "spaces in the header": ("p.csv", "prompt, count\na cat,1\n", ["a cat"]),
+    "two lines in quotes": ("p.csv", 'prompt,n\n"a\ncat",1\na dog,2\n', ["a\ncat", "a dog"]),
+    "carriage returns": ("p.csv", "prompt,n\r\na cat,1\r\n", ["a cat"]),
+    "long field": ("p.csv", f"prompt,n\n{'x' * 200_000},1\n", ["x" * 200_000]),
+    "byte order mark in text": ("p.txt", "\ufeffa cat\n", ["a cat"]),
+    "byte order mark in CSV": ("p.csv", "\ufeffprompt,n\na cat,1\n", ["a cat"]),
+    "byte order mark in JSON": ("p.json", '\ufeff["a cat"]', ["a cat"]),
+    "byte order mark in JSON lines": ("p.jsonl", '\ufeff{"prompt": "a cat"}\n', ["a cat"]),
+    "line separators in text": ("p.txt", "a\u2028cat\na\x85dog\n", ["a\u2028cat", "a\x85dog"]),
+    "line separators in JSON lines": ("p.jsonl", '{"prompt": "a\u2028cat"}\n', ["a\u2028cat"]),
+    "line separators in CSV": ("p.csv", "prompt,n\na\u2028cat,1\n", ["a\u2028cat"]),
+    "old Mac line ends": ("p.txt", "a cat\ra dog\r", ["a cat", "a dog"]),
+    "strings in JSON lines": ("p.jsonl", '"a cat"\n"a dog"\n', ["a cat", "a dog"]),
+    "no line end": ("p.txt", "a cat", ["a cat"]),
+    "duplicates": ("p.txt", "a cat\na cat\n", ["a cat", "a cat"]),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_files_are_read_as_they_are_meant(name: str, tmp_path: Path) -> None:
+    file, content, expected = CONTENTS[name]
+    (tmp_path / file).write_bytes(content.encode())
+    assert read_prompts(str(tmp_path / file)) == read_prompts(tmp_path / file) == expected
+
+
+BAD_FILES = {
+    "blank": ("p.txt", b"\n \n", "no prompts in .*p.txt"),
+    "empty": ("p.csv", b"", "has no column 'prompt'; it has none"),
+    "UTF-16": ("p.txt", "a cat".encode("utf-16"), "not text in UTF-8.*save it in UTF-8"),
+    "JSON, cut short": ("p.json", b'["a cat",\n1', r"is not JSON: .* \(line 2, column 2\)"),
+    "JSON, no list": ("p.json", b'{"prompt": "a cat"}', "must hold a list"),
+    "JSON, nested": ("p.json", b"[" * 100_000, "nested too deeply"),
+    "JSON, a number": ("p.json", b'["a cat", 3]', "row 2 holds 3; a prompt is a string or a row"),
+    "JSON lines, cut short": ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"line 3 is not JSON: .* \(column 11\)"),
+    "JSON lines, no column": (
+        "p.jsonl",
+        b'{"prompt": "a"}\n{"text": "a"}\n',
+        "line 2 has no column 'prompt'; it has text",
+    ),
+    "JSON lines, a number": ("p.jsonl", b'{"prompt": 3}\n', r"line 1 holds 3 \(int\) in the column 'prompt'"),
+    "JSON lines, null": ("p.jsonl", b'{"prompt": null}\n', "line 1 holds None"),
+    "CSV, no column": ("p.csv", b"text\na cat\n", "has no column 'prompt'; it has text: .*--data.column text"),
+    "CSV, upper case": ("p.csv", b"a,Prompt\n1,a cat\n", "--data.column Prompt"),
+    "CSV, no header": ("p.csv", b"a cat, sitting\na dog\n", "a list without columns belongs into a .txt file"),
+    "CSV, too many fields": ("p.csv", b"prompt,n\na,1\na cat, sitting,1\n", "line 3 has 3 fields and the header has 2"),
+    "CSV, too few fields": ("p.csv", b"prompt,n\na cat\n", "line 2 has 1 fields and the header has 2"),
+    "CSV, open quote": ("p.csv", b'prompt,n\na,1\n"a cat,1\nb,2\n', "line 3: a double quote is not closed"),
+    "CSV, semicolons": ("p.csv", b"prompt;n\na cat;1\n", "separates columns by semicolons"),
+    "CSV, one name twice": ("p.csv", b"prompt,n,n\na,1,2\n", "two columns named 'n'"),
+    "Parquet, damaged": ("p.parquet", b"PAR1 nothing", "is not a Parquet file"),
+    "another suffix": ("p.docx", b"a cat", r"a suffix that is not known; prompt files end in .txt"),
+    "compressed": ("p.txt.gz", b"a cat", "a suffix that is not known"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused_with_the_line(name: str, tmp_path: Path) -> None:
+    file, content, message = BAD_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message):
+        read_prompts(str(tmp_path / file))
+
+
+OBJECTS: dict[str, object] = {
+    "list": ["two cats", "a bed"],
+    "tuple": ("two cats", "a bed"),
+    "prompts": [Prompt("two cats", {"count": 2}), "a bed"],
+    "rows": ROWS,
+    "data set": Dataset.from_list(ROWS),
+    "table": pd.DataFrame(ROWS),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_python_objects_are_accepted(name: str) -> None:
+    prompts = read_prompts(OBJECTS[name])
+    assert prompts == ["two cats", "a bed"]
+    if name not in ("list", "tuple"):
+        assert prompts[0].metadata["count"] == 2
+
+
+BAD_OBJECTS = {
+    "None": (None, "prompts are a NoneType; give a list of strings"),
+    "number": (3, "prompts are a int"),
+    "bytes": (b"a cat", "prompts are a bytes"),
+    "dictionary": ({"prompt": ["a cat"]}, "prompts are a dict"),
+    "generator": ((text for text in ["a"]), "prompts are a generator"),
+    "empty list": ([], "there are no prompts in the list that was given"),
+    "blank strings": (["", " "], "there are no prompts"),
+    "numbers": ([1, 2], r"element 1 holds 1; a prompt is a string or a row"),
+    "None in a list": (["a", None], r"element 2 holds None"),
+    "bytes in a list": ([b"a"], r"element 1 holds b'a'"),
+    "tuples": ([("a", 1)], r"element 1 holds \('a', 1\)"),
+    "rows without the column": ([{"text": "a"}], r"element 1 has no column 'prompt'; it has text"),
+    "rows with a number": ([{"prompt": 1}], r"element 1 holds 1 \(int\)"),
+    "data set without the column": (Dataset.from_list([{"text": "a"}]), "the data set has no column 'prompt'"),
+    "splits": (DatasetDict({"train": Dataset.from_list(ROWS)}), r"pass one split, such as prompts\['train'\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OBJECTS)
+def test_other_objects_are_refused(name: str) -> None:
+    source, message = BAD_OBJECTS[name]
+    with pytest.raises(ConfigurationError, match=message):
+        read_prompts(source)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("", "no prompts in ''"),
+        ("nowhere.PARQUET", "there is no file 'nowhere.PARQUET'"),
         ("nowhere.txt", "there is no file 'nowhere.txt'"),
         ("./nowhere", "there is no file or folder"),
         ("annimals", "did you mean animals"),
@@ -130,7 +252,7 @@ def test_a_bad_file_is_refused_with_the_reason(name: str, content: bytes, said: 
         ("nobody/nothing-of-this-name", "could not be read"),
     ],
 )
-def test_a_source_that_is_not_there(source: str, said: str) -> None:
+def test_a_missing_source_is_named(source: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         read_prompts(source)
 
@@ -143,9 +265,12 @@ def test_hold_out_splits_without_loss_and_keeps_the_order() -> None:
     assert hold_out(PROMPTS, 3, seed=4) == (train, held)
     assert {tuple(hold_out(PROMPTS, 3, seed)[1]) for seed in range(8)} != {tuple(held)}
     assert hold_out(PROMPTS, 0, seed=0) == (PROMPTS, [])
-    with pytest.raises(ConfigurationError, match="val_size=10 of 10 in all leaves nothing"):
+    with pytest.raises(
+        ConfigurationError,
+        match="val_size=10 leaves nothing .* 10 different prompts; write --data.val_size",
+    ):
         hold_out(PROMPTS, 10, seed=0)
-    with pytest.raises(ConfigurationError, match="val_size=-1 must not be negative"):
+    with pytest.raises(ConfigurationError, match="val_size=-1 must be at least 0; write 0 to hold out nothing"):
         hold_out(PROMPTS, -1, seed=0)
 
 
@@ -158,15 +283,15 @@ def test_each_pass_sees_every_prompt_once_in_a_new_order() -> None:
     assert PromptLoader(PROMPTS, 4, shuffle=False).batch(2) == [*PROMPTS[8:], *PROMPTS[:2]]
 
 
-def test_a_pass_is_whole_optimiser_steps() -> None:
-    """Longer than the prompts need, and the order goes on as ever."""
+def test_a_pass_is_a_multiple_of_the_accumulated_batches() -> None:
+    """The order of the prompts does not change."""
     plain, longer = PromptLoader(PROMPTS, 5, repeats=3), PromptLoader(PROMPTS, 5, repeats=3, multiple=4)
     assert (len(plain), len(longer)) == (6, 8)
     assert list(longer) == [*plain, *islice(plain, 2)]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_a_resumed_loader_goes_on_where_it_was(stop: int) -> None:
+def test_a_resumed_loader_continues_at_its_position(stop: int) -> None:
     def endless(loader: PromptLoader):  # noqa: ANN202
         while True:
             yield from loader
@@ -208,10 +333,121 @@ def test_batch_sizes_are_checked(name: str) -> None:
         PromptDataModule(["a", "b"], val_size=1, **{name: 0})
 
 
-def test_held_out_prompts_go_round_the_processes() -> None:
+def test_each_process_needs_a_held_out_prompt() -> None:
     data = PromptDataModule(["a", "b", "c"], val_prompts=["d", "e"])
     data.trainer = SimpleNamespace(global_rank=1, world_size=2)
     assert list(data.val_dataloader()) == [["e"]]
     data.trainer = SimpleNamespace(global_rank=1, world_size=3)
-    with pytest.raises(ConfigurationError, match="2 held-out prompts do not go round 3 processes"):
+    with pytest.raises(ConfigurationError, match="2 held-out prompts are fewer than the 3 .*--data.val_size 3"):
         data.val_dataloader()
+
+
+def test_copies_of_a_held_out_prompt_are_not_trained_on() -> None:
+    prompts = ["a", "b", "a ", "c", "b", "a", "d"]
+    for seed in range(6):
+        with (
+            pytest.warns(UserWarning, match="copies of held-out prompts") if seed in _copied(prompts) else nullcontext()
+        ):
+            train, held = hold_out(prompts, 2, seed)
+        assert len({text.strip() for text in held}) == 2
+        assert not {text.strip() for text in train} & {text.strip() for text in held}
+    with pytest.raises(ConfigurationError, match="there are 4 different prompts"):
+        hold_out(prompts, 4, 0)
+
+
+def _copied(prompts: list[str]) -> set[int]:
+    """Seeds whose first two different texts include one that occurs more than once."""
+    found = set()
+    for seed in range(6):
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        texts = list(dict.fromkeys(prompts[index].strip() for index in order))[:2]
+        if {"a", "b"} & set(texts):
+            found.add(seed)
+    return found
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (5, 2), (15, 7), (16, 8), (100, 8)])
+def test_fewer_prompts_are_held_out_of_a_short_list(count: int, held: int) -> None:
+    data = PromptDataModule([f"prompt {i}" for i in range(count)])
+    assert (len(data.train_prompts), len(data.val_prompts)) == (count - held, held)
+
+
+def test_the_order_is_that_of_one_permutation_per_pass() -> None:
+    loader, expected = PromptLoader(PROMPTS, 3, seed=5), []
+    for epoch in range(4):
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
+        expected += [PROMPTS[index] for index in order]
+    seen = sum((loader.batch(number) for number in range(13)), [])
+    assert seen == expected[:39]
+    assert sum((loader.batch(number) for number in (0, 12, 0)), []) == [*expected[:3], *expected[36:39], *expected[:3]]
+
+
+def test_batches_hold_prompts_with_metadata() -> None:
+    for loader in (PromptLoader(["a", "b"], 2), FixedPrompts(["a", "b"], 2)):
+        (batch,) = list(loader)
+        assert [(type(prompt), dict(prompt.metadata)) for prompt in batch] == [(Prompt, {})] * 2
+
+
+def test_columns_are_a_compact_mapping() -> None:
+    columns = Columns(("count", "kind"), (2, "cat"))
+    assert columns == {"count": 2, "kind": "cat"}
+    assert (columns.get("no"), repr(columns), len(columns)) == (None, "{'count': 2, 'kind': 'cat'}", 2)
+    prompt = Prompt("a cat", columns)
+    assert prompt.metadata is columns
+    assert pickle.loads(pickle.dumps(prompt)).metadata == columns
+    with pytest.raises(KeyError, match="no"):
+        columns["no"]
+
+
+class Seen(DraftModule):
+    """Records the prompts of each training step."""
+
+    def __init__(self) -> None:
+        super().__init__(LinearModel(0.1), LinearReward(), DDIM(2), LastK(1))
+        self.seen: list[list[str]] = []
+
+    def training_step(self, prompts: list[str], batch_idx: int) -> torch.Tensor:
+        self.seen.append([str(prompt) for prompt in prompts])
+        return super().training_step(prompts, batch_idx)
+
+
+def _train(tmp_path: Path, **options: object) -> list[list[str]]:
+    module, data = Seen(), PromptDataModule([str(prompt) for prompt in PROMPTS], val_size=0, batch_size=2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    Trainer(accelerator="cpu", default_root_dir=tmp_path, enable_model_summary=False, **quiet, **options).fit(
+        module, data
+    )
+    return module.seen
+
+
+@pytest.mark.parametrize(("overfit", "distinct"), [(1, 1), (2, 2), (0.4, 2)])
+def test_overfit_batches_repeats_the_first_batches(tmp_path: Path, overfit: float, distinct: int) -> None:
+    whole = _train(tmp_path, max_steps=6)
+    assert _train(tmp_path, max_steps=6, overfit_batches=overfit) == (whole[:distinct] * 6)[:6]
+
+
+def test_reloading_the_loader_continues_the_order(tmp_path: Path) -> None:
+    whole = _train(tmp_path, max_steps=12)
+    assert len({tuple(sum(whole[start : start + 5], [])) for start in (0, 5)}) == 2
+    assert _train(tmp_path, max_steps=12, reload_dataloaders_every_n_epochs=1) == whole
+
+
+def test_a_million_prompts_start_in_seconds_and_step_as_fast_as_ten(tmp_path: Path) -> None:
+    """Start-up below 5 s of CPU time, memory below 300 MB, a batch of 64 below 10 ms."""
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"a photo of animal number {number}\n" for number in range(1_000_000)))
+    start = time.process_time()
+    loader = PromptDataModule(str(path), batch_size=64).train_dataloader()
+    loader.batch(0)
+    assert time.process_time() - start < 5
+    start = time.process_time()
+    for number in range(100):
+        loader.batch(number)
+    assert time.process_time() - start < 1
+    tracemalloc.start()
+    try:
+        held = PromptDataModule(str(path), batch_size=64)
+        held.train_dataloader().batch(0)
+        assert tracemalloc.get_traced_memory()[0] < 300e6
+    finally:
+        tracemalloc.stop()

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,40 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "Reward", "check_name", "check_scores"]
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+class Columns(Mapping[str, Any]):
+    """Read-only values by name, compact where many rows share their names.
+
+    Args:
+        names: Names of the columns, one tuple for all rows.
+        values: The row's values in that order.
+    """
+
+    __slots__ = ("_names", "_values")
+
+    def __init__(self, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+        self._names = names
+        self._values = values
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a column."""
+        try:
+            return self._values[self._names.index(name)]
+        except ValueError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of columns."""
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        """Show the values as a dictionary does."""
+        return repr(dict(self))
 
 
 class Prompt(str):
@@ -34,7 +68,9 @@ class Prompt(str):
     def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> "Prompt":
         """Create the string; `str` is immutable, so `__init__` would be too late."""
         prompt = super().__new__(cls, text)
-        prompt.metadata = dict(metadata) if metadata else _NO_METADATA
+        if metadata and not isinstance(metadata, Columns):
+            metadata = dict(metadata)
+        prompt.metadata = metadata or _NO_METADATA
         return prompt
 
     def __reduce__(self) -> tuple[Any, ...]:

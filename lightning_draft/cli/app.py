@@ -4,12 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -17,39 +17,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-import lightning_draft.advantages  # noqa: F401 (its classes are known by their short names)
-import lightning_draft.losses  # noqa: F401
-import lightning_draft.objectives  # noqa: F401
-import lightning_draft.rewards  # noqa: F401
-import lightning_draft.samplers  # noqa: F401
-import lightning_draft.truncation  # noqa: F401
 from lightning_draft import callbacks
 from lightning_draft.cli import messages, run_folder, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.checkpoint_file import find_checkpoint
-from lightning_draft.cli.explain import explain
 from lightning_draft.cli.option_checks import check_options
+from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
 from lightning_draft.cli.preemption import Preemption, requeue
-from lightning_draft.cli.process import option_values, process_arguments
+from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
 from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers, run_logger
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.draft import DraftModule
-from lightning_draft.methods.policy_gradient import PolicyGradientModule  # noqa: F401
-from lightning_draft.models import StableDiffusion, StableDiffusion3  # noqa: F401
 
-TRAINER_DEFAULTS = {
-    "max_steps": 1000,
-    "log_every_n_steps": 1,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 100,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-}
-_WRITERS = tuple(getattr(callbacks, option.class_name) for option in CALLBACK_OPTIONS if option.writes_files)
 _SAVE_DIR = "--trainer.logger.save_dir"
 
 
@@ -64,7 +46,7 @@ def run(verb: Literal["fit", "validate"], args: Sequence[str]) -> int:
         ConfigurationError: The configuration cannot work.
     """
     options = ["--help" if arg == "--help_all" else arg for arg in args]
-    with process_arguments([verb, *options]):
+    with process_arguments([verb, *options]), full_option_names(options):
         return DraftCLI(verb).status
 
 
@@ -85,7 +67,7 @@ class DraftCLI(LightningCLI):
     def __init__(self, verb: Literal["fit", "validate"]) -> None:
         self.verb = verb
         self.preemption = Preemption()
-        self._as_written = Namespace()
+        self._as_written: Any = Namespace()  # type: ignore[no-untyped-call]
         try:
             with messages.as_configuration_error():
                 super().__init__(
@@ -122,20 +104,7 @@ class DraftCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name, how it resumes, and one option for each callback."""
-        parser.set_defaults({"model": {"class_path": _path(DraftModule)}})
-        parser.add_argument("--name", type=str | None, default=None, help="The run writes to runs/NAME.")
-        parser.add_argument(
-            "--resume",
-            type=Literal["auto"] | None,
-            default=None,
-            help="`auto`: continue from the last checkpoint in runs/NAME if there is one, else start there.",
-        )
-        for option in CALLBACK_OPTIONS:
-            kind = getattr(callbacks, option.class_name)
-            default = {"class_path": _path(kind)} if option.enabled else None
-            parser.add_argument(
-                f"--{option.key}", type=kind | None, default=default, help=f"{option.help}; null for none"
-            )
+        add_run_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and report what is wrong in one message."""
@@ -184,7 +153,7 @@ class DraftCLI(LightningCLI):
                 return run_folder.newest(root, name)
             return run_folder.resume(own or (run_folder.existing(root, name) or [root / name])[-1], elsewhere)
         file = None if checkpoint is None else find_checkpoint(str(checkpoint))
-        if self.verb != "fit" or config["trainer"]["fast_dev_run"] or rank_zero_only.rank:
+        if self.verb != "fit" or config["trainer"]["fast_dev_run"] or not is_first_process():
             return RunFolder(root / name, file)
         return RunFolder(run_folder.create(root, name).path, file, created=True)
 
@@ -223,7 +192,7 @@ class DraftCLI(LightningCLI):
         if config["enable_checkpointing"] is False:
             named = [callback for callback in named if not isinstance(callback, Checkpoint)]
         if config["fast_dev_run"]:
-            named = [callback for callback in named if not isinstance(callback, _WRITERS)]
+            named = [callback for callback in named if not isinstance(callback, FILE_WRITERS)]
         elif self.verb == "fit":
             record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_none=False))
             named = [*named, RunRecord(record, self.run.path), StepNumber(), self.preemption]
@@ -250,6 +219,12 @@ class DraftCLI(LightningCLI):
             self.status = messages.TERMINATED if isinstance(end, SIGTERMException) else messages.INTERRUPTED
             self._report_interruption()
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; in the run's folder, process 0 trains alone."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero and self.run is not None and self.run.path.is_dir()
+        with run_folder.locked(self.run.path) if writes and self.run is not None else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def _report_interruption(self) -> None:
         if not self.trainer.is_global_zero:
             return
@@ -262,10 +237,12 @@ class DraftCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print which files there are and how to use them; a fault in training gives a status that is not 0."""
         assert self.run is not None
-        failures = [c.failure for c in self.trainer.callbacks if isinstance(c, callbacks.GradientNormMonitor)]
+        callbacks_of_run: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        failures = [c.failure for c in callbacks_of_run if isinstance(c, callbacks.GradientNormMonitor)]
         for failure in filter(None, failures):
             self.status = messages.FAILED
-            messages.print_error(f"training failed: {failure}")
+            if self.trainer.is_global_zero:
+                messages.print_error(f"training failed: {failure}")
         if not self.trainer.is_global_zero or self.trainer.global_step == 0:
             return
         if self.status and (self.run.path / "checkpoints" / "last.ckpt").exists():
@@ -287,20 +264,6 @@ class DraftCLI(LightningCLI):
         trainer = getattr(self, "trainer", None)
         if self.run is not None and (trainer is None or trainer.global_step == 0):
             run_folder.discard(self.run)
-
-
-def explain_parser_error(error: BaseException) -> str:
-    """Return one message for what the parser of a verb raised."""
-    groups = {option.key: getattr(callbacks, option.class_name) for option in CALLBACK_OPTIONS}
-    plain = {"seed_everything": bool | int, "name": str | None, "ckpt_path": str | None}
-    named = {"resume": Literal["auto"] | None, "weights_only": bool | None}
-    return explain(
-        error, {"model": RewardModule, "data": PromptDataModule, "trainer": Trainer, **plain, **named, **groups}
-    )
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _dirpath(callback: Any) -> Path | None:

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning_draft.errors import ConfigurationError
@@ -40,7 +41,7 @@ def as_configuration_error() -> Iterator[None]:
     A library's exceptions are Lightning's `MisconfigurationException`, and a `ValueError` that the Trainer, a callback
     of Lightning's, an optimizer or this package raises. Those of the user's code keep their traceback.
     """
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
         yield
@@ -52,6 +53,11 @@ def as_configuration_error() -> Iterator[None]:
         if not f"{_module(error)}.".startswith(_LIBRARIES):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error
+    except UnpicklingError as error:
+        raise ConfigurationError(
+            f"the checkpoint holds objects other than tensors and plain values ({str(error).splitlines()[0]}); "
+            "--weights_only false loads them, which runs code from the file: only for a file that you trust"
+        ) from error
     except OSError as error:
         if error.errno not in _FILE_SYSTEM_ERRORS:
             raise

@@ -1,9 +1,11 @@
 """The arguments and import path of this process."""
 
+import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 
 def import_from_current_folder() -> None:
@@ -13,6 +15,12 @@ def import_from_current_folder() -> None:
         sys.path.pop(0)
     if here not in sys.path:
         sys.path.append(here)
+
+
+def is_first_process() -> bool:
+    """Return whether this process writes files, by the variables of torchrun, Lightning's launcher and SLURM."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
 def option_values(args: Sequence[str], option: str) -> list[str]:
@@ -30,3 +38,23 @@ def process_arguments(args: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+@contextmanager
+def full_option_names(args: Sequence[str]) -> Iterator[None]:
+    """Within this context the help of a nested class, such as `--model.model.help`, shows options by their full names.
+
+    The parser prints them as options of the class that holds them: `--model.pretrained` for `--model.model.pretrained`.
+    """
+    nested = next((arg.partition("=")[0] for arg in args if re.match(r"--\w+(\.\w+)+\.help(=|$)", arg)), None)
+    if nested is None:
+        yield
+        return
+    prefix = nested.removesuffix(".help")
+    inner = prefix.rpartition(".")[2]
+    page = io.StringIO()
+    try:
+        with redirect_stdout(page):
+            yield
+    finally:
+        print(re.sub(rf"--{inner}\.", f"{prefix}.", page.getvalue()), end="")

@@ -1,7 +1,10 @@
 """The folder that a run writes to: `runs/NAME`, `runs/NAME-2`, ..., created exclusively by one process."""
 
+import fcntl
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +129,29 @@ def start_or_resume(folder: Path, checkpoints: Path | None = None) -> RunFolder:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = newest_checkpoint(folder if checkpoints is None else checkpoints)
     return RunFolder(folder, None if checkpoint is None else check_checkpoint(checkpoint), created)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within this context no other process trains in `folder`; file systems without locks are not guarded.
+
+    Raises:
+        ConfigurationError: Another process trains there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ConfigurationError(
+            f"another process is training in {folder}; wait until it ends, or start a new run with another --name"
+        ) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def discard(run: RunFolder) -> None:

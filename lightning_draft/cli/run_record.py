@@ -125,4 +125,4 @@ def _comparable(options: Mapping[str, Any], key: str) -> Any:
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))

@@ -21,8 +21,8 @@ from lightning_draft import models
 from lightning_draft.callbacks.pictures import comparison
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, run_folder, shipped
-from lightning_draft.cli.app import explain_parser_error
 from lightning_draft.cli.messages import as_configuration_error, root_cause
+from lightning_draft.cli.options import explain_parser_error
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import RewardModule

@@ -56,6 +56,14 @@ def test_errors_of_an_optimizer_and_of_the_file_system_are_configuration_errors(
         raise ConnectionError("the service is down")
 
 
+def test_a_checkpoint_with_other_objects_says_what_loads_it(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"place": tmp_path}, tmp_path / "a.ckpt")
+    with pytest.raises(ConfigurationError, match="--weights_only false .* runs code"), as_configuration_error():
+        torch.load(tmp_path / "a.ckpt", weights_only=True)
+
+
 def test_root_cause_is_what_was_raised_first_where_no_parser_is_around_it() -> None:
     error = KeyError("mine")
     assert root_cause(error) is error

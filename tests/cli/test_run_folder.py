@@ -65,6 +65,26 @@ def test_last_is_the_newest_run_and_not_the_newest_file(tmp_path: Path) -> None:
     assert old.exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text"])
+def test_a_broken_checkpoint_is_one_message_however_it_is_found(tmp_path: Path, content: bytes) -> None:
+    _checkpoint(tmp_path / "small").write_bytes(content)
+    for find in (run_folder.resume, run_folder.start_or_resume):
+        with pytest.raises(ConfigurationError, match=r"last.ckpt is (empty|not a checkpoint)"):
+            find(tmp_path / "small")
+    with pytest.raises(ConfigurationError, match=r"last.ckpt is (empty|not a checkpoint)"):
+        run_folder.newest(tmp_path, "small")
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    with run_folder.locked(tmp_path):
+        with pytest.raises(ConfigurationError, match="another process is training"), run_folder.locked(tmp_path):
+            pass
+        with run_folder.locked(tmp_path.parent):
+            pass
+    with run_folder.locked(tmp_path):
+        pass
+
+
 def test_start_or_resume_starts_once_and_then_continues_in_the_same_folder(tmp_path: Path) -> None:
     first = run_folder.start_or_resume(tmp_path / "job")
     assert first == run_folder.RunFolder(tmp_path / "job", None, created=True)

@@ -53,6 +53,9 @@ def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None
     assert "--trainer.accumulate_grad_batches" in every
     truncation = command("fit", "--model.help", "DraftModule").out
     assert "Where gradient flows; `LastK(1)` by default" in " ".join(truncation.split())
+    nested = command("fit", "--model.model.help", "StableDiffusion").out
+    assert "--model.model.pretrained" in nested
+    assert "--model.pretrained" not in nested
     samples = command("fit", "--samples.help", "SampleLogger").out
     assert "Optimisation steps between grids." in samples
 

@@ -1,8 +1,8 @@
-"""Denoisers whose parameters are spread over processes: Lightning's FSDP2, FSDP and DeepSpeed strategies.
+"""Denoisers whose parameters are sharded over processes: Lightning's FSDP2, FSDP and DeepSpeed strategies.
 
-Only the denoiser is cut up: it is called equally often on every process, as gathering its parameters takes all of them.
-Embeddings are remembered, so that a text encoder is called on one process and not on another; text encoders,
-autoencoder and rewards stay whole.
+Only the denoiser is sharded: gathering its parameters takes all processes, and it is called equally often on each.
+Embeddings are cached, so a text encoder may be called on one process and not on another; text encoders, autoencoder
+and rewards are therefore replicated.
 
 References:
     Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277. Rajbhandari et
@@ -34,26 +34,26 @@ _FSDP2 = (
 
 
 def uses_fsdp(trainer: L.Trainer | None) -> bool:
-    """Whether each process holds a part of the parameters only."""
+    """Return whether each process holds only a shard of the parameters."""
     return trainer is not None and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def uses_deepspeed(trainer: L.Trainer | None) -> bool:
-    """Whether an optimiser of DeepSpeed's owns the gradients, and each process a part of them only."""
+    """Return whether DeepSpeed's optimizer owns the gradients, of which each process holds only a shard."""
     return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def shard(module: L.LightningModule, model: nn.Module) -> None:
-    """Spread the denoiser over the processes as the Trainer's strategy wants it; others are left as they are.
+    """Shard the denoiser over the processes if the Trainer's strategy shards; otherwise do nothing.
 
-    Call it in `configure_model`, with the adapters in place. A denoiser that is spread already stays as it is.
+    Call it in `configure_model`, after adapters were added. A denoiser that is already sharded stays as it is.
 
     Args:
-        module: What the Trainer trains.
-        model: Its model, whose `denoiser` is cut up block by block.
+        module: The module that the Trainer trains.
+        model: Its model, whose `denoiser` is sharded block by block.
 
     Raises:
-        ConfigurationError: The strategy does not suit fine-tuning on rewards, or not with these settings.
+        ConfigurationError: The strategy does not support fine-tuning on rewards, or not with these settings.
     """
     strategy = None if module._trainer is None else module.trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy):
@@ -67,7 +67,7 @@ def shard(module: L.LightningModule, model: nn.Module) -> None:
     if isinstance(strategy, ModelParallelStrategy):
         _check_mesh(strategy)
         mesh = strategy.device_mesh["data_parallel"]
-        for part in [*blocks(denoiser), denoiser]:  # the outermost last; it is given up after a pass as the others are
+        for part in [*blocks(denoiser), denoiser]:  # the outermost last, resharded like the others
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return
     _check_casts(strategy, model, "bf16-mixed")
@@ -82,7 +82,7 @@ def shard(module: L.LightningModule, model: nn.Module) -> None:
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """What is gathered together: members of the denoiser's lists of blocks, and children that have such lists."""
+    """Return the units that are gathered: the denoiser's blocks, and children that have lists of blocks."""
     found: list[nn.Module] = []
     for child in denoiser.children():
         if isinstance(child, nn.ModuleList):
@@ -93,9 +93,9 @@ def blocks(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def adapters(denoiser: nn.Module) -> list[nn.Module]:
-    """Layers that are trained within a denoiser that is not.
+    """Return the trained layers within a frozen denoiser.
 
-    FSDP flattens what it gathers together into one parameter, which has one dtype, and a gradient as large as itself.
+    FSDP flattens a unit into one parameter, which has one dtype, and a gradient of its size if any of it is trained.
     """
     if all(parameter.requires_grad for parameter in denoiser.parameters()):
         return []
@@ -104,7 +104,7 @@ def adapters(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, each process's part of them, by the names that they have without sharding."""
+    """Return this process's shards of the trainable parameters, by the names that they have without sharding."""
     return {
         name.replace(_WRAPPED, ""): parameter
         for name, parameter in module.named_parameters()
@@ -113,26 +113,26 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
+    """Return this process's shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def gather_full(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained parameters as they are without sharding, by name; all processes must ask together."""
+    """Return copies of the full trainable parameters by name; all processes must call it together."""
     with _gathered(module):
         return {name: _full(parameter).detach().clone() for name, parameter in trainable_parameters(module).items()}
 
 
 def clip_gradients(model: nn.Module, limit: float) -> None:
-    """Scale the gradient so that its norm over all processes' parts is at most `limit`; for `FSDPStrategy`."""
+    """Scale the gradient so that its norm over all shards is at most `limit`; for `FSDPStrategy`."""
     denoiser = cast(FullyShardedDataParallel, _denoiser(model, "FSDPStrategy"))
     denoiser.clip_grad_norm_(limit)
 
 
 @contextmanager
 def _gathered(module: nn.Module) -> Iterator[None]:
-    """Within this context what FSDP trains is whole; the frozen parts are left alone."""
+    """Gather the parameters that FSDP trains within this context; frozen ones stay sharded."""
     with ExitStack() as stack:
         for unit in FullyShardedDataParallel.fsdp_modules(module):
             own = [p for name, p in unit.named_parameters() if name.count(_WRAPPED) == 1]
@@ -149,55 +149,55 @@ def _denoiser(model: nn.Module, strategy: str) -> nn.Module:
     denoiser = getattr(model, "denoiser", None)
     if not isinstance(denoiser, nn.Module):
         raise ConfigurationError(
-            f"{strategy} spreads the denoiser over processes, and {type(model).__name__} does not say which of its "
-            "modules that is; give it a property `denoiser`, or train with strategy: ddp"
+            f"{strategy} shards the denoiser, and {type(model).__name__} does not say which of its modules that is; "
+            "give it a property `denoiser`, or train with strategy: ddp"
         )
     return denoiser
 
 
 def _others(module: nn.Module, model: nn.Module, denoiser: nn.Module) -> Iterable[nn.Module]:
-    """Everything but the denoiser."""
+    """Return all modules but the denoiser."""
     yield from (child for child in module.children() if child is not model)
     yield from (child for child in model.children() if child is not denoiser)
 
 
 def _check_mesh(strategy: ModelParallelStrategy) -> None:
-    """Refuse layers that are cut up, and a default of Lightning's under which nothing else is."""
+    """Refuse tensor parallelism, and sharded checkpoints."""
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ConfigurationError(
-            "ModelParallelStrategy would cut up single layers over the processes of a machine, for which diffusion "
+            "ModelParallelStrategy would split single layers over processes (tensor parallelism), for which diffusion "
             f"models have no plan; write {_FSDP2}"
         )
     if strategy._save_distributed_checkpoint:
         raise ConfigurationError(
-            "ModelParallelStrategy would look for frozen parameters in checkpoints, which hold what is trained alone; "
+            "ModelParallelStrategy would look for frozen parameters in checkpoints, which hold only trained ones; "
             "write save_distributed_checkpoint: false"
         )
 
 
 def _check_deepspeed(strategy: DeepSpeedStrategy, model: nn.Module) -> None:
-    """ZeRO-1 and 2 in float32 suit; ZeRO-3 does not.
+    """Accept ZeRO-1 and 2 in float32; refuse ZeRO-3.
 
-    Every part's parameters are empty between its calls under ZeRO-3, while text encoders read the shapes of theirs
-    before they are called, and are called on one process and not on another.
+    Under ZeRO-3 the parameters of every module are empty between its calls. Text encoders read the shapes of theirs
+    before they are called, and may be called on one process and not on another.
     """
     strategy._init_config_if_needed()
     if strategy.zero_stage_3:
         raise ConfigurationError(
-            "DeepSpeed's ZeRO-3 also takes text encoders, autoencoder and rewards apart, which are looked into between "
-            f"their calls and not called equally often on all processes; write {_FSDP2}, or strategy: fsdp"
+            "DeepSpeed's ZeRO-3 also shards text encoders, autoencoder and rewards, which are not called equally often "
+            f"on all processes; write {_FSDP2}, or strategy: fsdp"
         )
     precision = strategy.precision_plugin.precision
     if "true" not in precision:
         raise ConfigurationError(
-            f"DeepSpeed takes precision={precision} for a cast of everything, rewards and adapters included; write "
-            "precision: 32-true, or strategy: ddp"
+            f"DeepSpeed casts everything to precision={precision}, rewards and adapters included; write precision: "
+            "32-true, or strategy: ddp"
         )
     _check_casts(strategy, model)
 
 
 def _check_casts(strategy: FSDPStrategy | DeepSpeedStrategy, model: nn.Module, cure: str | None = None) -> None:
-    """Refuse a `true` precision that would cast frozen parts held in another."""
+    """Refuse a `true` precision that would cast frozen parameters of another dtype."""
     plugin: Any = strategy.precision_plugin
     if "true" not in plugin.precision:
         return
@@ -207,8 +207,8 @@ def _check_casts(strategy: FSDPStrategy | DeepSpeedStrategy, model: nn.Module, c
         name = str(odd.pop()).removeprefix("torch.")
         advice = "dtype: float32 on the model" if cure is None else f"precision: {cure}"
         raise ConfigurationError(
-            f"{type(strategy).__name__} takes precision={plugin.precision} for a cast of everything, what the model "
-            f"holds in {name} included; write {advice}"
+            f"{type(strategy).__name__} casts everything to precision={plugin.precision}, also what the model holds in "
+            f"{name}; write {advice}"
         )
 
 

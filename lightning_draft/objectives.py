@@ -1,6 +1,6 @@
-"""Objectives of policy gradients: losses of the log-probabilities that a model gives the steps of a rollout.
+"""Objectives of policy gradients: losses of the log-probabilities of the sampling steps of a rollout.
 
-Shapes: `S` stochastic steps, `B` samples, of which every `group` in a row were drawn for one prompt.
+Shapes: `S` stochastic steps, `B` samples, of which every `group` in a row share a prompt.
 
 References:
     Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301 (DDPO).
@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import one_of, positive
 
 Reduction = Literal["mean", "sum"]
 ClipForm = Literal["min", "clip_only"]
@@ -26,11 +26,11 @@ ClipForm = Literal["min", "clip_only"]
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """What an objective sees of a rollout.
+    """What an objective is computed from: a minibatch of a rollout, or all of it.
 
     Args:
-        log_probs: Of the steps that were taken, under the model as it is, `(S, B)`, float32.
-        old_log_probs: The same under the model that took them.
+        log_probs: Log-probabilities of the steps under the current model, `(S, B)`, float32.
+        old_log_probs: The same under the model that sampled them.
         advantages: Of the samples, `(B,)`.
         group: How many samples in a row share a prompt.
         ref_log_probs: The same as `log_probs` under the base model, where the objective `needs_reference`.
@@ -47,15 +47,19 @@ class Objective(ABC):
     """A loss of log-probabilities.
 
     Args:
-        reduction: Whether a step's log-probability is the `mean` or the `sum` over the latent's dimensions. They differ
-            by a factor of 16384 for a latent of 4x64x64, and with them what `clip`, `beta` and a KL weight mean.
+        reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions. They
+            differ by a factor of 16384 for a latent of 4x64x64, and so do the meanings of `clip`, `beta` and a KL
+            weight.
 
     Attributes:
-        on_policy: The gradient holds for the parameters that drew the rollout alone.
-        separable: The loss is a mean over steps and samples, so that any part of a rollout gives a part of it.
-            Otherwise it is evaluated on whole rollouts, in two passes.
-        needs_reference: It compares with the base model.
-        min_group: The least number of samples a prompt.
+        on_policy: Whether the gradient is only right for the parameters that sampled the rollout.
+        separable: Whether the loss is a mean over steps and samples, so that the losses of minibatches add up to it.
+            Otherwise it is computed on whole rollouts, in two passes.
+        needs_reference: Whether it compares with the base model.
+        min_group: The least number of samples per prompt.
+
+    Raises:
+        ConfigurationError: The reduction is unknown.
     """
 
     on_policy: bool = False
@@ -64,54 +68,57 @@ class Objective(ABC):
     min_group: int = 1
 
     def __init__(self, reduction: Reduction = "mean") -> None:
-        if reduction not in get_args(Reduction):
-            raise ConfigurationError(f"reduction={reduction!r} is not known; write mean or sum")
-        self.reduction = reduction
+        self.reduction = one_of("reduction", reduction, get_args(Reduction))
 
     @abstractmethod
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        """The loss, a scalar."""
+        """Return the loss, a scalar."""
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
-        """Which steps have left the region that the objective trusts, bool `(S, B)`."""
+        """Return which steps have left the trust region, bool `(S, B)`."""
         return torch.zeros_like(batch.log_probs, dtype=torch.bool)
 
     def reduce(self, total: Tensor, elements: int) -> Tensor:
-        """Turn a sum over `elements` latent dimensions into what `reduction` says."""
+        """Return a sum over `elements` latent dimensions, divided by them where `reduction` is `mean`."""
         return total / elements if self.reduction == "mean" else total
 
 
 class Reinforce(Objective):
-    """`-A log p`, averaged over steps and samples: the score-function gradient, divided by the number of steps.
+    """The score-function gradient: `L = -1 / (S B) sum_{t,i} A_i log p(x_{t-1,i} | x_{t,i})`.
 
-    It is on-policy: a rollout serves one optimiser step.
+    It is on-policy: there is one optimizer step per rollout.
 
     Args:
-        reduction: Whether a step's log-probability is the `mean` or the `sum` over the latent's dimensions.
+        reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions.
 
     References:
         Williams, "Simple Statistical Gradient-Following Algorithms", 1992; Black et al., arXiv:2305.13301, eq. (5)
-        (DDPO-SF).
+        (DDPO-SF), here divided by the number of steps.
     """
 
     on_policy = True
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        """Weigh each step's log-probability by its sample's advantage."""
+        """Weight the log-probability of each step by the advantage of its sample."""
         return -(batch.advantages * batch.log_probs).mean()
 
 
 class PPO(Objective):
-    """`max(-A rho, -A clip(rho, 1 - clip, 1 + clip))` averaged, with `rho = p / p_old` step by step.
+    """Clipped policy gradient with one ratio per step, `rho = p(x_{t-1} | x_t) / p_old(x_{t-1} | x_t)`.
+
+    `L = mean_{t,i} max(-A_i rho_{t,i}, -A_i clip(rho_{t,i}, 1 - clip, 1 + clip))`
 
     With `LeaveOneOut` it is LOOP, with `GroupRelative(divide_by_std=True)` GRPO.
 
     Args:
-        clip: How far the ratio may leave 1 before a step teaches nothing more; DDPO's 1e-4 belongs to `mean`.
-        reduction: Whether a step's log-probability is the `mean` or the `sum` over the latent's dimensions.
-        advantage_clip: Advantages are clipped to this size; `null` leaves them alone.
-        form: `min` is the pessimistic form above; `clip_only` is `-A clip(rho, ...)`, which also ignores steps that
-            moved the wrong way.
+        clip: Distance of the ratio from 1 beyond which a step has no gradient; DDPO's 1e-4 is for `mean`.
+        reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions.
+        advantage_clip: Advantages are clipped to `-advantage_clip..advantage_clip`; `null` does not clip them.
+        form: `min` is the pessimistic form above; `clip_only` is `-A clip(rho, ...)`, which also has no gradient for
+            steps that moved the wrong way.
+
+    Raises:
+        ConfigurationError: An option is out of range.
 
     References:
         Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. (7); Black et al.,
@@ -126,14 +133,12 @@ class PPO(Objective):
         form: ClipForm = "min",
     ) -> None:
         super().__init__(reduction)
-        self.clip = _positive("clip", clip)
-        self.advantage_clip = None if advantage_clip is None else _positive("advantage_clip", advantage_clip)
-        if form not in get_args(ClipForm):
-            raise ConfigurationError(f"form={form!r} is not known; write min or clip_only")
-        self.form = form
+        self.clip = positive("clip", clip)
+        self.advantage_clip = None if advantage_clip is None else positive("advantage_clip", advantage_clip)
+        self.form = one_of("form", form, get_args(ClipForm))
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        """Compare with the model that drew the rollout."""
+        """Compute the loss from the ratios to the model that sampled the rollout."""
         advantages, limit = batch.advantages, self.advantage_clip
         if limit is not None:
             advantages = advantages.clamp(-limit, limit)
@@ -144,24 +149,30 @@ class PPO(Objective):
         return torch.maximum(-advantages * ratio, clipped).mean()
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
-        """Ratios further than `clip` from 1."""
+        """Return where `|rho - 1| > clip`."""
         return ((batch.log_probs - batch.old_log_probs).expm1().abs() > self.clip).detach()
 
 
 class PRDP(Objective):
     """Regress differences of implicit rewards on differences of rewards, for all pairs of samples of a prompt.
 
-    With `rhat = sum_t log p / p_ref` the loss of a pair is `(rhat_a - rhat_b - (A_a - A_b) / beta)^2`; the larger of it
-    and of the same with every step's log-ratio kept within `clip` of its old value counts. With
-    `GroupRelative` advantages the differences of advantages are those of rewards, as in the paper. The loss couples all
-    steps, so it takes two passes: one without a graph for its derivatives, and one that back-propagates them minibatch
-    by minibatch, in memory that does not grow with the number of steps.
+    With the implicit reward `rhat_i = sum_t log p(x_{t-1,i} | x_{t,i}) / p_ref(x_{t-1,i} | x_{t,i})`,
+
+    `L = mean_{(i,j)} max((rhat_i - rhat_j - (A_i - A_j) / beta)^2, (rclip_i - rclip_j - (A_i - A_j) / beta)^2)`,
+
+    where `rclip` is `rhat` with the log-ratio of every step kept within `clip` of its old value. With `GroupRelative`
+    advantages `A_i - A_j = r_i - r_j`, as in the paper. The loss couples all steps, so it takes two passes: one without
+    a graph for its gradient with respect to the log-probabilities, and one that back-propagates that minibatch by
+    minibatch, in memory that does not grow with the number of steps.
 
     Args:
-        beta: Strength of the pull to the base model, in units of the reward per unit of log-ratio; the best model is
-            `p_ref exp(r / beta)`. Its scale depends on `reduction`.
-        clip: How far a step's log-ratio may move in the updates from one rollout.
-        reduction: Whether a step's log-probability is the `mean` or the `sum` over the latent's dimensions.
+        beta: Strength of the regularization towards the base model, in units of the reward per unit of log-ratio; the
+            optimum is `p = p_ref exp(r / beta) / Z`. Its scale depends on `reduction`.
+        clip: How far the log-ratio of a step may move in the updates from one rollout.
+        reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions.
+
+    Raises:
+        ConfigurationError: An option is out of range.
 
     References:
         Deng et al., arXiv:2402.08714, eqs. (10) to (13); the paper's units of `beta` and `clip` are not known.
@@ -173,29 +184,23 @@ class PRDP(Objective):
 
     def __init__(self, beta: float = 1.0, clip: float = 1e-4, reduction: Reduction = "mean") -> None:
         super().__init__(reduction)
-        self.beta = _positive("beta", beta)
-        self.clip = _positive("clip", clip)
+        self.beta = positive("beta", beta)
+        self.clip = positive("clip", clip)
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        """The mean over pairs; `log_probs` must hold every step of whole groups."""
+        """Return the mean over pairs; `log_probs` must hold every step of whole groups."""
         assert batch.ref_log_probs is not None
         ratio, old = batch.log_probs - batch.ref_log_probs, batch.old_log_probs - batch.ref_log_probs
         proximal = torch.minimum(torch.maximum(ratio, old - self.clip), old + self.clip)
-        plain, clipped = (self._pairs(each.sum(0), batch) for each in (ratio, proximal))
+        plain, clipped = (self._pair_losses(each.sum(0), batch) for each in (ratio, proximal))
         return torch.maximum(plain, clipped).mean()
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
-        """Steps whose log-ratio moved further than `clip`."""
+        """Return where the log-ratio of a step moved by more than `clip`."""
         return ((batch.log_probs - batch.old_log_probs).abs() > self.clip).detach()
 
-    def _pairs(self, implicit: Tensor, batch: PolicyBatch) -> Tensor:
-        """Squared errors of all pairs, `(prompts, pairs)`."""
+    def _pair_losses(self, implicit: Tensor, batch: PolicyBatch) -> Tensor:
+        """Return the squared errors of all pairs, `(prompts, pairs)`."""
         error = (implicit - batch.advantages / self.beta).view(-1, batch.group)
         first, second = zip(*combinations(range(batch.group), 2), strict=True)
         return (error[:, list(first)] - error[:, list(second)]).square()
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ConfigurationError(f"{name}={value} must be positive")
-    return value

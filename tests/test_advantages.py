@@ -1,6 +1,7 @@
 """Baselines against numpy and against their definitions written out."""
 
 import json
+import tracemalloc
 from collections import defaultdict
 from typing import Any
 
@@ -41,9 +42,21 @@ def test_group_mean_and_its_division() -> None:
 
 
 @pytest.mark.parametrize("advantage_estimator", [GroupRelative(), GroupRelative(divide_by_std=True), LeaveOneOut()])
-def test_equal_rewards_teach_exactly_nothing(advantage_estimator: AdvantageEstimator) -> None:
-    values = torch.tensor([0.1, 1e6 / 3, -7.7]).repeat_interleave(GROUP)
-    assert not advantage_estimator(values, NAMES, GROUP).any()
+@pytest.mark.parametrize("group", [3, 4, 7])
+def test_equal_rewards_have_advantages_of_exactly_zero(advantage_estimator: AdvantageEstimator, group: int) -> None:
+    """Also for groups whose size makes the mean of equal numbers differ from them by rounding."""
+    values = torch.tensor([0.1, 1e6 / 3, -7.7]).repeat_interleave(group)
+    if group == 7:
+        assert (values.view(-1, group).mean(1) != values[::group]).any()
+    assert not advantage_estimator(values, ["a"] * len(values), group).any()
+
+
+def test_a_tiny_spread_is_not_divided_by_itself() -> None:
+    """The 1e-6 beside the standard deviation halves the advantages of rewards that differ by as much."""
+    values = torch.tensor([0.0, 2e-6], dtype=torch.float64)
+    advantages = PerPromptStatistics(4, 2)(values, ["a", "a"], 2)
+    torch.testing.assert_close(advantages, torch.tensor([-0.5, 0.5], dtype=torch.float64), rtol=1e-3, atol=0)
+    assert not PerPromptStatistics(4, 2)(torch.ones(3), ["a"] * 3, 3).any()
 
 
 def test_per_prompt_statistics_follow_the_last_rewards_of_a_prompt() -> None:
@@ -66,6 +79,49 @@ def test_per_prompt_statistics_survive_a_checkpoint() -> None:
     ours, theirs = one(rewards(1), NAMES, GROUP), other(rewards(1), NAMES, GROUP)
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, PerPromptStatistics(6, 5)(rewards(1), NAMES, GROUP))
+
+
+class Recording(AdvantageEstimator):
+    """An estimator of a user that only has a state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, rewards: Tensor, prompts: Any, group: int) -> Tensor:
+        self.calls += 1
+        return rewards
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+
+@pytest.mark.parametrize("make", [lambda: PerPromptStatistics(6, 5), Recording])
+def test_the_marked_state_is_that_at_the_mark(make: Any) -> None:
+    estimator = make()
+    estimator.mark()
+    assert estimator.marked_state() == estimator.state_dict()
+    for seed in range(3):
+        before = estimator.state_dict()
+        estimator.mark()
+        for part in range(2):  # also with new prompts, and several changes of one prompt
+            estimator(rewards(seed), [f"{name} {seed}" for name in NAMES], GROUP)
+            estimator(rewards(seed + part), NAMES, GROUP)
+        assert estimator.marked_state() == before
+        assert estimator.state_dict() != before
+
+
+def test_marking_does_not_depend_on_the_number_of_prompts() -> None:
+    """Counted in bytes: of 50,000 prompts none is copied."""
+    estimator = PerPromptStatistics(4, 2)
+    names = [f"prompt {i}" for i in range(50_000)]
+    estimator.load_state_dict({"seen": {name: [1.0, 2.0] for name in names}})
+    tracemalloc.start()
+    for _ in range(10):
+        estimator.mark()
+        estimator(torch.tensor([1.0, 2.0]), names[:2], 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 @pytest.mark.parametrize(

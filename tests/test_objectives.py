@@ -62,6 +62,14 @@ def test_ppo_stops_where_its_clip_says(advantage: float, ratio: float, minimum: 
     assert bool(outside.all()) == (abs(ratio - 1) > 0.1) == bool(outside.any())
 
 
+@pytest.mark.parametrize(("ratio", "outside"), [(1.103, True), (1.097, False), (0.903, False), (0.897, True)])
+def test_ppo_counts_a_step_as_clipped_by_its_ratio_and_not_its_log_ratio(ratio: float, outside: bool) -> None:
+    """`|log 1.103| < 0.1 < |log 0.903|`, on the other side of the clip than the ratios."""
+    moved = torch.full((STEPS, 1), ratio, dtype=torch.float64).log()
+    batch = PolicyBatch(moved, torch.zeros_like(moved), torch.ones(1, dtype=torch.float64))
+    assert bool(PPO(clip=0.1).clipped(batch).all()) == outside
+
+
 def test_ppo_clips_advantages() -> None:
     still = torch.zeros(STEPS, 3, dtype=torch.float64)
     advantages = torch.tensor([-9.0, 1.0, 6.0], dtype=torch.float64)
@@ -138,12 +146,12 @@ def test_reduction_is_explicit() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Reinforce(reduction="max"), "reduction='max' is not known; write mean or sum"),
-        (lambda: PPO(clip=0), "clip=0 must be positive"),
-        (lambda: PPO(advantage_clip=-1), "advantage_clip=-1 must be positive"),
-        (lambda: PPO(form="max"), "form='max' is not known; write min or clip_only"),
-        (lambda: PRDP(beta=0), "beta=0 must be positive"),
-        (lambda: PRDP(clip=-1), "clip=-1 must be positive"),
+        (lambda: Reinforce(reduction="max"), "reduction='max' is not a valid choice; write one of mean, sum"),
+        (lambda: PPO(clip=0), "clip=0 must be a positive number"),
+        (lambda: PPO(advantage_clip=-1), "advantage_clip=-1 must be a positive number"),
+        (lambda: PPO(form="max"), "form='max' is not a valid choice; write one of min, clip_only"),
+        (lambda: PRDP(beta=0), "beta=0 must be a positive number"),
+        (lambda: PRDP(clip=-1), "clip=-1 must be a positive number"),
     ],
 )
 def test_wrong_settings_are_refused(make: Any, message: str) -> None:

@@ -21,7 +21,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy import stochastic_steps
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.methods.rollout import Rollout
+from lightning_draft.methods.rollout import Rollout, summarize
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
 from lightning_draft.rewards import Brightness, ColorBalance, Reward, Sharpness, WeightedReward, ZScoreSum
@@ -495,6 +495,11 @@ def test_what_is_said_of_a_rollout() -> None:
             "train/zero_advantage_groups": 0.5,
         }
     )
+
+
+def test_groups_without_signal_are_those_whose_advantages_are_all_zero() -> None:
+    advantages = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, -1.0])
+    assert summarize(torch.zeros(6), advantages, 3)["train/zero_advantage_groups"] == 0.5
 
 
 # Checkpoints.

@@ -17,6 +17,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.rewards import Brightness, ColorBalance, GradientNormSum, Sharpness, WeightedReward, ZScoreSum
+from lightning_draft.rewards.combine import RunningMoments
 from lightning_draft.samplers import DDIM
 from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import LinearModel
@@ -225,3 +226,33 @@ def test_copies_learn_on_their_own() -> None:
     other: Callable[..., Tensor] = copy.deepcopy(subject.reward)
     subject.reward.update_statistics({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
     assert other.needs_calibration  # type: ignore[attr-defined]
+
+
+def test_a_sum_within_a_sum_keeps_statistics_of_its_own() -> None:
+    """The outer sum needs calibration and updates its own statistics, and hands on what belongs to the inner one."""
+
+    def parts() -> dict[str, WeightedReward]:
+        return {"bright": WeightedReward(Brightness(0.2)), "sharp": WeightedReward(Sharpness())}
+
+    inner = ZScoreSum(parts())
+    outer = ZScoreSum({"inner": WeightedReward(inner), "red": WeightedReward(ColorBalance())})
+    assert outer.needs_calibration
+    assert inner.needs_calibration
+    scores = {name: torch.rand(4) for name in ("inner", "red", "inner/bright", "inner/sharp")}
+    outer.update_statistics(scores)
+    for reward, names in ((outer, ("inner", "red")), (inner, ("bright", "sharp"))):
+        for name in names:
+            key = name if reward is outer else f"inner/{name}"
+            count, mean, _ = reward.get_extra_state()[name]
+            assert (count, mean) == pytest.approx((4, scores[key].double().mean().item()))
+    assert not outer.needs_calibration
+    inner.load_state_dict(ZScoreSum(parts()).state_dict())
+    assert outer.needs_calibration
+
+
+def test_constant_scores_are_not_divided_by_their_standard_deviation() -> None:
+    moments = RunningMoments(memory=100)
+    moments.update(torch.full((3,), 0.1))
+    assert moments.std == 1
+    moments.update(torch.tensor([0.1, 0.2]))
+    assert moments.std == pytest.approx(torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2]).std(correction=0).item())

@@ -22,6 +22,7 @@ from lightning_draft.distributed import (
     uses_deepspeed,
     uses_fsdp,
 )
+from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checkpoints import check_checkpoint, is_reward_state, keep_trained
 from lightning_draft.methods.checks import check_sampler, check_trainable
 from lightning_draft.methods.evaluation import EvaluationModule
@@ -162,12 +163,13 @@ class RewardModule(EvaluationModule, ABC):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             step_on_plateau(self.trainer.lr_scheduler_configs, self.trainer.callback_metrics)
 
-    def on_train_batch_start(self, prompts: Sequence[str], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note the state before each optimizer step, and calibrate a reward that needs it on the first prompts."""
         if self._marked_step != self.trainer.global_step:
             self.mark_step()
         if not self.reward.needs_calibration:
             return
+        prompts = to_prompts(batch)
         with self.trainer.precision_plugin.forward_context():
             for number in range(-(-_CALIBRATION_IMAGES // len(prompts))):
                 seed = derive_seed(self.seed, number, self.global_rank, _CALIBRATION_IMAGES)

@@ -12,10 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import at_least, one_of, prompt_list
+from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import PredictionDrift, Probe, Recompute, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checks import (
     check_differentiable,
     check_dtype,
@@ -140,9 +141,9 @@ class DraftModule(RewardModule):
         finally:
             self.probes = probes
 
-    def training_step(self, prompts: Sequence[str], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sample with gradient, reward, and return the loss."""
-        prompts = prompt_list(prompts)
+        prompts = to_prompts(batch)
         with self._random_state(derive_seed(self.seed, self.batches, self.global_rank)):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.batches))
             loss, logs = self.loss_and_logs(prompts, generator)

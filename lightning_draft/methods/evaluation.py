@@ -77,10 +77,6 @@ class EvaluationModule(L.LightningModule):
         self.eval_rewards.eval()
         return self
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> list[str]:
-        """Convert the batch of any data loader to a list of prompts."""
-        return to_prompts(batch)
-
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
         """Sample images, float32 `(B, 3, H, W)`, not clamped.
@@ -117,12 +113,12 @@ class EvaluationModule(L.LightningModule):
         }
         return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
 
-    def validation_step(self, prompts: Sequence[str], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score validation prompts from fixed noise; `val/gain` is the reward minus the base model's on the same noise.
 
         Keys of the first data loader start with `val/`, those of the next ones with `val_1/`, `val_2/` and so on.
         """
-        prompts = prompt_list(prompts)
+        prompts = to_prompts(batch)
         seed = derive_seed(self.seed, dataloader_idx, batch_idx, self.global_rank)
         scores = self.score(self.generate(prompts, seed=seed), prompts)
         key = (seed, *prompts)

@@ -1,8 +1,8 @@
-"""A reward of your own, in ten lines; the config beside this file puts it in the place of a shipped config's reward.
+"""Example of a custom reward; `custom_reward.yaml` uses it in place of the reward of a shipped config.
 
     lightning-draft fit --config quickstart --config examples/custom_reward.yaml
 
-Any file in the folder that you start from will do: for a class Mine in my_rewards.py, write class_path my_rewards.Mine.
+A class `Mine` in a file `my_rewards.py` in the current folder is named `my_rewards.Mine`.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,6 @@ class Warmth(Reward):
         self.target = target
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score `(B, 3, H, W)` to `(B,)`."""
+        """Return scores `(B,)` for images `(B, 3, H, W)`."""
         red, _, blue = images.float().mean((2, 3)).unbind(1)
         return -((red - blue - self.target) ** 2)

@@ -1,11 +1,11 @@
-"""ImageReward on the four pictures of its authors' README, against the scores printed there.
+"""Compare ImageReward on the four images of its authors' README with the published scores.
 
     git clone --depth 1 https://github.com/THUDM/ImageReward
     python -m examples.image_reward_published ImageReward/assets/images
     python -m examples.image_reward_published ImageReward/assets/images weights=FILE config=FILE tokenizer=FOLDER
 
-Arguments after the folder are those of the reward. The authors say that the digits depend a little on the device; the
-pictures are resized as tensors here and with Pillow there.
+Arguments after the folder are those of the reward. The authors note that the digits depend slightly on the device;
+images are resized as tensors here and with Pillow there.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TOLERANCE = 0.05
 
 @torch.no_grad()
 def scores(reward: Reward, folder: Path) -> dict[str, float]:
-    """The reward's score of each picture, by file name."""
+    """Return the score of each image by file name."""
     found = {}
     for name in PUBLISHED:
         picture = np.array(Image.open(folder / name).convert("RGB"))

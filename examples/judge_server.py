@@ -1,4 +1,4 @@
-"""A service for `HTTPReward`, in the standard library: put your own judge in the place of `redness`.
+"""A service for `HTTPReward`, with the standard library only. Replace `redness` by your own scoring function.
 
     python -m examples.judge_server --port 8000
     lightning-draft fit --config quickstart --model.eval_rewards.judge.class_path HTTPReward \
@@ -26,11 +26,13 @@ def redness(images: list[Image.Image], prompts: list[str], metadata: list[dict[s
 
 
 class Server(ThreadingHTTPServer):
-    """Answers `{"images": [base64, ...], "prompts": [...], "metadata": [...]}` with `{"scores": [...]}`.
+    """Serve the protocol of `HTTPReward`: answer a request with a list of scores.
+
+    The request is `{"images": [base64, ...], "prompts": [...], "metadata": [...]}`, the answer `{"scores": [...]}`.
 
     Args:
-        judge: Scores pictures; higher is better.
-        port: Where to listen on this machine; 0 takes a free one, which is then `server_port`.
+        judge: Scoring function; higher is better.
+        port: Port on this machine; 0 chooses a free one (`server_port`).
     """
 
     daemon_threads = True
@@ -56,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Do not log requests."""
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Rewards with published weights against the pipelines of their authors, on pictures that anyone can draw again.
+"""Compare rewards with published weights with the reference pipelines of their authors, on synthetic images.
 
     python -m examples.reward_parity hpsv2.1
     python -m examples.reward_parity hpsv2.1 weights=HPS_v2.1_compressed.pt tokenizer=FOLDER
     python -m examples.reward_parity hpsv2.1 weights=HPS_v2.1_compressed.pt tokenizer=FOLDER --record
 
-Arguments after the name are those of the reward. The first forms score the pictures with this package and compare with
-the figures in `reward_scores.json`; `--record` runs the reference on PIL pictures and writes its figures there. For
+Arguments after the name are those of the reward. The first two forms score the images with this package and compare
+with `reward_scores.json`; `--record` runs the reference on PIL images and writes its scores there. For
 HPSv2 that is the `hpsv2` package (see `lightning_draft/rewards/hpsv2_reference.py` for how to install it), for the
 others transformers' own processor and model, and the layers that the authors published.
 """
@@ -37,7 +37,7 @@ SIZES = [(512, 512), (384, 640), (500, 301), (224, 224)]
 
 
 def pictures() -> list[Image.Image]:
-    """One smooth picture a prompt, of several shapes; a function of their number alone."""
+    """Return one smooth synthetic image per prompt, in several shapes."""
     drawn = []
     for n, (height, width) in enumerate(SIZES):
         y = torch.linspace(0, 1, height, dtype=torch.float64).view(-1, 1)
@@ -50,7 +50,7 @@ def pictures() -> list[Image.Image]:
 
 
 def tensors(images: Sequence[Image.Image]) -> list[Tensor]:
-    """PIL pictures as `(1, 3, H, W)` in [0, 1]."""
+    """Convert PIL images to tensors `(1, 3, H, W)` in [0, 1]."""
     return [torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0) / 255 for image in images]
 
 

@@ -1,16 +1,15 @@
-"""Every method on the same model, rewards, prompts and seeds.
+"""Compare all methods on the same model, rewards, prompts and seeds.
 
     python -m examples.method_table
     python -m examples.method_table --report
 
 Cost is counted in network passes: one is one forward or one backward pass of the denoiser over one latent, and
-recomputation counts. All direct methods spend the same; policy gradients spend four times as much. Settings are
-chosen first, for every method alike, by the trained reward: three learning rates and, where a method has a parameter of
-its own (PPO's and LOOP's clip, PRDP's beta), three values of that with each of them are tried for a quarter of the
-budget; the best of the best two learning rates go on to a run at full length on another seed, and the better of these
-is chosen. Every run is written to `OUT/runs.jsonl` when it ends, so an interrupted table continues where it
-stopped, and `--methods`, `--tasks` and `--seeds` share the work among processes. The table goes to `OUT/methods.md`,
-the curves to `OUT/methods-*.png`.
+recomputation counts. All direct methods have the same budget; policy gradients have four times as much. Tuning is the
+same for every method and uses the trained reward: three learning rates and, where a method has a parameter of its own
+(clip of PPO and LOOP, beta of PRDP), three values of it are run for a quarter of the budget; the best settings of the
+two best learning rates are run at full length on another seed, and the better one is used. Every run is written to
+`OUT/runs.jsonl` when it ends, so an interrupted table continues where it stopped, and `--methods`, `--tasks` and
+`--seeds` split the work between processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Prompt
 
-HEAT, FINAL = 1000, 1001
+SHORT, FINAL = 1000, 1001
 """Seeds of the short and of the long tuning runs; training seeds are below them."""
 
 
@@ -40,11 +39,10 @@ class Table:
     """All runs, kept in one file.
 
     Args:
-        setting: What all methods share.
+        setting: Settings that all methods share.
         out: Folder of `runs.jsonl` and of the results.
-        budget: Network passes a run.
-        evaluation: How many prompts are evaluated, evenly spread over all, and how many pictures of each, from noise of
-            their own.
+        budget: Network passes per run.
+        evaluation: Number of evaluation prompts, evenly spread over the list, and images per prompt.
     """
 
     def __init__(self, setting: Setting, out: Path, budget: int, evaluation: tuple[int, int]) -> None:
@@ -52,7 +50,7 @@ class Table:
         self.kept = RunFile(out / "runs.jsonl")
 
     def base(self, task: str) -> dict[str, float]:
-        """What the model reaches before any training."""
+        """Return the scores of the base model."""
         kept = self.kept.find(task=task, method="base")
         if kept is None:
             module = METHODS[TASKS[task].methods[0]].build(self.setting, task, Trial(1e-3, 1.0), seed=0)
@@ -62,26 +60,26 @@ class Table:
         return dict(kept["scores"])
 
     def tuned(self, task: str, method: str, lrs: Sequence[float] | None) -> Trial:
-        """The best of two at full length, which are the best after a quarter, but of different learning rates.
+        """Return the tuned setting: the better of two full runs, the best two learning rates of the short runs.
 
-        A task may take over another's choice.
+        A task may reuse the setting of another task.
         """
         task = TASKS[task].tuned_on or task
 
-        def ranked(trials: Sequence[Trial], seed: int, share: float) -> list[Trial]:
-            rewards = {trial: report.last(self.run(task, method, trial, seed, share)) for trial in trials}
+        def ranked(trials: Sequence[Trial], seed: int, fraction: float) -> list[Trial]:
+            rewards = {trial: report.last(self.run(task, method, trial, seed, fraction)) for trial in trials}
             return sorted(trials, key=lambda trial: -rewards[trial])
 
-        heat = ranked(METHODS[method].trials(lrs), HEAT, 0.25)
-        winners = {trial.lr: trial for trial in reversed(heat)}
-        finalists = [trial for trial in heat if trial in winners.values()][:2]
+        short = ranked(METHODS[method].trials(lrs), SHORT, 0.25)
+        winners = {trial.lr: trial for trial in reversed(short)}
+        finalists = [trial for trial in short if trial in winners.values()][:2]
         return ranked(finalists, FINAL, 1.0)[0]
 
-    def run(self, task: str, method: str, trial: Trial, seed: int, share: float = 1.0) -> Run:
-        """Train once, or return the run that is in the file."""
+    def run(self, task: str, method: str, trial: Trial, seed: int, fraction: float = 1.0) -> Run:
+        """Train, or return the run if it is in the file."""
         kept = self.kept.find(task=task, method=method, **asdict(trial), seed=seed)
         if kept is None:
-            budget = share * self.budget * METHODS[method].budget * TASKS[task].budget
+            budget = fraction * self.budget * METHODS[method].budget * TASKS[task].budget
             kept = self.kept.add(self._train(task, method, trial, seed, round(budget)))
             last = kept["evaluations"][-1]
             print(
@@ -93,14 +91,14 @@ class Table:
         return kept
 
     def runs(self, tasks: Sequence[str]) -> list[Run]:
-        """Those of the kept runs that were made with the chosen settings, in the table's order."""
+        """Return the stored runs with the tuned settings, in the order of the table."""
         every = [run for run in self.kept.all() if run["method"] != "base"]
         finals = sorted((run for run in every if run["seed"] == FINAL), key=report.last)
         best = {(run["task"], run["method"]): (run["lr"], run["own"]) for run in finals}
 
         def chosen(run: Run) -> bool:
             source = TASKS[run["task"]].tuned_on or run["task"]
-            return run["seed"] < HEAT and best.get((source, run["method"])) == (run["lr"], run["own"])
+            return run["seed"] < SHORT and best.get((source, run["method"])) == (run["lr"], run["own"])
 
         def place(run: Run) -> tuple[int, int, int]:
             return list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]
@@ -131,7 +129,7 @@ class Table:
         return PromptDataModule(self._read(task), val_size=0, batch_size=METHODS[method].batch_size, seed=seed)
 
     def _peak(self, task: str, method: str, trial: Trial) -> float:
-        """MiB that live tensors take at most in a training step, beyond what is there before it."""
+        """Return the peak of live tensor memory of one training step in MiB, beyond what existed before it."""
         module = METHODS[method].build(self.setting, task, trial, 0)
         with LiveBytes() as live:
             trainer(1, []).fit(module, self._prompts(task, method, 0))
@@ -139,7 +137,7 @@ class Table:
 
 
 def trainer(max_steps: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """A Trainer that writes nothing."""
+    """Build a Trainer that writes no files."""
     return L.Trainer(
         max_steps=max_steps,
         max_epochs=-1,
@@ -156,7 +154,7 @@ def trainer(max_steps: int, callbacks: list[L.Callback]) -> L.Trainer:
 
 
 def write(table: Table, tasks: Sequence[str]) -> str:
-    """Write the table and the curves of the runs that are there, with the settings chosen; return the table."""
+    """Write the table and the curves of the stored runs with tuned settings; return the table."""
     runs = table.runs(tasks)
     found = {run["task"] for run in runs}
     page = report.table(runs, {task: table.base(task) for task in found}) + "\n" + report.efficiency(runs)
@@ -169,21 +167,30 @@ def main() -> None:
     """Run what is missing, then write table and curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--budget", type=int, default=8_000, help="network passes a run")
+    parser.add_argument("--budget", type=int, default=8_000, help="network passes per run")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lrs", nargs="+", type=float, help="instead of each method's own three")
+    parser.add_argument(
+        "--lrs", nargs="+", type=float, help="learning rates to tune over, by default each method's own"
+    )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--clip", default="emoji-clip")
     parser.add_argument("--sampling-steps", type=int, default=5)
-    parser.add_argument("--prompts", default="emoji_names", help="with a column `caption`: what is to be drawn")
-    parser.add_argument("--pictures", type=Path, default=Path("runs/emoji/emoji32.npz"), help="for `nearest`, if there")
-    parser.add_argument("--many", default="emoji_all_names", help="the same, for the task on many prompts")
-    parser.add_argument("--captions", default="emoji", help="what the CLIP tells prompts from")
-    parser.add_argument("--evaluated", type=int, default=46, help="evaluate on so many prompts, evenly spread")
-    parser.add_argument("--draws", type=int, default=3, help="evaluation pictures a prompt")
-    parser.add_argument("--report", action="store_true", help="run nothing, write what there is")
+    parser.add_argument("--prompts", default="emoji_names", help="prompt list with a column `caption`")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        default=Path("runs/emoji/emoji32.npz"),
+        help="training pictures, for the nearest-picture accuracy",
+    )
+    parser.add_argument("--many", default="emoji_all_names", help="prompt list of the task `many`")
+    parser.add_argument("--captions", default="emoji", help="candidate captions of the reward")
+    parser.add_argument("--evaluated", type=int, default=46, help="number of evaluation prompts")
+    parser.add_argument("--draws", type=int, default=3, help="evaluation images per prompt")
+    parser.add_argument(
+        "--report", action="store_true", help="write table and plots from the stored runs without training"
+    )
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*(many workers|eval mode|treespec).*")

@@ -1,4 +1,4 @@
-"""What a run spends and what it reaches."""
+"""Measure the cost and the result of a run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from lightning_draft.metrics import image_drift, within_prompt_diversity
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Fixed prompts and fixed noise, the same for every method and for the base.
+    """Evaluate on fixed prompts and noise, the same for every method and for the base model.
 
     Args:
-        prompts: What is drawn.
-        draws: Pictures a prompt.
-        batch_size: Pictures at a time.
+        prompts: The evaluation prompts.
+        draws: Images per prompt.
+        batch_size: Images per batch.
     """
 
     prompts: Sequence[str]
@@ -29,14 +29,14 @@ class Evaluation:
 
     @torch.no_grad()
     def pictures(self, module: RewardModule) -> tuple[Tensor, list[str]]:
-        """Pictures `(N, 3, H, W)` in [0, 1] and their prompts; the random state is left alone."""
+        """Return images `(N, 3, H, W)` in [0, 1] and their prompts; the random state is unchanged."""
         prompts = [prompt for prompt in self.prompts for _ in range(self.draws)]
         starts = range(0, len(prompts), self.batch_size)
         images = [module.generate(prompts[i : i + self.batch_size], seed=10_000 + i) for i in starts]
         return torch.cat(images).float().clamp(0, 1), prompts
 
     def scores(self, module: RewardModule, base: Tensor) -> dict[str, float]:
-        """Mean scores, diversity within a prompt, and drift from the base model's pictures."""
+        """Return mean scores, diversity within a prompt, and distance from the base model's images."""
         images, prompts = self.pictures(module)
         scores = {name: score.mean().item() for name, score in module.score(images, prompts).items()}
         return {
@@ -47,18 +47,18 @@ class Evaluation:
 
 
 class Meter(CostMonitor):
-    """Evaluates at given shares of a budget of network passes, and stops when it is spent.
+    """Evaluate at given fractions of a budget of network passes, and stop training when it is used up.
 
     One pass is one forward or one backward pass of the denoiser over one latent; recomputation counts.
 
     Args:
-        budget: Passes to spend.
+        budget: Network passes.
         evaluate: Called at each milestone; its time and passes are not counted.
-        milestones: Shares of the budget.
+        milestones: Fractions of the budget.
 
     Attributes:
-        curve: A row an optimisation step: what was spent so far, the batch's reward, and the gradient's norm.
-        evaluations: A row a milestone: what was spent so far, and what `evaluate` found.
+        curve: One row per optimizer step: cost so far, reward of the batch, and gradient norm.
+        evaluations: One row per milestone: cost so far, and the result of `evaluate`.
     """
 
     def __init__(
@@ -70,28 +70,28 @@ class Meter(CostMonitor):
         super().__init__()
         self.budget = budget
         self.evaluate = evaluate
-        self.milestones = [share * budget for share in milestones]
+        self.milestones = [fraction * budget for fraction in milestones]
         self.curve: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
         self._norm = 0.0
 
     @property
     def passes(self) -> int:
-        """Network passes so far."""
+        """Return the number of network passes so far."""
         return self.network_forwards + self.network_backwards
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Keep the norm of the gradient, before it is clipped."""
+        """Record the gradient norm before clipping."""
         gradients = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
         self._norm = torch.stack(gradients).norm().item()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        """Keep a row; evaluate, if a milestone was passed."""
+        """Record a row, and evaluate at a milestone."""
         super().on_train_batch_end(trainer, pl_module, *args)
         reward = float(trainer.callback_metrics["train/reward"])
         self.curve.append({**self._spent(trainer), "reward": reward, "gradient_norm": self._norm})
         if self.milestones and self.passes >= self.milestones[0]:
-            self.milestones = [share for share in self.milestones if share > self.passes]
+            self.milestones = [passes for passes in self.milestones if passes > self.passes]
             self.evaluations.append({**self._spent(trainer), **self.evaluate()})
         trainer.should_stop = self.passes >= self.budget
 

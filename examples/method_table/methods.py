@@ -1,4 +1,4 @@
-"""What the table compares: the methods, and the rewards they are compared on."""
+"""The methods that are compared, and the tasks (rewards and prompts) on which they are compared."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
 LAYERS = ("attn2.to_k", "attn2.to_v", "add_embedding.proj", "time_emb_proj")
-"""Where the caption enters: by attention, and pooled beside the time."""
+"""The layers through which the caption enters: cross-attention, and the pooled caption added to the time embedding."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share.
+    """Settings that all methods share.
 
     Args:
-        model: The pipeline.
-        clip: The CLIP of the rewards.
-        prompts: What is drawn; the column `caption` says what the picture should be recognised as.
-        many: The same, more of them.
-        captions: What the CLIP tells prompts from.
-        sampling_steps: T; DDPM's ancestral sampler for all, since policy gradients need a stochastic one.
-        pictures: Prepared emoji pictures, to look for the nearest in; None leaves that figure out.
-        rank: Of the adapters.
+        model: A shipped name, pipeline folder or hub id.
+        clip: The CLIP model of the rewards.
+        prompts: Prompt list; its column `caption` is the caption that the image should be recognized as.
+        many: A longer prompt list of the same kind.
+        captions: The candidate captions of the classification reward.
+        sampling_steps: T of DDPM ancestral sampling; all methods use it, as policy gradients need a stochastic sampler.
+        pictures: File of the training pictures, for the nearest-picture accuracy; `None` leaves it out.
+        rank: Rank of the adapters.
     """
 
     model: str
@@ -44,8 +44,8 @@ class Setting:
     pictures: str | None = None
     rank: int = 8
 
-    def held_out(self) -> dict[str, Reward]:
-        """Rewards that no method of any task is trained on."""
+    def eval_rewards(self) -> dict[str, Reward]:
+        """Return rewards that no method of any task is trained on."""
         nearest = {} if self.pictures is None else {"nearest": NearestPicture(self.pictures)}
         retrieval = CaptionRetrieval(self.clip, captions=self.captions, column="caption")
         return {"retrieval": retrieval, **nearest, "sharpness": Sharpness()}
@@ -56,12 +56,12 @@ class Task:
     """A reward on a list of prompts.
 
     Args:
-        reward: What is trained on.
-        eval_rewards: What is only looked at.
-        methods: Which methods can train on it.
-        budget: Share of the methods' budgets.
-        many: Whether the prompts are the many ones.
-        tuned_on: The task whose choice of settings is taken over; by default its own.
+        reward: Builds the trained reward.
+        eval_rewards: Builds the evaluation rewards.
+        methods: The methods that can train on it.
+        budget: Fraction of each method's budget.
+        many: Whether to use the longer prompt list.
+        tuned_on: The task whose tuned settings are reused; by default this task.
     """
 
     reward: Callable[[Setting], Reward]
@@ -74,7 +74,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice of what is tuned.
+    """One setting of the tuned parameters.
 
     Args:
         lr: Learning rate.
@@ -90,12 +90,12 @@ class Method:
     """A method with its own settings.
 
     Args:
-        module: Builds the module from the value of the method's own parameter and from what all methods share.
-        lrs: Learning rates that tuning tries.
-        batch_size: Prompts a step.
-        budget: Share of the budget; policy gradients get more than direct methods, or there would be little to see.
-        own: Name of a parameter that is tuned together with the learning rate.
-        values: What is tried for it.
+        module: Builds the module from the value of the method's own parameter and the common arguments.
+        lrs: Learning rates to tune over.
+        batch_size: Prompts per step.
+        budget: Multiple of the common budget; policy gradients get more because they need more queries.
+        own: Name of a parameter that is tuned with the learning rate.
+        values: Values to tune over.
     """
 
     module: Callable[..., RewardModule]
@@ -106,15 +106,15 @@ class Method:
     values: tuple[float, ...] = ()
 
     def trials(self, lrs: Sequence[float] | None = None) -> list[Trial]:
-        """All that tuning tries."""
+        """Return all settings to tune over."""
         return [Trial(lr, own) for own in self.values or (None,) for lr in lrs or self.lrs]
 
     def label(self, trial: Trial) -> str:
-        """The trial in a word, such as `lr0.003-clip0.1`."""
+        """Return a label of the setting, such as `lr0.003-clip0.1`."""
         return f"lr{trial.lr:g}" + (f"-{self.own}{trial.own:g}" if trial.own is not None else "")
 
     def build(self, setting: Setting, task: str, trial: Trial, seed: int) -> RewardModule:
-        """A fresh module."""
+        """Build an untrained module."""
         return self.module(
             trial.own,
             model=StableDiffusion(
@@ -131,7 +131,7 @@ class Method:
 
 
 def direct(truncation: Callable[[], Truncation]) -> Method:
-    """Back-propagation through the sampler."""
+    """Build a direct-gradient method."""
     return Method(lambda _, **common: DraftModule(truncation=truncation(), **common), lrs=(3e-3, 1e-2, 3e-2))
 
 
@@ -154,7 +154,7 @@ def policy(
     own: str = "",
     values: tuple[float, ...] = (),
 ) -> Method:
-    """A policy gradient: rollouts of 4 samples for each of 4 prompts."""
+    """Build a policy-gradient method: rollouts of 4 samples for each of 4 prompts."""
 
     def module(value: float | None, **common: Any) -> PolicyGradientModule:
         return PolicyGradientModule(
@@ -183,15 +183,17 @@ def _recognised(setting: Setting) -> Reward:
 
 
 TASKS = {
-    "recognised": Task(_recognised, lambda setting: {**setting.held_out(), "jpeg": JPEGSize()}, methods=tuple(METHODS)),
-    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.held_out(), methods=tuple(POLICY), budget=0.5),
+    "recognised": Task(
+        _recognised, lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()}, methods=tuple(METHODS)
+    ),
+    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.eval_rewards(), methods=tuple(POLICY), budget=0.5),
     "many": Task(
         _recognised,
-        lambda setting: {**setting.held_out(), "jpeg": JPEGSize()},
+        lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()},
         methods=tuple(POLICY),
         many=True,
         tuned_on="recognised",
     ),
 }
-"""The prompt recognised by the CLIP, which has a gradient; the true JPEG size, which has none; the first on many
-prompts."""
+"""`recognised`: CLIP classification, differentiable. `jpeg`: true JPEG size, not differentiable. `many`:
+`recognised` on the longer prompt list."""

@@ -1,4 +1,4 @@
-"""Results as a table, as plots, and as what they say about the papers' claims."""
+"""Write the results as tables and plots."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ AXES = {"queries": "reward queries", "forwards": "network forwards", "seconds": 
 
 
 def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Runs by (reward, method), in the order in which they come."""
+    """Group runs by (task, method), in order of appearance."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run["task"], run["method"]), []).append(run)
@@ -22,12 +22,12 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def last(run: Run) -> float:
-    """The reward that a run ended with, on the evaluation."""
+    """Return the reward at the last evaluation of a run."""
     return float(run["evaluations"][-1]["reward"])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the error of a single value is not known and given as nan."""
+    """Return the mean and its standard error, which is NaN for a single value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
@@ -36,7 +36,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(runs: Sequence[Run], base: dict[str, dict[str, float]]) -> str:
-    """Markdown: a section a reward, a row a method; means over seeds, with standard errors of the trained reward."""
+    """Return Markdown: one section per task, one row per method; means over seeds and standard errors of the reward."""
     lines: list[str] = []
     for task in dict.fromkeys(run["task"] for run in runs):
         start = base[task]
@@ -66,36 +66,36 @@ def table(runs: Sequence[Run], base: dict[str, dict[str, float]]) -> str:
 
 
 def to_reach(run: Run, level: float, key: str = "queries") -> float:
-    """What was spent when the evaluated reward first reached `level`, between milestones on a straight line.
+    """Return the cost at which the evaluated reward first reaches `level`, by linear interpolation between milestones.
 
-    Infinite where it never does. `run["start"]` is the base's reward, at no cost.
+    Infinite if it never does. `run["start"]` is the reward of the base model, at cost 0.
     """
     before = (0.0, run["start"])
     for row in run["evaluations"]:
         here = (row[key], row["reward"])
         if here[1] >= level:
             rise = here[1] - before[1]
-            share = 1.0 if rise <= 0 else max(0.0, (level - before[1]) / rise)
-            return before[0] + share * (here[0] - before[0])
+            fraction = 1.0 if rise <= 0 else max(0.0, (level - before[1]) / rise)
+            return before[0] + fraction * (here[0] - before[0])
         before = here
     return math.inf
 
 
-def efficiency(runs: Sequence[Run], share: float = 0.5, window: int = 10, rival: str = "PPO") -> str:
-    """Markdown, a row a method: what learning takes, and whether it lasts.
+def efficiency(runs: Sequence[Run], fraction: float = 0.5, window: int = 10, rival: str = "PPO") -> str:
+    """Return Markdown, one row per method: the cost of learning.
 
-    - medians over seeds of queries, passes and steps to reach `share` of the best method's gain on the evaluation;
-    - how many times fewer queries than the `rival` spends in all a method takes to reach the rival's mean end;
+    - medians over seeds of queries, passes and steps to reach `fraction` of the best method's gain on the evaluation;
+    - the total queries of the `rival`, divided by those that the method needs to reach the rival's mean final reward;
     - medians of the norm of the gradient over the first `window` steps, before clipping, and of the training reward
       after as many optimisation steps as the shortest run has, a mean over `window` steps;
-    - the best mean over seeds at any milestone, of the reward and, if it was taken, of the rate of nearest pictures; as
-      a maximum of noisy figures it flatters.
+    - the best mean over seeds at any milestone, of the reward and of the nearest-picture accuracy; biased upward, as a
+      maximum of noisy values.
     """
     lines: list[str] = []
     for task in dict.fromkeys(run["task"] for run in runs):
         groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
         start = next(iter(groups.values()))[0]["start"]
-        level = start + share * (max(_mean_last(group) for group in groups.values()) - start)
+        level = start + fraction * (max(_mean_last(group) for group in groups.values()) - start)
         steps = min(len(run["curve"]) for group in groups.values() for run in group)
         head = [
             "method",
@@ -105,7 +105,7 @@ def efficiency(runs: Sequence[Run], share: float = 0.5, window: int = 10, rival:
             f"{rival}'s queries / own to its end",
         ]
         head += ["first gradient norm", f"reward at step {steps}", "best reward", "best nearest"]
-        lines += [f"### {task}: what learning takes", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"### {task}: cost of learning", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for method, group in groups.items():
             reached = [_median([to_reach(run, level, key) for run in group]) for key in ("queries", "passes", "steps")]
             norm = _median([row["gradient_norm"] for run in group for row in run["curve"][:window]])
@@ -119,12 +119,12 @@ def efficiency(runs: Sequence[Run], share: float = 0.5, window: int = 10, rival:
 
 
 def best(group: Sequence[Run], key: str) -> float:
-    """The greatest mean over seeds at any milestone."""
+    """Return the greatest mean over seeds at any milestone."""
     return max(mean_and_error([row[key] for row in rows])[0] for rows in zip(*_evaluations(group), strict=False))
 
 
 def _advantage(group: Sequence[Run], rivals: Sequence[Run]) -> str:
-    """How many times fewer queries it takes to reach the rivals' end than they spend."""
+    """Return the rivals' total queries divided by the queries needed to reach their final reward."""
     if not rivals:
         return ""
     spent = _median([run["evaluations"][-1]["queries"] for run in rivals])
@@ -141,7 +141,7 @@ def _evaluations(group: Sequence[Run]) -> list[list[dict[str, float]]]:
 
 
 def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """One PNG a reward: the evaluated reward against queries, network forwards and seconds."""
+    """Write one PNG per task: evaluated reward against queries, network forwards and seconds."""
     files = []
     for task in dict.fromkeys(run["task"] for run in runs):
         figure = Figure(figsize=(15, 5), layout="constrained")
@@ -162,7 +162,7 @@ def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def _curve(axes: Any, method: str, group: list[Run], key: str, line: str) -> None:
-    """Mean over seeds at each milestone, with a bar of one standard error."""
+    """Plot the mean over seeds at each milestone, with error bars of one standard error."""
     milestones = list(zip(*_evaluations(group), strict=False))
     spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
     means, errors = zip(*(mean_and_error([row["reward"] for row in rows]) for rows in milestones), strict=True)

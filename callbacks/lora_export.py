@@ -188,7 +188,7 @@ class LoRAExport(Callback):
 
 
 def write(trainer: L.Trainer, pl_module: Any, path: Path, metadata: dict[str, str], values: dict[str, Tensor]) -> None:
-    """Let the model write its adapters.
+    """Let the model write its adapters, or its pipeline as a folder if it trains weights of its own.
 
     Args:
         trainer: The trainer.
@@ -197,11 +197,13 @@ def write(trainer: L.Trainer, pl_module: Any, path: Path, metadata: dict[str, st
         metadata: For its header.
         values: From `whole`; handed to the model where it holds a part of them only.
     """
+    model, own = pl_module.model, None
     if uses_fsdp(trainer):
         own = {name.removeprefix("model."): value for name, value in values.items()}
-        pl_module.model.save_lora(path, metadata, own)
+    if getattr(model, "trainable", "lora") == "lora":
+        model.save_lora(path, metadata, own)
     else:
-        pl_module.model.save_lora(path, metadata)
+        model.save_pipeline(path.with_suffix(""), metadata, own)
 
 
 def check_exportable(pl_module: L.LightningModule, name: str) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_draft.models.lora import LoRA
     from lightning_draft.models.stable_diffusion import StableDiffusion
     from lightning_draft.models.stable_diffusion_3 import StableDiffusion3
+    from lightning_draft.models.stable_diffusion_xl import StableDiffusionXL
     from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce
     from lightning_draft.rewards.base import Prompt, Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
@@ -40,6 +41,7 @@ _MODULES = {
     "models.lora": ("LoRA",),
     "models.stable_diffusion": ("StableDiffusion",),
     "models.stable_diffusion_3": ("StableDiffusion3",),
+    "models.stable_diffusion_xl": ("StableDiffusionXL",),
     "objectives": ("Objective", "PPO", "PRDP", "Reinforce"),
     "rewards.base": ("Prompt", "Reward"),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
@@ -82,6 +84,7 @@ __all__ = [
     "Sampler",
     "StableDiffusion",
     "StableDiffusion3",
+    "StableDiffusionXL",
     "Truncation",
     "WeightedReward",
     "WeightedSum",

@@ -13,11 +13,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
@@ -147,6 +149,58 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
         set_alpha_to_one=True,
     )
     return write_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sd-v", scheduler)
+
+
+def write_sdxl_pipeline(folder: Path) -> Path:
+    """Write a random Stable Diffusion XL pipeline for 16x16 images and 8x8x4 latents, and return its folder."""
+    torch.manual_seed(0)
+    words = _write_tokenizer(folder.with_name(folder.name + "-tokenizer"))
+    network = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=2 * WIDTH,
+        attention_head_dim=(2, 2),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+        transformer_layers_per_block=(1, 1),
+    )
+    vae = AutoencoderKL(
+        sample_size=16,
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.13025,
+        force_upcast=True,
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipeline = StableDiffusionXLPipeline(
+        vae=_perturb(vae),
+        text_encoder=_perturb(CLIPTextModel(_text_config(words))),
+        text_encoder_2=_perturb(CLIPTextModelWithProjection(_text_config(words, projection_dim=12, hidden_act="gelu"))),
+        tokenizer=words,
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder.with_name(folder.name + "-tokenizer"), pad_token="z"),
+        unet=_perturb(network),
+        scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with the components of Stable Diffusion XL."""
+    return write_sdxl_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-sdxl")
 
 
 def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:

@@ -18,7 +18,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule  # noqa: F401
-from lightning_draft.models import StableDiffusion, StableDiffusion3  # noqa: F401
+from lightning_draft.models import families  # noqa: F401
 
 TRAINER_DEFAULTS = {
     "max_steps": 1000,

@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from lightning_draft import models
 from lightning_draft.callbacks.pictures import comparison
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, run_folder, shipped
@@ -26,15 +24,14 @@ from lightning_draft.cli.options import explain_parser_error
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import RewardModule
-from lightning_draft.models.loading import wrapper_of
-from lightning_draft.models.lora import LoRA
+from lightning_draft.models import lora_files
+from lightning_draft.models.loading import model_class
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
 from lightning_draft.seeds import derive_seed
 
 BATCH = 8
-_DOWN = re.compile(r"^[a-z]+\.(.+?)\.(?:lora_A|lora\.down|lora_down)\.")
 
 
 def main(args: Sequence[str]) -> int:
@@ -49,31 +46,12 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def lora_of(file: Path) -> LoRA:
-    """Return adapters for a LoRA file: its rank and the layers that it names.
-
-    Raises:
-        ConfigurationError: It is not a LoRA file.
-    """
-    if not file.is_file():
-        raise ConfigurationError(f"there is no LoRA file {file}; give a .safetensors file or a run's folder")
-    try:
-        with safe_open(file, framework="pt") as content:
-            keys = [(key, match[1]) for key in content.keys() if (match := _DOWN.search(key))]  # noqa: SIM118
-            found = {layer: content.get_slice(key).get_shape()[0] for key, layer in keys}
-    except SafetensorError as error:
-        raise ConfigurationError(f"{file} is not a safetensors file: {error}") from error
-    if not found:
-        raise ConfigurationError(f"{file} holds no LoRA: none of its tensors is a lora_A")
-    return LoRA(rank=max(found.values()), target_modules=sorted(found))
-
-
 def _sample(options: argparse.Namespace) -> None:
     file, config = _sources(options)
     module, prompts = (None, None) if config is None else _build(config)
     if module is None:
         pretrained = options.model or _base_of(file)
-        model = getattr(models, wrapper_of(pretrained))(pretrained, lora=None if file is None else lora_of(file))
+        model = model_class(pretrained)(pretrained, lora=None)
         sampler: Sampler = FlowEuler(options.steps or 28) if model.prediction == "flow" else DDIM(options.steps or 50)
     else:
         model, sampler = module.model, module.sampler
@@ -150,7 +128,7 @@ def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
         folder, file = file, run_folder.adapters(file)
     elif file is not None:
         folder = file.parent.parent
-        lora_of(file)
+        lora_files.check(file)
     if file is not None and config is None and options.model is None and (folder / "config.yaml").is_file():
         config = folder / "config.yaml"
     if config is not None and options.model is not None:

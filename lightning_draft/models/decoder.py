@@ -1,10 +1,9 @@
 """Decoding of latents into images, whole or in chunks."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +32,7 @@ class Memory:
             at_least("memory.decode_chunk", self.decode_chunk, 1, "leave it out to decode all images at once")
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, memory: Memory) -> Tensor:
+def decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
     """Decode latents: images `vae(z / scaling_factor + shift_factor) / 2 + 1/2`.
 
     Args:
@@ -45,7 +44,7 @@ def decode(vae: AutoencoderKL, latents: Tensor, memory: Memory) -> Tensor:
         Images `(B, 3, H, W)` in the latents' dtype, in [0, 1] by convention and not clamped.
     """
     config = vae.config
-    scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
     recompute = memory.checkpoint_decoder and torch.is_grad_enabled()
     images = [
         checkpoint(_decode, vae, part, memory, use_reentrant=False, preserve_rng_state=False)
@@ -56,8 +55,8 @@ def decode(vae: AutoencoderKL, latents: Tensor, memory: Memory) -> Tensor:
     return torch.cat(images) / 2 + 0.5
 
 
-def _decode(vae: AutoencoderKL, latents: Tensor, memory: Memory) -> Tensor:
-    dtype = vae.decoder.conv_in.weight.dtype
+def _decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
+    dtype = next(vae.decoder.parameters()).dtype
     autocast = torch.is_autocast_enabled(latents.device.type) and memory.vae_dtype is None
     with torch.autocast(latents.device.type, enabled=autocast):
         images: Tensor = vae.decode(latents.to(dtype), return_dict=False)[0]

@@ -1,82 +1,37 @@
-"""Find and open diffusers' pipelines: shipped names, folders, single files, hub ids."""
+"""Opening of diffusers' pipelines (shipped names, folders, single files, hub ids), and writing of trained ones."""
 
-from collections.abc import Iterator, Mapping
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from lightning_draft.arguments import one_of
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.decoder import Precision
-
-WRAPPERS = {
-    "StableDiffusionPipeline": "StableDiffusion",
-    "StableDiffusionImg2ImgPipeline": "StableDiffusion",
-    "StableDiffusion3Pipeline": "StableDiffusion3",
-    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3",
-}
-"""Which class of `lightning_draft.models` opens the pipelines of which class of diffusers'."""
+from lightning_draft.models.damage import check_complete, check_finite, describe_damage
+from lightning_draft.models.family import Family, wrapper_for, wrapper_for_file
 
 _SHIPPED = "emoji"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets the pipelines of one wrapper apart.
-
-    Args:
-        wrapper: Name of the class in `lightning_draft.models`.
-        pipeline_class: Class of diffusers' that opens them.
-        called: What they are called.
-        example: Hub id of one.
-        denoiser: Name of the denoiser among a pipeline's parts.
-        text_encoders: Names of the text encoders.
-        adapted: Layers that adapters go to by default: the attention's projections.
-        guidance_scale: Scale of classifier-free guidance by default.
-        unused: Arguments of `from_pretrained` that leave out what is not needed.
-        single_file: The same of `from_single_file`; `None` where single files do not hold a whole pipeline.
-    """
-
-    wrapper: str
-    pipeline_class: type[DiffusionPipeline]
-    called: str
-    example: str
-    denoiser: str
-    text_encoders: tuple[str, ...]
-    adapted: tuple[str, ...]
-    guidance_scale: float
-    unused: Mapping[str, Any] = field(default_factory=dict)
-    single_file: Mapping[str, Any] | None = None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the networks."""
-        return (self.denoiser, "vae", *self.text_encoders)
+_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name.
+    """Return the dtype of that name.
 
     Raises:
-        ConfigurationError: It is not one that a frozen network can be held in.
+        ConfigurationError: Frozen networks cannot have it.
     """
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigurationError(f"dtype={name!r} is not supported; write float32, bfloat16 or float16")
-    dtype: torch.dtype = getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, one_of("dtype", name, ("float32", "bfloat16", "float16")))
     return dtype
-
-
-def part_dtypes(family: Family, dtype: Precision, vae_dtype: Precision | None) -> dict[str, torch.dtype]:
-    """What each part is held in: the autoencoder in `vae_dtype` where that is given, everything else in `dtype`."""
-    dtypes = dict.fromkeys(family.parts, torch_dtype(dtype))
-    return dtypes if vae_dtype is None else {**dtypes, "vae": torch_dtype(vae_dtype)}
 
 
 def load_pipeline(
@@ -84,7 +39,7 @@ def load_pipeline(
     pretrained: str,
     dtypes: Mapping[str, torch.dtype],
     config: str | None = None,
-    **left_out: None,
+    omit: Sequence[str] = (),
 ) -> Any:
     """Open a text-to-image pipeline of a family.
 
@@ -93,60 +48,103 @@ def load_pipeline(
     Args:
         family: Which pipelines these are.
         pretrained: A shipped name, a folder, a `.safetensors` file in the original layout, or a hub id.
-        dtypes: Of each part's weights, by its name.
+        dtypes: Of each network's weights, by its name.
         config: For a single file: the folder or hub id of a pipeline with the same architecture.
-        **left_out: Parts to do without.
+        omit: Components that are not loaded.
 
     Raises:
-        ConfigurationError: It cannot be found, or is something else.
+        ConfigurationError: It cannot be found, is damaged, or is of another kind.
     """
-    path = _shipped(pretrained) or Path(pretrained).expanduser()
-    options = {**family.unused, **left_out}
+    path = _local(pretrained)
+    options = {**family.unused, **dict.fromkeys(omit)}
     with _quiet():
         if path.is_file():
-            return _single_file(family, path, dtypes, config)
-        if path.is_dir():
-            return _folder(family, path, dtypes, options)
-        if _is_path(pretrained):
+            pipeline = _single_file(family, path, dtypes, config)
+        elif path.is_dir():
+            pipeline = _folder(family, path, dtypes, options)
+        elif _is_path(pretrained):
             raise ConfigurationError(
                 f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as "
                 f"{family.example}, or the shipped name {_SHIPPED}"
             )
-        return _hub(family, pretrained, dtypes, options)
+        else:
+            pipeline = _hub(family, pretrained, dtypes, options)
+    check_finite(pipeline, family, pretrained)
+    return pipeline
 
 
-def wrapper_of(pretrained: str) -> str:
-    """Name of the class in `lightning_draft.models` that opens a pipeline; `StableDiffusion` where that is not said.
+def save_pipeline(
+    pipeline: Any, folder: Path, family: Family, trained: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a pipeline with other weights in its denoiser, complete before it replaces what is at the same place.
+
+    Args:
+        pipeline: From `load_pipeline`; its denoiser is changed.
+        folder: Where to write.
+        family: Of the pipeline.
+        trained: Weights of the denoiser, by name.
+        metadata: Text for `training.json`.
+    """
+    own = dict(getattr(pipeline, family.denoiser).named_parameters())
+    with torch.no_grad():
+        for name, value in trained.items():
+            own[name].copy_(value)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        pipeline.save_pretrained(partial)
+    (partial / "training.json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def model_class(pretrained: str) -> Any:
+    """Return the model class that opens a pipeline; `StableDiffusion` if its family cannot be told.
 
     Args:
         pretrained: As for `load_pipeline`.
     """
-    path = _shipped(pretrained) or Path(pretrained).expanduser()
-    if path.is_file() or (not path.is_dir() and _is_path(pretrained)):
-        return "StableDiffusion"
+    default = wrapper_for("StableDiffusionPipeline")
+    path = _local(pretrained)
+    if path.is_file():
+        return wrapper_for_file(_layout(path)) or default
+    if not path.is_dir() and _is_path(pretrained):
+        return default
     try:
         name = DiffusionPipeline.load_config(str(path) if path.is_dir() else pretrained).get("_class_name")
     except OSError:
-        return "StableDiffusion"
-    return WRAPPERS.get(str(name), "StableDiffusion")
+        return default
+    return wrapper_for(str(name)) or default
 
 
-def _shipped(name: str) -> Path | None:
-    if name != _SHIPPED:
-        return None
+def _local(pretrained: str) -> Path:
+    if pretrained != _SHIPPED:
+        return Path(pretrained).expanduser()
     from lightning_draft.assets import resolve
 
-    return Path(resolve(name))
+    return Path(resolve(pretrained))
 
 
 def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
     if not (folder / "model_index.json").is_file():
         raise ConfigurationError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
-            f"{family.pipeline_class.__name__}.save_pretrained wrote, not one of its parts"
+            f"{family.pipeline_class.__name__}.save_pretrained wrote, not one of its components"
         )
-    options = {**_absent(family, str(folder)), **options}
-    return _from_pretrained(family, str(folder), dtypes, _variant(folder / family.denoiser), options)
+    try:
+        options = {**_absent(family, str(folder)), **options}
+        pipeline = _from_pretrained(family, str(folder), dtypes, _variant(folder / family.denoiser), options)
+        check_complete(pipeline, family, folder)
+        return pipeline
+    except ConfigurationError:
+        raise
+    except _FAILURES as error:
+        raise ConfigurationError(
+            f"{folder} cannot be opened as a pipeline: {describe_damage(folder) or _first_line(error)}; copy or "
+            "download it again"
+        ) from error
 
 
 def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
@@ -157,35 +155,52 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
         except OSError:
             return _from_pretrained(family, name, dtypes, "fp16", options)
     except OSError as error:
-        reason = str(error).splitlines()[0]
         raise ConfigurationError(
-            f"{name!r} is neither a folder here nor the shipped {_SHIPPED}, and could not be had "
-            f"from the hub ({reason}); check the spelling and the connection, log in with `hf auth login` if it is "
+            f"{name!r} is neither a folder here nor the shipped {_SHIPPED}, and could not be downloaded from the hub "
+            f"({_first_line(error)}); check the spelling and the connection, log in with `hf auth login` if it is "
             "private, or give a local folder"
         ) from error
 
 
 def _single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
+    wrapper = wrapper_for(family.pipeline_class.__name__).__name__
     if family.single_file is None:
         raise ConfigurationError(
-            f"{file} is a single file, and those of {family.called} seldom hold the text encoders; give "
-            f"{family.wrapper} a diffusers pipeline folder, or a hub id such as {family.example}"
+            f"{file} is a single file, and those of {family.title} seldom hold the text encoders; give {wrapper} a "
+            f"diffusers pipeline folder, or a hub id such as {family.example}"
         )
     if file.suffix != ".safetensors":
         raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
+    layout = _layout(file)
+    if not layout.startswith(family.single_file_layouts):
+        other = wrapper_for_file(layout)
+        advice = "give a file of a supported family" if other is None else f"open it with {other.__name__}"
+        raise ConfigurationError(f"{file} is a {layout} checkpoint, and {wrapper} opens {family.title}; {advice}")
     arguments = {**family.single_file, **({} if config is None else {"config": config})}
     common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
     try:
         pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
-    except (OSError, ValueError, SingleFileComponentError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (*_FAILURES, SingleFileComponentError) as error:
         raise ConfigurationError(
-            f"{file} could not be opened as a Stable Diffusion checkpoint ({reason}); without a connection, name the "
-            "folder of a pipeline with the same architecture as pretrained_config"
+            f"{file} could not be opened as a {family.title} checkpoint ({_first_line(error)}); without a "
+            "connection, name the folder of a pipeline with the same architecture as pretrained_config"
         ) from error
     for name, dtype in dtypes.items():
         nn.Module.to(getattr(pipeline, name), dtype)
     return pipeline
+
+
+def _layout(file: Path) -> str:
+    """Return diffusers' name of a single file's architecture, such as `v1` or `xl_base`, from its header."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigurationError(
+            f"{file} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
+        ) from error
+    layout: str = infer_diffusers_model_type({k: torch.empty(shape, device="meta") for k, shape in shapes.items()})
+    return layout
 
 
 def _from_pretrained(
@@ -195,27 +210,27 @@ def _from_pretrained(
 
 
 def _variant(denoiser: Path) -> str | None:
-    """`fp16`, or whatever the files are called, where the folder has only weights with such an infix."""
+    """Return `fp16`, or the like, if all weight files in the folder have that infix."""
     names = [file.name for file in sorted(denoiser.glob("diffusion_pytorch_model*")) if not file.name.endswith(".json")]
     infixes = [name.split(".")[1].split("-")[0] if name.count(".") > 1 else None for name in names]
     return None if None in infixes else next(iter(infixes), None)
 
 
 def _absent(family: Family, source: str) -> dict[str, None]:
-    """The parts that a pipeline was saved without, and that diffusers wants to be told of.
+    """Return the components that a pipeline was saved without, which diffusers wants to be told.
 
     Raises:
         ConfigurationError: It is of another family.
     """
     index = family.pipeline_class.load_config(source)
     name = index.get("_class_name")
-    wrapper = WRAPPERS.get(name) if isinstance(name, str) else None
-    if wrapper == family.wrapper:
+    if name in family.pipelines:
         return {part: None for part, kind in index.items() if kind == [None, None]}
-    advice = f"use such a pipeline, for example {family.example}"
+    other = wrapper_for(name) if isinstance(name, str) else None
+    advice = f"use such a pipeline, for example {family.example}" if other is None else f"open it with {other.__name__}"
     raise ConfigurationError(
-        f"{source} is a {name}, and {family.wrapper} opens {family.called} pipelines "
-        f"({family.pipeline_class.__name__}); {advice if wrapper is None else f'open it with {wrapper}'}"
+        f"{source} is a {name}, and {wrapper_for(family.pipeline_class.__name__).__name__} opens {family.title} "
+        f"pipelines ({family.pipeline_class.__name__}); {advice}"
     )
 
 
@@ -223,9 +238,13 @@ def _is_path(name: str) -> bool:
     return name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt"))
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars off the terminal while small files are read."""
+    """Hide the libraries' progress bars while small files are read."""
     modules = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
     for module in modules:
         module.disable_progress_bar()

@@ -1,97 +1,125 @@
-"""The base class of diffusers' text-to-image pipelines."""
+"""The base class of all models that are diffusers' text-to-image pipelines."""
 
 import os
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import lora as adapters
+from lightning_draft.models import lora_files
 from lightning_draft.models.base import Conditioning, DiffusionModel
-from lightning_draft.models.decoder import Memory, decode
+from lightning_draft.models.decoder import Memory, Precision, decode
+from lightning_draft.models.family import Family, register
 from lightning_draft.models.guidance import Guidance
-from lightning_draft.models.loading import Family
+from lightning_draft.models.latents import latent_size, scale_factor
+from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA
+from lightning_draft.models.text_cache import TextCache
+from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
 
 
 class PipelineModel(DiffusionModel):
-    """A text-to-image pipeline, frozen, with trainable adapters on its denoiser.
+    """A text-to-image pipeline, frozen except for its adapters or for the chosen weights of its denoiser.
 
-    A family's wrapper sets the class attributes, embeds one prompt in `_embed`, and calls its network in `_network`.
+    A family sets the class attribute `family`, reads its pipeline in `_configure`, embeds one prompt in `_embed`, and
+    calls its denoiser in `_network`. It may be defined outside this package.
 
     Args:
-        pipeline: Opened by `load_pipeline`.
-        pretrained: Where it came from.
-        lora: The adapters; `None` for none at all, and then nothing is trainable.
+        pretrained: A shipped name (`emoji`), a diffusers pipeline folder, a hub id, or, for families that support it, a
+            `.safetensors` file in the original layout.
+        lora: The adapters. `None` for none: then nothing is trained, until `load_lora` adds those of a file.
+        trainable: `lora` trains adapters; `full` trains all weights of the denoiser, and a list of names those whose
+            dotted names contain one of them, such as `[attn2, conv_out]`. `lora` has no effect with the latter two.
+        dtype: Precision of the frozen networks. Adapters, a denoiser whose own weights are trained, and latents are
+            float32.
         guidance: Classifier-free guidance.
         memory: Options that lower the decoder's peak memory.
+        height: Of the images in pixels, with `width`; by default the size that the denoiser was trained for.
+        width: Of the images in pixels.
+        pretrained_config: For a single file: the folder or hub id of a pipeline with the same architecture; by default
+            it is recognized, and its configuration comes from the hub.
+        omit: Names of components that are not loaded.
 
     Attributes:
-        family: Which pipelines these are.
+        family: What distinguishes its pipelines.
         vae: The autoencoder.
         text_encoder: The first text encoder, `None` once released.
     """
 
     family: ClassVar[Family]
-    cached_prompts: ClassVar[int]
-    """How many embeddings are remembered without being asked for."""
-
-    vae: AutoencoderKL
+    vae: Any
     text_encoder: nn.Module | None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Register a family by the pipelines that it opens."""
+        super().__init_subclass__(**arguments)
+        if "family" in vars(cls):
+            register(cls.family, cls)
 
     def __init__(
         self,
-        pipeline: Any,
         pretrained: str,
         *,
-        lora: LoRA | None,
-        guidance: Guidance,
-        memory: Memory,
+        lora: LoRA | None = LoRA(),  # noqa: B008 (frozen)
+        trainable: Trainable = "lora",
+        dtype: Precision = "float32",
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+        memory: Memory = Memory(),  # noqa: B008 (frozen)
+        height: int | None = None,
+        width: int | None = None,
+        pretrained_config: str | None = None,
+        omit: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.pretrained = pretrained
-        self.lora = lora
-        for name in self.family.parts:
-            setattr(self, name, getattr(pipeline, name))
-        self.requires_grad_(False).eval()
-        if lora is not None:
-            lora.attach(self.denoiser, self.family.adapted)
+        self.pretrained_config = pretrained_config
+        self.lora = lora if trainable == "lora" else None
+        self.trainable = trainable
         self.guidance = guidance.or_default(self.family.guidance_scale)
         self.memory = memory
-        self._embeddings: dict[str, Mapping[str, Tensor]] = {}
+        self._omit = tuple(omit)
+        self._dtypes = self._precisions(dtype)
+        pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, self._omit)
+        for name in self.family.networks:
+            setattr(self, name, getattr(pipeline, name))
+        self._configure(pipeline)
+        self._latent_size = latent_size(self.vae, self.denoiser, height, width)
+        self.requires_grad_(False).eval()
+        self._original: OriginalWeights | None = None
+        if self.lora is not None:
+            self.lora.attach(self.denoiser, self.family.lora_targets)
+        elif trainable != "lora":
+            self._original = unfreeze(self.denoiser, trainable)
+        self._cache = TextCache()
 
     @property
-    def denoiser(self) -> ModelMixin:
+    def denoiser(self) -> Any:
         """The network that is trained."""
-        network: ModelMixin = getattr(self, self.family.denoiser)
-        return network
+        return getattr(self, self.family.denoiser)
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
+        """The denoiser's device."""
         return self._weight.device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        size = self.denoiser.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.denoiser.config.in_channels, height, width
+        return (self.denoiser.config.in_channels, *self._latent_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image, in pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
+        height, width = self._latent_size
+        return height * scale_factor(self.vae), width * scale_factor(self.vae)
 
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """Set whether the backward pass recomputes the activations inside the denoiser's blocks."""
@@ -104,60 +132,67 @@ class PipelineModel(DiffusionModel):
         self.block_checkpointing = enabled
 
     def train(self, mode: bool = True) -> Self:
-        """Every part stays in eval mode: dropout of the frozen networks stays off in training."""
+        """Keep every network in eval mode: the dropout of frozen networks stays off in training."""
         super().train(False)
         self.training = mode
         return self
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts; each is embedded once and then remembered.
+        """Embed prompts, and the negative prompt where guidance needs it; each is embedded once and then kept.
 
         Raises:
             RuntimeError: The text encoder was released and a prompt is not among those that were precomputed.
         """
-        negative = self._collate([self._embedding(self.guidance.negative_prompt)] * len(prompts))
-        return replace(self._collate([self._embedding(str(prompt)) for prompt in prompts]), negative=negative)
+        conditioning = self._collate([self._embedding(str(prompt)) for prompt in prompts])
+        if not self.guidance.enabled:
+            return conditioning
+        return replace(conditioning, negative=self._collate([self._negative_embedding()] * len(prompts)))
 
     def precompute(self, prompts: Iterable[str]) -> None:
         """Embed prompts, and the negative prompt, ahead of time and keep all of them."""
-        for prompt in {self.guidance.negative_prompt: None, **{str(prompt): None for prompt in prompts}}:
-            self._embeddings[prompt] = self._embedding(prompt)
+        self._negative_embedding(keep=True)
+        for prompt in dict.fromkeys(map(str, prompts)):
+            self._embedding(prompt, keep=True)
 
     def release_text_encoder(self) -> None:
-        """Forget the text encoders to free their memory; from then on only remembered prompts can be used."""
-        self._embedding(self.guidance.negative_prompt)
+        """Free the text encoders' memory; from then on only prompts whose embeddings are kept can be used."""
+        self._negative_embedding(keep=True)
         for name in self.family.text_encoders:
             setattr(self, name, None)
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard Gaussian latents, float32 `(batch_size, C, H, W)`, drawn where the generator is."""
+        """Draw standard Gaussian latents, float32 `(batch_size, C, H, W)`, on the generator's device, and move them."""
         device = self.device if generator is None else generator.device
         shape = (batch_size, *self.latent_shape)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.device)
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """The network's output after guidance, in the dtype of `x`."""
-        return self.guidance.apply(lambda x, conditioning: self._denoised(x, t, conditioning), x, conditioning)
+        """Return the denoiser's prediction after guidance, in the dtype of `x`."""
+        return self.guidance.apply(lambda x, conditioning: self._predict(x, t, conditioning), x, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in the latents' dtype, around [0, 1] and not clamped."""
+        """Decode latents into images `(B, 3, H, W)` in their dtype, in [0, 1] by convention and not clamped."""
         return decode(self.vae, latents, self.memory)
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context adapters are not evaluated: the pipeline as it was loaded, bit for bit."""
-        with adapters.disabled(self.denoiser):
+        """Within this context the model is the pipeline as it was loaded, bit for bit."""
+        with adapters.disabled(self.denoiser) if self._original is None else self._original.scaled(0.0):
             yield
 
     @contextmanager
     def adapter_scale(self, scale: float) -> Iterator[None]:
-        """Within this context the weights are `theta + scale dW`; 0 is the base, 1 the tuned model. For sampling."""
+        """Within this context the weights are `theta_0 + scale dW`; 0 is the base, 1 the tuned model. For sampling."""
+        if self._original is not None:
+            with self._original.scaled(scale):
+                yield
+            return
         self._check_adapters("adapter_scale")
         with self.base() if scale == 0 else adapters.scaled(self.denoiser, scale):
             yield
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and values of all that is trained: the adapters."""
+        """Return names and values of what is trained."""
         return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
 
     def save_lora(
@@ -169,36 +204,75 @@ class PipelineModel(DiffusionModel):
         """Write the adapters to a `.safetensors` file that the pipeline's `load_lora_weights` opens.
 
         Args:
-            path: The file; folders on the way are made.
-            metadata: Text to keep in its header.
+            path: The file; missing folders are created.
+            metadata: Text for its header.
             values: The full adapters by their names in this model, from `distributed.gather_full`; for sharded models.
         """
         self._check_adapters("save_lora")
-        if values is not None:
-            values = {name.removeprefix(f"{self.family.denoiser}."): value for name, value in values.items()}
-        adapters.save(self.denoiser, path, metadata or {}, self.family, values)
+        lora_files.save(self.denoiser, path, metadata or {}, self.family, self._denoiser_names(values))
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
-        """Copy a LoRA file, written by `save_lora` or by diffusers, into the adapters.
+        """Copy a LoRA file into the adapters; a model without any gets those of the file.
+
+        Args:
+            path: A `.safetensors` file written by this package, diffusers, peft or kohya's scripts.
 
         Raises:
-            ConfigurationError: There is no such file, or its rank or layers are not those of `lora`.
+            ConfigurationError: There is no such file, it is damaged or of another kind, or its rank or layers differ.
         """
-        self._check_adapters("load_lora")
-        adapters.load(self.denoiser, path, self.family)
+        if self._original is not None:
+            raise ConfigurationError(
+                f"load_lora needs adapters, and this model trains its own weights (trainable: {self.trainable}); build "
+                "it with trainable: lora"
+            )
+        file = lora_files.read(path, self.family, self.denoiser)
+        lora_files.check_layers(self.denoiser, file)
+        if self.lora is None:
+            self.lora = LoRA(file.rank, target_modules=file.layers)
+            self.lora.attach(self.denoiser)
+        lora_files.copy_into(self.denoiser, file)
 
-    @property
-    @abstractmethod
-    def _weight(self) -> Tensor:
-        """One of the denoiser's frozen weights, whose device and dtype are the denoiser's."""
+    def save_pipeline(
+        self,
+        folder: str | os.PathLike[str],
+        metadata: Mapping[str, str] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the whole pipeline with its trained denoiser as a folder that `from_pretrained` opens.
+
+        Args:
+            folder: Created, or replaced once the new one is complete.
+            metadata: Text for its `training.json`.
+            values: The full trained weights by their names in this model, for sharded models.
+        """
+        if self._original is None:
+            raise ConfigurationError(
+                "save_pipeline writes a denoiser whose own weights were trained; build the model with trainable: full, "
+                "or write the adapters with save_lora"
+            )
+        trained = self._denoiser_names(values or dict(self.trainable_parameters()))
+        pipeline = load_pipeline(self.family, self.pretrained, self._dtypes, self.pretrained_config, self._omit)
+        save_pipeline(pipeline, Path(folder), self.family, trained or {}, metadata or {})
 
     @abstractmethod
-    def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """Call the network with `x` and conditioning in its dtype, and `time`, a scalar."""
+    def _configure(self, pipeline: Any) -> None:
+        """Set `schedule`, `prediction` and tokenizers from the pipeline; the networks are attributes already.
+
+        Raises:
+            ConfigurationError: The pipeline does something that this family does not support.
+        """
 
     @abstractmethod
     def _embed(self, prompt: str) -> Mapping[str, Tensor]:
         """Embed one prompt: what `_network` is given, by name and without a batch dimension."""
+
+    @abstractmethod
+    def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """Call the denoiser with `x` and conditioning in its dtype, and `time`, a scalar."""
+
+    def _embed_negative(self, prompt: str) -> Mapping[str, Tensor]:
+        """Embed the negative prompt."""
+        return self._embed(prompt)
 
     def _collate(self, embeddings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
         """Stack the embeddings of single prompts; a family whose embeddings differ in shape overrides it."""
@@ -206,44 +280,51 @@ class PipelineModel(DiffusionModel):
             {name: torch.stack([each[name] for each in embeddings]).to(self.device) for name in embeddings[0]}
         )
 
-    def _denoised(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """Return the network's prediction without guidance, in the dtype of `x`."""
+    def _precisions(self, dtype: Precision) -> dict[str, torch.dtype]:
+        """Return the precision of each network's weights."""
+        dtypes = dict.fromkeys(self.family.networks, torch_dtype(dtype))
+        if self.memory.vae_dtype is not None:
+            dtypes["vae"] = torch_dtype(self.memory.vae_dtype)
+        if self.trainable != "lora":
+            dtypes[self.family.denoiser] = torch.float32
+        return dtypes
+
+    @property
+    def _weight(self) -> Tensor:
+        """One of the denoiser's own weights, whose device and dtype are the denoiser's."""
+        weight: Tensor = next(self.denoiser.parameters())
+        return weight
+
+    def _predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """Return the denoiser's prediction without guidance, in the dtype of `x`."""
         dtype = self._weight.dtype
         time = torch.full((), self.schedule.network_time(t), device=x.device)
         return self._network(x.to(dtype), time, conditioning.to(dtype)).to(x.dtype)
 
-    def _embedding(self, prompt: str) -> Mapping[str, Tensor]:
-        """The prompt's embeddings on the CPU, remembered while there is room.
+    def _embedding(self, prompt: str, keep: bool = False) -> Mapping[str, Tensor]:
+        return self._cached(("prompt", prompt), lambda: self._embed(prompt), keep)
 
-        Each prompt is embedded on its own, so that its embedding does not depend on the batch it first came in.
-        """
-        known = self._embeddings.get(prompt)
-        if known is not None:
-            return known
-        if self.text_encoder is None:
+    def _negative_embedding(self, keep: bool = False) -> Mapping[str, Tensor]:
+        prompt = self.guidance.negative_prompt
+        return self._cached(("negative", prompt), lambda: self._embed_negative(prompt), keep)
+
+    def _cached(self, key: tuple[str, str], embed: Any, keep: bool) -> Mapping[str, Tensor]:
+        encoder = next((each for name in self.family.text_encoders if (each := getattr(self, name)) is not None), None)
+        if encoder is None and key not in self._cache:
             raise RuntimeError(
-                f"the text encoder was released and {prompt!r} has no embedding; pass every prompt, those of "
+                f"the text encoder was released and {key[1]!r} has no embedding; pass every prompt, those of "
                 "validation and of the sample logger too, to precompute() before release_text_encoder()"
             )
-        device = next(self.text_encoder.parameters()).device.type
-        # An embedding made in inference mode could not be used in training later; one under autocast would be rounded.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            embedding = {name: tensor.cpu() for name, tensor in self._embed(prompt).items()}
-        if len(self._embeddings) < self.cached_prompts:
-            self._embeddings[prompt] = embedding
-        return embedding
+        device = "cpu" if encoder is None else next(encoder.parameters()).device.type
+        return self._cache.get(key, embed, device, keep)
+
+    def _denoiser_names(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        prefix = f"{self.family.denoiser}."
+        return None if values is None else {name.removeprefix(prefix): value for name, value in values.items()}
 
     def _check_adapters(self, what: str) -> None:
         if self.lora is None:
             raise ConfigurationError(f"{what} needs adapters, and this model has none; build it with lora=LoRA()")
-
-
-def tokens(tokenizer: Any, prompt: str, length: int, warn: bool = True) -> Any:
-    """A prompt as a batch of one, filled up or cut to `length` tokens; a warning says that it was cut."""
-    words = tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
-    if warn and len(words) > length:
-        warnings.warn(f"the model reads {length} tokens and cuts: {prompt}", stacklevel=6)
-    return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
 def _checkpoint_block(block: nn.Module, *inputs: Any) -> Any:

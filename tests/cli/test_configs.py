@@ -40,6 +40,9 @@ TINY = {
 }
 
 
+PIPELINES = {"StableDiffusion": "tiny_sd", "StableDiffusion3": "tiny_sd3", "StableDiffusionXL": "tiny_sdxl"}
+
+
 def _options(values: dict[str, object]) -> list[str]:
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
@@ -53,12 +56,14 @@ def _class(value: str | dict) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
-def test_shipped_config_runs(command: Callable, name: str, tiny_sd: Path, tiny_sd3: Path, tiny_clip: Path) -> None:
+def test_shipped_config_runs(command: Callable, name: str, request: pytest.FixtureRequest, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
-    models = {"model.model.pretrained": tiny_sd}
-    if arguments["model"]["class_path"] == "StableDiffusion3":
-        models = {"model.model.pretrained": tiny_sd3, "model.model.resolution": 16}
+    models = {"model.model.pretrained": request.getfixturevalue(PIPELINES[arguments["model"]["class_path"]])}
+    if "height" in arguments["model"]["init_args"]:
+        models |= {"model.model.height": 16, "model.model.width": 16}
     reward = arguments["reward"]
+    if isinstance(reward, dict) and "processor" in reward.get("init_args", {}):
+        models["model.reward.processor"] = tiny_clip
     if isinstance(reward, dict) and "pretrained" in reward.get("init_args", {}):
         models["model.reward.pretrained"] = tiny_clip
     if isinstance(reward, dict) and "captions" in reward.get("init_args", {}):

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_draft.models import Memory, StableDiffusion
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models import Family, LoRA, Memory, PipelineModel, StableDiffusion
+from lightning_draft.models.loading import model_class
 from lightning_draft.schedules import VariancePreserving
 
 
@@ -82,7 +84,7 @@ def test_clip_sample_is_off_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path) -> 
     ("file", "changes", "message"),
     [
         ("scheduler/scheduler_config.json", {"thresholding": True}, "cuts the gradient"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow' .* is not known"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow' .* is not supported"),
         (
             "scheduler/scheduler_config.json",
             {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
@@ -91,7 +93,7 @@ def test_clip_sample_is_off_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path) -> 
         (
             "model_index.json",
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
-            "FlowMatchEulerDiscreteScheduler has no alphas_cumprod; put a DDIMScheduler",
+            "FlowMatchEulerDiscreteScheduler has no alphas_cumprod; replace its config by that of a DDIMScheduler",
         ),
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline, and"),
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, r"is a \['pipeline', 'Mine'\], and"),
@@ -124,15 +126,15 @@ def test_places_where_there_is_no_pipeline(tiny_sd: Path, tmp_path: Path) -> Non
         StableDiffusion(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="missing.safetensors does not exist"):
         StableDiffusion("missing.safetensors")
-    with pytest.raises(ValueError, match="it has no model_index.json; give the folder that .* not one of its parts"):
+    with pytest.raises(ValueError, match="it has no model_index.json; give the folder .* not one of its components"):
         StableDiffusion(str(tiny_sd / "unet"))
-    with pytest.raises(ValueError, match="'nobody/nothing-at-all' .* could not be had from the hub .*local folder"):
+    with pytest.raises(ValueError, match="'nobody/nothing-at-all' .* not be downloaded from the hub .*local folder"):
         StableDiffusion("nobody/nothing-at-all")
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match="is not a .safetensors file; convert it"):
         StableDiffusion(str(tmp_path / "model.ckpt"))
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="could not be opened as a Stable Diffusion checkpoint"):
+    with pytest.raises(ValueError, match="could not be opened as a Stable Diffusion 1.x and 2.x checkpoint"):
         StableDiffusion(str(tmp_path / "other.safetensors"), pretrained_config=str(tiny_sd))
 
 
@@ -238,3 +240,129 @@ def test_scheduler_of_another_class_is_read_alike(tiny_sd: Path, tmp_path: Path)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path / "ddim")
     assert StableDiffusion(str(tmp_path / "ddim")).schedule == StableDiffusion(str(tiny_sd)).schedule
+
+
+def damaged(folder: Path, copy: Path, file: str, content: bytes | None) -> str:
+    """A copy of a pipeline in which a file has other bytes, or is missing."""
+    shutil.copytree(folder, copy)
+    path = copy / file
+    if content is None:
+        shutil.rmtree(path)
+    else:
+        path.write_bytes(content)
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("unet/config.json", b"{", "unet/config.json is not valid JSON"),
+        ("scheduler/scheduler_config.json", b"", "scheduler_config.json is not valid JSON"),
+        ("vae/diffusion_pytorch_model.safetensors", b"", "model.safetensors is truncated or not a safetensors file"),
+        ("text_encoder/model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "model.safetensors is truncated or not"),
+        ("unet", None, "unet is missing, and model_index.json names it"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_the_file_and_its_fault(
+    tiny_sd: Path, tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
+    folder = damaged(tiny_sd, tmp_path / "pipeline", file, content)
+    with pytest.raises(ConfigurationError, match=f"cannot be opened as a pipeline: .*{message}.*; copy or download it"):
+        StableDiffusion(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["conv_in.bias"][0] = float("nan")
+    save_file(state, file)
+    with pytest.raises(ConfigurationError, match="not finite, the first in unet: conv_in.bias"):
+        StableDiffusion(str(tmp_path / "pipeline"))
+
+
+def test_missing_tensors_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["conv_in.bias"]
+    save_file(state, file)
+    with pytest.raises(ConfigurationError, match="unet lacks 1 of its weights, such as conv_in.bias"):
+        StableDiffusion(str(tmp_path / "pipeline"))
+
+
+def test_a_small_autoencoder_in_the_place_of_the_vae_decodes_as_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    torch.manual_seed(0)
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    pipeline.vae = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    pipeline.save_pretrained(tmp_path / "small")
+    model = StableDiffusion(str(tmp_path / "small"), lora=None)
+    assert model.image_size == (16, 16)
+    latents = model.noise(2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample, output_type="pt")
+        torch.testing.assert_close(model.decode(latents).clamp(0, 1), theirs)
+
+
+def test_a_denoiser_without_a_size_needs_height_and_width(tiny_sd: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_sd, tmp_path / "pipeline", "unet/config.json", sample_size=None)
+    with pytest.raises(ConfigurationError, match=r"sample_size is null\); write height and width"):
+        StableDiffusion(str(folder))
+    assert StableDiffusion(str(folder), height=16, width=24).latent_shape == (4, 8, 12)
+
+
+def test_a_textual_inversion_of_several_vectors_is_expanded_as_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    vectors = {"<cat>": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}
+    pipeline.load_textual_inversion(vectors, token="<cat>")
+    pipeline.save_pretrained(tmp_path / "inverted")
+    ours = StableDiffusion(str(tmp_path / "inverted")).encode(["a <cat>"]).tensors["text"]
+    torch.testing.assert_close(ours, pipeline.encode_prompt("a <cat>", torch.device("cpu"), 1, False)[0])
+
+
+class OfAnotherPackage(PipelineModel):
+    """A user's own family: the networks of Stable Diffusion under another pipeline class."""
+
+    family = Family(
+        pipeline_class=StableDiffusionPAGPipeline,
+        title="PAG pipelines",
+        example="somebody/something",
+        denoiser="unet",
+        text_encoders=("text_encoder",),
+        guidance_scale=2.0,
+        unused=StableDiffusion.family.unused,
+    )
+    _configure = StableDiffusion._configure
+    _embed = StableDiffusion._embed
+    _network = StableDiffusion._network
+
+
+def test_a_family_outside_the_package_uses_the_base_class(tiny_sd: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_sd, tmp_path / "own", "model_index.json", _class_name="StableDiffusionPAGPipeline")
+    model = OfAnotherPackage(str(folder))
+    assert model.guidance.scale == 2.0
+    assert model_class(str(folder)) is OfAnotherPackage
+    model.save_lora(tmp_path / "lora.safetensors")
+    model.load_lora(tmp_path / "lora.safetensors")
+    with pytest.raises(ConfigurationError, match="open it with OfAnotherPackage"):
+        StableDiffusion(str(folder))
+
+
+def test_layers_of_a_network_that_lacks_add_adapter_are_adapted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).requires_grad_(False)
+    assert not hasattr(network, "add_adapter")
+    x = torch.randn(1, 3, 8, 8)
+    before = network(x, 5).sample
+    LoRA(2, seed=0).attach(network)
+    torch.testing.assert_close(network(x, 5).sample, before)
+    assert {name.split(".")[-3] for name, p in network.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}

@@ -152,8 +152,6 @@ def test_no_adapters(tiny_sd: Path, tmp_path: Path) -> None:
     assert model.trainable_parameters() == []
     with pytest.raises(ValueError, match="save_lora needs adapters.*lora=LoRA"):
         model.save_lora(tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="load_lora needs adapters"):
-        model.load_lora(tmp_path / "lora.safetensors")
 
 
 def test_files_that_do_not_fit(tiny_sd: Path, tmp_path: Path) -> None:
@@ -164,7 +162,9 @@ def test_files_that_do_not_fit(tiny_sd: Path, tmp_path: Path) -> None:
         model.save_lora(tmp_path / "lora.bin")
     file = tmp_path / "lora.safetensors"
     StableDiffusion(str(tiny_sd), lora=LoRA(rank=2, target_modules=["to_q", "to_out.0"])).save_lora(file)
-    message = r"rank 2 on to_out.0, to_q; build the model with lora=LoRA\(rank=2, target_modules=\['to_out.0', 'to_q'\]"
+    message = (
+        r"rank 2 on to_out.0, to_q \(.* layers\); build .* lora=LoRA\(rank=2, target_modules=\['to_out.0', 'to_q'\]\)"
+    )
     with pytest.raises(ValueError, match=message):
         model.load_lora(file)
     save_file({**load_file(file), "text_encoder.q.lora_A.weight": torch.zeros(1)}, file)
@@ -173,11 +173,11 @@ def test_files_that_do_not_fit(tiny_sd: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_arguments(tiny_sd: Path) -> None:
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="lora.rank=0 must be at least 1"):
         LoRA(rank=0)
-    with pytest.raises(ValueError, match="alpha=-1 must be positive"):
+    with pytest.raises(ValueError, match="lora.alpha=-1 must be positive"):
         LoRA(alpha=-1)
-    with pytest.raises(ValueError, match="target_modules='to_q' must be a list"):
+    with pytest.raises(ValueError, match="lora.target_modules='to_q' must be a list"):
         LoRA(target_modules="to_q")
-    with pytest.raises(ValueError, match=r"\['to_x'\] cannot be adapted .* linear layers are .*to_k"):
+    with pytest.raises(ValueError, match=r"target_modules=to_x cannot be adapted .* linear layers are .*to_k"):
         StableDiffusion(str(tiny_sd), lora=LoRA(target_modules=["to_x"]))

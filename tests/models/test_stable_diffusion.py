@@ -371,8 +371,8 @@ def test_parts_are_children(tiny_sd: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "float8"}, "dtype='float8' is not supported; write float32"),
-        ({"memory": Memory(vae_dtype="int8")}, "dtype='int8' is not supported; write float32"),
+        ({"dtype": "float8"}, "dtype='float8' is not a valid choice; write one of float32"),
+        ({"memory": Memory(vae_dtype="int8")}, "dtype='int8' is not a valid choice; write one of float32"),
     ],
 )
 def test_wrong_arguments(tiny_sd: Path, arguments: dict[str, Any], message: str) -> None:

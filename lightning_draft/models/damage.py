@@ -1,0 +1,69 @@
+"""What is wrong with a pipeline that cannot be opened or used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.family import Family
+
+
+def describe_damage(folder: Path) -> str | None:
+    """Name the first damaged file of a pipeline folder and its fault; `None` if all can be read.
+
+    Args:
+        folder: With `model_index.json`.
+    """
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            return f"{file} is not valid JSON ({error})"
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file} is truncated or not a safetensors file ({error})"
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, kind in index.items():
+        if isinstance(kind, list) and kind != [None, None] and not (folder / name).is_dir():
+            return f"{folder / name} is missing, and model_index.json names it"
+    return None
+
+
+def check_complete(pipeline: Any, family: Family, folder: Path) -> None:
+    """Check that the files of the denoiser hold all of its weights; diffusers would draw the others at random.
+
+    Raises:
+        ConfigurationError: Some are missing.
+    """
+    stored: set[str] = set()
+    for file in (folder / family.denoiser).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            stored |= set(content.keys())
+    missing = sorted(getattr(pipeline, family.denoiser).state_dict().keys() - stored) if stored else []
+    if missing:
+        raise ConfigurationError(
+            f"{folder / family.denoiser} lacks {len(missing)} of its weights, such as {missing[0]}; copy or download "
+            "it again"
+        )
+
+
+def check_finite(pipeline: Any, family: Family, source: str) -> None:
+    """Check the weights of a pipeline's networks.
+
+    Raises:
+        ConfigurationError: Some are NaN or infinite.
+    """
+    for name in family.networks:
+        network = getattr(pipeline, name, None)
+        for full_name, parameter in () if network is None else network.named_parameters():
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                raise ConfigurationError(
+                    f"{source} has weights that are not finite, the first in {name}: {full_name}; training "
+                    "had diverged or the file is damaged; use another copy"
+                )

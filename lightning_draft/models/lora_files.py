@@ -1,0 +1,314 @@
+"""LoRA files: written as diffusers writes them, and read in the formats of diffusers, peft and kohya's scripts."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.family import Family
+from lightning_draft.models.lora import ADAPTER, shortened
+
+_OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "a LoRA with a middle factor (LoCon with Tucker decomposition)",
+    ".diff": "full weight differences",
+}
+_KOHYA = ("lora_unet_", "lora_te")
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """The content of a LoRA file for one network.
+
+    Args:
+        path: Where it was read.
+        factors: By layer, `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, or those of convolutions.
+        scales: By layer, the factor of `B A`.
+    """
+
+    path: Path
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    scales: Mapping[str, float]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(len(a) for a, _ in self.factors.values())
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the adapted layers."""
+        return sorted(self.factors)
+
+
+def save(
+    network: Any,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    family: Family,
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a file that the pipeline's `load_lora_weights` opens, in diffusers' own format.
+
+    Args:
+        network: With adapters.
+        path: Ends in `.safetensors`; missing folders are created.
+        metadata: Text for the file's header.
+        family: Of the pipeline.
+        values: The adapters by their names in the network, where it holds only a part of them.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigurationError(f"{path} must end in .safetensors, or diffusers does not find it")
+    if values is None:
+        state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    else:  # peft would look for their names in a network whose modules FSDP has renamed
+        state = {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
+    tensors = {f"{family.denoiser}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
+    config = {f"{family.denoiser}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
+    header = {
+        **metadata,
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=sorted, indent=2, sort_keys=True),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=header)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+    partial.replace(path)
+
+
+def read(path: str | os.PathLike[str], family: Family, network: Any) -> LoRAFile:
+    """Read a LoRA file.
+
+    Args:
+        path: A `.safetensors` file in the format of diffusers, old or new, peft, or kohya's scripts.
+        family: Of the pipeline.
+        network: The denoiser.
+
+    Raises:
+        ConfigurationError: There is no such file; it is damaged, not finite, of another kind (DoRA, LoKr), or adapts
+            something other than the denoiser.
+    """
+    file = Path(path)
+    keys, metadata = check(file)
+    if any(key.startswith(f"{family.denoiser}.") and ".lora_A." in key for key in keys):
+        state, alphas = _read_all(file), {}
+    else:
+        state, alphas, metadata = _convert(file, family, network, metadata)
+    state, alphas = _split_alphas(state, alphas)
+    state = _of_denoiser(state, file, family.denoiser)
+    settings = {key.removeprefix(f"{family.denoiser}."): value for key, value in metadata.items()}
+    if settings.get("use_dora"):
+        raise _unsupported(file, "DoRA")
+    factors = {layer: _factors(state, layer, file) for layer in sorted({key.rsplit(".", 2)[0] for key in state})}
+    alphas = {key.removeprefix(f"{family.denoiser}."): value for key, value in alphas.items()}
+    return LoRAFile(
+        file, factors, {layer: _scale(layer, len(a), alphas, settings) for layer, (a, _) in factors.items()}
+    )
+
+
+def check(file: Path) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of a LoRA file's tensors and peft's settings from its header.
+
+    Raises:
+        ConfigurationError: There is no such file, it is not a safetensors file, or holds no LoRA of a supported kind.
+    """
+    if not file.is_file():
+        raise ConfigurationError(f"there is no LoRA file {file}; give the path of a .safetensors file")
+    try:
+        with safe_open(file, framework="pt") as content:
+            keys = list(content.keys())
+            header = content.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigurationError(f"{file} is damaged or not a safetensors file: {error}; copy it again") from error
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in keys)), None)
+    if kind is not None:
+        raise _unsupported(file, kind)
+    if not any("lora" in key for key in keys):
+        raise ConfigurationError(f"{file} holds no LoRA: none of its tensors has lora in its name; give a LoRA file")
+    settings: dict[str, Any] = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    return keys, settings
+
+
+def check_layers(network: nn.Module, file: LoRAFile) -> None:
+    """Check that a network has the layers of a file.
+
+    Raises:
+        ConfigurationError: It lacks some of them.
+    """
+    foreign = [layer for layer in file.layers if not _is_layer(network, layer)]
+    if foreign:
+        raise ConfigurationError(
+            f"{file.path} is a LoRA for another model: {len(foreign)} of its {len(file.layers)} layers are not in this "
+            f"one, such as {shortened(foreign, 2)}; give a file that was trained on this model"
+        )
+
+
+@torch.no_grad()
+def copy_into(network: nn.Module, file: LoRAFile) -> None:
+    """Copy a file's factors into the adapters of a network, in place; `B` is rescaled so that the update is the file's.
+
+    A layer of lower rank than the adapters' fills their first rows and columns; the rest of `B` becomes 0.
+
+    Raises:
+        ConfigurationError: The layers or the largest rank are not those of the adapters.
+    """
+    own = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    _check_fit(network, own, file)
+    for layer, (a, b) in file.factors.items():
+        ratio = file.scales[layer] / network.get_submodule(layer).scaling[ADAPTER]  # type: ignore[index, union-attr, operator]
+        own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
+        own_a[: len(a)].copy_(a)
+        own_b.zero_()
+        own_b[:, : b.shape[1]].copy_(b if ratio == 1 else b.to(own_b) * ratio)
+
+
+def _read_all(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as content:
+        return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+
+
+def _convert(
+    file: Path, family: Family, network: Any, metadata: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
+    """Read a file in another format through the pipeline's own converter, and return peft's names."""
+    reader = getattr(family.pipeline_class, "lora_state_dict", None)
+    if reader is None:
+        raise ConfigurationError(
+            f"{file} is not in diffusers' format, and {family.pipeline_class.__name__} converts no other; give a file "
+            f"whose tensors are called {family.denoiser}.<layer>.lora_A.weight"
+        )
+    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # whose blocks kohya numbers otherwise
+    options = {"unet_config": network.config} if is_sdxl else {}
+    try:
+        state, *alphas, metadata = reader(
+            str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True, **options
+        )
+    except (ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
+        raise ConfigurationError(
+            f"{file} cannot be read as a LoRA of {family.title} ({str(error)[:200]}); give one that was trained on it"
+        ) from error
+    converted = state if any("lora_A" in key for key in state) else convert_unet_state_dict_to_peft(state)
+    return converted, dict((alphas[0] or {}) if alphas else {}), metadata or {}
+
+
+def _split_alphas(state: Mapping[str, Any], alphas: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Separate alphas from factors, and name the former by their layers.
+
+    diffusers' reader names the alphas of attention layers `attn1.processor.to_k_lora.down.weight.alpha`.
+    """
+    own = {key: float(value) for key, value in state.items() if key.endswith(".alpha")}
+    named = {}
+    for key, value in {**own, **alphas}.items():
+        weight = key.removesuffix(".alpha").removesuffix(".weight")
+        (converted,) = convert_unet_state_dict_to_peft({f"{weight}.": None})
+        layer = re.sub(r"\.lora_A$", "", converted.removesuffix("."))
+        named[layer.replace(".processor.", ".")] = value
+    return {key: value for key, value in state.items() if key not in own}, named
+
+
+def _of_denoiser(state: Mapping[str, Tensor], file: Path, denoiser: str) -> dict[str, Tensor]:
+    others = sorted(key for key in state if not key.startswith(f"{denoiser}."))
+    if others:
+        raise ConfigurationError(
+            f"{file} also adapts something other than the denoiser ({others[0]}), which is frozen here; give a LoRA "
+            "file of the denoiser alone"
+        )
+    return {key.removeprefix(f"{denoiser}.").replace(".processor.", "."): value for key, value in state.items()}
+
+
+def _factors(state: Mapping[str, Tensor], layer: str, file: Path) -> tuple[Tensor, Tensor]:
+    try:
+        a, b = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
+    except KeyError as error:
+        raise ConfigurationError(
+            f"{file} is incomplete: {layer} has no {str(error.args[0]).rsplit('.', 2)[-2]}; copy it again"
+        ) from error
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ConfigurationError(
+            f"{file} has values that are not finite, the first in {layer}: training had diverged; use an earlier file"
+        )
+    return a, b
+
+
+def _scale(layer: str, rank: int, alphas: Mapping[str, float], settings: Mapping[str, Any]) -> float:
+    """Return the factor of a layer's `B A`; a missing alpha is the rank, as in diffusers."""
+    patterns: Mapping[str, float] = settings.get("alpha_pattern") or {}
+    pattern = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
+    default = settings.get("lora_alpha", rank) if pattern is None else pattern
+    alpha = float(alphas.get(layer, default))
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) -> None:
+    names = {key.rsplit(".", 2)[0] for key in own}
+    rank = len(next(value for key, value in own.items() if "lora_A" in key))
+    if names == set(file.factors) and rank == file.rank:
+        misfits = [layer for layer in file.layers if not _shapes_fit(own, layer, file)]
+        if not misfits:
+            return
+        raise ConfigurationError(
+            f"{file.path} is a LoRA for another model: {len(misfits)} layers have other shapes than in this one, such "
+            f"as {shortened(misfits, 2)}; give a file that was trained on this model"
+        )
+    targets = _targets(network, file.layers)
+    hint = f", target_modules={targets}" if len(targets) <= 40 else ""
+    raise ConfigurationError(
+        f"{file.path} does not fit this model's adapters, which have rank {rank} on {len(names)} layers: it has rank "
+        f"{file.rank} on {shortened(targets)} ({len(file.layers)} layers); build the model with "
+        f"lora=LoRA(rank={file.rank}{hint}), or with lora=None to take the file's"
+    )
+
+
+def _is_layer(network: nn.Module, layer: str) -> bool:
+    try:
+        network.get_submodule(layer)
+    except AttributeError:
+        return False
+    return True
+
+
+def _shapes_fit(own: Mapping[str, Tensor], layer: str, file: LoRAFile) -> bool:
+    a, b = file.factors[layer]
+    own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
+    return own_a.shape[1:] == a.shape[1:] and (own_b.shape[0], own_b.shape[2:]) == (b.shape[0], b.shape[2:])
+
+
+def _targets(network: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Return the shortest `target_modules` that name these layers of a network, and no others."""
+    known = {name for name, _ in network.named_modules()}
+
+    def shortest(layer: str) -> str:
+        parts = layer.split(".")
+        endings = [".".join(parts[-count:]) for count in range(1, len(parts))]
+        named = ({name for name in known if name.endswith(f".{ending}")} for ending in endings)
+        return next((end for end, names in zip(endings, named, strict=True) if names <= {*layers}), layer)
+
+    return sorted({shortest(layer) for layer in layers})
+
+
+def _unsupported(file: Path, kind: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{file} is {kind}, which is not supported; give a plain LoRA file, or merge it into its base with the tool "
+        "that made it and give that pipeline as pretrained"
+    )

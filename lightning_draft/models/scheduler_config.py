@@ -1,0 +1,75 @@
+"""Noise schedules and prediction types, read from the scheduler configs of pipelines."""
+
+from typing import Any
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.base import Prediction
+from lightning_draft.schedules import RectifiedFlow, VariancePreserving
+
+_OTHER_GRIDS = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+)
+
+
+def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]:
+    """Return the schedule and prediction type of a pipeline trained with noise levels `alpha^2 + sigma^2 = 1`.
+
+    Raises:
+        ConfigurationError: The scheduler thresholds samples, cannot be trained through, or is of another family.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    prediction = config.get("prediction_type", "epsilon")
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ConfigurationError(
+            f"the pipeline's {name} has no alphas_cumprod; replace its config by that of a DDIMScheduler"
+        )
+    if config.get("thresholding"):
+        raise ConfigurationError(
+            f"the pipeline's {name} has thresholding=True, which is made for pixels: on latents it distorts the sample "
+            "and cuts the gradient; set it to false in scheduler/scheduler_config.json"
+        )
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigurationError(
+            f"prediction_type={prediction!r} of the pipeline's {name} is not supported; it must be epsilon, "
+            "v_prediction or sample"
+        )
+    if prediction == "epsilon" and float(table.min()) < 1e-6:  # some schedulers put 2^-24 in place of 0
+        raise ConfigurationError(
+            f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: at zero signal the "
+            "noise says nothing about the image; set rescale_betas_zero_snr to false, or use a v_prediction model"
+        )
+    schedule = VariancePreserving.from_table(
+        table,
+        set_alpha_to_one=config.get("set_alpha_to_one", True),
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+    )
+    return schedule, prediction
+
+
+def rectified_flow(scheduler: Any) -> RectifiedFlow:
+    """Return the schedule of a pipeline trained with a rectified flow.
+
+    Raises:
+        ConfigurationError: The scheduler is of another family, or its grid is more than a constant shift.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    if not name.startswith("FlowMatch"):
+        raise ConfigurationError(
+            f"the pipeline's {name} is not made for rectified flows; replace its config by that of a "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    others = [key for key in _OTHER_GRIDS if config.get(key)]
+    if others:
+        raise ConfigurationError(
+            f"the pipeline's {name} has {others[0]}={config[others[0]]}, and the samplers here support a constant "
+            f"shift alone; remove {others[0]} from scheduler/scheduler_config.json and set shift, 3.0 in the published "
+            "models"
+        )
+    return RectifiedFlow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000))

@@ -1,0 +1,50 @@
+"""Embeddings of prompts, computed once and kept on the CPU."""
+
+from collections.abc import Callable, Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+Embedding = Mapping[str, Tensor]
+
+CAPACITY = 4 * 2**30
+"""Bytes of embeddings that are kept without being asked for."""
+
+
+class TextCache:
+    """A memory of prompt embeddings.
+
+    Each prompt is embedded on its own, so that its embedding does not depend on the batch in which it is first seen.
+
+    Args:
+        capacity: Bytes; once they are used, new embeddings are only kept on request.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self.capacity = capacity
+        self._size = 0
+        self._embeddings: dict[Hashable, Embedding] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the embedding is kept."""
+        return key in self._embeddings
+
+    def get(self, key: Hashable, embed: Callable[[], Embedding], device: str, keep: bool = False) -> Embedding:
+        """Return an embedding, computed if it is not kept.
+
+        Args:
+            key: Of the prompt.
+            embed: Computes the embedding.
+            device: Type of the device that `embed` computes on.
+            keep: Keep it even beyond the capacity.
+        """
+        if key in self._embeddings:
+            return self._embeddings[key]
+        # An embedding made in inference mode could not be used in training later; one under autocast would be rounded.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            embedding = {name: tensor.cpu() for name, tensor in embed().items()}
+        size = sum(tensor.nbytes for tensor in embedding.values())
+        if keep or self._size + size <= self.capacity:
+            self._embeddings[key] = embedding
+            self._size += size
+        return embedding

@@ -1,0 +1,172 @@
+"""LoRA files of other tools: kohya's scripts, old diffusers, other kinds, other models, damaged ones."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_draft.chain import SamplingChain
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3
+from lightning_draft.samplers import DDIM
+
+PROMPTS = ["a red cat", "dog"]
+RANKS = {"to_q": 4, "to_out.0": 2, "conv1": 4}
+ALPHAS = {"to_q": 2.0, "to_out.0": 8.0, "conv1": 1.0}
+
+
+def noise() -> Tensor:
+    """Fixed starting latents."""
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def pictures(model: StableDiffusion) -> Tensor:
+    """Clamped images."""
+    chain = SamplingChain(model, DDIM(4), model.encode(PROMPTS))
+    return model.decode(chain.advance(chain.start(noise())).x).clamp(0, 1)
+
+
+def theirs(folder: Path, file: Path) -> Tensor:
+    """The images that diffusers makes with a LoRA file, through its own converter."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(file))
+    options = {"num_inference_steps": 4, "guidance_scale": 2.0, "latents": noise(), "output_type": "pt"}
+    images: Tensor = pipeline(PROMPTS, **options).images
+    return images
+
+
+def opened(folder: Path, lora: LoRA | None = None) -> StableDiffusion:
+    """A model, by default without adapters."""
+    return StableDiffusion(str(folder), lora=lora, guidance=Guidance(2.0))
+
+
+def kohya(folder: Path, alpha: float | None = None, **changes: Tensor) -> dict[str, Tensor]:
+    """Random factors of several ranks, under the names that kohya's scripts write, with one alpha or several."""
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for name, layer in opened(folder).unet.named_modules():
+        end = next((end for end in RANKS if name.endswith(f".{end}")), None)
+        if end is None:
+            continue
+        out, *into = layer.weight.shape
+        key = f"lora_unet_{name.replace('.', '_')}"
+        state[f"{key}.lora_down.weight"] = 0.3 * torch.randn(RANKS[end], *into, generator=generator)
+        up = (out, RANKS[end], *[1] * (len(into) - 1))
+        state[f"{key}.lora_up.weight"] = 0.3 * torch.randn(up, generator=generator)
+        state[f"{key}.alpha"] = torch.tensor(ALPHAS[end] if alpha is None else alpha)
+    return {**state, **changes}
+
+
+def merged(folder: Path, state: dict[str, Tensor]) -> StableDiffusion:
+    """A model with `W + (alpha / rank) B A` in place of its weights."""
+    model = opened(folder)
+    for name, layer in model.unet.named_modules():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        if f"{key}.alpha" in state:
+            down, up = state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"]
+            update = (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+            layer.weight.data += float(state[f"{key}.alpha"]) / len(down) * update
+    return model
+
+
+def test_kohya_file_with_several_ranks_and_alphas_has_the_update_of_its_definition(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    """diffusers 0.42 is no reference here: it ignores the alphas of attention layers that differ from the others."""
+    file, state = tmp_path / "kohya.safetensors", kohya(tiny_sd)
+    save_file(state, file)
+    model = opened(tiny_sd)
+    base = pictures(model)
+    model.load_lora(file)
+    torch.testing.assert_close(pictures(model), pictures(merged(tiny_sd, state)), rtol=0, atol=2e-4)
+    assert (pictures(model) - base).abs().mean() > 0.01
+    model.save_lora(tmp_path / "again.safetensors")
+    torch.testing.assert_close(theirs(tiny_sd, tmp_path / "again.safetensors"), pictures(model), rtol=0, atol=2e-4)
+
+
+def test_kohya_file_with_one_alpha_is_read_as_diffusers_reads_it(tiny_sd: Path, tmp_path: Path) -> None:
+    file = tmp_path / "kohya.safetensors"
+    save_file(kohya(tiny_sd, alpha=3.0), file)
+    model = opened(tiny_sd)
+    model.load_lora(file)
+    torch.testing.assert_close(pictures(model), theirs(tiny_sd, file), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_model_without_adapters_takes_those_of_the_file(tiny_sd: Path, tmp_path: Path, old: bool) -> None:
+    """In diffusers' present and old names."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    state = get_peft_model_state_dict(pipeline.unet)
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=convert_state_dict_to_diffusers(state) if old else state)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    model = opened(tiny_sd)
+    model.load_lora(file)
+    assert model.lora is not None
+    assert model.lora.rank == 2
+    torch.testing.assert_close(pictures(model), theirs(tiny_sd, file), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [("lora_unet_x.dora_scale", "DoRA"), ("lora_unet_x.lokr_w1", "LoKr"), ("lora_unet_x.hada_w1_a", "LoHa")],
+)
+def test_other_kinds_are_refused_by_name(tiny_sd: Path, tmp_path: Path, key: str, kind: str) -> None:
+    save_file(kohya(tiny_sd, **{key: torch.ones(1)}), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigurationError, match=f"is {kind}, which is not supported; give a plain LoRA file"):
+        opened(tiny_sd).load_lora(tmp_path / "other.safetensors")
+
+
+def test_a_text_encoder_part_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    extra = {f"{key}.lora_down.weight": torch.ones(1, 16), f"{key}.lora_up.weight": torch.ones(16, 1)}
+    save_file(kohya(tiny_sd, **extra), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigurationError, match="also adapts something other than the denoiser"):
+        opened(tiny_sd).load_lora(tmp_path / "other.safetensors")
+
+
+def test_damaged_files_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    opened(tiny_sd, LoRA(2)).save_lora(file)
+    whole = load_file(file)
+    first = next(name for name in sorted(whole) if "lora_B" in name)
+    model = opened(tiny_sd, LoRA(2))
+    save_file({**whole, first: whole[first].fill_(float("nan"))}, file)
+    with pytest.raises(ConfigurationError, match="not finite, the first in .*: training had diverged; use an earlier"):
+        model.load_lora(file)
+    save_file({name: value for name, value in whole.items() if name != first}, file)
+    with pytest.raises(ConfigurationError, match="is incomplete: .* has no lora_B"):
+        model.load_lora(file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigurationError, match="is damaged or not a safetensors file"):
+        model.load_lora(file)
+    save_file({"weight": torch.ones(1)}, file)
+    with pytest.raises(ConfigurationError, match="holds no LoRA"):
+        model.load_lora(file)
+
+
+def test_a_lora_for_another_model_is_refused_in_one_sentence(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    StableDiffusion3(str(tiny_sd3)).save_lora(file)
+    state = load_file(file)
+    save_file({name.replace("transformer.", "unet."): value for name, value in state.items()}, file)
+    for model in (opened(tiny_sd, LoRA(8)), opened(tiny_sd)):
+        with pytest.raises(ConfigurationError, match="for another model: .* such as .* more; give a file") as refusal:
+            model.load_lora(file)
+        assert len(str(refusal.value)) < 500
+
+
+def test_files_are_readable_by_others(tiny_sd: Path, tmp_path: Path) -> None:
+    opened(tiny_sd, LoRA(2)).save_lora(tmp_path / "lora.safetensors")
+    before = os.umask(0)
+    os.umask(before)
+    assert (tmp_path / "lora.safetensors").stat().st_mode & 0o777 == 0o666 & ~before

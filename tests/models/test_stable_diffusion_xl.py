@@ -1,0 +1,134 @@
+"""Stable Diffusion XL against diffusers' own pipeline, on a small random one."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from torch import Tensor
+
+from lightning_draft.chain import SamplingChain
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusionXL
+from lightning_draft.rewards.color import ColorBalance
+from lightning_draft.samplers import DDIM
+from lightning_draft.truncation import LastK
+
+PROMPTS = ["a red cat", "dog, cat"]
+
+
+def plain(folder: Path) -> StableDiffusionXLPipeline:
+    """The same pipeline as diffusers opens it, with a deterministic sampler."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def opened(folder: Path, **arguments: Any) -> StableDiffusionXL:
+    """A model whose adapters do something."""
+    model = StableDiffusionXL(str(folder), **arguments)
+    generator = torch.Generator().manual_seed(3)
+    for _, value in model.trainable_parameters():
+        value.data = 0.2 * torch.randn(value.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def pictures(model: StableDiffusionXL, noise: Tensor, steps: int = 4) -> Tensor:
+    """Images of both prompts."""
+    chain = SamplingChain(model, DDIM(steps), model.encode(PROMPTS))
+    return model.decode(chain.advance(chain.start(noise)).x)
+
+
+def noise(height: int = 8, width: int = 8) -> Tensor:
+    """Fixed starting latents."""
+    return torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize(
+    ("scale", "negative", "size"),
+    [(1.0, "", None), (3.0, "", None), (3.0, "tree", None), (3.0, "tree", (16, 24))],
+    ids=["no guidance", "empty negative prompt", "negative prompt", "non-square"],
+)
+def test_pictures_are_those_of_the_diffusers_pipeline(
+    tiny_sdxl: Path, scale: float, negative: str, size: tuple[int, int] | None
+) -> None:
+    """An empty negative prompt is embedded as zeros, and the network is told the size."""
+    options: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
+    start = noise() if size is None else noise(size[0] // 2, size[1] // 2)
+    model = opened(tiny_sdxl, lora=None, guidance=Guidance(scale, negative), **options)
+    ours = pictures(model, start, steps=6)
+    theirs = plain(tiny_sdxl)(
+        PROMPTS,
+        negative_prompt=[negative] * 2 if negative else None,
+        guidance_scale=scale,
+        num_inference_steps=6,
+        latents=start,
+        output_type="pt",
+        **(options or {"height": 16, "width": 16}),
+    ).images
+    assert ours.shape[-2:] == (size or (16, 16)) == model.image_size
+    torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=2e-5)
+    assert ((ours > 0) & (ours < 1)).float().mean() > 0.1
+
+
+def test_exported_lora_gives_our_pictures_in_a_plain_pipeline(tiny_sdxl: Path, tmp_path: Path) -> None:
+    model = opened(tiny_sdxl, lora=LoRA(4, alpha=6.0), guidance=Guidance(2.0))
+    model.save_lora(tmp_path / "lora.safetensors")
+    pipeline = plain(tiny_sdxl)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 4, "latents": noise(), "output_type": "pt"}
+    base = pipeline(PROMPTS, height=16, width=16, **options).images
+    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    theirs = pipeline(PROMPTS, height=16, width=16, **options).images
+    ours = pictures(model, noise()).clamp(0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    assert (ours - base).abs().mean() > 0.004
+
+
+def module(method: str, model: StableDiffusionXL) -> RewardModule:
+    """A direct method or a policy gradient."""
+    if method == "last_k":
+        return DraftModule(model, ColorBalance(), DDIM(3), LastK(2))
+    return PolicyGradientModule(model, ColorBalance(), DDIM(3, eta=1.0), samples_per_prompt=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["last_k", "ppo"])
+def test_training_moves_the_adapters_alone(tiny_sdxl: Path, tmp_path: Path, method: str, dtype: Any) -> None:
+    model = StableDiffusionXL(str(tiny_sdxl), dtype=dtype, guidance=Guidance(2.0), lora=LoRA(2, seed=0))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=2, logger=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module(method, model), PromptDataModule(PROMPTS * 2, batch_size=2, val_size=1))
+    trained = {name for name, _ in model.trainable_parameters()}
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == trained
+    assert {before[name].dtype for name in trained} == {torch.float32}
+
+
+def test_the_decoder_runs_in_float32_where_its_config_says_so(tiny_sdxl: Path) -> None:
+    half = StableDiffusionXL(str(tiny_sdxl), dtype="bfloat16", lora=None)
+    assert half.unet.dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32
+    latents = noise()
+    expected = StableDiffusionXL(str(tiny_sdxl), lora=None).decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.decode(latents), expected)
+    chosen = StableDiffusionXL(str(tiny_sdxl), dtype="bfloat16", lora=None, memory=Memory(vae_dtype="bfloat16"))
+    assert chosen.vae.dtype == torch.bfloat16
+
+
+def test_other_families_are_named(tiny_sdxl: Path, tiny_sd: Path) -> None:
+    with pytest.raises(ConfigurationError, match="open it with StableDiffusionXL"):
+        StableDiffusion(str(tiny_sdxl))
+    with pytest.raises(ConfigurationError, match="open it with StableDiffusion$"):
+        StableDiffusionXL(str(tiny_sd))
+    with pytest.raises(ConfigurationError, match="height=20 and width=None must be given together"):
+        StableDiffusionXL(str(tiny_sdxl), height=20)

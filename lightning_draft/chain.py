@@ -1,6 +1,6 @@
 """The sampling chain: the only loop over denoising steps, and the only place that recomputes their activations."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -238,6 +238,11 @@ class SamplingChain:
     def rand(self) -> float:
         """Draw a number in [0, 1), the same on every process."""
         return float(torch.rand((), generator=self.generator))
+
+    def choose(self, weights: Sequence[float], count: int) -> list[int]:
+        """Draw `count` distinct indices with probability proportional to `weights`, the same on every process."""
+        table = torch.tensor(weights, dtype=torch.float64)
+        return sorted(torch.multinomial(table, count, generator=self.generator).tolist())
 
     def _checked(self, state: State, steps: int | None, minimum: int) -> int:
         remaining = self.num_steps - state.step

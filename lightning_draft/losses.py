@@ -1,4 +1,4 @@
-"""Maps from reward to loss.
+"""Losses: maps from rewards `r` to losses.
 
 References:
     Xu et al., arXiv:2304.05977, section 4 (the hinge of ReFL); Prabhudesai et al., arXiv:2310.03739 (distance).
@@ -9,19 +9,19 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import positive
 
 
 class RewardLoss(ABC):
-    """Maps scores `(B,)` to losses `(B,)`."""
+    """Maps rewards `(B,)` to losses `(B,)`."""
 
     @abstractmethod
     def __call__(self, rewards: Tensor) -> Tensor:
-        """Return the loss of each score."""
+        """Return the loss of each reward."""
 
 
 class Maximize(RewardLoss):
-    """`-scale r`.
+    """`loss = -scale * r`: maximize the reward.
 
     Args:
         scale: Positive factor.
@@ -31,18 +31,18 @@ class Maximize(RewardLoss):
     """
 
     def __init__(self, scale: float = 1.0) -> None:
-        self.scale = _positive("scale", scale)
+        self.scale = positive("scale", scale)
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """Negate."""
+        """Return `-scale * r`, `(B,)`."""
         return -self.scale * rewards
 
 
 class Hinge(RewardLoss):
-    """`scale relu(threshold - r)`: images that score above the threshold stop pulling.
+    """`loss = scale * max(0, threshold - r)`: images that score above the threshold have no gradient.
 
     Args:
-        threshold: The score that is good enough.
+        threshold: The reward from which on the loss is 0.
         scale: Positive factor; ReFL's code uses 1e-3.
 
     Raises:
@@ -51,40 +51,42 @@ class Hinge(RewardLoss):
 
     def __init__(self, threshold: float, scale: float = 1.0) -> None:
         self.threshold = threshold
-        self.scale = _positive("scale", scale)
+        self.scale = positive("scale", scale)
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """Clip from below at 0."""
+        """Return `scale * max(0, threshold - r)`, `(B,)`."""
         return self.scale * F.relu(self.threshold - rewards)
 
 
-class Saturating(RewardLoss):
-    """`scale softplus((threshold - r) / width) width`: a hinge with a smooth corner, whose gradient never is exactly 0.
+class SoftHinge(RewardLoss):
+    """`loss = scale * width * softplus((threshold - r) / width)`: a hinge whose slope falls off smoothly.
+
+    The slope is `-scale * sigmoid((threshold - r) / width)`.
 
     Args:
-        threshold: Where the pull has fallen to a half.
-        width: Softness of the corner, in units of the reward.
+        threshold: The reward at which the slope is half of the largest.
+        width: Width of the transition, in units of the reward; towards 0 the loss becomes `Hinge`.
         scale: Positive factor.
 
     Raises:
-        ConfigurationError: The scale is not positive.
+        ConfigurationError: The scale or the width is not positive.
     """
 
     def __init__(self, threshold: float, width: float = 1.0, scale: float = 1.0) -> None:
         self.threshold = threshold
-        self.width = _positive("width", width)
-        self.scale = _positive("scale", scale)
+        self.width = positive("width", width)
+        self.scale = positive("scale", scale)
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """Softplus."""
+        """Return `scale * width * softplus((threshold - r) / width)`, `(B,)`."""
         return self.scale * self.width * F.softplus((self.threshold - rewards) / self.width)
 
 
 class Distance(RewardLoss):
-    """`scale |r - target|`: steer to a value instead of upwards.
+    """`loss = scale * |r - target|`: train towards a value of the reward.
 
     Args:
-        target: The score to reach.
+        target: The reward to reach.
         scale: Positive factor.
 
     Raises:
@@ -93,14 +95,8 @@ class Distance(RewardLoss):
 
     def __init__(self, target: float, scale: float = 1.0) -> None:
         self.target = target
-        self.scale = _positive("scale", scale)
+        self.scale = positive("scale", scale)
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """Absolute difference."""
+        """Return `scale * |r - target|`, `(B,)`."""
         return self.scale * (rewards - self.target).abs()
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ConfigurationError(f"{name}={value} would turn the loss off or upside down; write a positive number")
-    return value

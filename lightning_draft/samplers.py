@@ -1,27 +1,29 @@
-"""Samplers: the arithmetic of one denoising step, as a Gaussian `Transition`, and the grid of times it walks.
+"""Samplers: the arithmetic of one denoising step, as a Gaussian `Transition`, and the time grid.
 
-A sampler holds hyper-parameters only. It is given `x_t` and the network's estimate of `x_0`, and never calls the
-network: the loop over steps lives in `lightning_draft.chain`.
+A sampler holds hyper-parameters only. It takes `x_t` and the network's estimate of `x_0`, and never calls the network:
+the loop over steps is in `lightning_draft.chain`.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_draft.schedules import RectifiedFlow, Schedule, Spacing, VariancePreserving, check_spacing
+from lightning_draft.arguments import at_least, in_range, one_of
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.schedules import RectifiedFlow, Schedule, Spacing, VariancePreserving
+from lightning_draft.timesteps import ddim_timesteps, dpm_timesteps
 
 Grid = tuple[tuple[float, float], ...]
-"""One `(t, s)` pair a step: the network is called at `t`, the step ends at `s`; a negative `s` is the end."""
+"""One `(t, s)` pair per step: the network is called at `t`, and the step ends at `s`; a negative `s` is the end."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """The distribution of the next latent: an isotropic Gaussian, or a point where `std` is 0.
+    """The distribution of the next latent, `N(mean, std^2 I)`; a single point where `std` is 0.
 
     Args:
         mean: `(B, ...)`.
@@ -32,13 +34,13 @@ class Transition:
     std: float
 
     def rsample(self, noise: Tensor | None = None) -> Tensor:
-        """Draw by reparametrisation, `mean + std * noise`; `noise` is drawn here unless it is given."""
+        """Sample by reparametrization, `mean + std * noise`; `noise` is drawn here unless it is given."""
         if self.std == 0:
             return self.mean
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of `x` summed over the latent's dimensions, float32 or wider, `(B,)`.
+        """Return the log-density of `x` summed over the latent's dimensions, float32 or wider, `(B,)`.
 
         Raises:
             ValueError: The step is deterministic and has no density.
@@ -50,7 +52,7 @@ class Transition:
         return -0.5 * z.square().flatten(1).sum(1) - elements * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
 
     def kl(self, other: "Transition") -> Tensor:
-        """`KL(self || other)` summed over the latent's dimensions, float32 or wider, `(B,)`.
+        """Return `KL(self || other)` summed over the latent's dimensions, float32 or wider, `(B,)`.
 
         Raises:
             ValueError: Either step is deterministic.
@@ -71,30 +73,35 @@ class Transition:
 
 
 class Sampler(ABC):
-    """One denoising step and the grid it walks.
+    """One denoising step and the time grid.
 
     Args:
         num_steps: Number of network evaluations in a chain.
-        spacing: `leading`, `trailing` or `linspace`; by default what the model's own scheduler says.
+        spacing: Timestep grid: `leading`, `trailing` or `linspace`; by default that of the model's own scheduler.
+
+    Raises:
+        ConfigurationError: `num_steps` is less than 1, or `spacing` is not a timestep grid.
     """
 
     def __init__(self, num_steps: int = 50, spacing: Spacing | None = None) -> None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} must be at least 1")
+        self.num_steps = at_least("num_steps", num_steps, 1)
         if spacing is not None:
-            check_spacing(spacing)
-        self.num_steps = num_steps
+            one_of("spacing", spacing, get_args(Spacing))
         self.spacing = spacing
 
     @abstractmethod
     def grid(self, schedule: Schedule) -> Grid:
-        """Return `num_steps` pairs `(t, s)`, from the most to the least noise."""
+        """Return `num_steps` pairs `(t, s)`, from the most to the least noise.
+
+        Raises:
+            ConfigurationError: The schedule is of another kind, or has no grid of this many steps.
+        """
 
     @abstractmethod
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """Return the distribution of the latent at `s`, and what the next step needs to remember.
+        """Return the distribution of the latent at `s`, and the solver state for the next step.
 
         Args:
             schedule: The model's noise schedule.
@@ -102,13 +109,14 @@ class Sampler(ABC):
             x0: The network's estimate of the clean latent, `(B, ...)`.
             t: Time of `x`.
             s: Time to go to; negative for the end of the chain.
-            solver_state: What the previous step returned; `None` at the start.
+            solver_state: What the previous step returned; `None` at the start and for single-step samplers.
         """
 
     def final_coefficient(self, schedule: Schedule) -> float:
-        """`d x_final / d eps` of the last step: where it is 0, DRaFT-1 and DRaFT-LV learn nothing.
+        """Return `d x_final / d eps` of the last step, with `eps` the network's noise prediction.
 
-        Infinite for a step that starts from pure noise (`alpha_t` = 0) and uses the network.
+        Where it is 0, training the last step alone has no effect. It is infinite for a step that starts from pure noise
+        (`alpha_t` = 0) and uses the network.
         """
         t, s = self.grid(schedule)[-1]
         alpha, sigma = schedule.coefficients(t)
@@ -122,10 +130,16 @@ class Sampler(ABC):
 class DDIM(Sampler):
     """Denoising diffusion implicit models; `eta` = 0 is deterministic, 1 is DDPM's ancestral sampling.
 
+        x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z,  eps = (x_t - alpha_t x_0) / sigma_t
+        std = eta (sigma_s / sigma_t) sqrt(1 - (alpha_t / alpha_s)^2),  z ~ N(0, I)
+
     Args:
         num_steps: Number of network evaluations.
-        eta: Share of DDPM's (fixed-small) variance that is injected at each step.
-        spacing: Timestep grid; by default what the model's own scheduler says.
+        eta: Factor on the standard deviation of DDPM's (fixed-small) noise, in [0, 1].
+        spacing: Timestep grid; by default that of the model's own scheduler.
+
+    Raises:
+        ConfigurationError: `eta` is out of range.
 
     References:
         Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, eqs. (12) and (16).
@@ -133,21 +147,19 @@ class DDIM(Sampler):
 
     def __init__(self, num_steps: int = 50, eta: float = 0.0, spacing: Spacing | None = None) -> None:
         super().__init__(num_steps, spacing)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta} must lie in [0, 1]: 0 is DDIM, 1 is DDPM")
-        self.eta = eta
+        self.eta = in_range("eta", eta, 0, 1, "write 0 for DDIM or 1 for DDPM")
 
     def grid(self, schedule: Schedule) -> Grid:
-        """The grid of diffusers' `DDIMScheduler`, which always steps back by `num_train_timesteps // num_steps`."""
+        """Return the grid of diffusers' `DDIMScheduler`, which always steps by `num_train_timesteps // num_steps`."""
         table = _variance_preserving(schedule, self)
         stride = table.num_train_timesteps // self.num_steps
-        times = _checked(_ddim_times(table, self.num_steps, self.spacing or table.spacing), table)
+        times = ddim_timesteps(table, self.num_steps, self.spacing)
         return tuple((t, t - stride) for t in times)
 
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """Equation (12), with `eps` recovered from `x0`."""
+        """Return `N(alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps, std^2)`, eq. (12)."""
         alpha_t, sigma_t = schedule.coefficients(t)
         alpha_s, sigma_s = schedule.coefficients(s)
         eps = (x - alpha_t * x0) / sigma_t
@@ -159,24 +171,30 @@ class DDIM(Sampler):
 class DPMSolverPlusPlus(Sampler):
     """DPM-Solver++(2M): second-order multistep in `x_0`, first order at both ends; deterministic.
 
+        x_s = (sigma_s / sigma_t) x_t - alpha_s (exp(-h) - 1) D,  h = lambda_s - lambda_t
+        D = x_0 + (x_0 - x_0') h / (2 (lambda_t - lambda_t'))
+
+    with `lambda = log(alpha / sigma)` and `x_0'` the estimate of the previous step, at `t'`; `D = x_0` in the first
+    step, and the last step returns `x_0`.
+
     Args:
         num_steps: Number of network evaluations.
-        spacing: Timestep grid; by default what the model's own scheduler says.
+        spacing: Timestep grid; by default that of the model's own scheduler.
 
     References:
         Lu et al., "DPM-Solver++", arXiv:2211.01095, algorithm 2.
     """
 
     def grid(self, schedule: Schedule) -> Grid:
-        """The grid of diffusers' `DPMSolverMultistepScheduler` with `final_sigmas_type="zero"`."""
+        """Return the grid of diffusers' `DPMSolverMultistepScheduler` with `final_sigmas_type="zero"`."""
         table = _variance_preserving(schedule, self)
-        times = _checked(_dpm_times(table, self.num_steps, self.spacing or table.spacing), table)
+        times = dpm_timesteps(table, self.num_steps, self.spacing)
         return tuple(zip(times, (*times[1:], _END), strict=True))
 
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """Extrapolate `x_0` from this estimate and the previous one, `solver_state = (x0, t)` of the step before."""
+        """Return the point `x_s`, and `(x0, t)` as the solver state."""
         alpha_s, sigma_s = (1.0, 0.0) if s < 0 else schedule.coefficients(s)
         if sigma_s == 0:
             return Transition(alpha_s * x0, 0.0), None
@@ -192,7 +210,9 @@ class DPMSolverPlusPlus(Sampler):
 
 
 class FlowEuler(Sampler):
-    """Euler's method on the rectified flow's ODE; deterministic. The grid is set by the schedule's shift.
+    """Euler's method on the rectified flow's ODE; deterministic.
+
+        x_s = x_t + (s - t) v,  v = (x_t - x_0) / t
 
     Args:
         num_steps: Number of network evaluations.
@@ -205,9 +225,11 @@ class FlowEuler(Sampler):
         super().__init__(num_steps)
 
     def grid(self, schedule: Schedule) -> Grid:
-        """The grid of diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to `1 / num_train_timesteps`, then 0."""
+        """Return the grid of diffusers' `FlowMatchEulerDiscreteScheduler` with the schedule's shift; it ends at 0."""
         if not isinstance(schedule, RectifiedFlow):
-            raise ValueError(f"{type(self).__name__} needs a rectified-flow model; use DDIM or DPMSolverPlusPlus")
+            raise ConfigurationError(
+                f"{type(self).__name__} needs a rectified-flow model; use DDIM or DPMSolverPlusPlus"
+            )
         low = schedule.shifted(1 / schedule.num_train_timesteps)
         even = [1 + (low - 1) * i / max(1, self.num_steps - 1) for i in range(self.num_steps)]
         times = [schedule.shifted(t) for t in even]
@@ -216,16 +238,25 @@ class FlowEuler(Sampler):
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """`x + (s - t) v` with `v = (x - x_0) / t`."""
+        """Return the point `x + (s - t) v`."""
         return Transition(x + (s - t) / t * (x - x0), 0.0), None
 
 
 class FlowSDE(FlowEuler):
     """The stochastic differential equation with the rectified flow's marginals, by Euler and Maruyama.
 
+        x_s = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) (s - t) + sigma_t sqrt(t - s) z
+        sigma_t = noise_level sqrt(t / (1 - t)),  z ~ N(0, I)
+
+    The last step, to 0, is Euler's. At `t` = 1, where `sigma_t` is infinite, `1 - t` in it is replaced by `1 - s` as in
+    the authors' code.
+
     Args:
         num_steps: Number of network evaluations.
-        noise_level: `c` in `sigma_t = c sqrt(t / (1 - t))`; 0 is `FlowEuler`.
+        noise_level: Factor on the noise, at least 0; 0 is `FlowEuler`.
+
+    Raises:
+        ConfigurationError: `noise_level` is negative.
 
     References:
         Liu et al., "Flow-GRPO", arXiv:2505.05470, eq. (9) and the authors' code.
@@ -233,17 +264,12 @@ class FlowSDE(FlowEuler):
 
     def __init__(self, num_steps: int = 10, noise_level: float = 0.7) -> None:
         super().__init__(num_steps)
-        if noise_level < 0:
-            raise ValueError(f"noise_level={noise_level} must not be negative")
-        self.noise_level = noise_level
+        self.noise_level = at_least("noise_level", noise_level, 0)
 
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """Drift corrected so that marginals are kept. The last step, to 0, adds no noise.
-
-        At `t` = 1, where `sigma_t` is infinite, `1 - t` is replaced by `1 - s` as in the authors' code.
-        """
+        """Return the Gaussian of one Euler-Maruyama step."""
         if s <= 0:
             return super().step(schedule, x, x0, t, s)
         sigma = self.noise_level * math.sqrt(t / (1 - (s if t >= 1 else t)))
@@ -258,40 +284,12 @@ _END = -1.0
 
 def _variance_preserving(schedule: Schedule, sampler: Sampler) -> VariancePreserving:
     if not isinstance(schedule, VariancePreserving):
-        raise ValueError(f"{type(sampler).__name__} needs a variance-preserving model; use FlowEuler or FlowSDE")
-    if sampler.num_steps > schedule.num_train_timesteps:
-        raise ValueError(f"num_steps={sampler.num_steps} exceeds the {schedule.num_train_timesteps} training timesteps")
-    return schedule
-
-
-def _ddim_times(table: VariancePreserving, steps: int, spacing: Spacing) -> list[int]:
-    total = table.num_train_timesteps
-    if spacing == "leading":
-        return [i * (total // steps) + table.steps_offset for i in reversed(range(steps))]
-    if spacing == "trailing":
-        # numpy's rounding of ties is diffusers' grid; its arange may also yield one element too many.
-        return _whole(np.arange(total, 0, -total / steps)[:steps].round() - 1)
-    return _whole(np.linspace(0, total - 1, steps).round()[::-1])
-
-
-def _dpm_times(table: VariancePreserving, steps: int, spacing: Spacing) -> list[int]:
-    total = table.num_train_timesteps
-    if spacing == "leading":
-        return [i * (total // (steps + 1)) + table.steps_offset for i in range(steps, 0, -1)]
-    if spacing == "trailing":
-        return _ddim_times(table, steps, spacing)
-    return _whole(np.linspace(0, total - 1, steps + 1).round()[:0:-1])
-
-
-def _whole(times: Any) -> list[int]:
-    return [int(t) for t in times]
-
-
-def _checked(times: list[int], table: VariancePreserving) -> list[int]:
-    last = table.num_train_timesteps - 1
-    if times[0] > last or any(s >= t for t, s in zip(times, times[1:], strict=False)):
-        raise ValueError(
-            f"num_steps={len(times)} does not fit the schedule's timesteps 0..{last} on this grid; lower num_steps or "
-            'write spacing="trailing"'
+        raise ConfigurationError(
+            f"{type(sampler).__name__} needs a variance-preserving model; use FlowEuler or FlowSDE"
         )
-    return times
+    if sampler.num_steps > schedule.num_train_timesteps:
+        raise ConfigurationError(
+            f"num_steps={sampler.num_steps} exceeds the model's {schedule.num_train_timesteps} training timesteps; "
+            "lower num_steps"
+        )
+    return schedule

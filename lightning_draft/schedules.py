@@ -1,11 +1,10 @@
-"""Noise schedules: what fraction of a latent is signal and what is noise at each time.
+"""Noise schedules: how much of a latent is signal and how much is noise at each time.
 
 Every schedule writes the forward process as `x_t = alpha_t x_0 + sigma_t eps`.
 
 References:
     Ho et al., "Denoising Diffusion Probabilistic Models", arXiv:2006.11239.
     Liu et al., "Flow Straight and Fast", arXiv:2209.03003 (rectified flow).
-    Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891 (trailing grids).
 """
 
 import math
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
+
+from lightning_draft.arguments import one_of
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -25,14 +26,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def coefficients(self, t: float) -> tuple[float, float]:
-        """Return `(alpha_t, sigma_t)`; a negative `t` stands for the end of the chain."""
+        """Return `(alpha_t, sigma_t)`; a negative `t` is the end of the chain."""
 
     @abstractmethod
     def network_time(self, t: float) -> float:
-        """Return the number that the network is given for time `t`."""
+        """Return the time `t` as the network takes it."""
 
     def log_snr(self, t: float) -> float:
-        """Return `lambda_t = log(alpha_t / sigma_t)`, infinite where there is no noise or no signal."""
+        """Return `lambda_t = log(alpha_t / sigma_t)`; infinity without noise, minus infinity without signal."""
         alpha, sigma = self.coefficients(t)
         if alpha == 0 or sigma == 0:
             return math.inf if sigma == 0 else -math.inf
@@ -41,14 +42,19 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class VariancePreserving(Schedule):
-    """A discrete schedule with `alpha_t^2 + sigma_t^2 = 1`, as DDPM and Stable Diffusion 1 and 2 use.
+    """A discrete schedule, as DDPM and Stable Diffusion 1 and 2 use.
+
+        alpha_t = sqrt(alphas_cumprod[t]),  sigma_t = sqrt(1 - alphas_cumprod[t])
 
     Args:
-        alphas_cumprod: The table of `alpha_t^2`, one entry a training timestep.
+        alphas_cumprod: The table of `alpha_t^2`, one entry per training timestep.
         final_alpha_cumprod: `alpha^2` after the last step: 1, or the table's first entry
             (diffusers' `set_alpha_to_one=False`).
-        spacing: The grid that samplers use unless they are given one.
+        spacing: The timestep grid that samplers use by default: `leading`, `trailing` or `linspace`.
         steps_offset: What diffusers adds to every timestep of a leading grid.
+
+    Raises:
+        ConfigurationError: `spacing` is not a timestep grid.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -57,13 +63,13 @@ class VariancePreserving(Schedule):
     steps_offset: int = 0
 
     def __post_init__(self) -> None:
-        check_spacing(self.spacing)
+        one_of("spacing", self.spacing, get_args(Spacing))
 
     @classmethod
     def from_table(
         cls, table: Tensor, *, set_alpha_to_one: bool = True, spacing: Spacing = "leading", steps_offset: int = 0
     ) -> "VariancePreserving":
-        """Build from a 1-D tensor of cumulative products, as diffusers' schedulers hold it."""
+        """Build from a 1-D tensor of cumulative products, the `alphas_cumprod` of a diffusers scheduler."""
         values = tuple(table.double().tolist())
         return cls(values, 1.0 if set_alpha_to_one else values[0], spacing, steps_offset)
 
@@ -73,41 +79,37 @@ class VariancePreserving(Schedule):
         return len(self.alphas_cumprod)
 
     def coefficients(self, t: float) -> tuple[float, float]:
-        """Look the time up in the table; a negative time is the end of the chain."""
+        """Return `(sqrt(abar_t), sqrt(1 - abar_t))` from the table; a negative `t` is the end of the chain."""
         abar = self.final_alpha_cumprod if t < 0 else self.alphas_cumprod[int(t)]
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def network_time(self, t: float) -> float:
-        """Discrete networks are given the timestep itself."""
+        """Return `t`: discrete networks take the timestep itself."""
         return t
 
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """`alpha_t = 1 - t`, `sigma_t = t` for `t` in [0, 1], as Stable Diffusion 3 and FLUX use.
+    """The linear path from sample to noise, as Stable Diffusion 3 and FLUX use.
+
+        alpha_t = 1 - t,  sigma_t = t,  t in [0, 1]
 
     Args:
-        shift: Moves the grid towards high noise: `t -> shift t / (1 + (shift - 1) t)` (SD3, eq. 23).
-        num_train_timesteps: The network is given `t` times this.
+        shift: Moves the time grid towards high noise: `t -> shift t / (1 + (shift - 1) t)` (SD3, eq. 23).
+        num_train_timesteps: The network takes `t` times this number.
     """
 
     shift: float = 1.0
     num_train_timesteps: int = 1000
 
     def coefficients(self, t: float) -> tuple[float, float]:
-        """`(1 - t, t)`; a negative time is the end of the chain."""
+        """Return `(1 - t, t)`; a negative `t` is the end of the chain."""
         return (1.0, 0.0) if t < 0 else (1.0 - t, t)
 
     def network_time(self, t: float) -> float:
-        """`t` in units of training timesteps."""
+        """Return `t * num_train_timesteps`."""
         return t * self.num_train_timesteps
 
     def shifted(self, t: float) -> float:
-        """Apply the shift to an evenly spaced time."""
+        """Return `shift t / (1 + (shift - 1) t)`."""
         return self.shift * t / (1 + (self.shift - 1) * t)
-
-
-def check_spacing(spacing: str) -> None:
-    """Raise `ValueError` unless `spacing` names a grid."""
-    if spacing not in get_args(Spacing):
-        raise ValueError(f"spacing={spacing!r} is not a timestep grid; write one of {', '.join(get_args(Spacing))}")

@@ -2,25 +2,31 @@
 
 A truncation maps starting noise `(B, ...)` to the latents that the reward sees, `(m B, ...)`: `m` is 1 unless the
 truncation makes copies, and then row `c * B + b` is copy `c` of sample `b`. Copy 0 is the sample itself.
+
+The equations below write step `i` of `T` as `x_{i+1} = A_i x_i + B_i f(x_i)`, with `f` the network and `A_i`, `B_i` the
+sampler's coefficients, and `sg` for a value without gradient.
 """
 
 from abc import ABC, abstractmethod
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import SamplingChain
+from lightning_draft.errors import ConfigurationError
 
 
 class Truncation(ABC):
-    """Decides where gradient flows."""
+    """Decides at which sampling steps, and along which paths, gradient flows."""
 
     @abstractmethod
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Walk the chain from `noise` and return the latents that are decoded and rewarded."""
+        """Sample from `noise` and return the latents that are decoded and rewarded, with a graph."""
 
     def gradient_steps(self, num_steps: int) -> int:
-        """At most how many steps of one chain carry a gradient; step checkpointing is chosen by it."""
+        """Return how many steps of one chain have a gradient at most; it decides on step checkpointing."""
         return num_steps
 
     def trains_only_last_step(self, num_steps: int) -> bool:
@@ -31,34 +37,38 @@ class Truncation(ABC):
 class Full(Truncation):
     """Back-propagate through every step.
 
+        d x_T / d theta = sum_i B_i df_i/d theta prod_{j > i} (A_j + B_j df_j/dx)
+
     References:
         Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv:2309.17400 (DRaFT).
     """
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """All steps with gradient."""
+        """Sample with gradient at every step."""
         return chain.advance(chain.start(noise)).x
 
 
 class LastK(Truncation):
     """Back-propagate through the last `k` steps.
 
+        x_{T-k} = sg(x_{T-k}); gradient as `Full` over the steps i >= T - k
+
     Args:
-        k: Steps with gradient; 1 is cheapest and often learns fastest.
+        k: Number of steps with gradient, at least 1; 1 is cheapest and often learns fastest.
 
     References:
         Clark et al., arXiv:2309.17400 (DRaFT-K).
     """
 
     def __init__(self, k: int = 1) -> None:
-        self.k = _at_least_one("k", k)
+        self.k = at_least("k", k, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Walk to the last `k` steps without a graph, then with one."""
+        """Sample without a graph up to the last `k` steps, then with one."""
         return _last_k(chain, noise, _within(self.k, chain, "k"))
 
     def gradient_steps(self, num_steps: int) -> int:
-        """`k`."""
+        """Return `k`."""
         return min(self.k, num_steps)
 
     def trains_only_last_step(self, num_steps: int) -> bool:
@@ -69,62 +79,68 @@ class LastK(Truncation):
 class LowVariance(Truncation):
     """Back-propagate through the last step, and through it again from `copies` renoised copies of the sample.
 
+        x' = alpha sg(x_T) + sigma e,  e ~ N(0, I),  with alpha and sigma of the last step; each copy takes that step
+
     Args:
-        copies: How many; the paper uses 2.
+        copies: Number of copies, at least 1; the paper uses 2.
 
     References:
         Clark et al., arXiv:2309.17400, algorithm 1 (DRaFT-LV).
     """
 
     def __init__(self, copies: int = 2) -> None:
-        self.copies = _at_least_one("copies", copies)
+        self.copies = at_least("copies", copies, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample, renoise the detached sample to the last step, denoise the copies with gradient."""
+        """Sample, renoise the detached sample to the last step, and denoise the copies with gradient."""
         x0 = _last_k(chain, noise, 1)
         clones = chain.repeat(self.copies)
         renoised = clones.renoise(torch.cat([x0.detach()] * self.copies), steps_left=1)
         return torch.cat([x0, clones.advance(renoised).x])
 
     def gradient_steps(self, num_steps: int) -> int:
-        """1: the copies lie beside the chain, not along it."""
+        """Return 1: each copy is denoised in one step of its own."""
         return 1
 
     def trains_only_last_step(self, num_steps: int) -> bool:
-        """Return whether only the last step is trained: always."""
+        """Return true."""
         return True
 
 
 class ReFL(Truncation):
     """Stop at a random late step and back-propagate through one prediction of the clean latent.
 
+        returned latent = x_0(sg(x_i), f),  i ~ uniform{T - m, ..., T - 1}
+
     Args:
-        m: The stop is uniform over the last `m` steps.
+        m: The stop is uniform over the last `m` steps, at least 1.
 
     References:
         Xu et al., "ImageReward", arXiv:2304.05977, algorithm 1 (reward feedback learning).
     """
 
     def __init__(self, m: int = 10) -> None:
-        self.m = _at_least_one("m", m)
+        self.m = at_least("m", m, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Walk without a graph, then predict `x_0` with one."""
+        """Sample without a graph to the stop, then predict `x_0` with one."""
         left = chain.randint(1, _within(self.m, chain, "m"))
         with torch.no_grad():
             state = chain.advance(chain.start(noise), chain.num_steps - left)
         return chain.predict(state)
 
     def gradient_steps(self, num_steps: int) -> int:
-        """1."""
+        """Return 1."""
         return 1
 
 
 class RandomK(Truncation):
     """Back-propagate through the last `K` steps, `K` uniform over `1..max_k` and drawn anew for every batch.
 
+        gradient as `LastK(K)`,  K ~ uniform{1, ..., max_k}
+
     Args:
-        max_k: Upper end; by default the length of the chain.
+        max_k: Largest `K`; by default the number of sampling steps.
 
     References:
         Prabhudesai et al., "Aligning Text-to-Image Diffusion Models with Reward Backpropagation", arXiv:2310.03739
@@ -132,15 +148,15 @@ class RandomK(Truncation):
     """
 
     def __init__(self, max_k: int | None = None) -> None:
-        self.max_k = None if max_k is None else _at_least_one("max_k", max_k)
+        self.max_k = None if max_k is None else at_least("max_k", max_k, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Draw `K`, then as `LastK`."""
+        """Draw `K` and sample as `LastK(K)` does."""
         highest = chain.num_steps if self.max_k is None else _within(self.max_k, chain, "max_k")
         return _last_k(chain, noise, chain.randint(1, highest))
 
     def gradient_steps(self, num_steps: int) -> int:
-        """`max_k`."""
+        """Return `max_k`."""
         return num_steps if self.max_k is None else min(self.max_k, num_steps)
 
     def trains_only_last_step(self, num_steps: int) -> bool:
@@ -151,15 +167,16 @@ class RandomK(Truncation):
 class RandomSteps(Truncation):
     """Give each step's network output a gradient with a probability that rises linearly along the chain.
 
-    Step `i` of `T` (from 0) carries a gradient with probability `(i + 1) / (T + 1)`; a step that does not is still
-    walked with the latent attached. The last step is used where no step was drawn.
+        d x_T / d theta = sum_{i in S} B_i df_i/d theta prod_{j > i} (A_j + [j in S] B_j df_j/dx)
+
+    Step `i` of `T` (from 0) is in `S` with probability `(i + 1) / (T + 1)`; the last step is if no other one is.
 
     References:
         The public code of AlignProp, arXiv:2310.03739, and TRL's `AlignPropTrainer`.
     """
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Walk attached throughout, freezing the network where the draw says so."""
+        """Sample with the latent attached throughout, and the network at the drawn steps."""
         steps = chain.num_steps
         drawn = [chain.rand() < (i + 1) / (steps + 1) for i in range(steps)]
         drawn[-1] = drawn[-1] or not any(drawn)
@@ -169,43 +186,78 @@ class RandomSteps(Truncation):
         return state.x
 
 
-class DRTune(Truncation):
-    """Train `k` spread-out steps with the network's input detached, and stop early at a random late step.
+Coverage = Literal["uniform", "end"]
 
-    The gradient reaches a trained step only along the sampler's linear path, so it cannot explode.
+
+class DRTune(Truncation):
+    """Train `k` of the steps with the network's input detached, and stop early at a random late step.
+
+        d x / d theta = sum_{i in S} g B_i df_i/d theta prod_{j > i} A_j
+
+    The gradient reaches a trained step only along the sampler's linear path, so it cannot explode. The returned latent
+    is the prediction of `x_0` at the stop or, with `m=0`, the sample. `DRTune(k=4, m=0, late_bias=1, rescale=0.5)` is
+    FlowBP-Sparse.
 
     Args:
-        k: Steps with gradient, evenly spaced up to the stop with a random offset; all of them where fewer are left.
-        m: The stop is uniform over the last `m` steps; the reward sees the prediction of `x_0` there.
+        k: Number of trained steps, at least 1; all of them where fewer are left before the stop.
+        m: The stop is uniform over the last `m` steps; 0 for no early stop.
+        coverage: How evenly spaced steps are placed: `uniform` makes every placement up to the stop equally likely;
+            `end` leaves less than one spacing between the last trained step and the stop, so that the first steps of a
+            chain are rarely trained.
+        late_bias: Draw `k` distinct steps with probability proportional to `(i + 1)^late_bias` instead of evenly
+            spaced ones; 0 is uniform.
+        rescale: `rho` in `g = 1 + rho (sum_i |dt_i| / sum_{i in S} |dt_i| - 1)`, the factor on the gradient of trained
+            steps that makes up for the untrained ones; `dt_i` is the time between step `i` and the next.
 
     References:
         Wu et al., "Deep Reward Supervisions for Tuning Text-to-Image Diffusion Models", arXiv:2405.00760, algorithm 1.
+        FlowBP, arXiv:2606.11075 (FlowBP-Sparse).
     """
 
-    def __init__(self, k: int = 5, m: int = 10) -> None:
-        self.k = _at_least_one("k", k)
-        self.m = _at_least_one("m", m)
+    def __init__(
+        self,
+        k: int = 5,
+        m: int = 10,
+        coverage: Coverage = "uniform",
+        late_bias: float | None = None,
+        rescale: float = 0.0,
+    ) -> None:
+        self.k = at_least("k", k, 1)
+        self.m = at_least("m", m, 0)
+        self.coverage = one_of("coverage", coverage, get_args(Coverage))
+        self.late_bias = late_bias if late_bias is None else at_least("late_bias", late_bias, 0)
+        self.rescale = at_least("rescale", rescale, 0)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Walk attached to the stop, then predict `x_0`."""
+        """Sample with the latent attached to the stop, then predict `x_0`."""
         _within(self.k, chain, "k")
-        stop = chain.num_steps - chain.randint(1, _within(self.m, chain, "m"))
-        trained = self._trained_steps(chain, stop + 1)
+        early = self.m > 0
+        stop = chain.num_steps - (chain.randint(1, _within(self.m, chain, "m")) if early else 0)
+        trained = self.trained_steps(chain, stop + early)
+        gain = self.gain(chain, trained, stop + early)
         state = chain.start(noise)
         for step in range(stop):
-            state = chain.advance(state, 1, input_gain=0.0, output_gain=float(step in trained))
-        return chain.predict(state, input_gain=0.0, output_gain=float(stop in trained))
+            state = chain.advance(state, 1, input_gain=0.0, output_gain=gain * (step in trained))
+        return chain.predict(state, input_gain=0.0, output_gain=gain * (stop in trained)) if early else state.x
 
     def gradient_steps(self, num_steps: int) -> int:
-        """`k`."""
+        """Return `k`."""
         return min(self.k, num_steps)
 
-    def _trained_steps(self, chain: SamplingChain, length: int) -> set[int]:
-        """`k` of the first `length` steps, `length // k` apart, the last one at a random distance from the end."""
+    def trained_steps(self, chain: SamplingChain, length: int) -> set[int]:
+        """Draw which of the first `length` steps are trained."""
         k = min(self.k, length)
+        if self.late_bias is not None:
+            return set(chain.choose([(i + 1) ** self.late_bias for i in range(length)], k))
         stride = length // k
-        last = length - 1 - chain.randint(0, stride - 1)
+        free = length - 1 - (k - 1) * stride if self.coverage == "uniform" else stride - 1
+        last = length - 1 - chain.randint(0, free)
         return {last - i * stride for i in range(k)}
+
+    def gain(self, chain: SamplingChain, trained: set[int], length: int) -> float:
+        """Return `g`, the factor on the gradient of trained steps."""
+        spans = [abs(t - s) for t, s in chain.grid[:length]]
+        return 1 + self.rescale * (sum(spans) / sum(spans[i] for i in trained) - 1)
 
 
 def _last_k(chain: SamplingChain, noise: Tensor, k: int) -> Tensor:
@@ -214,13 +266,7 @@ def _last_k(chain: SamplingChain, noise: Tensor, k: int) -> Tensor:
     return chain.advance(state).x
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    return value
-
-
 def _within(value: int, chain: SamplingChain, name: str) -> int:
     if value > chain.num_steps:
-        raise ValueError(f"{name}={value} exceeds the sampler's num_steps={chain.num_steps}; lower {name}")
+        raise ConfigurationError(f"{name}={value} exceeds the sampler's num_steps={chain.num_steps}; lower {name}")
     return value

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.losses import Distance, Hinge, Maximize, RewardLoss, Saturating
+from lightning_draft.losses import Distance, Hinge, Maximize, RewardLoss, SoftHinge
 
 REWARDS = (-1.0, 0.5, 2.0, 40.0)
 
@@ -27,7 +27,7 @@ def sigmoid(x: float) -> float:
         (Hinge(1.0), (2.0, 0.5, 0.0, 0.0), (-1.0, -1.0, 0.0, 0.0)),
         (Hinge(1.0, scale=1e-3), (2e-3, 5e-4, 0.0, 0.0), (-1e-3, -1e-3, 0.0, 0.0)),
         (
-            Saturating(1.0, width=0.5, scale=2.0),
+            SoftHinge(1.0, width=0.5, scale=2.0),
             tuple(softplus((1 - r) / 0.5) for r in REWARDS),
             tuple(-2 * sigmoid((1 - r) / 0.5) for r in REWARDS),
         ),
@@ -43,16 +43,16 @@ def test_values_and_slopes(loss: RewardLoss, values: tuple[float, ...], slopes: 
     torch.testing.assert_close(gradient, torch.tensor(slopes, dtype=torch.float64))
 
 
-def test_saturating_is_a_smooth_hinge() -> None:
+def test_soft_hinge_approaches_the_hinge_as_its_width_goes_to_0() -> None:
     rewards = torch.linspace(-3, 3, 25, dtype=torch.float64)
-    narrow, wide, hinge = (loss(rewards) for loss in (Saturating(1.0, 1e-3), Saturating(1.0, 1.0), Hinge(1.0)))
+    narrow, wide, hinge = (loss(rewards) for loss in (SoftHinge(1.0, 1e-3), SoftHinge(1.0, 1.0), Hinge(1.0)))
     torch.testing.assert_close(narrow, hinge, rtol=0, atol=1e-3 * math.log(2))
     assert (wide > hinge).all()
 
 
-def test_saturating_pulls_half_at_its_threshold() -> None:
+def test_soft_hinge_has_half_its_slope_at_the_threshold() -> None:
     reward = torch.tensor([0.7], requires_grad=True)
-    (gradient,) = torch.autograd.grad(Saturating(0.7, width=0.1).__call__(reward).sum(), reward)
+    (gradient,) = torch.autograd.grad(SoftHinge(0.7, width=0.1).__call__(reward).sum(), reward)
     assert gradient.item() == pytest.approx(-0.5)
 
 
@@ -62,15 +62,15 @@ def test_saturating_pulls_half_at_its_threshold() -> None:
     [
         Maximize,
         lambda scale: Hinge(0.0, scale),
-        lambda scale: Saturating(0.0, 1.0, scale),
+        lambda scale: SoftHinge(0.0, 1.0, scale),
         lambda scale: Distance(0.0, scale),
     ],
 )
 def test_a_scale_is_positive(build, scale: float) -> None:
-    with pytest.raises(ConfigurationError, match=f"scale={scale} .* write a positive number"):
+    with pytest.raises(ConfigurationError, match=f"scale={scale} must be a positive number"):
         build(scale)
 
 
 def test_a_width_is_positive() -> None:
-    with pytest.raises(ConfigurationError, match="width=0 .* write a positive number"):
-        Saturating(0.0, width=0)
+    with pytest.raises(ConfigurationError, match="width=0 must be a positive number"):
+        SoftHinge(0.0, width=0)

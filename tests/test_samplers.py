@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, Prediction, to_x0
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler, Transition
 from lightning_draft.schedules import RectifiedFlow, Schedule, Spacing, VariancePreserving
@@ -388,25 +389,25 @@ def test_a_deterministic_step_has_no_density() -> None:
             one.kl(other)
 
 
-# What cannot work.
+# Invalid settings.
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: DDIM(0), "num_steps=0 must be at least 1"),
-        (lambda: DDIM(10, eta=1.5), r"eta=1.5 must lie in \[0, 1\]"),
+        (lambda: DDIM(10, eta=1.5), "eta=1.5 must be between 0 and 1; write 0 for DDIM or 1 for DDPM"),
         (lambda: DDIM(10, spacing="even"), "leading, trailing, linspace"),
-        (lambda: FlowSDE(10, noise_level=-1.0), "noise_level=-1.0"),
+        (lambda: FlowSDE(10, noise_level=-1.0), "noise_level=-1.0 must be at least 0"),
         (lambda: DDIM(10).grid(RectifiedFlow()), "use FlowEuler or FlowSDE"),
         (lambda: DPMSolverPlusPlus(10).grid(RectifiedFlow()), "use FlowEuler or FlowSDE"),
         (lambda: FlowEuler(10).grid(scaled_linear()), "use DDIM or DPMSolverPlusPlus"),
-        (lambda: DDIM(1001).grid(scaled_linear()), "exceeds the 1000 training timesteps"),
-        (lambda: DDIM(1000).grid(scaled_linear(spacing="leading", steps_offset=1)), 'spacing="trailing"'),
-        (lambda: DPMSolverPlusPlus(1000).grid(scaled_linear(spacing="leading")), 'spacing="trailing"'),
+        (lambda: DDIM(1001).grid(scaled_linear()), "exceeds the model's 1000 training timesteps"),
+        (lambda: DDIM(1000).grid(scaled_linear(spacing="leading", steps_offset=1)), "spacing to trailing"),
+        (lambda: DPMSolverPlusPlus(1000).grid(scaled_linear(spacing="leading")), "spacing to trailing"),
         (lambda: DPMSolverPlusPlus(999).grid(scaled_linear(spacing="leading", steps_offset=1)), "lower num_steps"),
     ],
 )
-def test_wrong_settings_are_refused(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_settings_are_configuration_errors(make: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         make()

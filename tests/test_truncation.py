@@ -16,6 +16,7 @@ from torch import Tensor
 
 import lightning_draft.truncation as module
 from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain, State
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, Prediction
 from lightning_draft.rewards.base import Prompt
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
@@ -36,6 +37,8 @@ VARIANTS: list[Truncation] = [
     RandomSteps(),
     DRTune(k=2, m=3),
     DRTune(k=5, m=1),
+    DRTune(k=2, m=3, coverage="end"),
+    DRTune(k=3, m=0, late_bias=1.0, rescale=0.5),
 ]
 battery = pytest.mark.parametrize("truncation", VARIANTS, ids=lambda t: f"{type(t).__name__}{list(vars(t).values())}")
 
@@ -250,12 +253,45 @@ def test_drtune(prediction: Prediction, k: int, m: int, seed: int) -> None:
     model = linear(prediction)
     draws = chain_of(model, seed=seed)
     stop = STEPS - draws.randint(1, m)
-    trained = DRTune(k, m)._trained_steps(draws, stop + 1)
+    trained = DRTune(k, m).trained_steps(draws, stop + 1)
     chain = chain_of(model, seed=seed)
     latents = DRTune(k, m)(chain, noise())
     oracle = sample_steps(chain, noise(), stop=stop)
     torch.testing.assert_close(latents, oracle.x[-1])
     assert gradient(latents, model) == pytest.approx(oracle.sum(trained, attached=False), rel=1e-12)
+
+
+@PREDICTIONS
+@pytest.mark.parametrize(("k", "rho"), [(1, 1.0), (3, 0.5), (5, 0.5)])
+@pytest.mark.parametrize("seed", range(4))
+def test_flow_bp_sparse(prediction: Prediction, k: int, rho: float, seed: int) -> None:
+    """The value is the sample; the steps span as many timesteps as all steps, up to `rho`."""
+    model = linear(prediction)
+    truncation = DRTune(k, m=0, late_bias=1.0, rescale=rho)
+    weights = torch.arange(1, STEPS + 1, dtype=torch.float64)
+    drawn = torch.multinomial(weights, k, generator=torch.Generator().manual_seed(seed)).tolist()
+    chain = chain_of(model, seed=seed)
+    latents = truncation(chain, noise())
+    oracle = sample_steps(chain, noise())
+    torch.testing.assert_close(latents, oracle.x[-1])
+    assert model.calls_with_gradient == k
+    expected = (1 + rho * (STEPS / k - 1)) * oracle.sum(set(drawn), attached=False)  # DDIM's timesteps are even
+    assert gradient(latents, model) == pytest.approx(expected, rel=1e-12)
+
+
+def test_flow_bp_sparse_on_a_shifted_flow_counts_time_not_steps() -> None:
+    model = LinearModel(THETA, "flow", RectifiedFlow(3.0), (2, 3))
+    truncation = DRTune(k=2, m=0, late_bias=0.0, rescale=1.0)
+    chain = chain_of(model, FlowEuler(STEPS))
+    (found,) = torch.autograd.grad(truncation(chain, noise()).sum(), model.theta)
+    drawn = torch.multinomial(torch.ones(STEPS).double(), 2, generator=torch.Generator().manual_seed(0)).tolist()
+    weight = torch.tensor([1.0, 0.5, -1.0, 2.0]).double().view(-1, 1, 1)
+    x, total, span = noise(), torch.zeros(()), 0.0
+    for i, (t, s) in enumerate(chain.grid):
+        if i in drawn:
+            total, span = total + ((s - t) * weight * x).sum(), span + t - s
+        x = x + (s - t) * THETA * weight * x
+    assert found.item() == pytest.approx(total.item() * chain.grid[0][0] / span)
 
 
 # What every truncation keeps.
@@ -537,6 +573,22 @@ def test_random_steps_rise_linearly_and_fall_back_to_the_last() -> None:
     assert (False,) * 4 not in counts
 
 
+@pytest.mark.parametrize(("coverage", "first"), [("uniform", {0, 1, 2}), ("end", {1, 2})])
+def test_drtune_places_its_steps_uniformly(coverage: Any, first: set[int]) -> None:
+    """Two of five steps, two apart: three placements fit, of which `end` leaves out the one that starts first."""
+    counts = frequencies(DRTune(k=2, m=1, coverage=coverage), tuple, steps=5)
+    assert {calls.index(True) for calls in counts} == first
+    for calls, number in counts.items():
+        assert sum(calls) == 2
+        assert_frequency(number, 1 / len(first))
+
+
+def test_late_bias_draws_late_steps_more_often() -> None:
+    counts = frequencies(DRTune(k=1, m=0, late_bias=2.0), tuple, steps=4)
+    for calls, number in counts.items():
+        assert_frequency(number, (calls.index(True) + 1) ** 2 / 30)
+
+
 def test_drtune_spreads_its_steps_and_stops_uniformly() -> None:
     counts = frequencies(DRTune(k=2, m=3), tuple, steps=8)
     stops: Counter[int] = Counter()
@@ -553,7 +605,7 @@ def test_drtune_spreads_its_steps_and_stops_uniformly() -> None:
         assert_frequency(number, 1 / 12)
 
 
-# What cannot work.
+# Invalid settings.
 
 
 @pytest.mark.parametrize(
@@ -564,11 +616,14 @@ def test_drtune_spreads_its_steps_and_stops_uniformly() -> None:
         (lambda: ReFL(m=0), "m=0 must be at least 1"),
         (lambda: RandomK(max_k=0), "max_k=0 must be at least 1"),
         (lambda: DRTune(k=0), "k=0 must be at least 1"),
-        (lambda: DRTune(m=-1), "m=-1 must be at least 1"),
+        (lambda: DRTune(m=-1), "m=-1 must be at least 0"),
+        (lambda: DRTune(coverage="all"), "coverage='all' is not a valid choice; write one of uniform, end"),  # type: ignore[arg-type]
+        (lambda: DRTune(late_bias=-1.0), "late_bias=-1.0 must be at least 0"),
+        (lambda: DRTune(rescale=-1.0), "rescale=-1.0 must be at least 0"),
     ],
 )
-def test_wrong_settings_are_refused(make: Callable[[], Truncation], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_settings_are_configuration_errors(make: Callable[[], Truncation], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         make()
 
 
@@ -577,6 +632,6 @@ def test_wrong_settings_are_refused(make: Callable[[], Truncation], message: str
     [(LastK(7), "k"), (ReFL(m=7), "m"), (RandomK(max_k=7), "max_k"), (DRTune(k=7, m=1), "k"), (DRTune(k=1, m=7), "m")],
     ids=lambda value: type(value).__name__ if isinstance(value, Truncation) else value,
 )
-def test_more_than_the_chain_has_is_refused(truncation: Truncation, name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}=7 exceeds the sampler's num_steps=5; lower {name}$"):
+def test_more_steps_than_the_sampler_has_are_refused(truncation: Truncation, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name}=7 exceeds the sampler's num_steps=5; lower {name}$"):
         truncation(chain_of(linear()), noise())

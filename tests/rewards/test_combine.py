@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.losses import Hinge, Saturating
+from lightning_draft.losses import Hinge, SoftHinge
 from lightning_draft.rewards import (
     Brightness,
     ColorBalance,
@@ -259,7 +259,7 @@ def test_a_part_stops_pulling_at_its_threshold(weight: float, width: float, pict
     score = Sharpness()(images, PROMPTS)
     threshold, sign = float(score.detach().mean()), weight / 2
     reward = WeightedSum({"sharp": WeightedReward(Sharpness(), weight, threshold, width)})
-    loss = Saturating(sign * threshold, width) if width else Hinge(sign * threshold)
+    loss = SoftHinge(sign * threshold, width) if width else Hinge(sign * threshold)
     expected = weight * threshold - 2 * loss(sign * score)
     total = reward(images, PROMPTS)
     torch.testing.assert_close(total, expected)

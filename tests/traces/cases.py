@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_draft.advantages import GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
 from lightning_draft.data import PromptDataModule
-from lightning_draft.losses import Distance, Hinge, Saturating
+from lightning_draft.losses import Distance, Hinge, SoftHinge
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3
@@ -173,7 +173,7 @@ TRUNCATIONS = {
     "random_k_2": RandomK(2),
     "random_steps": RandomSteps(),
     "drtune_1_1": DRTune(1, 1),
-    "drtune_2_3": DRTune(2, 3),
+    "drtune_2_3": DRTune(2, 3, coverage="end"),
 }
 SAMPLERS = {
     "ddim_eta_0": (sd, DDIM(4)),
@@ -187,7 +187,7 @@ SAMPLERS = {
     "flow_euler": (sd3, FlowEuler(4)),
     "flow_sde": (sd3, FlowSDE(4)),
 }
-LOSSES = {"hinge": Hinge(0.5, 2.0), "soft_hinge": Saturating(0.1, 0.2), "distance": Distance(0.3)}
+LOSSES = {"hinge": Hinge(0.5, 2.0), "soft_hinge": SoftHinge(0.1, 0.2), "distance": Distance(0.3)}
 MODELS = {
     "guidance/full": with_options(sd, guidance=Guidance(3.0)),
     "guidance/conditional": with_options(sd, guidance=Guidance(3.0, gradient="conditional")),

@@ -1,0 +1,62 @@
+"""Timestep grids of diffusers' schedulers, from the most to the least noise.
+
+References:
+    Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, table 2.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.schedules import Spacing, VariancePreserving
+
+
+def ddim_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | None = None) -> list[int]:
+    """Return the timesteps of `DDIMScheduler`.
+
+    Args:
+        table: The model's schedule.
+        steps: How many.
+        spacing: By default that of the schedule.
+
+    Raises:
+        ConfigurationError: The timesteps would repeat, or go beyond the table.
+    """
+    return _checked(_ddim(table, steps, spacing or table.spacing), table)
+
+
+def dpm_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | None = None) -> list[int]:
+    """Return the timesteps of `DPMSolverMultistepScheduler`; arguments and errors are those of `ddim_timesteps`."""
+    spacing, total = spacing or table.spacing, table.num_train_timesteps
+    if spacing == "leading":
+        times = [i * (total // (steps + 1)) + table.steps_offset for i in range(steps, 0, -1)]
+    elif spacing == "trailing":
+        times = _ddim(table, steps, spacing)
+    else:
+        times = _integers(np.linspace(0, total - 1, steps + 1).round()[:0:-1])
+    return _checked(times, table)
+
+
+def _ddim(table: VariancePreserving, steps: int, spacing: Spacing) -> list[int]:
+    total = table.num_train_timesteps
+    if spacing == "leading":
+        return [i * (total // steps) + table.steps_offset for i in reversed(range(steps))]
+    if spacing == "trailing":
+        # numpy rounds ties as diffusers does; its arange may also return one element too many.
+        return _integers(np.arange(total, 0, -total / steps)[:steps].round() - 1)
+    return _integers(np.linspace(0, total - 1, steps).round()[::-1])
+
+
+def _integers(times: Any) -> list[int]:
+    return [int(t) for t in times]
+
+
+def _checked(times: list[int], table: VariancePreserving) -> list[int]:
+    last = table.num_train_timesteps - 1
+    if times[0] > last or any(s >= t for t, s in zip(times, times[1:], strict=False)):
+        raise ConfigurationError(
+            f"num_steps={len(times)} does not fit the schedule's timesteps 0..{last} on this grid; lower num_steps or "
+            "set the sampler's spacing to trailing"
+        )
+    return times

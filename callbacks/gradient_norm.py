@@ -58,9 +58,6 @@ class GradientNormMonitor(Callback):
         every_n_steps: Optimisation steps between logged scalars; by default the Trainer's `log_every_n_steps`.
         figure_every_n_steps: Optimisation steps between figures of the profile; 0 draws none.
         max_nonfinite: End training after this many norms in a row that are not finite.
-
-    Attributes:
-        failure: Why this callback ended training, or `None`; the command line then exits with status 1.
     """
 
     def __init__(
@@ -91,7 +88,6 @@ class GradientNormMonitor(Callback):
         self.max_nonfinite = max_nonfinite
         self.history: deque[float] = deque(maxlen=window)
         self.counts = dict.fromkeys((*_DONE.values(), "nonfinite"), 0)
-        self.failure: str | None = None
         self._nonfinite_in_a_row = 0
         self._steps = StepGradients()
 
@@ -166,9 +162,7 @@ class GradientNormMonitor(Callback):
                 multiply_gradient(parameter, threshold / norm)
         elif self.action != "warn":
             drop_gradients(parameters)
-        if self.action == "stop":
-            trainer.should_stop = True
-            self.failure = message
+        trainer.should_stop |= self.action == "stop"
         rank_zero_warn(f"{message} ({self.factor:g} times the running median): {_MESSAGES[self.action]}")
         return True
 
@@ -181,7 +175,6 @@ class GradientNormMonitor(Callback):
         if stop or self._nonfinite_in_a_row >= self.max_nonfinite:
             self.counts["stopped"] += 1
             trainer.should_stop = True
-            self.failure = f"the gradient is not finite at step {trainer.global_step}"
         rank_zero_warn(
             f"the gradient is not finite at step {trainer.global_step} ({self._nonfinite_in_a_row} in a row): "
             + _MESSAGES["stop" if trainer.should_stop else "skip"]

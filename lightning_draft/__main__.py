@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lightning_draft import __version__
 from lightning_draft.cli import pages, shipped
-from lightning_draft.cli.messages import INTERRUPTED, USAGE, print_error
+from lightning_draft.cli.messages import FAILED, INTERRUPTED, USAGE, print_error
 from lightning_draft.cli.output import VERBOSE, quiet_output
 from lightning_draft.cli.process import import_from_current_folder
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.errors import ConfigurationError, DivergenceError
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with quiet_output():
             return _dispatch(arguments)
+    except DivergenceError as error:
+        print_error(f"training failed: {error}")
+        return FAILED
     except ConfigurationError as error:
         print_error(str(error))
         return USAGE

@@ -17,7 +17,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_draft import callbacks
 from lightning_draft.cli import messages, run_folder, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.checkpoint_file import find_checkpoint
@@ -90,7 +89,7 @@ class DraftCLI(LightningCLI):
                 )
         except ConfigurationError as error:
             named = messages.with_option_name(str(error), messages.flatten(self._as_written.as_dict()))
-            raise ConfigurationError(named) from error
+            raise type(error)(named) from error
         finally:
             self._discard_unused_folder()
 
@@ -235,14 +234,8 @@ class DraftCLI(LightningCLI):
             print("the job was requeued", flush=True)
 
     def after_fit(self) -> None:
-        """Print which files there are and how to use them; a fault in training gives a status that is not 0."""
+        """Print which files there are and how to use them."""
         assert self.run is not None
-        callbacks_of_run: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        failures = [c.failure for c in callbacks_of_run if isinstance(c, callbacks.GradientNormMonitor)]
-        for failure in filter(None, failures):
-            self.status = messages.FAILED
-            if self.trainer.is_global_zero:
-                messages.print_error(f"training failed: {failure}")
         if not self.trainer.is_global_zero or self.trainer.global_step == 0:
             return
         if self.status and (self.run.path / "checkpoints" / "last.ckpt").exists():

@@ -38,8 +38,9 @@ def printable(text: str) -> str:
 def as_configuration_error() -> Iterator[None]:
     """Raise what a library says of its options, and file system errors, as `ConfigurationError`; others pass unchanged.
 
-    A library's exceptions are Lightning's `MisconfigurationException`, and a `ValueError` that the Trainer, a callback
-    of Lightning's, an optimizer or this package raises. Those of the user's code keep their traceback.
+    A library's exceptions are Lightning's `MisconfigurationException`, and a `ValueError` or `ImportError` that the
+    Trainer, a callback or logger of Lightning's, an optimizer or this package raises. Those of the user's code keep
+    their traceback.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -49,7 +50,7 @@ def as_configuration_error() -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         if not f"{_module(error)}.".startswith(_LIBRARIES):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error

@@ -45,15 +45,22 @@ def test_value_errors_of_the_users_code_are_not_configuration_errors() -> None:
     assert not isinstance(info.value, ConfigurationError)
 
 
-def test_errors_of_an_optimizer_and_of_the_file_system_are_configuration_errors(tmp_path: Path) -> None:
+def test_errors_of_libraries_and_of_the_file_system_are_configuration_errors(tmp_path: Path) -> None:
     import torch
 
     with pytest.raises(ConfigurationError, match="Invalid learning rate: -1"), as_configuration_error():
         torch.optim.AdamW([torch.zeros(1)], lr=-1)
     with pytest.raises(ConfigurationError, match=r"full: No space left.*default_root_dir"), as_configuration_error():
         raise OSError(28, "No space left on device", "full")
+    with pytest.raises(ConfigurationError, match="wandb.*not met"), as_configuration_error():
+        _logger_without_its_package("lightning.pytorch.loggers.wandb")
     with pytest.raises(ConnectionError), as_configuration_error():
         raise ConnectionError("the service is down")
+
+
+def _logger_without_its_package(module: str) -> None:
+    """Raise as Lightning's logger does where its package is missing, from that module."""
+    exec("raise ModuleNotFoundError('wandb>=0.12.10 not met')", {"__name__": module})
 
 
 def test_a_checkpoint_with_other_objects_says_what_loads_it(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from lightning_draft.rewards.inputs import NonFiniteScoreError
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
 from lightning_draft.rewards.pickscore import PickScore
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
+from lightning_draft.rewards.robust import Augmented, Ensemble, Relative
 from lightning_draft.rewards.service import HTTPReward, RewardServiceError
 
 __all__ = [
     "AestheticScore",
+    "Augmented",
     "Brightness",
     "CLIPClassification",
     "CLIPScore",
@@ -28,6 +30,7 @@ __all__ = [
     "ColorTarget",
     "DetectedCount",
     "HPSv2",
+    "Ensemble",
     "GradientNormSum",
     "HTTPReward",
     "ImageQuality",
@@ -43,6 +46,7 @@ __all__ = [
     "PickScore",
     "Prompt",
     "PythonFunction",
+    "Relative",
     "Reward",
     "RewardServiceError",
     "ColorSaturation",

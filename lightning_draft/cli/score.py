@@ -1,0 +1,111 @@
+"""The command `score`: rewards on folders of existing pictures."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lightning_draft.rewards
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import Reward
+from lightning_draft.score_report import compare, contact_sheet, report
+from lightning_draft.scoring import ScoredImage, score_folder, write_parquet
+
+
+def main(args: Sequence[str]) -> int:
+    """Score one folder, or score and compare two; return the exit status.
+
+    Raises:
+        ConfigurationError: The arguments cannot work.
+    """
+    options = parser().parse_args(args)
+    rewards = build_rewards(options.reward, options.rewards)
+    scored = [_score(Path(folder), rewards, options) for folder in options.folders]
+    if len(scored) == 2:
+        names = [Path(folder).name or folder for folder in options.folders]
+        text = report(compare(*scored), names[0], names[1])
+        (Path(options.output) / "comparison.md").write_text(text, encoding="utf-8")
+        print(text, end="")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parsed = argparse.ArgumentParser("lightning-draft score", description="Score folders of pictures with rewards.")
+    parsed.add_argument("folders", nargs="+", metavar="FOLDER", help="one folder, or two to compare")
+    parsed.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="rewards with their default arguments")
+    parsed.add_argument("--rewards", metavar="FILE", help="YAML file: for each name a class_path and init_args")
+    parsed.add_argument("--prompts", default="auto", help="auto, sidecar, metadata, names, or a table (file, prompt)")
+    parsed.add_argument("--output", default="scores", help="folder for tables, contact sheets and the comparison")
+    parsed.add_argument("--batch_size", type=int, default=8, help="pictures per call of a reward")
+    parsed.add_argument("--device", default="cpu", help="cpu or cuda")
+    parsed.add_argument("--parquet", action="store_true", help="write scores.parquet too")
+    return parsed
+
+
+def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
+    """Build rewards from class names and from a YAML file.
+
+    Raises:
+        ConfigurationError: There are none, or they cannot be built.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    config: dict[str, Any] = {name.rpartition(".")[2]: {"class_path": name} for name in names}
+    if file is not None:
+        config.update(_read(Path(file)))
+    if not config:
+        known = [name for name in lightning_draft.rewards.__all__ if name[0].isupper()]
+        raise ConfigurationError(
+            f"name a reward, such as --reward AestheticScore, or a --rewards file; {', '.join(known)}"
+        )
+    build = ArgumentParser(exit_on_error=False)
+    build.add_argument("--rewards", type=dict[str, Reward])
+    try:
+        built: dict[str, Reward] = build.instantiate_classes(build.parse_object({"rewards": config})).rewards
+    except ArgumentError as error:
+        raise ConfigurationError(f"the rewards cannot be built: {error}") from error
+    return built
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"--rewards {path} cannot be read: {error}") from error
+    content = content.get("rewards", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--rewards {path} must map names to rewards, such as `hps: {{class_path: HPSv2}}`")
+    return content
+
+
+def _score(folder: Path, rewards: dict[str, Reward], options: argparse.Namespace) -> list[ScoredImage]:
+    if len(options.folders) > 2:
+        raise ConfigurationError(f"{len(options.folders)} folders were given; give one, or two to compare")
+    output = Path(options.output)
+    if len(options.folders) == 2:
+        output = output / f"{options.folders.index(str(folder)) + 1}-{folder.name}"
+    rows = score_folder(
+        folder,
+        rewards,
+        output,
+        prompts=options.prompts,
+        batch_size=options.batch_size,
+        device=options.device,
+        progress=_show,
+    )
+    print(file=sys.stderr)
+    for name in rewards:
+        contact_sheet(folder, rows, name).save(output / f"contact_sheet_{name}.png")
+        values = [row.scores[name] for row in rows]
+        print(f"{folder}  {name}: mean {sum(values) / len(values):.4g}, {min(values):.4g} to {max(values):.4g}")
+    if options.parquet:
+        write_parquet(rows, output / "scores.parquet")
+    return rows
+
+
+def _show(done: int, total: int) -> None:
+    print(f"\r{done}/{total} pictures", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""Contact sheets of scored pictures, and the comparison of two folders with confidence intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lightning_draft.arguments import at_least
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.scoring import ScoredImage
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The scores of one reward on pairs of pictures `(a_i, b_i)`; intervals are of 95 % confidence.
+
+    Args:
+        reward: Name of the reward.
+        pairs: Number of pairs.
+        mean_a: Mean score of the first folder.
+        mean_b: Mean score of the second folder.
+        difference: Mean of `b_i - a_i`.
+        difference_interval: Its bootstrap interval.
+        win_rate: Fraction of pairs with `b_i > a_i`; a tie counts as a half.
+        win_rate_interval: Its bootstrap interval.
+    """
+
+    reward: str
+    pairs: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    difference_interval: Interval
+    win_rate: float
+    win_rate_interval: Interval
+
+
+def compare(
+    first: Sequence[ScoredImage], second: Sequence[ScoredImage], resamples: int = 2000, seed: int = 0
+) -> list[Comparison]:
+    """Compare two folders of pictures, paired by file name and prompt, or else by prompt.
+
+    Args:
+        first: Pictures of the first folder, such as those of the base model.
+        second: Pictures of the second folder.
+        resamples: Bootstrap samples of the pairs, at least 100.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One comparison for each reward.
+
+    Raises:
+        ConfigurationError: There are no pairs.
+    """
+    at_least("resamples", resamples, 100)
+    pairs = _pairs(first, second)
+    names = [name for name in first[0].scores if name in second[0].scores]
+    indices = np.random.default_rng(seed).integers(0, len(pairs), (resamples, len(pairs)))
+    found = []
+    for name in names:
+        a, b = (np.array([pair[side].scores[name] for pair in pairs], dtype=np.float64) for side in (0, 1))
+        wins = (b > a) + 0.5 * (b == a)
+        found.append(
+            Comparison(
+                name,
+                len(pairs),
+                float(a.mean()),
+                float(b.mean()),
+                float((b - a).mean()),
+                _interval((b - a)[indices]),
+                float(wins.mean()),
+                _interval(wins[indices]),
+            )
+        )
+    return found
+
+
+def report(comparisons: Sequence[Comparison], first: str, second: str) -> str:
+    """Write comparisons as a Markdown table."""
+    lines = [
+        f"# {second} against {first}",
+        "",
+        f"{comparisons[0].pairs} pairs of pictures; intervals are of 95 % confidence, by bootstrap over the pairs.",
+        "",
+        f"| reward | mean of {first} | mean of {second} | difference | interval | win rate | interval |",
+        "|---|--:|--:|--:|---|--:|---|",
+    ]
+    for c in comparisons:
+        low, high = c.difference_interval
+        least, most = c.win_rate_interval
+        lines.append(
+            f"| {c.reward} | {c.mean_a:.4g} | {c.mean_b:.4g} | {c.difference:+.4g} | {low:+.4g} to {high:+.4g} | "
+            f"{c.win_rate:.1%} | {least:.1%} to {most:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(
+    folder: str | Path, rows: Sequence[ScoredImage], reward: str, most: int = 64, side: int = 128, per_row: int = 8
+) -> Image.Image:
+    """Draw pictures sorted by one score, best first, with the score under each.
+
+    Args:
+        folder: Folder of the pictures.
+        rows: Scored pictures; if there are more than `most`, the best and the worst halves of that number are shown.
+        reward: Name of the score to sort by.
+        most: Number of pictures on the sheet.
+        side: Longest side of a picture, in pixels.
+        per_row: Pictures in a row.
+    """
+    ordered = sorted(rows, key=lambda row: row.scores[reward], reverse=True)
+    if len(ordered) > most:
+        ordered = ordered[: most - most // 2] + ordered[len(ordered) - most // 2 :]
+    height = side + 16
+    sheet = Image.new("RGB", (per_row * side, -(-len(ordered) // per_row) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, row in enumerate(ordered):
+        left, top = index % per_row * side, index // per_row * height
+        with Image.open(Path(folder) / row.file) as image:
+            picture = image.convert("RGB")
+        picture.thumbnail((side, side))
+        sheet.paste(picture, (left, top))
+        pen.text((left + 2, top + side + 2), f"{row.scores[reward]:.4g}", fill="black")
+    return sheet
+
+
+def _pairs(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> list[tuple[ScoredImage, ScoredImage]]:
+    by_file = {(row.file, row.prompt): row for row in second}
+    pairs = [(row, by_file[row.file, row.prompt]) for row in first if (row.file, row.prompt) in by_file]
+    if pairs:
+        return pairs
+    by_prompt: dict[str, list[ScoredImage]] = {}
+    for row in second:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
+    if not pairs:
+        raise ConfigurationError(
+            "the two folders have no pictures in common, neither by file name and prompt nor by prompt; name the files "
+            "alike, or give the prompts with --prompts"
+        )
+    return pairs
+
+
+def _interval(samples: np.ndarray) -> Interval:
+    """Return the percentile interval of the mean of each resample."""
+    low, high = np.quantile(samples.mean(1), [0.025, 0.975])
+    return float(low), float(high)

@@ -56,7 +56,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
-    """Run `fit`, `validate` or `sample`."""
+    """Run `fit`, `validate`, `sample` or `score`."""
     if rest in (["-h"], ["--help"]):
         print(pages.VERBS[verb])
         return 0
@@ -66,6 +66,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from lightning_draft.cli.sample import main as sample
 
         return sample(rest)
+    if verb == "score":
+        from lightning_draft.cli.score import main as score
+
+        return score(rest)
     rest = shipped.expand(verb, rest)
     from lightning_draft.cli.app import run
 

@@ -57,7 +57,7 @@ def find_prompts(folder: Path, files: Sequence[str], source: PromptSource | str 
             f"{len(missing)} pictures have no prompt from prompts={source!r}, such as {missing[0]!r}; write sidecar, "
             "metadata, names, auto, or the path of a table with the columns file and prompt"
         )
-    return {file: prompt for file, prompt in prompts.items() if prompt}
+    return {file: " ".join(prompt.split()) for file, prompt in prompts.items() if prompt}
 
 
 def _prompt(path: Path, source: str) -> str | None:

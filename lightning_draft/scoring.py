@@ -1,6 +1,7 @@
 """Score folders of existing pictures with rewards, without a diffusion model, and compare two folders."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,9 +68,7 @@ def score_folder(
     """
     at_least("batch_size", batch_size, 1)
     if not rewards:
-        raise ConfigurationError(
-            "there are no rewards to score with; name at least one, such as --reward AestheticScore"
-        )
+        raise ConfigurationError("there are no rewards; name at least one, such as --reward AestheticScore")
     root = Path(folder)
     files = list_images(root)
     texts = find_prompts(root, files, prompts)
@@ -104,12 +103,17 @@ def write_parquet(rows: Iterable[ScoredImage], path: str | Path) -> None:
 
 
 def _describe(rewards: Mapping[str, Reward]) -> dict[str, str]:
-    """Describe each reward by its class, modules and plain settings, to recognize another one."""
-    return {name: repr(reward) + repr(_settings(reward)) for name, reward in rewards.items()}
+    """Describe each reward by its classes and plain settings, so that another one is recognized."""
+    return {
+        name: "; ".join(
+            f"{type(part).__name__} {_settings(part)}" for part in reward.modules() if isinstance(part, Reward)
+        )
+        for name, reward in rewards.items()
+    }
 
 
 def _settings(reward: Reward) -> dict[str, object]:
-    plain = (str, int, float, bool, tuple, type(None))
+    plain = (str, int, float, bool, tuple, dict, type(None))
     return {name: value for name, value in sorted(vars(reward).items()) if isinstance(value, plain) and name[0] != "_"}
 
 
@@ -154,11 +158,10 @@ class _Table:
         self.names = names
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / "rewards.json"
-        if self.path.exists() and about.exists():
-            if json.loads(about.read_text(encoding="utf-8")) != described:
-                raise ConfigurationError(
-                    f"{self.path} holds the scores of other rewards or settings; choose another --output, or delete it"
-                )
+        if self.path.exists() and about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
+            raise ConfigurationError(
+                f"{self.path} holds the scores of other rewards or settings; choose another --output, or delete it"
+            )
         about.write_text(json.dumps(described, indent=1), encoding="utf-8")
 
     def read(self) -> dict[tuple[str, str], ScoredImage]:
@@ -171,13 +174,16 @@ class _Table:
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
             self.path.write_bytes(complete.encode())
-        rows = list(csv.reader(complete.splitlines(keepends=True)))
+        rows = list(csv.reader(io.StringIO(complete, newline="")))
         if not rows or rows[0] != ["file", "prompt", *self.names]:
             raise ConfigurationError(f"{self.path} has other columns than these rewards; choose another --output")
-        scored = [
-            ScoredImage(file, prompt, dict(zip(self.names, map(float, scores), strict=True)))
-            for file, prompt, *scores in rows[1:]
-        ]
+        try:
+            scored = [
+                ScoredImage(file, prompt, dict(zip(self.names, map(float, scores), strict=True)))
+                for file, prompt, *scores in rows[1:]
+            ]
+        except ValueError as error:
+            raise ConfigurationError(f"{self.path} is damaged ({error}); delete it to score again") from error
         return {(row.file, row.prompt): row for row in scored}
 
     def append(self, rows: Sequence[ScoredImage]) -> None:

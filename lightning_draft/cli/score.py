@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-import lightning_draft.rewards
+from lightning_draft import rewards
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.score_report import compare, contact_sheet, report
@@ -22,8 +22,10 @@ def main(args: Sequence[str]) -> int:
         ConfigurationError: The arguments cannot work.
     """
     options = parser().parse_args(args)
-    rewards = build_rewards(options.reward, options.rewards)
-    scored = [_score(Path(folder), rewards, options) for folder in options.folders]
+    if len(options.folders) > 2:
+        raise ConfigurationError(f"{len(options.folders)} folders were given; give one, or two to compare")
+    built = build_rewards(options.reward, options.rewards)
+    scored = [_score(number, built, options) for number in range(len(options.folders))]
     if len(scored) == 2:
         names = [Path(folder).name or folder for folder in options.folders]
         text = report(compare(*scored), names[0], names[1])
@@ -32,17 +34,25 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a `ConfigurationError`."""
+        raise ConfigurationError(f"{message}; see lightning-draft score --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parsed = argparse.ArgumentParser("lightning-draft score", description="Score folders of pictures with rewards.")
-    parsed.add_argument("folders", nargs="+", metavar="FOLDER", help="one folder, or two to compare")
-    parsed.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="rewards with their default arguments")
-    parsed.add_argument("--rewards", metavar="FILE", help="YAML file: for each name a class_path and init_args")
-    parsed.add_argument("--prompts", default="auto", help="auto, sidecar, metadata, names, or a table (file, prompt)")
-    parsed.add_argument("--output", default="scores", help="folder for tables, contact sheets and the comparison")
-    parsed.add_argument("--batch_size", type=int, default=8, help="pictures per call of a reward")
-    parsed.add_argument("--device", default="cpu", help="cpu or cuda")
-    parsed.add_argument("--parquet", action="store_true", help="write scores.parquet too")
+    parsed = _Parser("lightning-draft score", add_help=False)
+    parsed.add_argument("folders", nargs="+", metavar="FOLDER")
+    parsed.add_argument("--reward", nargs="+", default=[], metavar="NAME")
+    parsed.add_argument("--rewards", metavar="FILE")
+    parsed.add_argument("--prompts", default="auto")
+    parsed.add_argument("--output", default="scores")
+    parsed.add_argument("--batch_size", type=int, default=8)
+    parsed.add_argument("--device", default="cpu")
+    parsed.add_argument("--parquet", action="store_true")
     return parsed
 
 
@@ -58,9 +68,8 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     if file is not None:
         config.update(_read(Path(file)))
     if not config:
-        known = [name for name in lightning_draft.rewards.__all__ if name[0].isupper()]
         raise ConfigurationError(
-            f"name a reward, such as --reward AestheticScore, or a --rewards file; {', '.join(known)}"
+            f"name a reward: --reward NAME or --rewards FILE; the rewards are {', '.join(_reward_names())}"
         )
     build = ArgumentParser(exit_on_error=False)
     build.add_argument("--rewards", type=dict[str, Reward])
@@ -69,6 +78,12 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     except ArgumentError as error:
         raise ConfigurationError(f"the rewards cannot be built: {error}") from error
     return built
+
+
+def _reward_names() -> list[str]:
+    classes = {name: getattr(rewards, name) for name in rewards.__all__}
+    kinds = {name: kind for name, kind in classes.items() if isinstance(kind, type) and issubclass(kind, Reward)}
+    return [name for name in kinds if name != "Reward"]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -82,15 +97,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _score(folder: Path, rewards: dict[str, Reward], options: argparse.Namespace) -> list[ScoredImage]:
-    if len(options.folders) > 2:
-        raise ConfigurationError(f"{len(options.folders)} folders were given; give one, or two to compare")
+def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -> list[ScoredImage]:
+    folder = Path(options.folders[number])
     output = Path(options.output)
     if len(options.folders) == 2:
-        output = output / f"{options.folders.index(str(folder)) + 1}-{folder.name}"
+        output = output / f"{number + 1}-{folder.name}"
     rows = score_folder(
         folder,
-        rewards,
+        built,
         output,
         prompts=options.prompts,
         batch_size=options.batch_size,
@@ -98,7 +112,7 @@ def _score(folder: Path, rewards: dict[str, Reward], options: argparse.Namespace
         progress=_show,
     )
     print(file=sys.stderr)
-    for name in rewards:
+    for name in built:
         contact_sheet(folder, rows, name).save(output / f"contact_sheet_{name}.png")
         values = [row.scores[name] for row in rows]
         print(f"{folder}  {name}: mean {sum(values) / len(values):.4g}, {min(values):.4g} to {max(values):.4g}")

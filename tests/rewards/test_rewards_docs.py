@@ -21,7 +21,7 @@ CLASSES = {name: kind for name in rewards.__all__ if inspect.isclass(kind := get
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_every_reward_is_in_the_first_table() -> None:
+def test_the_first_table_lists_every_reward() -> None:
     table = PAGE.split("## Which there are")[1].split("## What they cost")[0]
     for name, kind in CLASSES.items():
         if issubclass(kind, Reward) and kind is not Reward and not issubclass(kind, rewards.WeightedSum):
@@ -31,7 +31,7 @@ def test_every_reward_is_in_the_first_table() -> None:
             assert ("(black box)" in row) is not kind.differentiable, name
 
 
-def test_every_reward_has_its_cost() -> None:
+def test_the_cost_table_lists_every_measured_reward() -> None:
     table = PAGE.split("## What they cost")[1].split("## Getting the weights")[0]
     measured = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")}
     assert measured >= {case.reward for case in reward_cost.cases("http://127.0.0.1:1")}
@@ -53,7 +53,7 @@ def test_arguments_in_the_page_exist() -> None:
         names, arguments = (re.findall(r"`(\w+)`", cell) for cell in (line.split("|") + ["", ""])[1:3])
         for name in set(names) & CLASSES.keys():
             assert set(arguments) <= set(inspect.signature(CLASSES[name]).parameters), line
-    for line in PAGE.split("## What they read")[1].split("```json")[0].splitlines():
+    for line in PAGE.split("## Metadata of prompts")[1].split("```json")[0].splitlines():
         names, arguments = (re.findall(r"`(\w+)`", cell) for cell in (line.split("|") + ["", ""])[1:3])
         for name in set(names) & CLASSES.keys():
             assert set(arguments) <= {*inspect.signature(CLASSES[name]).parameters}, line

@@ -33,12 +33,8 @@ def reference(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
     padded = np.pad(image, [(0, 0), (height, height), (width, width)], mode="symmetric")
     x, y = columns * width - 0.5, rows * height - 0.5
     across = np.stack([[np.interp(x, np.arange(-width, 2 * width), row) for row in plane] for plane in padded])
-        [[np.interp(columns * width - 0.5, np.arange(-width, 2 * width), row) for row in p] for p in padded]
-    )
     planes = across.transpose(0, 2, 1)
     down = np.stack([[np.interp(y, np.arange(-height, 2 * height), line) for line in plane] for plane in planes])
-        [[np.interp(rows * height - 0.5, np.arange(-height, 2 * height), line) for line in p] for p in planes]
-    )
     return down.transpose(0, 2, 1) * np.array(augmentation.gain).reshape(3, 1, 1)
 
 

@@ -49,6 +49,12 @@ CHECKS = (
         "must not be 0",
         "for no validation write --trainer.limit_val_batches 0",
     ),
+    OptionCheck(
+        "trainer.strategy",
+        lambda strategy: "spawn" not in str(strategy),
+        "must not start processes by spawn, which cannot copy the functions that build optimizers",
+        "write ddp",
+    ),
     OptionCheck("trainer.num_nodes", lambda n: n >= 1, "must be at least 1", "write 1"),
     OptionCheck(
         "seed_everything",

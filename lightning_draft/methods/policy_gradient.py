@@ -53,8 +53,7 @@ class PolicyGradientModule(RolloutModule):
 
         L(log p_theta(x_{t-1} | x_t)) + kl_weight * mean KL(p_theta || p_base).
 
-    Images are clamped to [0, 1] before they are rewarded. A step without noise has no log-probability and is not
-    trained.
+    Images are clamped to [0, 1] before they are rewarded. Steps without noise are not trained.
 
     Args:
         model: The diffusion model, with its trainable parameters.
@@ -78,7 +77,6 @@ class PolicyGradientModule(RolloutModule):
         seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`.
 
     Attributes:
-        buffer: The current rollout and the position in it.
         policy: The model and the sampler as a policy.
 
     Raises:
@@ -111,10 +109,9 @@ class PolicyGradientModule(RolloutModule):
         self.objective = PPO() if objective is None else objective
         self.inner_epochs = at_least("inner_epochs", inner_epochs, 1)
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
-        if micro_batch_size is not None:
-            at_least("micro_batch_size", micro_batch_size, 1)
-        if timesteps_per_minibatch is not None:
-            at_least("timesteps_per_minibatch", timesteps_per_minibatch, 1)
+        sizes = {"micro_batch_size": micro_batch_size, "timesteps_per_minibatch": timesteps_per_minibatch}
+        for name, size in sizes.items():
+            at_least(name, 1 if size is None else size, 1)
         self.micro_batch_size = micro_batch_size
         self.timesteps_per_minibatch = timesteps_per_minibatch
         recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
@@ -135,8 +132,7 @@ class PolicyGradientModule(RolloutModule):
         super().check_configuration()
         check_stochastic(self.sampler, self.policy.steps)
         check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
-        data = self.prompt_data
-        if data is not None:
+        if (data := self.prompt_data) is not None:
             self.check_accumulation(data.batch_size)
 
     def check_accumulation(self, batch_size: int) -> None:
@@ -238,10 +234,8 @@ class PolicyGradientModule(RolloutModule):
             rollout: From `collect_rollout`.
             moved: Whether the model has changed since; if not, the rollout's own log-probabilities are used.
         """
-        whole = slice(None)
-        log_probs = rollout.log_probs
-        if moved:
-            log_probs = self.policy.log_probs(repeat_prompts(prompts, self.samples_per_prompt), rollout.latents)
+        whole, every = slice(None), repeat_prompts(prompts, self.samples_per_prompt)
+        log_probs = self.policy.log_probs(every, rollout.latents) if moved else rollout.log_probs
         leaf = log_probs.detach().clone().requires_grad_()
         with torch.enable_grad():
             loss = self.objective(self._policy_batch(leaf, rollout, whole, whole))

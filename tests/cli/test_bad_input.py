@@ -214,6 +214,7 @@ VALUES = [
     *(("trainer.gradient_clip_val", value) for value in (0.0, -1.0, float("nan"), float("inf"))),
     *(("trainer.log_every_n_steps", value) for value in (0, -3)),
     *(("trainer.val_check_interval", value) for value in (0, 0.0)),
+    *(("trainer.strategy", value) for value in ("ddp_spawn", "ddp_spawn_find_unused_parameters_true")),
     ("trainer.num_nodes", 0),
     *(("seed_everything", value) for value in (-1, 2**32, 2**70)),
     *(("model.optimizer.lr", value) for value in (0.0, -1e-3, float("nan"), float("inf"))),
@@ -222,7 +223,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("name", "value"), VALUES)
-def test_value_that_is_refused(name: str, value: float) -> None:
+def test_value_that_is_refused(name: str, value: float | str) -> None:
     with pytest.raises(ConfigurationError) as info:
         check_options({name: value})
     assert str(info.value).startswith(f"--{name}={value!r} must")

@@ -256,3 +256,12 @@ def test_constant_scores_are_not_divided_by_their_standard_deviation() -> None:
     assert moments.std == 1
     moments.update(torch.tensor([0.1, 0.2]))
     assert moments.std == pytest.approx(torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2]).std(correction=0).item())
+
+
+def test_scores_that_are_not_finite_do_not_enter_the_statistics() -> None:
+    """Or every later reward would be NaN."""
+    subject = module()
+    subject.update_statistics({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
+    before = subject.reward.get_extra_state()
+    subject.update_statistics({"bright": torch.tensor([1.0, float("nan")]), "sharp": torch.tensor([0.0, 2.0])})
+    assert subject.reward.get_extra_state() == before

@@ -180,13 +180,16 @@ class RewardModule(EvaluationModule, ABC):
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Update the reward's running statistics with the scores of training images of all processes.
 
+        Scores that are not finite leave them as they are.
+
         Args:
             scores: The components of `reward.breakdown` by name, of this process's images.
         """
         scores = {name: value.detach() for name, value in scores.items()}
         if self._trainer is not None and self.trainer.world_size > 1:
             scores = {name: cast(Tensor, self.all_gather(value)).flatten() for name, value in scores.items()}
-        self.reward.update_statistics(scores)
+        if all(bool(value.isfinite().all()) for value in scores.values()):
+            self.reward.update_statistics(scores)
         if self.has_running_statistics:
             self.clear_base_scores()
 

@@ -591,6 +591,46 @@ def test_a_run_cut_within_a_rollout_is_resumed_bitwise(
     assert run(ckpt=tmp_path / "last.ckpt") == straight
 
 
+@pytest.mark.parametrize("trainable", ["full", ["attn2"]], ids=str)
+def test_prdp_trains_the_denoiser_s_own_weights_and_resumes_bitwise(
+    trainable: Any, tiny_sd: Path, tmp_path: Path
+) -> None:
+    """The reference is the model before training, and a checkpoint holds the trained weights alone."""
+
+    def run(steps: int, *callbacks: Callback, ckpt: Path | None = None) -> PolicyGradientModule:
+        module = make(
+            tiny_sd,
+            model={"trainable": trainable},
+            objective=PRDP(beta=0.1, clip=1e-2),
+            advantage_estimator=GroupRelative(),
+            inner_epochs=2,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+        )
+        saving = {"enable_checkpointing": bool(callbacks)}
+        trainer_of(tmp_path, *callbacks, max_steps=steps, **saving).fit(module, data(), ckpt_path=ckpt)
+        return module
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    straight, resumed = run(4, saver), run(4, ckpt=tmp_path / "step=3.ckpt")
+    before, after, again = values(make(tiny_sd, model={"trainable": trainable})), values(straight), values(resumed)
+    trained = straight.trainable_parameters()
+    chosen = {name for name in before if name.startswith("model.unet.") and (trainable == "full" or ".attn2." in name)}
+    assert trained.keys() == chosen
+    assert torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"].keys() == chosen
+    for name, value in after.items():
+        assert torch.equal(value, again[name]), name
+        if name not in chosen:
+            assert torch.equal(value, before[name]), name
+    assert sum(not torch.equal(after[name], before[name]) for name in chosen) > 0.9 * len(chosen)
+    rollout = straight.buffer.rollout  # collected after two optimizer steps
+    assert rollout is not None
+    fresh = make(tiny_sd, model={"trainable": trainable})
+    reference = fresh.policy.log_probs(rollout.prompts, rollout.latents)
+    assert rollout.ref_log_probs is not None
+    assert torch.equal(rollout.ref_log_probs, reference)
+    assert not torch.equal(rollout.log_probs, reference)
+
+
 # Several processes.
 
 

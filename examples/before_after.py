@@ -24,7 +24,6 @@ from lightning_draft.rewards import Reward
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 
 SHOWN = 12
-COLUMNS = 4
 
 
 def ordered(prompts: str) -> list[str]:
@@ -47,27 +46,29 @@ def rewards(data: Path) -> dict[str, Reward]:
     return found
 
 
-def compare(before: Tensor, after: Tensor, captions: list[str], data: Path) -> dict[str, dict[str, list[float]]]:
-    """Return for each reward (mean, standard error) before, after, and of the difference pair by pair."""
+def compare(drawings: dict[str, Tensor], captions: list[str], data: Path) -> dict[str, dict[str, list[float]]]:
+    """Return (mean, standard error) of each reward for every set, and of its difference from the first, by pairs."""
     figures = {}
     for name, reward in rewards(data).items():
-        scores = [reward(pictures, captions) for pictures in (before, after)]
-        columns = {"before": scores[0], "after": scores[1], "difference": scores[1] - scores[0]}
+        scores = {label: reward(pictures, captions) for label, pictures in drawings.items()}
+        first, *others = scores
+        columns = scores | {f"{label} - {first}": scores[label] - scores[first] for label in others}
         figures[name] = {label: [round(x, 3) for x in mean_and_error(s)] for label, s in columns.items()}
     return figures
 
 
-def pairs(before: Tensor, after: Tensor, captions: list[str], path: Path, zoom: int = 2) -> None:
-    """Write the pairs `(N, 3, H, W)` side by side under their captions, `COLUMNS` a row."""
-    side = before.shape[-1] * zoom
-    width, height = 2 * side + 20, side + 26
-    rows = -(-len(captions) // COLUMNS)
-    canvas = Image.new("RGB", (COLUMNS * width + 8, rows * height + 6), (232, 232, 232))
+def grid(drawings: dict[str, Tensor], captions: list[str], path: Path, zoom: int = 2) -> None:
+    """Write the sets, each `(N, 3, H, W)`, side by side under their captions."""
+    labels, sets = " | ".join(drawings), list(drawings.values())
+    side = sets[0].shape[-1] * zoom
+    width, height = len(sets) * (side + 4) + 12, side + 26
+    columns = 8 // len(sets)
+    canvas = Image.new("RGB", (columns * width + 8, -(-len(captions) // columns) * height + 6), (232, 232, 232))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for i, caption in enumerate(captions):
-        left, top = 8 + i % COLUMNS * width, 4 + i // COLUMNS * height
-        pen.text((left, top), f"{caption}   before | after", fill=(30, 30, 30), font=font)
-        for k, pictures in enumerate((before, after)):
+        left, top = 8 + i % columns * width, 4 + i // columns * height
+        pen.text((left, top), f"{caption}   {labels}", fill=(30, 30, 30), font=font)
+        for k, pictures in enumerate(sets):
             canvas.paste(_image(pictures[i], side), (left + k * (side + 4), top + 18))
     canvas.save(path)
 
@@ -80,7 +81,8 @@ def _image(picture: Tensor, side: int) -> Image.Image:
 def main() -> None:
     """Write the picture and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lora", type=Path, required=True)
+    parser.add_argument("--lora", type=Path, nargs="+", required=True)
+    parser.add_argument("--labels", nargs="+", default=["before", "after"], help="of the base model and each file")
     parser.add_argument("--out", type=Path, required=True, help="PNG; the figures are written beside it as JSON")
     parser.add_argument("--model", default=str(FOLDER / "emoji64"))
     parser.add_argument("--prompts", default="emoji64_eval")
@@ -90,12 +92,12 @@ def main() -> None:
     arguments = parser.parse_args()
     captions = ordered(arguments.prompts)
     everything = captions * arguments.noises
-    drawings = [
-        draw(open_pipeline(Path(arguments.model), lora), everything, guidance=1.0, steps=arguments.steps)
-        for lora in (None, arguments.lora)
-    ]
-    pairs(drawings[0][:SHOWN], drawings[1][:SHOWN], captions[:SHOWN], arguments.out)
-    figures = compare(drawings[0], drawings[1], everything, arguments.data)
+    drawings = {
+        label: draw(open_pipeline(Path(arguments.model), lora), everything, guidance=1.0, steps=arguments.steps)
+        for label, lora in zip(arguments.labels, (None, *arguments.lora), strict=True)
+    }
+    grid({label: x[:SHOWN] for label, x in drawings.items()}, captions[:SHOWN], arguments.out)
+    figures = compare(drawings, everything, arguments.data)
     arguments.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

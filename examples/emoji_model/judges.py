@@ -40,6 +40,7 @@ class Pool:
     """
 
     def __init__(self, emoji: Emoji, vae: AutoencoderKL) -> None:
+        torch.manual_seed(0)
         composed = [scene for kind in ("two", "ground", "pair") for scene in scenes(emoji)[kind]]
         pictures = torch.cat([emoji.images, torch.stack([render(s, emoji) for s in composed])])
         names = [*emoji.names, *(scene.names[0] for scene in composed)]
@@ -94,7 +95,7 @@ def train(kind: str, pool: Pool, steps: int, batch_size: int = 48, lr: float = 2
         loss.backward()
         optimizer.step()
         scheduler.step()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(kind, step, f"{loss.item():.4f}", flush=True)
     return judge.eval()
 
@@ -114,9 +115,8 @@ def main() -> None:
     """Train both judges, print their accuracy on the other half of the names and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
     emoji = Emoji.load(prepare(arguments.folder))
     pool = Pool(emoji, export.autoencoder(arguments.folder / "vae" / "last.ckpt"))
     print(f"{pool.clean.shape[1]} pairs", flush=True)

@@ -20,7 +20,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.family import Family, wrapper_for, wrapper_for_file
 
-_SHIPPED = "emoji"
+_SHIPPED = ("emoji64", "emoji")
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -65,7 +65,7 @@ def load_pipeline(
         elif _is_path(pretrained):
             raise ConfigurationError(
                 f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as "
-                f"{family.example}, or the shipped name {_SHIPPED}"
+                f"{family.example}, or the shipped name {' or '.join(_SHIPPED)}"
             )
         else:
             pipeline = _hub(family, pretrained, dtypes, options)
@@ -156,7 +156,7 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
             return _from_pretrained(family, name, dtypes, "fp16", options)
     except OSError as error:
         raise ConfigurationError(
-            f"{name!r} is neither a folder here nor the shipped {_SHIPPED}, and could not be downloaded from the hub "
+            f"{name!r} is neither a folder here nor the shipped {' or '.join(_SHIPPED)}, and could not be downloaded from the hub "
             f"({_first_line(error)}); check the spelling and the connection, log in with `hf auth login` if it is "
             "private, or give a local folder"
         ) from error

@@ -51,3 +51,19 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ImageQuality(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigurationError, match=r"architecture='unknown'.*convnet or resnet"):
         ImageQuality(write(tmp_path, "unknown"))
+
+
+@pytest.mark.parametrize("name", ["emoji64-judge", "emoji64-judge-eval"])
+def test_the_shipped_judges_prefer_the_clean_picture(name: str) -> None:
+    """A flat drawing of a disc on white against the same with noise, without contrast and in blocks."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    distance = (x.square() + y.square()).sqrt()
+    disc = ((0.75 - distance) * 32).clamp(0, 1)
+    color = torch.tensor([0.9, 0.7, 0.2]).view(3, 1, 1)
+    clean = 1 - disc * (1 - color) * (1 - 0.6 * (distance < 0.35))
+    grains = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
+    noisy = clean + 0.25 * grains.repeat_interleave(2, 2)
+    blocks = F.avg_pool2d(clean, 8).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    pictures = torch.stack([clean, noisy, 0.4 * clean + 0.4, blocks])
+    logits = ImageQuality(name, bounded=False)(pictures, [""] * 4)
+    assert (logits[0] > logits[1:]).all(), logits

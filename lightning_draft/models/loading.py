@@ -120,7 +120,7 @@ def model_class(pretrained: str) -> Any:
 
 
 def _local(pretrained: str) -> Path:
-    if pretrained != _SHIPPED:
+    if pretrained not in _SHIPPED:
         return Path(pretrained).expanduser()
     from lightning_draft.assets import resolve
 
@@ -156,9 +156,9 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
             return _from_pretrained(family, name, dtypes, "fp16", options)
     except OSError as error:
         raise ConfigurationError(
-            f"{name!r} is neither a folder here nor the shipped {' or '.join(_SHIPPED)}, and could not be downloaded from the hub "
-            f"({_first_line(error)}); check the spelling and the connection, log in with `hf auth login` if it is "
-            "private, or give a local folder"
+            f"{name!r} is neither a folder here nor the shipped {' or '.join(_SHIPPED)}, and could not be "
+            f"downloaded from the hub ({_first_line(error)}); check the spelling and the connection, log in with "
+            "`hf auth login` if it is private, or give a local folder"
         ) from error
 
 

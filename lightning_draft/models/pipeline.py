@@ -33,8 +33,8 @@ class PipelineModel(DiffusionModel):
     calls its denoiser in `_network`. It may be defined outside this package.
 
     Args:
-        pretrained: A shipped name (`emoji`), a diffusers pipeline folder, a hub id, or, for families that support it, a
-            `.safetensors` file in the original layout.
+        pretrained: A shipped name (`emoji64`), a diffusers pipeline folder, a hub id, or, for families that support it,
+            a `.safetensors` file in the original layout.
         lora: The adapters. `None` for none: then nothing is trained, until `load_lora` adds those of a file.
         trainable: `lora` trains adapters; `full` trains all weights of the denoiser, and a list of names those whose
             dotted names contain one of them, such as `[attn2, conv_out]`. `lora` has no effect with the latter two.

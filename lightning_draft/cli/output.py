@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ _NOTICES = (
     "TPU available",
     "Seed set",
     "`weights_only` was not set",
-    "\nDetected KeyboardInterrupt",
+    "Detected KeyboardInterrupt",
+    "Restoring states from",
+    "Restored all states from",
 )
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -64,4 +67,5 @@ def _escape(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_NOTICES)
+    message = re.sub(r"^\s*(\[rank: \d+\] )?", "", record.getMessage())
+    return not message.startswith(_NOTICES)

@@ -93,3 +93,28 @@ def test_messages_get_the_full_name_of_the_option_that_has_the_value() -> None:
 
 def test_control_characters_are_escaped_on_the_screen() -> None:
     assert printable("a\x1b[31mred\x07\r\u202e\u2028b\n\tc") == "a\\x1b[31mred\\x07\\r\\u202e\\u2028b\n\tc"
+
+
+def test_notices_are_left_out_inside_the_command_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+    import warnings
+
+    from lightning_draft.cli.output import quiet_output
+
+    logger = logging.getLogger("lightning.fabric.utilities.seed")
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    show, factory = warnings.showwarning, logging.getLogRecordFactory()
+    try:
+        with quiet_output():
+            for text in ("Seed set to 0", "[rank: 1] Seed set to 0", "\x1b[1mkept"):
+                logger.warning(text)
+            warnings.warn("the \x07 bell", stacklevel=1)
+        logger.warning("Seed set to 0")
+    finally:
+        logger.removeHandler(handler)
+    assert seen == ["\\x1b[1mkept", "Seed set to 0"]
+    assert "warning: the \\x07 bell\n" in capsys.readouterr().err
+    assert (warnings.showwarning, logging.getLogRecordFactory()) == (show, factory)

@@ -1,4 +1,4 @@
-"""Baselines against numpy and against their definitions written out."""
+"""Advantages against numpy and against their definitions written out."""
 
 import json
 import tracemalloc
@@ -21,7 +21,7 @@ def rewards(seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return 3 + torch.randn(len(NAMES), generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_leave_one_out_is_what_it_says() -> None:
+def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
     values = rewards()
     ours = LeaveOneOut()(values, NAMES, GROUP)
     for i, value in enumerate(values):
@@ -33,7 +33,7 @@ def test_leave_one_out_is_what_it_says() -> None:
     assert ours.view(-1, GROUP).sum(1).abs().max() < 1e-12
 
 
-def test_group_mean_and_its_division() -> None:
+def test_group_relative_advantages_equal_numpy() -> None:
     groups = rewards().view(-1, GROUP).numpy()
     centred = groups - groups.mean(1, keepdims=True)
     np.testing.assert_allclose(GroupRelative()(rewards(), NAMES, GROUP), centred.ravel())
@@ -59,8 +59,8 @@ def test_a_tiny_spread_is_not_divided_by_itself() -> None:
     assert not PerPromptStatistics(4, 2)(torch.ones(3), ["a"] * 3, 3).any()
 
 
-def test_per_prompt_statistics_follow_the_last_rewards_of_a_prompt() -> None:
-    baseline, seen = PerPromptStatistics(buffer_size=10, min_count=8), defaultdict(list)
+def test_per_prompt_statistics_are_those_of_the_last_rewards_of_a_prompt() -> None:
+    estimator, seen = PerPromptStatistics(buffer_size=10, min_count=8), defaultdict(list)
     for seed in range(4):
         values = rewards(seed)
         expected = np.empty(len(NAMES))
@@ -69,7 +69,7 @@ def test_per_prompt_statistics_follow_the_last_rewards_of_a_prompt() -> None:
         for i, name in enumerate(NAMES):
             known = seen[name][-10:] if len(seen[name]) >= 8 else values.numpy()
             expected[i] = (values[i] - np.mean(known)) / (np.std(known) + 1e-6)
-        np.testing.assert_allclose(baseline(values, NAMES, GROUP), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(estimator(values, NAMES, GROUP), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_per_prompt_statistics_survive_a_checkpoint() -> None:

@@ -202,7 +202,7 @@ def test_the_loss_map_is_applied_to_each_score() -> None:
     assert loss.item() == pytest.approx(3 * (-latents.mean((1, 2, 3))).clamp(min=0).mean().item())
 
 
-def test_kl_weight_adds_the_drift_and_holds_the_adapters_back(tiny_sd: Path, tmp_path: Path) -> None:
+def test_kl_weight_adds_the_prediction_drift_and_reduces_it(tiny_sd: Path, tmp_path: Path) -> None:
     module = stir(make(tiny_sd, kl_weight=0.5, truncation=LastK(2)))
     torch.manual_seed(0)
     loss, logs = module.loss_and_logs(PROMPTS[:2])
@@ -568,7 +568,7 @@ def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize("name", ["training", "type", "parameters"])
-def test_a_watched_reward_may_have_the_name_of_a_module_s_attribute(name: str, tiny_sd: Path) -> None:
+def test_an_evaluation_reward_may_have_the_name_of_a_module_s_attribute(name: str, tiny_sd: Path) -> None:
     module = DraftModule(
         StableDiffusion(str(tiny_sd), guidance=Guidance(1.0)), Brightness(), DDIM(2), eval_rewards={name: Brightness()}
     )
@@ -590,6 +590,6 @@ def test_what_is_scored_in_validation_must_be_a_score_an_image(options: dict[str
 
 
 @pytest.mark.parametrize("name", ["a.b", "reward", ""])
-def test_a_watched_reward_s_name_must_not_hide_another(name: str, tiny_sd: Path) -> None:
+def test_an_evaluation_reward_must_not_hide_another_log_key(name: str, tiny_sd: Path) -> None:
     with pytest.raises(ConfigurationError, match="reward"):
         DraftModule(StableDiffusion(str(tiny_sd)), Brightness(), eval_rewards={name: Brightness()})

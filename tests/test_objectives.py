@@ -25,7 +25,7 @@ def gradient(objective: Objective, moved: Tensor, **batch: Any) -> Tensor:
     return torch.autograd.grad(objective(PolicyBatch(log_probs, old, **batch)), log_probs)[0]
 
 
-def test_reinforce_weighs_log_probabilities_by_advantages() -> None:
+def test_reinforce_weights_log_probabilities_by_advantages() -> None:
     advantages = random(BATCH)
     slopes = gradient(Reinforce(), random(STEPS, BATCH, seed=2), advantages=advantages)
     torch.testing.assert_close(slopes, (-advantages / (STEPS * BATCH)).expand(STEPS, BATCH))
@@ -100,7 +100,7 @@ def written_out(log_probs: Tensor, old: Tensor, reference: Tensor, rewards: Tens
 
 
 @pytest.mark.parametrize("clip", [0.05, 10.0])
-def test_prdp_is_its_formula(clip: float) -> None:
+def test_prdp_equals_its_formula(clip: float) -> None:
     old, reference, rewards = (random(STEPS, BATCH, seed=i) for i in (1, 2, 3))
     log_probs = (old + random(STEPS, BATCH, scale=0.1, seed=4)).requires_grad_()
     objective = PRDP(beta=0.7, clip=clip)

@@ -184,7 +184,7 @@ def test_ratios_leave_one_as_the_model_moves(tmp_path: Path) -> None:
     assert (ratios[3], clipped[3]) == (1, 0)  # a new rollout
 
 
-def test_what_is_said_of_ratios() -> None:
+def test_logged_ratios_equal_their_formulas() -> None:
     module = linear(objective=PPO(clip=1e-2))
     rollout = module.collect_rollout(PROMPTS[:2])
     module.model.theta.data += 0.02
@@ -273,7 +273,7 @@ def test_rollouts_depend_on_seed_and_number_alone() -> None:
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PPO(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
-def test_parts_add_up_to_the_whole(tmp_path: Path, objective: Objective) -> None:
+def test_minibatches_add_up_to_the_rollout(tmp_path: Path, objective: Objective) -> None:
     """Uneven ones too: 4 samples by 3, 4 steps by 3. What is logged adds up likewise."""
 
     def outcome(accumulate: int, **options: Any) -> tuple[Tensor, dict[str, float]]:
@@ -385,7 +385,7 @@ def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
     assert kept(9) < 1.01 * kept(3)
 
 
-def test_a_walk_is_the_chain_s_own_steps_and_is_revisited_exactly(tiny_sd: Path) -> None:
+def test_sampled_steps_equal_the_chain_s_and_their_transitions_are_reproduced(tiny_sd: Path) -> None:
     module = make(tiny_sd)
     chain = SamplingChain(module.model, DDIM(3, eta=1.0), module.model.encode(PROMPTS[:2]))
     torch.manual_seed(0)
@@ -432,7 +432,9 @@ def test_prompts_are_repeated_for_as_long_as_their_rollout_lasts(tmp_path: Path)
     ],
     ids=["REINFORCE", "PPO", "LOOP", "GRPO", "PRDP"],
 )
-def test_black_boxes_are_raised(tmp_path: Path, objective: Objective, advantage_estimator: Any, epochs: int) -> None:
+def test_rewards_without_gradient_increase(
+    tmp_path: Path, objective: Objective, advantage_estimator: Any, epochs: int
+) -> None:
     """The model can only scale its pictures: their size, which no gradient leads to, goes down."""
 
     class Small(Reward):
@@ -470,7 +472,7 @@ def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_p
     assert header(trainer, module)["method"] == "PPO(reduction='mean', clip=0.0001, advantage_clip=5.0, form='min')"
 
 
-def test_what_is_said_of_a_rollout() -> None:
+def test_logged_figures_of_a_rollout() -> None:
     class Fixed(Reward):
         differentiable = False
 
@@ -571,7 +573,7 @@ class Cut(Callback):
     ],
     ids=["last part of a pass", "last of a rollout", "last of the only pass", "in a step's second rollout", "PRDP"],
 )
-def test_a_run_cut_within_a_rollout_is_resumed_bitwise(
+def test_a_run_interrupted_within_a_rollout_resumes_bitwise(
     tmp_path: Path, at: int, accumulate: int, options: dict[str, Any]
 ) -> None:
     """What baselines and rewards learnt of the step that was cut is forgotten with it."""
@@ -663,7 +665,7 @@ def test_a_checkpoint_of_another_baseline_or_method_goes_on_without_what_it_lack
     assert len(other.advantage_estimator.state_dict()["seen"]) == 2
 
 
-def test_two_processes_share_parameters_and_baseline_and_not_noise(tmp_path: Path) -> None:
+def test_two_processes_share_parameters_and_advantage_estimator_but_not_noise(tmp_path: Path) -> None:
     """And the step they take is that of the mean of their gradients, with advantages from the rewards of both."""
 
     def module() -> PolicyGradientModule:
@@ -783,7 +785,7 @@ def test_accumulating_over_several_rollouts_is_on_policy(tmp_path: Path) -> None
     assert module.reward_queries == 2 * 2 * 4
 
 
-def test_a_second_fit_draws_its_own_rollouts(tmp_path: Path) -> None:
+def test_a_second_fit_collects_its_own_rollouts(tmp_path: Path) -> None:
     module = linear(inner_epochs=2)
     fit(tmp_path, module)
     fit(tmp_path, module)

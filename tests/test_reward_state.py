@@ -1,4 +1,4 @@
-"""What a reward learns in training: when it learns, that it is the same everywhere, and that a resumed run has it."""
+"""Running statistics of a reward: when they change, that all processes have the same, and that a resume has them."""
 
 import copy
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_gain_is_measured_with_the_statistics_of_the_moment(tmp_path: Path) -> N
     assert seen == [0, 0, 0]
 
 
-def test_the_base_models_images_come_first(tmp_path: Path) -> None:
+def test_calibration_uses_the_base_model_s_images_of_the_first_prompts(tmp_path: Path) -> None:
     """Before the first step: by hand, from the first batch of prompts."""
     scores = Scores()
     subject = module()
@@ -132,7 +132,7 @@ def test_micro_batches_change_nothing(kind: type, tmp_path: Path) -> None:
             assert parts.reward.get_extra_state()[name] == pytest.approx(state, rel=1e-5)
 
 
-def test_validation_teaches_nothing(tmp_path: Path) -> None:
+def test_validation_does_not_change_the_statistics(tmp_path: Path) -> None:
     one, other = module(truncation=LowVariance(2)), module(truncation=LowVariance(2))
     fit(one, tmp_path)
     fit(other, tmp_path, limit_val_batches=0)
@@ -152,7 +152,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     assert checkpoint["state_dict"]["reward._extra_state"]["bright"][0] == 18 + 6
 
 
-def test_what_was_learnt_of_a_step_that_was_cut_is_forgotten(tmp_path: Path) -> None:
+def test_statistics_of_an_interrupted_step_are_discarded(tmp_path: Path) -> None:
     """Ctrl-C between the reward and the backward pass of the second half of an optimiser step."""
 
     class Cut(L.Callback):
@@ -200,12 +200,12 @@ def test_a_reward_without_statistics_is_resumed_with_a_checkpoint_that_has_them(
 
 
 @pytest.mark.parametrize("name", ["reward", "gain"])
-def test_a_watched_reward_takes_no_name_of_the_trained_one(name: str) -> None:
+def test_an_evaluation_reward_must_not_have_a_log_key_of_the_trained_one(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"`{name}` is a log key of the trained reward"):
         module(eval_rewards={name: Brightness()})
 
 
-def test_rollouts_teach_a_policy_s_reward_once(tmp_path: Path) -> None:
+def test_a_rollout_updates_the_statistics_once(tmp_path: Path) -> None:
     """And are rewarded with what was known before them."""
     subject, scores = policy(), Scores()
     fit(subject, tmp_path, scores, max_steps=4, limit_val_batches=0)
@@ -221,7 +221,7 @@ def policy() -> PolicyGradientModule:
     )
 
 
-def test_copies_learn_on_their_own() -> None:
+def test_copies_of_a_reward_have_statistics_of_their_own() -> None:
     subject = module()
     other: Callable[..., Tensor] = copy.deepcopy(subject.reward)
     subject.reward.update_statistics({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})

@@ -32,7 +32,8 @@ class Conditioning:
 
     def __len__(self) -> int:
         """Batch size."""
-        return len(next(iter([*self.tensors.values(), *self.ragged.values()])))
+        sizes = [*map(len, self.tensors.values()), *map(len, self.ragged.values())]
+        return sizes[0]
 
     def __getitem__(self, rows: slice) -> "Conditioning":
         """Return a slice of the batch."""

@@ -4,22 +4,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.family import Family
-from lightning_draft.models.lora import ADAPTER, shortened
+from lightning_draft.models.lora import ADAPTER
 
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -111,8 +110,9 @@ def read(path: str | os.PathLike[str], family: Family, network: Any) -> LoRAFile
     """
     file = Path(path)
     keys, metadata = check(file)
+    alphas: dict[str, float] = {}
     if any(key.startswith(f"{family.denoiser}.") and ".lora_A." in key for key in keys):
-        state, alphas = _read_all(file), {}
+        state = _read_all(file)
     else:
         state, alphas, metadata = _convert(file, family, network, metadata)
     state, alphas = _split_alphas(state, alphas)
@@ -148,39 +148,6 @@ def check(file: Path) -> tuple[list[str], dict[str, Any]]:
         raise ConfigurationError(f"{file} holds no LoRA: none of its tensors has lora in its name; give a LoRA file")
     settings: dict[str, Any] = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     return keys, settings
-
-
-def check_layers(network: nn.Module, file: LoRAFile) -> None:
-    """Check that a network has the layers of a file.
-
-    Raises:
-        ConfigurationError: It lacks some of them.
-    """
-    foreign = [layer for layer in file.layers if not _is_layer(network, layer)]
-    if foreign:
-        raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(foreign)} of its {len(file.layers)} layers are not in this "
-            f"one, such as {shortened(foreign, 2)}; give a file that was trained on this model"
-        )
-
-
-@torch.no_grad()
-def copy_into(network: nn.Module, file: LoRAFile) -> None:
-    """Copy a file's factors into the adapters of a network, in place; `B` is rescaled so that the update is the file's.
-
-    A layer of lower rank than the adapters' fills their first rows and columns; the rest of `B` becomes 0.
-
-    Raises:
-        ConfigurationError: The layers or the largest rank are not those of the adapters.
-    """
-    own = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    _check_fit(network, own, file)
-    for layer, (a, b) in file.factors.items():
-        ratio = file.scales[layer] / network.get_submodule(layer).scaling[ADAPTER]  # type: ignore[index, union-attr, operator]
-        own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
-        own_a[: len(a)].copy_(a)
-        own_b.zero_()
-        own_b[:, : b.shape[1]].copy_(b if ratio == 1 else b.to(own_b) * ratio)
 
 
 def _read_all(file: Path) -> dict[str, Tensor]:
@@ -258,53 +225,6 @@ def _scale(layer: str, rank: int, alphas: Mapping[str, float], settings: Mapping
     default = settings.get("lora_alpha", rank) if pattern is None else pattern
     alpha = float(alphas.get(layer, default))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) -> None:
-    names = {key.rsplit(".", 2)[0] for key in own}
-    rank = len(next(value for key, value in own.items() if "lora_A" in key))
-    if names == set(file.factors) and rank == file.rank:
-        misfits = [layer for layer in file.layers if not _shapes_fit(own, layer, file)]
-        if not misfits:
-            return
-        raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(misfits)} layers have other shapes than in this one, such "
-            f"as {shortened(misfits, 2)}; give a file that was trained on this model"
-        )
-    targets = _targets(network, file.layers)
-    hint = f", target_modules={targets}" if len(targets) <= 40 else ""
-    raise ConfigurationError(
-        f"{file.path} does not fit this model's adapters, which have rank {rank} on {len(names)} layers: it has rank "
-        f"{file.rank} on {shortened(targets)} ({len(file.layers)} layers); build the model with "
-        f"lora=LoRA(rank={file.rank}{hint}), or with lora=None to take the file's"
-    )
-
-
-def _is_layer(network: nn.Module, layer: str) -> bool:
-    try:
-        network.get_submodule(layer)
-    except AttributeError:
-        return False
-    return True
-
-
-def _shapes_fit(own: Mapping[str, Tensor], layer: str, file: LoRAFile) -> bool:
-    a, b = file.factors[layer]
-    own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
-    return own_a.shape[1:] == a.shape[1:] and (own_b.shape[0], own_b.shape[2:]) == (b.shape[0], b.shape[2:])
-
-
-def _targets(network: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Return the shortest `target_modules` that name these layers of a network, and no others."""
-    known = {name for name, _ in network.named_modules()}
-
-    def shortest(layer: str) -> str:
-        parts = layer.split(".")
-        endings = [".".join(parts[-count:]) for count in range(1, len(parts))]
-        named = ({name for name in known if name.endswith(f".{ending}")} for ending in endings)
-        return next((end for end, names in zip(endings, named, strict=True) if names <= {*layers}), layer)
-
-    return sorted({shortest(layer) for layer in layers})
 
 
 def _unsupported(file: Path, kind: str) -> ConfigurationError:

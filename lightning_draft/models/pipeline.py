@@ -2,11 +2,10 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import lora as adapters
-from lightning_draft.models import lora_files
-from lightning_draft.models.base import Conditioning, DiffusionModel
+from lightning_draft.models import lora_copy, lora_files
+from lightning_draft.models.base import Conditioning
 from lightning_draft.models.decoder import Memory, Precision, decode
-from lightning_draft.models.family import Family, register
+from lightning_draft.models.family import register
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.latents import latent_size, scale_factor
 from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA
-from lightning_draft.models.text_cache import TextCache
+from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
 
 
-class PipelineModel(DiffusionModel):
+class PipelineModel(PromptEmbedding):
     """A text-to-image pipeline, frozen except for its adapters or for the chosen weights of its denoiser.
 
     A family sets the class attribute `family`, reads its pipeline in `_configure`, embeds one prompt in `_embed`, and
@@ -54,9 +53,7 @@ class PipelineModel(DiffusionModel):
         text_encoder: The first text encoder, `None` once released.
     """
 
-    family: ClassVar[Family]
     vae: Any
-    text_encoder: nn.Module | None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Register a family by the pipelines that it opens."""
@@ -98,7 +95,6 @@ class PipelineModel(DiffusionModel):
             self.lora.attach(self.denoiser, self.family.lora_targets)
         elif trainable != "lora":
             self._original = unfreeze(self.denoiser, trainable)
-        self._cache = TextCache()
 
     @property
     def denoiser(self) -> Any:
@@ -136,29 +132,6 @@ class PipelineModel(DiffusionModel):
         super().train(False)
         self.training = mode
         return self
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts, and the negative prompt where guidance needs it; each is embedded once and then kept.
-
-        Raises:
-            RuntimeError: The text encoder was released and a prompt is not among those that were precomputed.
-        """
-        conditioning = self._collate([self._embedding(str(prompt)) for prompt in prompts])
-        if not self.guidance.enabled:
-            return conditioning
-        return replace(conditioning, negative=self._collate([self._negative_embedding()] * len(prompts)))
-
-    def precompute(self, prompts: Iterable[str]) -> None:
-        """Embed prompts, and the negative prompt, ahead of time and keep all of them."""
-        self._negative_embedding(keep=True)
-        for prompt in dict.fromkeys(map(str, prompts)):
-            self._embedding(prompt, keep=True)
-
-    def release_text_encoder(self) -> None:
-        """Free the text encoders' memory; from then on only prompts whose embeddings are kept can be used."""
-        self._negative_embedding(keep=True)
-        for name in self.family.text_encoders:
-            setattr(self, name, None)
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw standard Gaussian latents, float32 `(batch_size, C, H, W)`, on the generator's device, and move them."""
@@ -226,11 +199,11 @@ class PipelineModel(DiffusionModel):
                 "it with trainable: lora"
             )
         file = lora_files.read(path, self.family, self.denoiser)
-        lora_files.check_layers(self.denoiser, file)
+        lora_copy.check_layers(self.denoiser, file)
         if self.lora is None:
             self.lora = LoRA(file.rank, target_modules=file.layers)
             self.lora.attach(self.denoiser)
-        lora_files.copy_into(self.denoiser, file)
+        lora_copy.copy_into(self.denoiser, file)
 
     def save_pipeline(
         self,
@@ -263,22 +236,8 @@ class PipelineModel(DiffusionModel):
         """
 
     @abstractmethod
-    def _embed(self, prompt: str) -> Mapping[str, Tensor]:
-        """Embed one prompt: what `_network` is given, by name and without a batch dimension."""
-
-    @abstractmethod
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Call the denoiser with `x` and conditioning in its dtype, and `time`, a scalar."""
-
-    def _embed_negative(self, prompt: str) -> Mapping[str, Tensor]:
-        """Embed the negative prompt."""
-        return self._embed(prompt)
-
-    def _collate(self, embeddings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
-        """Stack the embeddings of single prompts; a family whose embeddings differ in shape overrides it."""
-        return Conditioning(
-            {name: torch.stack([each[name] for each in embeddings]).to(self.device) for name in embeddings[0]}
-        )
 
     def _precisions(self, dtype: Precision) -> dict[str, torch.dtype]:
         """Return the precision of each network's weights."""
@@ -300,23 +259,6 @@ class PipelineModel(DiffusionModel):
         dtype = self._weight.dtype
         time = torch.full((), self.schedule.network_time(t), device=x.device)
         return self._network(x.to(dtype), time, conditioning.to(dtype)).to(x.dtype)
-
-    def _embedding(self, prompt: str, keep: bool = False) -> Mapping[str, Tensor]:
-        return self._cached(("prompt", prompt), lambda: self._embed(prompt), keep)
-
-    def _negative_embedding(self, keep: bool = False) -> Mapping[str, Tensor]:
-        prompt = self.guidance.negative_prompt
-        return self._cached(("negative", prompt), lambda: self._embed_negative(prompt), keep)
-
-    def _cached(self, key: tuple[str, str], embed: Any, keep: bool) -> Mapping[str, Tensor]:
-        encoder = next((each for name in self.family.text_encoders if (each := getattr(self, name)) is not None), None)
-        if encoder is None and key not in self._cache:
-            raise RuntimeError(
-                f"the text encoder was released and {key[1]!r} has no embedding; pass every prompt, those of "
-                "validation and of the sample logger too, to precompute() before release_text_encoder()"
-            )
-        device = "cpu" if encoder is None else next(encoder.parameters()).device.type
-        return self._cache.get(key, embed, device, keep)
 
     def _denoiser_names(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
         prefix = f"{self.family.denoiser}."

@@ -129,7 +129,8 @@ class StableDiffusion3(PipelineModel):
         if self.text_encoder_3 is None:
             return like.new_zeros(self.max_sequence_length, width)
         ids = tokens(self.tokenizers[2], prompt, self.max_sequence_length).input_ids
-        return self.text_encoder_3(ids.to(like.device))[0][0].to(like)
+        states: Tensor = self.text_encoder_3(ids.to(like.device))[0][0]
+        return states.to(like)
 
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = self.transformer(

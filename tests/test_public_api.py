@@ -25,3 +25,8 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, lightning_draft; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_is_importable_before_anything_else():
+    code = "from lightning_draft import StableDiffusion"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

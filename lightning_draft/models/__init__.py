@@ -25,7 +25,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a class when it is first used: diffusers takes seconds to import."""
-    if not name.startswith("_"):
+    if name[:1].isupper():  # the name of a class; others are submodules, which Python imports itself
         module = import_module(f"{__name__}.{_MODULES.get(name, 'families')}")
         if hasattr(module, name):
             return getattr(module, name)

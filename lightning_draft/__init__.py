@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_draft.rewards.base import Prompt, Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
     from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
+    from lightning_draft.surrogates import DirectAlign, FlowBPBridge, LeapAlign
     from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _MODULES = {
     "rewards.base": ("Prompt", "Reward"),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
     "samplers": ("DDIM", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE", "Sampler"),
+    "surrogates": ("DirectAlign", "FlowBPBridge", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -59,13 +61,16 @@ __all__ = [
     "DPMSolverPlusPlus",
     "DRTune",
     "DiffusionModel",
+    "DirectAlign",
     "DraftModule",
+    "FlowBPBridge",
     "FlowEuler",
     "FlowSDE",
     "Full",
     "GroupRelative",
     "Guidance",
     "LastK",
+    "LeapAlign",
     "LeaveOneOut",
     "LoRA",
     "LowVariance",

@@ -230,7 +230,7 @@ class DRTune(Truncation):
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample with the latent attached to the stop, then predict `x_0`."""
-        _within(self.k, chain, "k")
+        self.check_steps(chain)
         early = self.m > 0
         stop = chain.num_steps - (chain.randint(1, _within(self.m, chain, "m")) if early else 0)
         trained = self.trained_steps(chain, stop + early)
@@ -243,6 +243,10 @@ class DRTune(Truncation):
     def gradient_steps(self, num_steps: int) -> int:
         """Return `k`."""
         return min(self.k, num_steps)
+
+    def check_steps(self, chain: SamplingChain) -> None:
+        """Raise `ConfigurationError` if `k` exceeds the number of sampling steps."""
+        _within(self.k, chain, "k")
 
     def trained_steps(self, chain: SamplingChain, length: int) -> set[int]:
         """Draw which of the first `length` steps are trained."""

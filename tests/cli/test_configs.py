@@ -19,6 +19,10 @@ METHODS = {
     "alignprop": "RandomSteps",
     "alignprop_paper": "RandomK",
     "drtune": "DRTune",
+    "flow_bp_sparse": "DRTune",
+    "flow_bp_bridge": "FlowBPBridge",
+    "leap_align": "LeapAlign",
+    "direct_align": "DirectAlign",
 }
 POLICIES = {
     "reinforce": ("Reinforce", "PerPromptStatistics"),

@@ -1,0 +1,155 @@
+"""Surrogate trajectories against gradients by hand: with `f = theta w x` every one of them is a short product."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_draft.surrogates as module
+from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.samplers import DDIM, FlowEuler, Sampler
+from lightning_draft.schedules import RectifiedFlow
+from lightning_draft.surrogates import DirectAlign, FlowBPBridge, LeapAlign
+from lightning_draft.testing import LinearModel
+from lightning_draft.truncation import DRTune, Truncation
+
+STEPS, THETA = 6, 0.3
+VARIANTS: list[Truncation] = [FlowBPBridge(k=3), LeapAlign(), DirectAlign()]
+battery = pytest.mark.parametrize("truncation", VARIANTS, ids=lambda t: type(t).__name__)
+
+
+def test_the_battery_is_complete() -> None:
+    members = inspect.getmembers(module, inspect.isclass)
+    shipped = {
+        member for _, member in members if issubclass(member, Truncation) and member.__module__ == module.__name__
+    }
+    assert {type(truncation) for truncation in VARIANTS} == shipped
+
+
+def flow() -> LinearModel:
+    return LinearModel(THETA, "flow", RectifiedFlow(), (2, 3))
+
+
+def chain_of(model: LinearModel, seed: int, sampler: Sampler | None = None, **options: Any) -> SamplingChain:
+    generator = torch.Generator().manual_seed(seed)
+    return SamplingChain(model, sampler or FlowEuler(STEPS), model.encode(["a", "b"]), generator=generator, **options)
+
+
+def noise() -> Tensor:
+    return torch.randn(2, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def gradient(latents: Tensor, model: LinearModel) -> float:
+    (found,) = torch.autograd.grad(latents.sum(), model.theta)
+    return found.item()
+
+
+def trajectory(chain: SamplingChain) -> list[Tensor]:
+    """Euler by hand: `x_{i+1} = (1 + (s - t) theta) x_i`."""
+    latents = [noise()]
+    for t, s in chain.grid:
+        latents.append((1 + (s - t) * THETA) * latents[-1])
+    return latents
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("bridge", [0.0, 0.5, 1.0])
+def test_flow_bp_bridge(seed: int, bridge: float) -> None:
+    model = flow()
+    truncation = FlowBPBridge(k=3, late_bias=1.0, rescale=0.5, bridge=bridge)
+    draws, chain = chain_of(flow(), seed), chain_of(model, seed)
+    trained = sorted(draws.choose([i + 1.0 for i in range(STEPS)], 3))
+    j = trained[draws.randint(1, 2)]
+    latents = truncation(chain, noise())
+    x = trajectory(chain)
+    torch.testing.assert_close(latents, x[-1])
+    assert (model.calls_with_gradient, model.calls_without_gradient) == (3, STEPS - 3)
+    dt = [s - t for t, s in chain.grid]
+    gain = 1 + 0.5 * (sum(dt) / sum(dt[i] for i in trained) - 1)
+    expected = sum(
+        gain * dt[i] * x[i].sum().item() * (1 + bridge * gain * dt[j] * THETA if i < j else 1.0) for i in trained
+    )
+    assert gradient(latents, model) == pytest.approx(expected, rel=1e-12)
+    if bridge == 0:
+        sparse = DRTune(3, m=0, late_bias=1.0, rescale=0.5)
+        assert gradient(sparse(chain_of(model, seed), noise()), model) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("discount", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("min_distance", [1e-6, 0.1, 1e9])
+def test_leap_align(seed: int, discount: float, min_distance: float) -> None:
+    model = flow()
+    chain = chain_of(model, seed)
+    k, j = chain_of(flow(), seed).choose([1.0] * STEPS, 2)
+    latents = LeapAlign(discount, min_distance)(chain, noise())
+    x, (tk, tj) = trajectory(chain), (chain.grid[k][0], chain.grid[j][0])
+    torch.testing.assert_close(latents, x[-1])
+    assert (model.calls_with_gradient, model.calls_without_gradient) == (2, STEPS)
+    to_j, to_end = (1 + (tj - tk) * THETA) * x[k], (1 - tj * THETA) * x[j]
+    distances = [(a - b).abs().mean((1, 2)).clamp(min=min_distance) for a, b in ((to_j, x[j]), (to_end, x[-1]))]
+    first = (tj - tk) * x[k]  # d y_j / d theta
+    slopes = -tj * x[j] + first * (1 - discount * tj * THETA)
+    expected = (slopes.sum((1, 2)) / sum(distances)).sum().item()
+    assert gradient(latents, model) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_direct_align(seed: int) -> None:
+    model = flow()
+    chain = chain_of(model, seed)
+    left = chain_of(flow(), seed).randint(1, STEPS - 1)
+    latents = DirectAlign()(chain, noise())
+    assert (model.calls_with_gradient, model.calls_without_gradient) == (1, STEPS)
+    t, s = chain.grid[STEPS - left]
+    x_t = (1 - t) * trajectory(chain)[-1] + t * noise()
+    torch.testing.assert_close(latents, (x_t + (s - t) * THETA * x_t - s * noise()) / (1 - s))
+    assert gradient(latents, model) == pytest.approx(((s - t) * x_t / (1 - s)).sum().item(), rel=1e-12)
+
+
+@battery
+@pytest.mark.parametrize("recompute", [Recompute(steps=True), Recompute(micro_batch_size=1)], ids=["steps", "slices"])
+def test_recomputing_changes_nothing(truncation: Truncation, recompute: Recompute) -> None:
+    for sampler, model in ((FlowEuler(STEPS), flow()), (DDIM(STEPS), LinearModel(THETA, shape=(2, 3)))):
+        plain = truncation(chain_of(model, 1, sampler), noise())
+        again = truncation(chain_of(model, 1, sampler, recompute=recompute), noise())
+        torch.testing.assert_close(again, plain, rtol=1e-13, atol=0)
+        assert gradient(again, model) == pytest.approx(gradient(plain, model), rel=1e-12)
+
+
+@battery
+def test_gradient_steps_bounds_the_calls_with_gradient(truncation: Truncation) -> None:
+    for seed in range(20):
+        model = flow()
+        truncation(chain_of(model, seed), noise())
+        assert model.calls_with_gradient == truncation.gradient_steps(STEPS)
+
+
+@battery
+def test_choices_leave_the_global_random_state_alone(truncation: Truncation) -> None:
+    before = torch.get_rng_state()
+    truncation(chain_of(flow(), 0), noise())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FlowBPBridge(k=1), "k=1 must be at least 2"),
+        (lambda: FlowBPBridge(bridge=2.0), "bridge=2.0 must be between 0 and 1"),
+        (lambda: FlowBPBridge(k=7)(chain_of(flow(), 0), noise()), "k=7 exceeds the sampler's num_steps=6"),
+        (lambda: LeapAlign(discount=-1.0), "discount=-1.0 must be between 0 and 1"),
+        (lambda: LeapAlign(min_distance=0.0), "min_distance=0.0 must be a positive number"),
+        (lambda: LeapAlign()(chain_of(flow(), 0, FlowEuler(1)), noise()), "LeapAlign needs at least 2 sampling steps"),
+        (lambda: DirectAlign(low=0), "low=0 must be at least 1"),
+        (lambda: DirectAlign(low=3, high=2), "high=2 must be at least 3; low is 3"),
+        (lambda: DirectAlign(high=9)(chain_of(flow(), 0), noise()), "high=9 must be between 1 and the sampler's"),
+    ],
+)
+def test_invalid_settings_are_configuration_errors(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()

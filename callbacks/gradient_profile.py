@@ -1,4 +1,4 @@
-"""The norm of the gradient that arrives at each step of the denoising chain."""
+"""The norm of the gradient at each step of the sampling chain."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_draft.callbacks.pictures import log_picture
 
 
 class StepGradients:
-    """A probe of a module's chains that measures the gradient arriving at every latent.
+    """A probe that measures the norm of the gradient of the loss with respect to every latent.
 
-    Latents of the same step (a chain's copies, accumulated batches) combine as the root of the sum of squares, and so
-    do those of several processes, whose gradients are averaged: the norm is that of the loss over the global batch.
+    Norms of the same step (copies, accumulated batches, processes) are combined as the root of the sum of squares. The
+    gradients of several processes are averaged, so that the norm is that of the loss over the global batch.
 
     Attributes:
-        active: Whether latents are watched.
+        active: Whether gradients are measured.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,12 @@ class StepGradients:
         self._squares: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def __call__(self, step: int, latent: Tensor) -> None:
-        """Watch `latent`, which step `step` hands on."""
+        """Measure the gradient of `latent`, which step `step` returned, once it is computed."""
         if self.active:
             latent.register_hook(lambda gradient: self._measure(step, gradient))  # type: ignore[no-untyped-call]
 
     def collect(self, trainer: L.Trainer, device: torch.device) -> dict[int, float]:
-        """The norms by step since the last call, with the gradient scaler's factor taken out; forgets them."""
+        """Return the norms by step since the last call, divided by the gradient scaler's factor, and reset them."""
         squares, self._squares = self._squares, defaultdict(list)
         if not self.active:
             return {}
@@ -52,7 +52,7 @@ class StepGradients:
 
 
 def profile_figure(profile: Mapping[int, float], step: int) -> Any:
-    """Draw the profile over the steps of the chain, on a logarithmic axis unless all are 0; a matplotlib figure."""
+    """Plot the profile over the steps of the chain, on a logarithmic axis unless all are 0; a matplotlib figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -62,8 +62,8 @@ def profile_figure(profile: Mapping[int, float], step: int) -> Any:
     axes.set(
         yscale="log" if any(value > 0 for value in profile.values()) else "linear",
         xlabel="denoising step (0 is the first)",
-        ylabel="norm of the arriving gradient",
-        title=f"optimisation step {step}",
+        ylabel="gradient norm of the latent",
+        title=f"optimizer step {step}",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -71,7 +71,7 @@ def profile_figure(profile: Mapping[int, float], step: int) -> Any:
 
 
 def log_figure(logger: Logger, key: str, profile: Mapping[int, float], step: int) -> None:
-    """Hand the profile to TensorBoard as a figure, and to other loggers that take pictures as one."""
+    """Log the profile to TensorBoard as a figure, and to other loggers as an image."""
     experiment: Any = getattr(logger, "experiment", None)
     figure = profile_figure(profile, step)
     if hasattr(experiment, "add_figure"):

@@ -1,4 +1,4 @@
-"""Models and rewards whose samples and gradients are known in closed form: doubles for your own tests.
+"""Models and rewards whose samples and gradients are known in closed form, for your own tests.
 
 >>> import torch
 >>> from lightning_draft.chain import SamplingChain
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_draft.arguments import at_least
 from lightning_draft.models.base import Conditioning, DiffusionModel, Prediction
 from lightning_draft.rewards.base import Reward
 from lightning_draft.schedules import Schedule, Spacing, VariancePreserving
@@ -32,7 +33,7 @@ def scaled_linear(
     spacing: Spacing = "trailing",
     steps_offset: int = 0,
 ) -> VariancePreserving:
-    """The schedule of Stable Diffusion 1 and 2, in float64.
+    """Build the schedule of Stable Diffusion 1 and 2, in float64.
 
     Args:
         num_train_timesteps: Length of the table. The betas are divided by `num_train_timesteps / 1000`, so that a
@@ -51,7 +52,7 @@ def scaled_linear(
 
 
 class _Double(DiffusionModel):
-    """No text encoder and no decoder: latents are images, and a prompt is the weight in its metadata."""
+    """A model without text encoder and decoder: latents are images, and a prompt is the weight in its metadata."""
 
     def __init__(self, schedule: Schedule | None, prediction: Prediction, shape: Sequence[int]) -> None:
         super().__init__()
@@ -60,16 +61,16 @@ class _Double(DiffusionModel):
         self.shape = tuple(shape)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """`weight`, `(B,)` in float64: what a `Prompt` holds under `weight` in its metadata, else 1."""
+        """Return `weight`, `(B,)` in float64: each prompt's metadata of that name, 1 by default."""
         weights = [getattr(prompt, "metadata", {}).get("weight", 1.0) for prompt in prompts]
         return Conditioning({"weight": torch.tensor(weights, dtype=torch.float64)})
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard Gaussian, float32 `(batch_size, *shape)`."""
+        """Draw standard Gaussian latents, float32 `(batch_size, *shape)`."""
         return torch.randn(batch_size, *self.shape, generator=generator, dtype=torch.float32)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The latents themselves, in their own dtype, so that finite differences can be taken in float64."""
+        """Return the latents in their own dtype, so that finite differences can be taken in float64."""
         return latents
 
 
@@ -105,7 +106,7 @@ class LinearModel(_Double):
         self.calls_without_gradient = 0
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """`theta w x`, in the dtype of `x`."""
+        """Return `theta w x`, in the dtype of `x`."""
         if torch.is_grad_enabled():
             self.calls_with_gradient += 1
         else:
@@ -115,7 +116,7 @@ class LinearModel(_Double):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context theta has its initial value."""
+        """Within this context `theta` has its initial value."""
         before, self._in_base = self._in_base, True
         try:
             yield
@@ -141,13 +142,11 @@ class GaussianModel(_Double):
         shape: Sequence[int] = (3, 4, 4),
     ) -> None:
         super().__init__(schedule, "sample", shape)
-        if std < 0:
-            raise ValueError(f"std={std} must not be negative")
         self.mean = mean
-        self.std = std
+        self.std = at_least("std", std, 0)
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """The posterior mean of `x_0` given `x_t = x`."""
+        """Return the posterior mean of `x_0` given `x_t = x`."""
         alpha, sigma = self.schedule.coefficients(t)
         gain = self.std**2 * alpha / (alpha**2 * self.std**2 + sigma**2)
         return self.mean + gain * (x - alpha * self.mean)
@@ -158,12 +157,12 @@ class GaussianModel(_Double):
         yield
 
     def marginal(self, t: float) -> tuple[float, float]:
-        """Mean and standard deviation of `x_t`; a negative `t` is the end of the chain."""
+        """Return mean and standard deviation of `x_t`; a negative `t` is the end of the chain."""
         alpha, sigma = self.schedule.coefficients(t)
         return alpha * self.mean, math.sqrt(alpha**2 * self.std**2 + sigma**2)
 
     def transport(self, x: Tensor, t: float, s: float) -> Tensor:
-        """Where the probability-flow ODE takes `x` from `t` to `s`: deterministic samplers converge to it."""
+        """Return where the probability-flow ODE takes `x` from `t` to `s`; deterministic samplers converge to it."""
         (mean_t, std_t), (mean_s, std_s) = self.marginal(t), self.marginal(s)
         return mean_s + std_s / std_t * (x - mean_t)
 
@@ -180,7 +179,7 @@ class ConstantReward(Reward):
         self.value = value
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """`value`, `(B,)`."""
+        """Return `value`, `(B,)`."""
         return self.value + 0 * images.flatten(1).sum(1)
 
 
@@ -198,5 +197,5 @@ class LinearReward(Reward):
         self.bias = bias
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Linear in the mean pixel, `(B,)`."""
+        """Return `weight * mean pixel + bias`, `(B,)`."""
         return self.weight * images.flatten(1).mean(1) + self.bias

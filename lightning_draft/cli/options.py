@@ -10,7 +10,7 @@ import lightning_draft.losses  # noqa: F401
 import lightning_draft.objectives  # noqa: F401
 import lightning_draft.rewards  # noqa: F401
 import lightning_draft.samplers  # noqa: F401
-import lightning_draft.surrogates
+import lightning_draft.surrogates  # noqa: F401
 import lightning_draft.truncation  # noqa: F401
 from lightning_draft import callbacks
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS

@@ -285,7 +285,7 @@ def test_a_logger_without_figures_gets_a_picture(make_module, make_trainer, data
 def test_the_axis_is_logarithmic():
     axes = profile_figure({0: 100.0, 1: 1.0}, step=7).axes[0]
     assert axes.get_yscale() == "log"
-    assert axes.get_title() == "optimisation step 7"
+    assert axes.get_title() == "optimizer step 7"
 
 
 @pytest.mark.filterwarnings("error")

@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
     scored = [_score(number, built, options) for number in range(len(options.folders))]
     if len(scored) == 2:
         names = [Path(folder).name or folder for folder in options.folders]
-        text = report(compare(*scored), names[0], names[1])
+        text = report(compare(scored[0], scored[1]), names[0], names[1])
         (Path(options.output) / "comparison.md").write_text(text, encoding="utf-8")
         print(text, end="")
     return 0

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how much people like a picture, whatever it shows.
+"""LAION's aesthetic predictors: how people rate a picture, regardless of the prompt.
 
 References:
     github.com/LAION-AI/aesthetic-predictor (v1); github.com/christophschuhmann/improved-aesthetic-predictor (v2);
@@ -42,21 +42,20 @@ _LAYERS = {"v1": ("",), "v2": ("layers.0.", "layers.2.", "layers.4.", "layers.6.
 
 
 class AestheticScore(Reward):
-    """A mean rating that people would give, on a scale of 1 to 10, linear in CLIP's unit image embedding.
+    """`w e + b` with CLIP's image embedding `e` of length 1: a mean human rating on a scale of 1 to 10.
 
-    Version 2 is a network of five linear layers with nothing between them: it is collapsed to the one affine map that
-    it is. Photographs and generated pictures score about 4 to 7; scores lie within 5.24 +- 18.0 for version 2 and
-    3.53 +- 28.5 for version 1. The prompt is not looked at.
+    Version 2 is a network of five linear layers without non-linearities; they are multiplied out to one affine map.
+    Photographs and generated pictures score about 4 to 7; scores lie within 5.24 +- 18.0 for version 2 and
+    3.53 +- 28.5 for version 1. The prompt is not read.
 
     Args:
         version: `v2` (`sac+logos+ava1-l14-linearMSE`) or `v1` (`sa_0_4_vit_l_14_linear`).
         pretrained: Folder or hub id of the transformers CLIP whose embedding is scored.
-        head: File of the predictor, or the folder it lies in; None for the hub's cache, or the hub. The hub does not
-            have that of version 1.
+        head: File of the predictor, or its folder; None for the hub's cache or a download. Version 1 is not on the hub.
         dtype: Precision of CLIP's frozen weights.
 
     Raises:
-        ConfigurationError: The version is not known, or CLIP or the predictor cannot be had, or do not fit.
+        ConfigurationError: The version is not known, or a file is missing, damaged or of another size.
     """
 
     def __init__(
@@ -86,22 +85,22 @@ class AestheticScore(Reward):
 
 
 def collapse(tensors: Mapping[str, Tensor], layers: Sequence[str], source: Path | str) -> nn.Linear:
-    """The one affine map that a chain of linear layers is, multiplied out in double precision.
+    """Multiply a chain of linear layers out to one affine map, in double precision.
 
     Args:
         tensors: `{layer}weight` and `{layer}bias` of each layer, and nothing else.
-        layers: Their prefixes, first to last.
+        layers: Prefixes of the layers, first to last.
         source: Where the tensors come from, for messages.
 
     Raises:
-        ConfigurationError: There are other layers, or they do not fit onto each other, or to one number.
+        ConfigurationError: There are other layers, or their sizes do not match, or the output is not one number.
     """
     names = {f"{layer}{kind}" for layer in layers for kind in ("weight", "bias")}
     if tensors.keys() != names:
-        unlike = ", ".join(sorted(tensors.keys() ^ names)[:3])
+        different = ", ".join(sorted(tensors.keys() ^ names)[:3])
         raise ConfigurationError(
-            f"{source} does not fit: it differs in {unlike} from a chain of {len(layers)} linear layers; give the file "
-            "that the reward names"
+            f"{source} does not fit: it differs in {different} from {len(layers)} linear layers; give the file that "
+            "the reward names"
         )
     try:
         weight, bias = (tensors[f"{layers[0]}{kind}"].double() for kind in ("weight", "bias"))
@@ -119,7 +118,7 @@ def collapse(tensors: Mapping[str, Tensor], layers: Sequence[str], source: Path 
 
 
 def _published(version: str, head: str | None) -> PublishedFile:
-    """The file that is meant: the author's, where that is what lies there."""
+    """Return the file to expect: the author's original if it lies there, else the copy on the hub."""
     original = head is not None and (Path(head).expanduser() / AESTHETIC_ORIGINAL.name).is_file()
     named = head is not None and Path(head).name == AESTHETIC_ORIGINAL.name
     return AESTHETIC_ORIGINAL if version == "v2" and (original or named) else AESTHETIC_FILES[version]

@@ -16,16 +16,16 @@ _EXPECTED = "an image classifier as transformers saves it, such as google/vit-ba
 
 
 class ClassifierTarget(Reward):
-    """`log p(target | image)` of any image classifier of transformers, at most 0; a guess is `-log(labels)`.
+    """`log p(target | image)` of an image classifier of transformers, at most 0; chance is `-log(number of labels)`.
 
     Args:
         pretrained: Folder or hub id, such as `google/vit-base-patch16-224` or `microsoft/resnet-50`.
-        target: Name or number of the label; by default each prompt's metadata `target`. ImageNet's labels of several
-            names are found by each of them.
+        target: Name or number of the label; by default each prompt's metadata `target`. A label of several names,
+            as in ImageNet, is found by each of them.
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: There is no classifier, or it does not know the label.
+        ConfigurationError: The classifier cannot be read, or has no such label.
     """
 
     def __init__(self, pretrained: str, target: str | int | None = None, dtype: Precision = "float32") -> None:

@@ -1,4 +1,4 @@
-"""Rewards from CLIP: similarity to the prompt, and the prompt against other captions.
+"""Rewards from CLIP: similarity to the prompt, and classification of the prompt among captions.
 
 References:
     Radford et al., arXiv:2103.00020; Hessel et al., arXiv:2104.08718 (CLIPScore, equation 1).
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.clip_encoder import CLIPEncoder, Precision
-from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.clip_encoder import CLIPEncoder
+from lightning_draft.rewards.precision import Precision, full_precision
 from lightning_draft.rewards.targets import target_values
 
 
 class CLIPScore(Reward):
-    """Cosine between the CLIP features of image and prompt, in [-1, 1]; the prompt is taken as it is, without a prefix.
+    """Cosine between the CLIP features of image and prompt, in [-1, 1]; the prompt gets no prefix.
 
-    OpenAI's models score matching photographs about 0.25 to 0.35 and unrelated ones 0.1 to 0.2.
+    OpenAI's models give about 0.25 to 0.35 for matching photographs and 0.1 to 0.2 for others.
 
     Args:
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
@@ -29,7 +29,7 @@ class CLIPScore(Reward):
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: The variant is not known, or there is no CLIP.
+        ConfigurationError: The variant is not known, or the CLIP cannot be read.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class CLIPScore(Reward):
 
 
 class CLIPClassification(Reward):
-    """Log-probability of the prompt among captions: CLIP's own softmax, `log p(prompt | image)`, at most 0.
+    """`log p(prompt | image)` by CLIP's softmax over captions, `s_prompt - logsumexp(s)`, at most 0.
 
-    Against the captions the reward cannot rise by what pleases CLIP with any text, which a plain cosine does. The
-    candidates are the captions and the prompt; where the prompt is one of them, up to case and spaces, it counts once.
-    An image that says nothing scores about `-log(N)` for N candidates.
+    `s` are cosines times CLIP's logit scale. Unlike the cosine, the reward does not rise if the similarity to all texts
+    rises. The candidates are the captions and the prompt; a caption that equals the prompt up to case and spaces
+    counts once. Chance is `-log(N)` for N candidates.
 
     Args:
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
         captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
         dtype: Precision of the frozen weights.
-        column: Key of the prompts' metadata under which the caption to recognize stands; by default it is the prompt.
+        column: Metadata of the prompt that holds the correct caption; by default the prompt itself.
 
     Raises:
-        ConfigurationError: There are no captions, or there is no CLIP.
+        ConfigurationError: There are no captions, or the CLIP cannot be read.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class CLIPClassification(Reward):
         return own - torch.cat([own.unsqueeze(1), others], 1).logsumexp(1)
 
     def logits(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Scaled cosines with the prompts `(B,)` and with the captions `(B, N)`, -inf where a caption is the prompt."""
+        """Return scaled cosines with prompts `(B,)` and captions `(B, N)`, -inf where a caption equals the prompt."""
         if self.column is not None:
             prompts = target_values(prompts, self.column, None, type(self).__name__)
         with full_precision(images):
@@ -94,13 +94,15 @@ class CLIPClassification(Reward):
 
 
 class CaptionRetrieval(CLIPClassification):
-    """1 where CLIP prefers the prompt to every other caption, else 0; the mean is the retrieval rate. Black box.
+    """1 if the prompt is more similar to the image than every other caption, else 0. Black box.
+
+    The mean over images is the top-1 retrieval accuracy.
 
     Args:
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
         captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
         dtype: Precision of the frozen weights.
-        column: Key of the prompts' metadata under which the caption to recognize stands; by default it is the prompt.
+        column: Metadata of the prompt that holds the correct caption; by default the prompt itself.
     """
 
     differentiable = False
@@ -113,5 +115,5 @@ class CaptionRetrieval(CLIPClassification):
 
 
 def _key(caption: str) -> str:
-    """What CLIP's tokenizers make no difference within."""
+    """Return the caption without the differences that CLIP's tokenizers ignore."""
     return " ".join(caption.lower().split())

@@ -1,4 +1,4 @@
-"""CLIP of transformers as a frozen, differentiable feature extractor that reads its own preprocessing."""
+"""CLIP models of transformers as frozen, differentiable encoders with the preprocessing of their own configuration."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _EXPECTED = (
 
 
 class ImageEncoder(nn.Module):
-    """The image tower of a CLIP, frozen; features have length 1.
+    """Frozen image encoder of a CLIP; features have length 1.
 
     Args:
         model: A `CLIPVisionModelWithProjection` of transformers.
@@ -41,14 +41,14 @@ class ImageEncoder(nn.Module):
 
     @classmethod
     def load(cls, pretrained: str, dtype: Precision = "float32") -> Self:
-        """Read the image tower of a transformers `CLIPModel`, and its image processor.
+        """Read the image encoder of a transformers `CLIPModel`, and its image processor.
 
         Args:
             pretrained: Folder or hub id, or the shipped name `emoji-clip`.
             dtype: Precision of the weights.
 
         Raises:
-            ConfigurationError: Nothing is there, or it is not a CLIP, or it is incomplete.
+            ConfigurationError: The model is missing, incomplete, or not a CLIP.
         """
         from transformers import CLIPVisionModelWithProjection
 
@@ -61,7 +61,7 @@ class ImageEncoder(nn.Module):
         return cls(model, Preprocessing.from_config(processor), dtype)
 
     def images(self, images: Tensor) -> Tensor:
-        """Features `(B, D)` of images `(B, 3, H, W)` in [0, 1], with their gradient."""
+        """Encode images `(B, 3, H, W)` in [0, 1] to features `(B, D)`, with gradient."""
         with full_precision(images) as x:
             return F.normalize(self._features(self.preprocess(x).to(self.model.dtype)).to(x.dtype), dim=-1)
 
@@ -71,7 +71,7 @@ class ImageEncoder(nn.Module):
 
 
 class CLIPEncoder(ImageEncoder):
-    """The two towers of a CLIP, frozen; features have length 1.
+    """Frozen image and text encoder of a CLIP; features have length 1.
 
     Args:
         model: A `CLIPModel` of transformers.
@@ -80,7 +80,7 @@ class CLIPEncoder(ImageEncoder):
         dtype: Precision of the weights; features come in the precision of the images, at least float32.
 
     Attributes:
-        logit_scale: The factor of cosines that the model was trained with.
+        logit_scale: Factor of the cosines in the training loss.
 
     Raises:
         ConfigurationError: The precision is not known.
@@ -89,7 +89,7 @@ class CLIPEncoder(ImageEncoder):
     def __init__(
         self, model: Any, tokenizer: Any, preprocess: Callable[[Tensor], Tensor], dtype: Precision = "float32"
     ) -> None:
-        logit_scale = float(model.logit_scale.detach().float().exp())  # bfloat16 would move it by a hundredth
+        logit_scale = float(model.logit_scale.detach().float().exp())  # before the cast: bfloat16 changes it by 1 %
         super().__init__(model, preprocess, dtype)
         self.logit_scale = logit_scale
         self.tokenizer = tokenizer
@@ -103,10 +103,10 @@ class CLIPEncoder(ImageEncoder):
         Args:
             pretrained: Folder or hub id, or the shipped name `emoji-clip`.
             dtype: Precision of the weights.
-            processor: Where the tokenizer and the image processor are; None if they are beside the model.
+            processor: Folder or hub id of the tokenizer and image processor; None if they are with the model.
 
         Raises:
-            ConfigurationError: Nothing is there, or it is not a CLIP, or it is incomplete.
+            ConfigurationError: The model is missing, incomplete, or not a CLIP.
         """
         from transformers import CLIPModel
 
@@ -117,7 +117,7 @@ class CLIPEncoder(ImageEncoder):
         return cls(model, tokenizer, Preprocessing.from_config(config), dtype)
 
     def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine `(B,)` of each image `(B, 3, H, W)` with its prompt, in [-1, 1]."""
+        """Compute the cosine `(B,)` of each image `(B, 3, H, W)` with its prompt, in [-1, 1]."""
         with full_precision(images):
             features = self.images(images)
             return (features * self.texts(prompts).to(features)).sum(-1)
@@ -127,7 +127,7 @@ class CLIPEncoder(ImageEncoder):
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features `(N, D)` of texts, without a graph; each text is encoded once."""
+        """Encode texts to features `(N, D)`, without gradient; features are cached."""
         keys = [str(text) for text in texts]
         known = {key: self._texts[key] for key in keys if key in self._texts}
         unknown = [key for key in dict.fromkeys(keys) if key not in known]
@@ -143,28 +143,28 @@ class CLIPEncoder(ImageEncoder):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        # transformers 4 builds its masks in the default precision, whatever that of the model.
+        # transformers 4 builds its masks in the default dtype, whatever the model's.
         with full_precision(self.model.logit_scale) as precision, default_dtype(precision.dtype):
-            # in which transformers 4 builds masks
             features = self.model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
             return F.normalize(_tensor(features).to(precision.dtype), dim=-1)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Forget the features when the weights move or change their precision."""
+        """Clear the cached features when the weights change their device or precision."""
         self._texts.clear()
-        return super()._apply(fn, recurse)
+        module: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return module
 
 
 def _tensor(output: Any) -> Tensor:
-    """Features as transformers 4 (a tensor) and 5 (an object) return them."""
+    """Return the features from the output of transformers 4 (a tensor) or 5 (an object)."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
 
 
 def read_tokenizer(source: Path | str) -> Any:
-    """The tokenizer in a folder or at a hub id.
+    """Read the tokenizer of a folder or hub id.
 
     Raises:
         OSError: There is none.
@@ -185,7 +185,7 @@ def _clip_config(source: Path | str) -> Any:
 
 
 def _image_processor(source: Path | str) -> dict[str, Any]:
-    """The image processor's configuration, from its own file (transformers 4) or the processor's (5)."""
+    """Read the image processor's configuration, from its own file (transformers 4) or the processor's (5)."""
     from transformers.utils import cached_file
 
     for name in ("preprocessor_config.json", "processor_config.json"):

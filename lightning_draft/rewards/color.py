@@ -1,4 +1,4 @@
-"""Rewards in closed form: examples, and monitors of reward hacking."""
+"""Closed-form rewards of color, symmetry and sharpness: examples, and monitors of reward hacking."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,10 +15,10 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Brightness(Reward):
-    """`-(mean pixel - target)^2`, in [-1, 0] for images in [0, 1].
+    """`-(mean(x) - target)^2` with the mean over pixels and channels, in [-1, 0] for images in [0, 1].
 
     Args:
-        target: The mean over pixels and channels to reach; 0 is black, 1 is white.
+        target: Mean to reach; 0 is black, 1 is white.
     """
 
     def __init__(self, target: float = 0.5) -> None:
@@ -32,14 +32,14 @@ class Brightness(Reward):
 
 
 class ColorTarget(Reward):
-    """Minus the mean squared distance of every pixel to one color, in [-1, 0] for images and colors in [0, 1].
+    """`-mean((x - color)^2)` over pixels and channels, in [-1, 0] for images and colors in [0, 1].
 
-    The best image is a uniform one. To steer the average color only, see `ColorBalance`.
+    The maximum is an image of one color. `ColorBalance` changes the average color only.
 
     Args:
-        red: Red part of the color.
-        green: Green part.
-        blue: Blue part.
+        red: Red channel of the color.
+        green: Green channel.
+        blue: Blue channel.
     """
 
     def __init__(self, red: float = 1.0, green: float = 0.0, blue: float = 0.0) -> None:
@@ -55,7 +55,7 @@ class ColorTarget(Reward):
 class ColorBalance(Reward):
     """`red R + green G + blue B` of the mean color; by default redness, in [-1, 1] for images in [0, 1].
 
-    Linear and therefore without an optimum inside [0, 1]: combine it with another reward or a saturating loss.
+    The reward is linear and has no maximum inside [0, 1]: combine it with another reward or a threshold.
 
     Args:
         red: Weight of the mean red.
@@ -74,9 +74,9 @@ class ColorBalance(Reward):
 
 
 class ColorSaturation(Reward):
-    """Mean over pixels of the deviation between channels: 0 for grays, 1 for pure red or yellow, in [0, 1].
+    """Mean over pixels of the channels' standard deviation, scaled to [0, 1]: 0 for gray, 1 for pure red or yellow.
 
-    The deviation `s` is smoothed to `sqrt(s^2 + 0.001^2) - 0.001`, whose gradient is 0 and finite at gray.
+    The standard deviation `s` is smoothed to `sqrt(s^2 + 0.001^2) - 0.001`, whose gradient is 0 and finite at gray.
     """
 
     SMOOTHING = 1e-3
@@ -90,7 +90,7 @@ class ColorSaturation(Reward):
 
 
 class Symmetry(Reward):
-    """Minus the mean squared difference between the image and its mirror image, in [-1, 0] for images in [0, 1].
+    """`-mean((x - mirror(x))^2)`, in [-1, 0] for images in [0, 1].
 
     Args:
         axis: `horizontal` compares left with right, `vertical` compares top with bottom.
@@ -116,10 +116,10 @@ class Symmetry(Reward):
 
 
 class Sharpness(Reward):
-    """Laplacian energy: mean square of the 4-neighbour Laplacian of the luma, border left out.
+    """`mean((L * luma)^2)` with the 4-neighbor Laplacian `L`, without the border.
 
     0 for flat images and linear ramps, at most 16 (a checkerboard of single pixels) for images in [0, 1]; photographs
-    lie between 0.001 and 0.1. Noise scores high: combine it.
+    have 0.001 to 0.1. Noise scores high: combine it with another reward.
     """
 
     KERNEL = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))

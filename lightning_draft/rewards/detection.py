@@ -1,8 +1,8 @@
-"""Rewards from object detectors: an object is there, is not there, or is there so many times.
+"""Rewards from object detectors: an object is present, is absent, or occurs a given number of times.
 
-Each of a detector's Q boxes holds the object with probability `p = sigmoid(l)`. The differentiable rewards are made of
-the logits `l` themselves: post-processing drops what lies below a threshold, and with it the gradient that could raise
-it. `DetectedCount` is what post-processing counts.
+Each of a detector's Q boxes holds the object with probability `p = sigmoid(l)`. The differentiable rewards use the
+logits `l`, because post-processing drops boxes below a threshold together with their gradient. `DetectedCount` counts
+the boxes after post-processing.
 """
 
 import math
@@ -25,18 +25,18 @@ QUERY = "a photo of a {}"
 class ObjectPresent(Reward):
     """Log-probability that at least one box holds the object, `log(1 - prod(1 - sigmoid(l)))`, at most 0.
 
-    RT-DETR and its kin, and Deformable DETR where it refines boxes, cut the gradient at their proposals inside the
-    network, so that a part of it is missing; with the others it is whole.
+    RT-DETR and related models, and Deformable DETR with box refinement, detach their box proposals inside the network,
+    so that a part of the gradient is missing; for other detectors it is complete.
 
     Args:
-        pretrained: Folder or hub id of an OWL-ViT or OWLv2, which are asked in words, or of a detector of the DETR
-            family (YOLOS, RT-DETR, DETR, ...), which knows its labels.
+        pretrained: Folder or hub id of an OWL-ViT or OWLv2, which take text queries, or of a detector of the DETR
+            family (YOLOS, RT-DETR, DETR, ...), which has fixed labels.
         object: What to look for; by default each prompt's metadata `object`.
-        query: How a detector is asked in words; `{}` is the object.
+        query: Text query of OWL-ViT and OWLv2; `{}` is the object.
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: There is no detector, or it does not know the object.
+        ConfigurationError: The detector cannot be read, or has no such label.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ObjectPresent(Reward):
         return self.score(self.detector(images, self.objects(prompts)), prompts)
 
     def objects(self, prompts: Sequence[str]) -> list[str]:
-        """What to look for in the image of each prompt."""
+        """Return the object of each prompt."""
         return target_values(prompts, "object", self.object, type(self).__name__)
 
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -66,12 +66,12 @@ class ObjectAbsent(ObjectPresent):
 
     Args:
         pretrained: Folder or hub id of an OWL-ViT, OWLv2 or detector of the DETR family.
-        object: What must not be there; by default each prompt's metadata `object`.
-        query: How a detector is asked in words; `{}` is the object.
+        object: Object that must be absent; by default each prompt's metadata `object`.
+        query: Text query of OWL-ViT and OWLv2; `{}` is the object.
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: There is no detector, or it does not know the object.
+        ConfigurationError: The detector cannot be read, or has no such label.
     """
 
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -82,21 +82,21 @@ class ObjectAbsent(ObjectPresent):
 class ObjectCount(ObjectPresent):
     """`-(soft count - count)^2`, at most 0; the soft count is `sum sigmoid((l - logit(threshold)) / temperature)`.
 
-    With the default threshold and temperature the soft count is the expected number of boxes, `sum sigmoid(l)`. OWL's
-    hundreds of boxes add up in the background: there a threshold of 0.1, its own, and a temperature of 0.2 or so keep
-    them out. As the temperature goes to 0, so does the difference from the number that post-processing counts.
+    With the default threshold and temperature the soft count is the expected number of boxes, `sum sigmoid(l)`. OWL has
+    hundreds of background boxes whose small probabilities add up: a threshold of 0.1 and a temperature of about 0.2
+    exclude them. As the temperature goes to 0, the soft count becomes the number that post-processing counts.
 
     Args:
         pretrained: Folder or hub id of an OWL-ViT, OWLv2 or detector of the DETR family.
         object: What to count; by default each prompt's metadata `object`.
-        count: How many there should be; by default each prompt's metadata `count`.
-        threshold: Score at which a box counts half, between 0 and 1.
-        temperature: Width of the step in units of the logit, above 0.
-        query: How a detector is asked in words; `{}` is the object.
+        count: Number to reach; by default each prompt's metadata `count`.
+        threshold: Probability at which a box counts as one half, between 0 and 1.
+        temperature: Width of the sigmoid in units of the logit, above 0.
+        query: Text query of OWL-ViT and OWLv2; `{}` is the object.
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: There is no detector, it does not know the object, or a number is out of its range.
+        ConfigurationError: The detector cannot be read, has no such label, or a number is out of its range.
     """
 
     def __init__(
@@ -120,28 +120,28 @@ class ObjectCount(ObjectPresent):
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
         """Logits `(B, Q)` to `(B,)`."""
         middle = torch.special.logit(logits.new_tensor(self.threshold))
-        found = ((logits - middle) / self.temperature).sigmoid().sum(-1)
+        found: Tensor = ((logits - middle) / self.temperature).sigmoid().sum(-1)
         return -((found - target_counts(prompts, self.count, type(self).__name__).to(found)) ** 2)
 
 
 class DetectedCount(Reward):
-    """How many boxes the detector's own post-processing keeps; black box.
+    """Number of boxes that the detector's own post-processing keeps. Black box.
 
-    Images are rounded to 256 levels first: it is the saved picture that is counted in.
+    Images are rounded to 256 levels first, as in a saved picture.
 
     Args:
         pretrained: Folder or hub id of an OWL-ViT, OWLv2 or detector of the DETR family.
         object: What to count; by default each prompt's metadata `object`.
         score: `number`: the number of boxes, at least 0, for evaluation. `error`: `-(number - count)^2`, at most 0, for
             training with policy gradients.
-        count: How many there should be, where the score is `error`; by default each prompt's metadata `count`.
+        count: Number to reach with `error`; by default each prompt's metadata `count`.
         threshold: Score above which a box counts; by default 0.1 for OWL-ViT and OWLv2 and 0.5 for the others, as in
             transformers.
-        query: How a detector is asked in words; `{}` is the object.
+        query: Text query of OWL-ViT and OWLv2; `{}` is the object.
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: There is no detector, it does not know the object, or an option is not known.
+        ConfigurationError: The detector cannot be read, has no such label, or an option is not known.
     """
 
     differentiable = False
@@ -181,9 +181,9 @@ class DetectedCount(Reward):
 
 
 def log_probability_any(logits: Tensor) -> Tensor:
-    """`log(1 - prod(1 - sigmoid(l)))` over the last dimension, and its gradient, from certainty down to `exp(l)` = 0.
+    """Compute `log(1 - prod(1 - sigmoid(l)))` over the last dimension, accurate for all logits.
 
-    With `s = sum softplus(l)` it is `log(1 - exp(-s))`, which takes one form for each range of `s`.
+    With `s = sum softplus(l)` it is `log(1 - exp(-s))`, evaluated by one of three formulas depending on `s`.
     """
     s = F.softplus(logits).sum(-1)
     likely, rare = s > math.log(2), s < 1e-12
@@ -193,10 +193,10 @@ def log_probability_any(logits: Tensor) -> Tensor:
 
 
 def target_counts(prompts: Sequence[str], own: float | None, reward: str) -> Tensor:
-    """How many objects each image should show, `(B,)` float64.
+    """Return the wanted number of objects of each image, float64 `(B,)`.
 
     Raises:
-        ConfigurationError: A prompt's is not a number.
+        ConfigurationError: The number of a prompt is missing or no number.
     """
     found = target_values(prompts, "count", own, reward)
     try:

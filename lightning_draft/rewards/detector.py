@@ -1,4 +1,4 @@
-"""Object detectors of transformers as frozen, differentiable sources of logits."""
+"""Object detectors of transformers as frozen, differentiable networks that return logits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Detector(nn.Module, ABC):
     """
 
     threshold: float
-    """The score from which transformers' post-processing of this kind of detector counts by default."""
+    """Default score threshold of transformers' post-processing for this kind of detector."""
 
     def __init__(self, model: Any, processor: Any, dtype: Precision) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Detector(nn.Module, ABC):
         self.pixels = PixelValues(processor.to_dict())
 
     def forward(self, images: Tensor, objects: Sequence[Any]) -> Tensor:
-        """Log-odds `(B, Q)` that each of Q boxes holds the object of its image.
+        """Compute the log-odds `(B, Q)` that each of Q boxes holds the object of its image.
 
         Args:
             images: `(B, 3, H, W)` in [0, 1].
@@ -48,22 +48,22 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
-        """The same, of what the network takes."""
+        """Compute the log-odds `(B, Q)` from the network's input."""
 
     def check(self, name: str) -> None:
-        """Check that the detector knows an object.
+        """Check that the detector has a label of this name.
 
         Raises:
-            ConfigurationError: It does not.
+            ConfigurationError: It has none.
         """
 
     @abstractmethod
     def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
-        """How many boxes of each image transformers' post-processing keeps for its object, `(B,)`."""
+        """Count the boxes of each image's object that transformers' post-processing keeps, `(B,)`."""
 
 
 class TextDetector(Detector):
-    """OWL-ViT or OWLv2: an object is asked for in words.
+    """OWL-ViT or OWLv2: objects are given by text.
 
     Args:
         model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection`.
@@ -81,12 +81,12 @@ class TextDetector(Detector):
         self.query = query
 
     def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
-        """The class head without its query mask, which casts to float32."""
+        """Apply the class head without its query mask, which would cast to float32."""
         return self._patches(pixels, objects)[0]
 
     @torch.no_grad()
     def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
-        """Boxes whose score is above the threshold; OWL's post-processing suppresses no overlapping ones."""
+        """Count boxes above the threshold; OWL's post-processing does not suppress overlapping ones."""
         with full_precision(images) as x:
             logits, features, grid = self._patches(self.pixels(x).to(self.model.dtype), objects)
             output = SimpleNamespace(logits=logits.unsqueeze(-1), pred_boxes=self.model.box_predictor(features, grid))
@@ -101,12 +101,12 @@ class TextDetector(Detector):
 
     @torch.no_grad()
     def _queries(self, objects: Sequence[Any]) -> Tensor:
-        """Features of the questions, `(B, 1, D)`."""
+        """Encode the text queries to features `(B, 1, D)`."""
         texts = [self.query.replace("{}", str(name)) for name in objects]
         length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         # Attention is causal and the feature is that of the end token, so what pads the text behind it needs no mask.
-        with default_dtype(self.model.dtype):  # transformers 4 makes the causal mask in it
+        with default_dtype(self.model.dtype):  # the dtype of the causal mask in transformers 4
             features = self.model.base_model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device))
         features = features if isinstance(features, Tensor) else features.pooler_output
         return nn.functional.normalize(features, dim=-1).unsqueeze(1)
@@ -133,18 +133,19 @@ class LabelDetector(Detector):
         self.labels.number(name)
 
     def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
-        """The logit itself of a detector trained with a sigmoid; that of `p / (1 - p)` with a softmax."""
+        """Return the logit of a detector with sigmoid outputs, `log(p / (1 - p))` of one with a softmax."""
         scores = self.model(pixel_values=pixels).logits
         numbers = torch.tensor([self.labels.number(name) for name in objects], device=scores.device)
         column = numbers.view(-1, 1, 1).expand(-1, scores.shape[1], 1)
-        own = scores.gather(-1, column).squeeze(-1)
+        own: Tensor = scores.gather(-1, column).squeeze(-1)
         if scores.shape[-1] == len(self.labels.names):
             return own
-        return own - scores.scatter(-1, column, -torch.inf).logsumexp(-1)
+        others: Tensor = scores.scatter(-1, column, -torch.inf).logsumexp(-1)
+        return own - others
 
     @torch.no_grad()
     def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
-        """Boxes above the threshold whose label is the object."""
+        """Count boxes above the threshold with the object's label."""
         with full_precision(images) as x:
             output = self.model(pixel_values=self.pixels(x).to(self.model.dtype))
         found = self.processor.post_process_object_detection(output, threshold=threshold)
@@ -158,11 +159,11 @@ def open_detector(pretrained: str, query: str, dtype: Precision) -> Detector:
 
     Args:
         pretrained: Folder or hub id.
-        query: Text with `{}` where the object goes, for detectors that are asked in words.
+        query: Text with `{}` where the object goes, for OWL-ViT and OWLv2.
         dtype: Precision of the weights.
 
     Raises:
-        ConfigurationError: There is none, or it is not of a kind that is known.
+        ConfigurationError: It cannot be read, or is not supported.
     """
     from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection, AutoTokenizer
 

@@ -29,10 +29,10 @@ HPS_HEADS = 16
 
 
 class HPSv2(Reward):
-    """Cosine of picture and prompt under a CLIP ViT-H-14 that was fine-tuned on human preferences, in [-1, 1].
+    """`cos(image, prompt)` of a CLIP ViT-H-14 that was fine-tuned on human preferences, in [-1, 1].
 
-    The authors' benchmark, which prints 100 times as much, has means from 0.15 (GLIDE) to 0.31 (SDXL) with v2.1, and
-    from 0.24 to 0.28 with v2.0. The longest side is resized to 224 pixels and the rest is black: nothing is cut off.
+    The authors' benchmark, which prints 100 times this value, has means from 0.15 (GLIDE) to 0.31 (SDXL) with v2.1,
+    and from 0.24 to 0.28 with v2.0. The longest side is resized to 224 pixels and the rest is padded with black.
 
     The published open_clip checkpoint is converted, without the `hpsv2` package and without LAION's base weights; two
     gigabytes are downloaded once.
@@ -40,14 +40,14 @@ class HPSv2(Reward):
     Args:
         version: `v2.1`, trained on more and cleaner preferences, or `v2.0`, the one of the paper. Their scores are not
             comparable.
-        weights: The checkpoint, or the folder it lies in; None for the hub's cache, or the hub.
+        weights: The checkpoint or its folder; None for the hub's cache or a download.
         tokenizer: Folder or hub id of CLIP's tokenizer.
         dtype: Precision of the frozen weights.
         antialias: Whether shrinking averages, as torchvision's tensor resize does since version 0.17; scores published
             before were made without.
 
     Raises:
-        ConfigurationError: The version is not known, or weights or tokenizer cannot be had, or do not fit.
+        ConfigurationError: The version is not known, or weights or tokenizer are missing or of another model.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class HPSv2(Reward):
 
 
 def hps_file(version: str) -> PublishedFile:
-    """The published checkpoint of a version.
+    """Return the published checkpoint of a version.
 
     Raises:
         ConfigurationError: The version is not known.
@@ -82,14 +82,14 @@ def hps_file(version: str) -> PublishedFile:
 
 
 def clip_tokenizer(name: str, vocabulary: int) -> Any:
-    """CLIP's byte-pair tokenizer.
+    """Read CLIP's byte-pair tokenizer.
 
     Args:
         name: Folder or hub id.
-        vocabulary: Number of tokens of the model it is for, of which the last ends a text.
+        vocabulary: Number of tokens of the model; the last one is the end token.
 
     Raises:
-        ConfigurationError: It cannot be read, or ends texts with another token.
+        ConfigurationError: It cannot be read, or has another end token.
     """
     advice = (
         "give the folder or hub id of CLIP's tokenizer, such as openai/clip-vit-large-patch14; of its files "

@@ -38,19 +38,19 @@ _INSTALL = (
 
 
 class HPSv2Reference(Reward):
-    """The score of the `hpsv2` package itself, one picture at a time. Black box.
+    """Score with the `hpsv2` package, one picture at a time. Black box.
 
     Model, preprocessing and tokenizer are the package's; images are rounded to bytes, as files are. The checkpoint is
     read by this package, without running code.
 
     Args:
         version: `v2.1` or `v2.0`.
-        weights: The checkpoint, or the folder it lies in; None for the hub's cache, or the hub.
-        tokenizer: Folder or hub id of CLIP's tokenizer, from which the vocabulary comes that the package lacks.
+        weights: The checkpoint or its folder; None for the hub's cache or a download.
+        tokenizer: Folder or hub id of CLIP's tokenizer, which has the vocabulary that the package lacks.
         architecture: The package's name for the model's sizes.
 
     Raises:
-        ConfigurationError: The package cannot be imported, or weights or tokenizer cannot be had, or do not fit.
+        ConfigurationError: The package cannot be imported, or weights or tokenizer are missing or of another model.
     """
 
     differentiable = False
@@ -90,14 +90,14 @@ class HPSv2Reference(Reward):
 
 
 def bpe_merges(tokenizer: Any) -> bytes:
-    """The merges of a byte-pair tokenizer of transformers, in the form of CLIP's vocabulary file."""
+    """Return the merges of a byte-pair tokenizer of transformers in the format of CLIP's vocabulary file."""
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return "\n".join(["#version: 0.2", *lines]).encode()
 
 
 def import_hpsv2(merges: bytes) -> Any:
-    """The package's own copy of open_clip, imported round the file and the module that it may lack.
+    """Import the package's copy of open_clip, with replacements for a file and a module that may be missing.
 
     Args:
         merges: Content of the vocabulary file, in place of the missing one.
@@ -117,7 +117,7 @@ def import_hpsv2(merges: bytes) -> Any:
 
 @contextmanager
 def _patched_imports(merges: bytes) -> Iterator[None]:
-    """Within this context the package finds a vocabulary where its wheel has none, and a `turtle` without tkinter."""
+    """Provide the vocabulary file and a module `turtle` without tkinter within this context."""
 
     def opened(file: Any, *arguments: Any, **options: Any) -> Any:
         if Path(file).name == _VOCABULARY and not Path(file).exists():

@@ -1,4 +1,4 @@
-"""Image processors of transformers as tensor arithmetic, read from their own configuration."""
+"""Image processors of transformers on tensors, with gradient, from their own configuration."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +16,13 @@ SUPPORTED = (
     *("Beit", "Bit", "CLIP", "ConvNext", "DeiT", "MobileNetV1", "MobileNetV2", "Siglip", "ViT"),
     *("ConditionalDetr", "DeformableDetr", "Detr", "OwlViT", "Owlv2", "RTDetr", "Yolos"),
 )
-"""Processors whose arithmetic is known here. Swin uses ViT's, DINOv2 BiT's, ResNet ConvNeXT's, D-FINE RT-DETR's."""
+"""Supported processors. Swin uses ViT's, DINOv2 BiT's, ResNet ConvNeXT's, D-FINE RT-DETR's."""
 
 _GRAY = 0.5
 
 
 class PixelValues:
-    """Images in [0, 1] to a network's input, with their gradient, as one of transformers' image processors makes it.
+    """Convert images in [0, 1] to a network's input as an image processor of transformers does, with gradient.
 
     Pillow rounds to bytes after each pass of a resize and the tensors do not: the two differ by about a level of 255.
 
@@ -30,15 +30,15 @@ class PixelValues:
         config: The processor's configuration, complete: `processor.to_dict()`.
 
     Raises:
-        ConfigurationError: The processor is not one of `SUPPORTED`, or resizes in a way that is not known.
+        ConfigurationError: The processor or its kind of resizing is not supported.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.kind = _kind(config)
         if self.kind not in SUPPORTED:
             raise ConfigurationError(
-                f"the image processor {config.get('image_processor_type')} is not supported: its arithmetic is not "
-                f"known on tensors; use a model with one of the processors {', '.join(SUPPORTED)}"
+                f"the image processor {config.get('image_processor_type')} is not supported "
+                f"on tensors; use a model with one of the processors {', '.join(SUPPORTED)}"
             )
         config = _with_crop(config) if self.kind == "ConvNext" else config
         self.size = _size(config)
@@ -57,7 +57,7 @@ class PixelValues:
         return replace(self.steps, shortest=self.resized(*images.shape[-2:]))(images)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size to which an image is resized, before any crop."""
+        """Return the size to which an image is resized before any crop."""
         if "height" in self.size:
             return self.size["height"], self.size["width"]
         shortest: float = self.size["shortest_edge"]
@@ -71,7 +71,7 @@ class PixelValues:
 
 
 def read_image_processor(source: Path | str) -> Any:
-    """The image processor of a folder or hub id.
+    """Read the image processor of a folder or hub id.
 
     Raises:
         OSError, ValueError: There is none.
@@ -82,7 +82,7 @@ def read_image_processor(source: Path | str) -> Any:
 
 
 def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """OWLv2's own resize: gray below and to the right up to a square, a Gaussian where it shrinks, then linear.
+    """Resize as OWLv2 does: pad to a square with gray, smooth with a Gaussian before shrinking, interpolate linearly.
 
     As in the model's first implementation and in transformers 4; transformers 5 pads with black.
 

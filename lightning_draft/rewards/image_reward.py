@@ -1,4 +1,4 @@
-"""ImageReward: how much people prefer an image for a prompt, from BLIP and a linear head.
+"""ImageReward: a human preference score from BLIP and a linear head.
 
 The published weights are read into transformers' own BLIP classes; the `image-reward` package is not needed.
 
@@ -51,7 +51,7 @@ _TEXT = (
 
 
 class ImageReward(Reward):
-    """`(head(BLIP(image, prompt)) - 0.1672) / 1.0333`: about 0 on average over the data it was fitted to, spread 1.
+    """`(head(BLIP(image, prompt)) - 0.1672) / 1.0333`: mean 0 and standard deviation 1 on its training data.
 
     Good pictures score 0.5 to 2, bad ones -1 to -2.3. The prompt is cut to 35 tokens.
 
@@ -94,19 +94,20 @@ class ImageReward(Reward):
         with full_precision(images) as x:
             pixels = preprocess(x, self.model.image_size).to(self.model.dtype)
             output = self.model(pixels, tokens["input_ids"], tokens["attention_mask"])
-            return (output.to(x.dtype) - MEAN) / STD
+            score: Tensor = (output.to(x.dtype) - MEAN) / STD
+            return score
 
 
 class PreferenceModel(nn.Module):
     """BLIP's vision transformer, its text encoder with cross-attention, and a head without non-linearities.
 
     Args:
-        tensors: The published state dict; every size but the text encoder's is read off it.
+        tensors: The published state dict; all sizes except the text encoder's are read from its shapes.
         config: The text encoder's configuration.
         source: Where the tensors come from, for messages.
 
     Raises:
-        ConfigurationError: The tensors are those of another model.
+        ConfigurationError: The tensors belong to another model.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> None:
@@ -144,7 +145,7 @@ class PreferenceModel(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Scores `(B,)` before they are normalized, of pixels `(B, 3, S, S)` and tokens `(B, L)` with their mask."""
+        """Compute scores `(B,)` before normalization from pixels `(B, 3, S, S)` and tokens `(B, L)` with their mask."""
         image = self.vision(pixel_values=pixels).last_hidden_state
         text = self.text(input_ids=tokens, attention_mask=mask, encoder_hidden_states=image)
         scores: Tensor = self.head(text.last_hidden_state[:, 0]).squeeze(-1)
@@ -152,7 +153,7 @@ class PreferenceModel(nn.Module):
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
-    """Resize the shortest side, crop the center, normalize: `(B, 3, H, W)` in [0, 1] to `(B, 3, size, size)`.
+    """Resize the shortest side, crop the center and normalize: `(B, 3, H, W)` in [0, 1] to `(B, 3, size, size)`.
 
     The crop's corner is rounded as torchvision rounds it, half to even.
     """
@@ -167,7 +168,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
 
 
 def convert_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict under the names of `PreferenceModel`; BLIP's unused projections are left out."""
+    """Rename the published state dict for `PreferenceModel`; BLIP's unused projections are left out."""
     result: dict[str, Tensor] = {}
     layers: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -186,7 +187,7 @@ def convert_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_tokenizer(vocabulary: Path, words: int) -> Any:
-    """BERT's tokenizer and the two words that BLIP adds to it, which no prompt needs but the embedding counts."""
+    """Read BERT's tokenizer and add the two tokens of BLIP, which the embedding has rows for."""
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(vocabulary.parent)

@@ -1,8 +1,8 @@
-"""How well an image compresses as JPEG: two differentiable measures, and the true size.
+"""JPEG compressibility: two differentiable measures, and the size of the file.
 
-`JPEGRate` is the one to train on. Over 32x32 emoji at quality 95 its rank correlation with the true size is 0.99; the
-distortion's is 0.63. Sixty steps of Adam on their pixels shrink the files from 1.43 to 1.07 kB with the rate and to
-1.21 kB with the distortion (at quality 50), which changes the pictures more.
+`JPEGRate` is recommended for training. On 32x32 emoji at quality 95 its rank correlation with the true size is 0.99;
+that of the distortion is 0.63. Sixty steps of Adam on their pixels shrink the files from 1.43 to 1.07 kB with the rate
+and to 1.21 kB with the distortion (at quality 50), with larger changes of the pictures.
 
 References:
     Clark et al., arXiv:2309.17400 (DRaFT), the compressibility rewards: minus and plus `|x - jpeg(x)|^2`.
@@ -33,15 +33,15 @@ _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"exact": torch.round, "stra
 
 
 class JPEGCompressibility(Reward):
-    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: what the quantizer takes away.
+    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: the loss by quantization.
 
     In [-1, 0]; at quality 50 photographs and drawings score between -0.01 and 0.
 
     Args:
         quality: 1 (coarse) to 100.
-        rounding: The derivative of the rounding of coefficients. `exact`: 0, so that coefficients are pulled towards
-            their rounded values, most of which are 0. `straight_through`: 1, and then `jpeg` is the identity on the
-            luma as far as the gradient knows: its gradient is exactly 0, and only the chroma lost by subsampling pulls.
+        rounding: Derivative of the rounding of coefficients. `exact`: 0, so that coefficients move towards their
+            rounded values, most of which are 0. `straight_through`: 1, which makes the gradient of the luma exactly 0;
+            only the chroma lost by subsampling has a gradient.
 
     Raises:
         ConfigurationError: Quality or rounding are not known.
@@ -77,13 +77,13 @@ class JPEGIncompressibility(JPEGCompressibility):
 class JPEGRate(Reward):
     """Minus an estimate of the file's size: `sum log2(1 + |c / q|)` over all DCT coefficients, in kilobytes of 8000.
 
-    As in the file, the first coefficient of a block counts as its difference from the block before, so that the
-    average color is free. The sum is proportional to the true size without headers (about 0.6 kB); the true bytes are
-    about 2.6 times as many. At quality 95, 32x32 pictures score between -0.5 and 0.
+    As in the file, the first coefficient of a block counts as its difference from the previous block, so that the
+    average color costs nothing. The sum is proportional to the true size without headers (about 0.6 kB); the true
+    bytes are about 2.6 times as many. At quality 95, 32x32 pictures score between -0.5 and 0.
 
     Args:
         quality: 1 (coarse) to 100.
-        compress: Whether small files score high; else large ones do.
+        compress: True if small files score high, False if large files do.
 
     Raises:
         ConfigurationError: The quality is not known.
@@ -108,7 +108,7 @@ class JPEGSize(Reward):
 
     Args:
         quality: 1 (coarse) to 100.
-        compress: Whether small files score high; else large ones do.
+        compress: True if small files score high, False if large files do.
 
     Raises:
         ConfigurationError: The quality is not known.
@@ -129,7 +129,7 @@ class JPEGSize(Reward):
 
 
 def jpeg_bytes(picture: Tensor, quality: int) -> bytes:
-    """The JPEG file of a picture, uint8 `(H, W, 3)`."""
+    """Encode a picture, uint8 `(H, W, 3)`, as a JPEG file."""
     from PIL import Image
 
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""JPEG with 4:2:0 chroma as tensor arithmetic, step for step as libjpeg does it, without entropy coding.
+"""JPEG with 4:2:0 chroma on tensors, with the steps of libjpeg, without entropy coding.
 
 References:
     ITU-T T.81, annex A (DCT, quantization) and annex K (tables); libjpeg 6b, `jcprepct.c` and `jdsample.c` (padding and
@@ -40,7 +40,7 @@ YCBCR = (
 
 
 def check_quality(quality: int) -> int:
-    """Return `quality` if it is one of JPEG's.
+    """Return `quality` if it is valid.
 
     Raises:
         ConfigurationError: It is not an integer from 1 to 100.
@@ -131,7 +131,8 @@ class JPEGCodec:
         return torch.einsum("byhw,cy->bchw", ycbcr, inverse) / 255
 
     def _analyze(self, plane: Tensor, table: Tensor) -> Tensor:
-        blocks = plane.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+        count, height, width = plane.shape
+        blocks = plane.reshape(count, height // 8, 8, width // 8, 8).transpose(2, 3)
         dct = self.dct.to(plane)
         return dct @ blocks @ dct.T / table.to(plane)
 

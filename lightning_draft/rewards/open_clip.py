@@ -42,9 +42,9 @@ _PLAIN = str.maketrans(
 
 
 def clip_from_open_clip(tensors: Mapping[str, Tensor], heads: int, source: Path | str) -> Any:
-    """The `CLIPModel` that computes what an open_clip model with exact GELU computes.
+    """Convert an open_clip model with exact GELU to a `CLIPModel`.
 
-    All sizes are read from the tensors, but for the number of heads, which leaves no trace in them.
+    All sizes are read from the shapes of the tensors, except for the number of heads.
 
     Args:
         tensors: State dict of an open_clip `CLIP` with a vision transformer.
@@ -52,7 +52,7 @@ def clip_from_open_clip(tensors: Mapping[str, Tensor], heads: int, source: Path 
         source: Where the tensors come from, for messages.
 
     Raises:
-        ConfigurationError: They are those of another architecture.
+        ConfigurationError: The tensors belong to another architecture.
     """
     from transformers import CLIPModel
 
@@ -71,10 +71,10 @@ def clip_from_open_clip(tensors: Mapping[str, Tensor], heads: int, source: Path 
 
 
 def clean_text(text: str) -> str:
-    """A text as open_clip's tokenizer sees it, where the transformers tokenizer of the same vocabulary does not.
+    """Normalize a text as open_clip's tokenizer does before the transformers tokenizer of the same vocabulary.
 
-    HTML entities, curly quotes, ligatures and full-width letters become plain, control characters go. open_clip also
-    mends text that was decoded with the wrong codec ("Ã©"), which is left as it is here.
+    HTML entities, curly quotes, ligatures and full-width letters are replaced by plain ones, and control characters are
+    removed. Unlike in open_clip, text that was decoded with the wrong codec ("Ã©") is left unchanged.
     """
     text = html.unescape(html.unescape(text)).translate(_PLAIN)
     text = "".join(unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uffef" or c == "\u3000" else c for c in text)

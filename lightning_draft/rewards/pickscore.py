@@ -1,4 +1,4 @@
-"""PickScore: which of two pictures people picked.
+"""PickScore: a CLIP trained to predict which of two pictures people prefer.
 
 References:
     Kirstain et al., arXiv:2305.01569 (Pick-a-Pic), equation 1.
@@ -16,15 +16,15 @@ from lightning_draft.rewards.precision import Precision
 class PickScore(Reward):
     """`exp(logit_scale) cos(image, prompt)` of a CLIP ViT-H-14 fine-tuned on Pick-a-Pic, in [-100, 100].
 
-    Generated pictures score about 18 to 24; one point more is `e` times the odds of being picked.
+    Generated pictures score about 18 to 24; one point more multiplies the odds of being preferred by `e`.
 
     Args:
         pretrained: Folder or hub id of the transformers CLIP; the published one is 4 GB in single precision.
-        processor: Folder or hub id of its tokenizer and image processor, the ones it was trained with.
+        processor: Folder or hub id of the tokenizer and image processor of its training.
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: One of the two cannot be read, or is not a CLIP's.
+        ConfigurationError: Model or processor cannot be read, or is not that of a CLIP.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The precision in which rewards compute."""
+"""Precision of the rewards' weights and computations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ def check_precision(dtype: str) -> None:
 
 @contextmanager
 def full_precision(images: Tensor) -> Iterator[Tensor]:
-    """Within this context autocast is off; yields `images` as float32, or unchanged when they are float64."""
+    """Turn autocast off within this context; yield `images` as float32, or unchanged if they are float64."""
     with torch.autocast(images.device.type, enabled=False):
         yield images if images.dtype == torch.float64 else images.float()
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within this context tensors that are made without a precision have this one."""
+    """Set torch's default dtype within this context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""Image preprocessing of CLIPs as tensor arithmetic, differentiable and without rounding to bytes."""
+"""Image preprocessing of CLIP models on tensors, differentiable and without rounding to bytes."""
 
 import math
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ _MODES = {2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A CLIP image processor as tensor arithmetic: resize, center crop, normalize.
+    """A CLIP image processor on tensors: resize, center crop, normalize.
 
     Args:
-        shortest: Length in pixels to which the shortest side is resized; or the size (height, width); or None.
+        shortest: Length of the shortest side after resizing, in pixels; or the size (height, width); or None.
         crop: Height and width of the crop; None for none. Images that are smaller are padded with black.
         mean: Subtracted, by channel.
         std: Divided by, by channel.
@@ -63,7 +63,7 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] to the network's input, in the same dtype."""
+        """Convert images `(B, 3, H, W)` in [0, 1] to the network's input, in the same dtype."""
         height, width = images.shape[-2:]
         size = self._resized(height, width)
         if size != (height, width):
@@ -84,7 +84,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class LongestSide:
-    """Resize the longest side, pad the other with black on both sides, normalize: what HPSv2 does.
+    """Resize the longest side, pad the other one with black on both sides, and normalize, as HPSv2 does.
 
     Args:
         size: Height and width of the result, in pixels.
@@ -99,7 +99,7 @@ class LongestSide:
     std: tuple[float, ...] = CLIP_STD
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] to `(B, 3, size, size)`, in the same dtype."""
+        """Convert images `(B, 3, H, W)` in [0, 1] to `(B, 3, size, size)`, in the same dtype."""
         height, width = images.shape[-2:]
         scale = self.size / max(height, width)
         if scale != 1:

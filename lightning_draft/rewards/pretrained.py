@@ -1,4 +1,4 @@
-"""Models of transformers, read whole and without running code of their repositories."""
+"""Read models of transformers completely, without running code of their repositories."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from lightning_draft.errors import ConfigurationError
 
 @contextmanager
 def reading(kind: str, pretrained: str, wanted: str) -> Iterator[Path | str]:
-    """Within this context a model is read; yields its folder or hub id.
+    """Turn errors of reading a model within this context into one message; yield its folder or hub id.
 
     Args:
         kind: Of model, for messages.
         pretrained: Folder, hub id or shipped name, as the user gave it.
-        wanted: What would do, with an example, for messages.
+        wanted: What can be given instead, with an example, for messages.
 
     Raises:
         ConfigurationError: Something is missing; the message says what and what to give instead.
@@ -34,7 +34,7 @@ def reading(kind: str, pretrained: str, wanted: str) -> Iterator[Path | str]:
 
 
 def load(kind: Any, source: Path | str, config: Any = None) -> Any:
-    """A model of one of transformers' classes, without missing weights.
+    """Load a model of one of transformers' classes; missing weights are an error.
 
     Args:
         kind: The class, or auto class.
@@ -52,7 +52,7 @@ def load(kind: Any, source: Path | str, config: Any = None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, lists of weights left out on purpose, or advice on how else to read the same files."""
+    """Silence progress bars and notices of transformers within this context."""
     from transformers.utils import logging
 
     enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -7,7 +7,7 @@ References:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class WrappedReward(Reward):
         self.reward.update_statistics(scores)
 
     def _reward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return cast(Tensor, self.reward(images, prompts))
+        return self.reward(images, prompts)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a reward looks for: an argument of its own, or the prompt's metadata; and a model's labels by name."""
+"""Targets of rewards, from an argument or from the prompts' metadata, and labels of models by name."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from lightning_draft.errors import ConfigurationError
 
 
 def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> list[Any]:
-    """What to look for in the image of each prompt: `own` if given, else the prompt's metadata under `name`.
+    """Return the target of each prompt: `own` if given, else the prompt's metadata under `name`.
 
     Args:
         prompts: `B` prompts.
-        name: Of the argument, of the key in the metadata, and of the column in a file of prompts.
+        name: Name of the argument and of the metadata, which is a column of a prompt file.
         own: The reward's own argument; None to read the metadata.
         reward: Name of the reward's class, for messages.
 
@@ -20,7 +20,7 @@ def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> l
         `B` values.
 
     Raises:
-        ConfigurationError: A prompt has none.
+        ConfigurationError: A prompt has no target.
     """
     if own is not None:
         return [own] * len(prompts)
@@ -28,15 +28,15 @@ def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> l
     for prompt, value in zip(prompts, values, strict=True):
         if value is None or value == "":
             raise ConfigurationError(
-                f"{reward} does not know what to look for in {str(prompt)!r}: the prompt has no {name!r} in its "
-                f"metadata; write {name} among the reward's arguments, or take the prompts from a .jsonl or .csv file "
-                f"that has a column {name}"
+                f"{reward} has no {name!r} for the prompt {str(prompt)!r}: it is no argument and not in the prompt's "
+                f"metadata; set {name} among the reward's arguments, or read the prompts from a .jsonl or .csv file "
+                f"with a column {name}"
             )
     return values
 
 
 class Labels:
-    """The labels of a classifier or detector, found by number or by name, whatever the case.
+    """The labels of a classifier or detector, found by number or by name, ignoring case.
 
     A label of several names, such as ImageNet's `tabby, tabby cat`, is found by each of them.
 
@@ -56,7 +56,7 @@ class Labels:
                 self._numbers.setdefault(_key(synonym), number)
 
     def number(self, label: str | int) -> int:
-        """The number of a label.
+        """Return the number of a label.
 
         Raises:
             ConfigurationError: There is no such label; the message names the nearest.

@@ -1,4 +1,4 @@
-"""Reward weights: published files, found on the hub or on disk, verified, and read without running code."""
+"""Reward weights: find published files on the hub or on disk, verify them, and read them without running code."""
 
 import hashlib
 import zipfile
@@ -39,10 +39,10 @@ class PublishedFile:
 
 
 def find_file(published: PublishedFile, local: str | None = None, argument: str = "weights") -> Path:
-    """The file on this machine: `local` if given, else from the hub's cache, into which it is downloaded once.
+    """Return the path of a file: `local` if given, else in the hub's cache, into which it is downloaded once.
 
-    Size and hash are verified where they are known. A local file under another name than the published one is the
-    user's own and is taken as it is.
+    Size and hash are verified if they are known. A local file under another name than the published one is a version
+    of the user's own and is not verified.
 
     Args:
         published: What to find.
@@ -50,7 +50,7 @@ def find_file(published: PublishedFile, local: str | None = None, argument: str 
         argument: The user's name for `local`, for messages.
 
     Raises:
-        ConfigurationError: It is not there, cannot be had, or is not the published file.
+        ConfigurationError: It is missing, cannot be downloaded, or differs from the published file.
     """
     path = _download(published, argument) if local is None else _given(published, local, argument)
     if path.name == Path(published.name).name:
@@ -59,14 +59,14 @@ def find_file(published: PublishedFile, local: str | None = None, argument: str 
 
 
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """A flat state dict from safetensors, or from a pickle that holds tensors and plain containers alone.
+    """Read a state dict from safetensors, or from a pickle that holds only tensors and plain containers.
 
     Args:
         path: A `.safetensors` file; any other is read by `torch.load` with `weights_only`.
-        key: Where the state dict lies in a pickle, such as `state_dict`; None if it is all there is.
+        key: Key of the state dict in a pickle, such as `state_dict`; None if the pickle is the state dict.
 
     Raises:
-        ConfigurationError: It cannot be read, or holds something else.
+        ConfigurationError: It cannot be read, or holds no state dict.
     """
     try:
         content = _read(path)
@@ -111,11 +111,11 @@ def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
         ConfigurationError: It does not fit; the message lists the first few names.
     """
     advice = "give the file that the reward names"
-    for verb, names in (("lacks", expected.keys() - found.keys()), ("has besides", found.keys() - expected.keys())):
+    for verb, names in (("lacks", expected.keys() - found.keys()), ("has unexpected", found.keys() - expected.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ConfigurationError(
-                f"{source} does not fit: it {verb} {len(names)} tensors, among them {first}; {advice}"
+                f"{source} does not fit: it {verb} tensors ({len(names)}), among them {first}; {advice}"
             )
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:

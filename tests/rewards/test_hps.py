@@ -146,9 +146,9 @@ def test_other_checkpoints_are_refused(tmp_path: Path, files: dict[str, str]) ->
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     extra = {**tensors, "score_predictor.layers.0.weight": torch.ones(2, 2)}
     for content, message in (
-        (without, "lacks 1 tensors, among them vision_model.post_layernorm.weight"),
+        (without, "lacks tensors \\(1\\), among them vision_model.post_layernorm.weight"),
         (text, r"has no visual.conv1.weight, which every open_clip checkpoint"),
-        (extra, "has besides 1 tensors, among them score_predictor"),
+        (extra, "has unexpected tensors \\(1\\), among them score_predictor"),
         ({**tensors, "visual.ln_pre.bias": torch.zeros(7)}, r"pre_layrnorm.bias has shape \(7,\) where \(32,\)"),
     ):
         torch.save({"state_dict": content}, tmp_path / "other.pt")

@@ -134,7 +134,7 @@ def test_other_files_are_refused(tiny_image_reward: Path, tmp_path: Path) -> Non
         for name, tensor in weights.items()
         if name != "blip.text_encoder.encoder.layer.1.output.dense.bias"
     }
-    refused(lacking, config, "lacks 1 tensors, among them text.encoder.layer.1.output.dense.bias")
+    refused(lacking, config, "lacks tensors \\(1\\), among them text.encoder.layer.1.output.dense.bias")
     refused({"weight": torch.ones(1)}, config, "does not hold an ImageReward: it lacks 'blip.visual_encoder")
     refused(weights, {**config, "hidden_size": 32}, "does not fit: .* has shape")
     refused(weights, {"hidden_size": 32}, r"med_config.json lacks vocab_size, .*give med_config.json of hub repository")

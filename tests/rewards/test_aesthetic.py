@@ -111,7 +111,7 @@ def test_other_heads_are_refused(tmp_path: Path, tiny: dict[str, str]) -> None:
     cases: list[tuple[Any, dict[str, Tensor], str]] = [
         ("v1", chain, "differs in bias, layers.0.bias"),
         ("v2", linear, "differs in bias, layers.0.bias"),
-        ("v2", relu, "differs in layers.11.bias, layers.11.weight, layers.7.bias from a chain of 5 linear layers"),
+        ("v2", relu, "differs in layers.11.bias, layers.11.weight, layers.7.bias from 5 linear layers"),
         ("v2", {**chain, "layers.4.weight": torch.ones(10, 3)}, "do not lead from an embedding to one number"),
         ("v1", {"weight": torch.ones(3, 8), "bias": torch.ones(3)}, "do not lead from an embedding to one number"),
         ("v1", {"weight": torch.ones(1, 5), "bias": torch.ones(1)}, "reads embeddings of length 5, .* have length 8"),

@@ -83,7 +83,7 @@ def test_each_prompt_has_its_own_target(tiny_classifier: Path, pictures: Draw) -
         images, [Prompt("one", {"target": "Bird"}), Prompt("two", {"target": "feline"})]
     )
     torch.testing.assert_close(scores, torch.stack([expected[0, 2], expected[1, 1]]))
-    with pytest.raises(ConfigurationError, match=r"ClassifierTarget does not know .* 'two'.*'target' in its metadata"):
+    with pytest.raises(ConfigurationError, match=r"ClassifierTarget has no 'target' for the prompt 'two'"):
         ClassifierTarget(str(tiny_classifier))(images, [Prompt("one", {"target": "bird"}), "two"])
 
 
@@ -132,7 +132,7 @@ def test_what_is_wanted() -> None:
     assert target_values(prompts, "count", None, "R") == [0, "2"]
     assert target_values(prompts, "count", 5, "R") == [5, 5]
     for metadata in ({}, {"count": ""}, {"count": None}):
-        with pytest.raises(ConfigurationError, match=r"in 'c': the prompt has no 'count' .*\.csv file .*column count"):
+        with pytest.raises(ConfigurationError, match=r"no 'count' for the prompt 'c'.*\.csv file .*column count"):
             target_values([*prompts, Prompt("c", metadata)], "count", None, "R")
 
 

@@ -303,5 +303,5 @@ def test_the_caption_may_stand_in_the_metadata(kind: type, tiny_clip: Path, pict
     named = [Prompt("x", {"shown": prompt}) for prompt in PROMPTS]
     by_column = kind(str(tiny_clip), CAPTIONS, column="shown")
     assert torch.equal(by_column(images, named), kind(str(tiny_clip), CAPTIONS)(images, PROMPTS))
-    with pytest.raises(ConfigurationError, match="no 'shown' in its metadata"):
+    with pytest.raises(ConfigurationError, match="no 'shown' for the prompt"):
         by_column(images, PROMPTS)

@@ -68,7 +68,7 @@ def test_values(
 
 
 def uniform(red: float, green: float, blue: float) -> Tensor:
-    return torch.tensor([red, green, blue]).view(1, 3, 1, 1).expand(1, 3, 6, 6)
+    return torch.tensor([float(red), float(green), float(blue)]).view(1, 3, 1, 1).expand(1, 3, 6, 6)
 
 
 CHECKERBOARD = ((torch.arange(6).view(6, 1) + torch.arange(6)) % 2).float().expand(1, 3, 6, 6)

@@ -199,9 +199,11 @@ def test_what_to_look_for_must_be_known(tiny_detectors: Folders, pictures: Draw)
     images = pictures(2, 16, 16)
     for name in ("owlvit", "yolos"):
         reward = ObjectCount(str(tiny_detectors[name]))
-        with pytest.raises(ConfigurationError, match=r"ObjectCount does not know .* in 'two'.*column object"):
+        with pytest.raises(
+            ConfigurationError, match=r"ObjectCount has no 'object' for the prompt 'two'.*column object"
+        ):
             reward(images, [Prompt("one", {"object": "cat"}), "two"])
-        with pytest.raises(ConfigurationError, match=r"has no 'count' in its metadata; write count among"):
+        with pytest.raises(ConfigurationError, match=r"has no 'count' for the prompt .* set count among"):
             reward(images, prompts(OBJECTS))
         with pytest.raises(ConfigurationError, match="'count' of the prompts must be numbers"):
             reward(images, prompts(OBJECTS, count="many"))

@@ -15,7 +15,7 @@ from lightning_draft.samplers import DDIM
 MEBIBYTE = 2**20
 
 
-@pytest.mark.parametrize(("name", "most"), [("emoji", 25), ("emoji-clip", 10), ("emoji64", 25)])
+@pytest.mark.parametrize(("name", "most"), [("emoji", 25), ("emoji-clip", 10), ("emoji64", 25), ("emoji64-clip", 5)])
 def test_size(name: str, most: int) -> None:
     size = sum(file.stat().st_size for file in (FOLDER / name).rglob("*") if file.is_file())
     assert 1 < size / MEBIBYTE < most
@@ -67,6 +67,13 @@ def test_evaluation_captions_name_other_things_than_those_for_fine_tuning(name: 
     tuned, evaluated = ({prompt.split(" ", 1)[1] for prompt in read_prompts(f"{name}{end}")} for end in ("", "_eval"))
     assert len(evaluated) >= 40
     assert not tuned & evaluated
+
+
+def test_the_64x64_clip_tells_compositions_apart() -> None:
+    reward = CaptionRetrieval("emoji64-clip", "emoji64_scenes")
+    captions = read_prompts("emoji64_scenes")
+    features = reward.encoder.texts(captions)
+    assert ((features @ features.T).argmax(1) == torch.arange(len(captions))).float().mean() > 0.98
 
 
 def test_the_clip_knows_its_captions() -> None:

@@ -99,7 +99,7 @@ def test_there_is_one_for_every_method() -> None:
     assert classes == METHODS
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert set(METHODS.values()) == known
-    assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart", "guard"}
+    assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart", "guard", "compositions"}
 
 
 def test_there_is_one_for_every_objective_and_baseline() -> None:

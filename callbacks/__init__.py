@@ -1,11 +1,11 @@
-"""Lightning callbacks that log samples, export adapters, watch gradients, average weights and report progress."""
+"""Lightning callbacks: samples, exported adapters, gradient norms, averaged weights, checkpoints, progress."""
 
 from lightning_draft.callbacks.cost import CostMonitor
 from lightning_draft.callbacks.ema import AdapterEMA
 from lightning_draft.callbacks.gradient_norm import GradientNormMonitor
 from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.callbacks.lora_export import LoRAExport
-from lightning_draft.callbacks.over_optimisation import OverOptimisationGuard
+from lightning_draft.callbacks.over_optimization import OverOptimizationGuard
 from lightning_draft.callbacks.progress import ProgressBar
 from lightning_draft.callbacks.random_state import RandomState
 from lightning_draft.callbacks.reward_conflict import RewardConflict
@@ -17,7 +17,7 @@ __all__ = [
     "GradientNormMonitor",
     "LastCheckpoint",
     "LoRAExport",
-    "OverOptimisationGuard",
+    "OverOptimizationGuard",
     "ProgressBar",
     "RandomState",
     "RewardConflict",

@@ -1,81 +1,268 @@
 """The checkpoint that a run is resumed from."""
 
+from __future__ import annotations
+
+import math
 from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_draft.distributed import uses_deepspeed, uses_fsdp
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import at_least
+from lightning_draft.callbacks.checkpoint_io import AtomicCheckpointIO, recover_checkpoint, write_checkpoint
+from lightning_draft.callbacks.common import run_folder, uses_scaler
+from lightning_draft.callbacks.ema import restore_trained
+from lightning_draft.callbacks.interruption import Interruption
+from lightning_draft.callbacks.position import hold_validation, next_epoch, raise_limits, set_limits, validation_is_due
+from lightning_draft.errors import ConfigurationError, DivergenceError
+from lightning_draft.files import remove_partial_files
+
+_NORM = "gradient_norm/total"
+
+
+@dataclass(frozen=True)
+class _FinishedStep:
+    """Where a run stands after an optimization step.
+
+    Attributes:
+        step: Number of finished optimization steps.
+        position: State of the Trainer's loops and data loaders.
+        validation_due: Whether the validation of this step has still to be held.
+        metrics: The Trainer's `callback_metrics`.
+        loss: The loss of the step's last batch.
+    """
+
+    step: int
+    position: dict[str, Any]
+    validation_due: bool
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the step."""
+        return int(self.position["epoch_progress"]["current"]["completed"])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step's loss and, where it is measured, the norm of its gradient are finite."""
+        return all(math.isfinite(float(value)) for value in (self.loss, self.metrics.get(_NORM)) if value is not None)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep one checkpoint, `last.ckpt`: every `every_n_steps` steps, when training ends, and when it is interrupted.
+    """Keep one checkpoint, `last.ckpt`, from which a resumed run continues as if it had never stopped.
 
-    It holds what is trained, the optimiser and the positions in the data; `--ckpt_path last` resumes from it. What is
-    saved of an interrupted step is the end of the step before, so that a resumed run equals the uninterrupted one. For
-    checkpoints by score add Lightning's `ModelCheckpoint` to `trainer.callbacks`.
+    It is written every `every_n_steps` optimization steps, again after the validation of such a step, when training
+    ends, and when it is stopped by Ctrl-C, SIGTERM or an error. It always describes the end of an optimization step:
+    of a step that is interrupted, nothing is kept, and a validation that is interrupted is repeated after the resume.
+    The new file replaces the old one only when it is complete and on the disk. A step whose loss or gradient norm is
+    not finite is not saved, nor is anything when `GradientNormMonitor` stops the run.
+
+    Note:
+        With several processes, Ctrl-C or SIGTERM to any of them stops all at the end of a step, where the checkpoint is
+        written. When one process fails, the last checkpoint stays: writing another one would need the others.
+        For checkpoints by score add Lightning's `ModelCheckpoint` to `trainer.callbacks`.
+
+    Example:
+        ```python
+        trainer = Trainer(max_steps=1000, callbacks=[LastCheckpoint(every_n_steps=50, dirpath="checkpoints")])
+        trainer.fit(module, data, ckpt_path="checkpoints/last.ckpt" if resume else None)
+        ```
 
     Args:
-        every_n_steps: Optimisation steps between writes.
-        dirpath: Where to write; by default `checkpoints` in the run's folder.
+        every_n_steps: Optimization steps between two checkpoints.
+        dirpath: Folder of the checkpoint; by default `checkpoints` in the run's folder.
     """
 
     def __init__(self, every_n_steps: int = 100, dirpath: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise ConfigurationError(f"LastCheckpoint: every_n_steps={every_n_steps} must be at least 1")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least("LastCheckpoint: every_n_steps", every_n_steps, 1)
         self.dirpath = dirpath
         self._path: Path | None = None
         self._saved = -1
-        self._position: tuple[int, dict[str, Any]] | None = None
-        self._interrupted = False
+        self._finished: _FinishedStep | None = None
+        self._updating = False
+        self._saving = False
+        self._ended = False
+        self._loaded: dict[str, Any] = {}
+        self._limits: tuple[int, int | None] | None = None
+        self._interruption = Interruption()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle the folder."""
-        if stage == "fit":
-            run = trainer.log_dir or trainer.default_root_dir
-            self._path = (Path(self.dirpath) if self.dirpath else Path(run) / "checkpoints") / "last.ckpt"
-            self._saved = -1
-            self._position = None
-            self._interrupted = False
+        """Choose the folder, write atomically from now on, and remove what a killed process left."""
+        if stage != "fit":
+            return
+        folder = run_folder(trainer, self.dirpath, "checkpoints")
+        self._path = folder / "last.ckpt"
+        self._saved = -1
+        self._finished = None
+        self._updating = self._saving = self._ended = False
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.is_global_zero:
+            recover_checkpoint(self._path)
+            remove_partial_files(folder)
+        others = [callback for callback in trainer.callbacks if not isinstance(callback, _SaveFirst)]  # type: ignore[attr-defined]
+        trainer.callbacks = [_SaveFirst(self), *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What was resumed is saved already."""
+        """Hold the validation that the resumed run did not finish."""
         self._saved = trainer.global_step
+        loaded, self._loaded = self._loaded, {}
+        if loaded.get("step") == trainer.global_step:
+            metrics = {name: torch.tensor(value) for name, value in loaded["metrics"].items()}
+            trainer.callback_metrics.update(metrics)
+            due = loaded["validation_due"] and trainer.enable_validation
+            self._finished = _FinishedStep(trainer.global_step, loaded["position"], due, metrics)
+            if due:
+                hold_validation(trainer, self._finished.epoch)
+        self._interruption.install(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Save every `every_n_steps` optimisation steps, and note where the data and the counters stand after each."""
-        if self._position is None or self._position[0] != trainer.global_step:
-            self._position = (trainer.global_step, deepcopy(trainer.fit_loop.state_dict()))
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop here if a process was asked to stop."""
+        self._interruption.agree(trainer)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Let the parameters' update and what follows from it happen as a whole."""
+        self._updating = True
+        self._interruption.hold()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note where the run stands after each optimization step, and save every `every_n_steps`."""
+        if self._finished is None or self._finished.step != trainer.global_step:
+            loss = outputs.get("loss") if isinstance(outputs, dict) else None
+            self._finished = _FinishedStep(
+                trainer.global_step,
+                deepcopy(trainer.fit_loop.state_dict()),
+                validation_is_due(trainer),
+                _metrics(trainer),
+                loss,
+            )
+        self._updating = False
         if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+        self._interruption.release()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the outcome of the validation if its step is saved already."""
+        finished = self._finished
+        if trainer.state.fn != "fit" or finished is None or finished.step != trainer.global_step:
+            return
+        self._finished = replace(finished, validation_due=False, metrics=_metrics(trainer))
+        if finished.validation_due and self._saved == trainer.global_step:
+            self._saved = -1
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what training ended with."""
+        """Save the end of training."""
+        self._interruption.uninstall()
+        self._ended = True
+        self._saved = -1
         self.save(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what a training had reached that Ctrl-C or SIGTERM ends, or that fails in its only process.
+    def restore_limits(self, trainer: L.Trainer) -> None:
+        """Restore `max_steps` and `max_epochs`, which were raised so that Lightning starts and ends training once more.
 
-        Where processes hold parts of what is saved, the others may be elsewhere: the last checkpoint stays.
+        A run that was interrupted behind its last step has its last validation, samples and files still to come.
         """
-        together = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        apart = uses_fsdp(trainer) or uses_deepspeed(trainer)
-        if self._saved >= 0 and (trainer.world_size == 1 or (together and not apart)):
-            self._interrupted = True
+        if self._limits is not None:
+            set_limits(trainer, *self._limits)
+        self._limits = None
+
+    def save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
+        """Save the last finished step when training is interrupted, where that needs no other process."""
+        unfinished = self._updating or self._finished is None or self._finished.step != trainer.global_step
+        alone = trainer.world_size == 1 or self._interruption.agreed
+        if unfinished or not alone or isinstance(exception, DivergenceError):
+            return
+        try:
             self.save(trainer)
+        except ConfigurationError as error:
+            rank_zero_warn(f"{error}; the last checkpoint is the one before")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands."""
+        finished = self._finished
+        if finished is None:
+            return {name: value for name, value in self._loaded.items() if name != "position"}
+        metrics = {name: float(value) for name, value in finished.metrics.items()}
+        return {
+            "step": finished.step,
+            "validation_due": finished.validation_due,
+            "metrics": metrics,
+            "ended": self._ended,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self._loaded = {**state_dict, "position": self._loaded.get("position", {})}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The batch of an interrupted step counts as not yet seen."""
-        if self._interrupted and self._position is not None and self._position[0] == trainer.global_step:
-            checkpoint["loops"]["fit_loop"] = self._position[1]
+        """Save the position after the last finished step: the batch of an interrupted one is not yet seen."""
+        if not self._saving or self._finished is None:
+            checkpoint["callbacks"].pop(self.state_key, None)
+        else:
+            checkpoint["loops"]["fit_loop"] = self._finished.position
+            checkpoint["epoch"] = self._finished.epoch
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue with the next epoch where the checkpoint was written after the last batch of one."""
+        loops = checkpoint.get("loops", {})
+        if self.state_key in checkpoint.get("callbacks", {}) and "fit_loop" in loops:
+            self._loaded = {"position": deepcopy(loops["fit_loop"])}
+            loops["fit_loop"] = next_epoch(loops["fit_loop"])
+            if trainer.state.fn == "fit" and not checkpoint["callbacks"][self.state_key]["ended"]:
+                self._limits = trainer.max_steps, trainer.max_epochs
+                raise_limits(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint, unless this step's is written."""
-        if self._path is not None and trainer.global_step != self._saved:
-            self._saved = trainer.global_step
-            trainer.save_checkpoint(self._path)
+        """Write the checkpoint of the last finished step, unless it is written already or not finite."""
+        finished = self._finished
+        if self._path is None or finished is None or finished.step in (self._saved, 0):
+            return
+        if not finished.is_finite:
+            rank_zero_warn(
+                f"the loss or the gradient norm is not finite at step {finished.step}: no checkpoint is written, and "
+                f"{self._path} stays as it is"
+            )
+            return
+        self._saving = True
+        try:
+            write_checkpoint(trainer, self._path)
+        finally:
+            self._saving = False
+        self._saved = finished.step
+
+
+class _SaveFirst(Callback):
+    """What `LastCheckpoint`, which Lightning calls last, does before the other callbacks.
+
+    Their handling of an exception may fail.
+    """
+
+    def __init__(self, checkpoint: LastCheckpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the limits of training."""
+        self.checkpoint.restore_limits(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save, with the trained parameters in place of their average."""
+        restore_trained(trainer, pl_module)
+        self.checkpoint.save_interrupted(trainer, exception)
+
+
+def _metrics(trainer: L.Trainer) -> dict[str, Tensor]:
+    """The Trainer's metrics, without a norm that a gradient scaler may have made infinite on purpose."""
+    left_out = _NORM if uses_scaler(trainer) else None
+    return {name: value for name, value in trainer.callback_metrics.items() if name != left_out}

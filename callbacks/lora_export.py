@@ -1,70 +1,80 @@
-"""Adapters as files that diffusers opens: the last ones and the best ones."""
+"""Export adapters as files that diffusers opens: the last ones and the best ones."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_draft.arguments import at_least, one_of
+from lightning_draft.callbacks.common import reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.distributed import gather_full, uses_fsdp
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.errors import ConfigurationError, DivergenceError
+from lightning_draft.files import atomic_path, remove_partial_files, writing
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.redaction import redact
 
-_FALLBACK = "train/reward"
+_REWARD = "train/reward"
 
 
 class LoRAExport(Callback):
     """Write `last.safetensors` and `best.safetensors`, which the pipeline's `load_lora_weights` opens.
 
-    Files are written when validation ends, every `every_n_steps` steps, when training ends and when it is interrupted,
-    always as a whole. Where processes hold parts of the adapters, putting them together takes all processes: there an
-    interrupted training leaves the files of the last export. The best adapters are those with the best `monitor`; as
-    long as the run has not logged it, `train/reward` decides, averaged over the steps since the last look. The header
-    names the base model, reward, method, sampler, step and scores. Adapters that are not finite are never written.
+    The last adapters are written every `every_n_steps` steps, when a validation ends, when training ends and when it is
+    interrupted. The best ones are those with the best `monitor` among the validations; without any validation there is
+    no `best.safetensors`. The header of a file names the base model, reward, method, sampler, step and scores.
+
+    Note:
+        A file is replaced only when the new one is complete. Adapters that are not finite are never written. Where
+        processes hold parts of the adapters, an interrupted run keeps the files of the last export.
+
+    Example:
+        ```python
+        module = DraftModule(model, JPEGSize(), eval_rewards={"aesthetic": AestheticReward()})
+        export = LoRAExport()  # the best adapters are those with the best val/aesthetic
+        Trainer(max_steps=1000, val_check_interval=50, callbacks=[export]).fit(module, data)
+        ```
 
     Args:
-        monitor: The metric that decides what is best.
-        mode: Whether the best is the greatest (`max`) or the least (`min`).
-        every_n_steps: Optimisation steps between files.
-        dirpath: Where to write; by default `lora` in the run's folder.
+        monitor: Name of the validation metric that decides which adapters are best; by default the module's first
+            evaluation reward, `val/<name>`, or `val/reward` if there is none.
+        mode: Whether the best value is the greatest (`max`) or the least (`min`).
+        every_n_steps: Optimization steps between files.
+        dirpath: Folder of the files; by default `lora` in the run's folder.
 
     Attributes:
-        best_score: Value of the metric at the best adapters; `None` before the first.
-        best_metric: The metric that decided.
-        best_step: Optimisation steps behind the best adapters.
+        best_score: Value of the metric for the best adapters; `None` before the first validation.
+        best_metric: The metric.
+        best_step: Optimization steps behind the best adapters.
     """
 
     def __init__(
         self,
-        monitor: str = "val/reward",
+        monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
         every_n_steps: int = 100,
         dirpath: str | None = None,
     ) -> None:
-        if mode not in ("max", "min"):
-            raise ConfigurationError(f"mode={mode!r} is not known; write max or min")
-        if every_n_steps < 1:
-            raise ConfigurationError(f"LoRAExport: every_n_steps={every_n_steps} must be at least 1")
         self.monitor = monitor
-        self.mode = mode
-        self.every_n_steps = every_n_steps
+        self.mode = one_of("export.mode", mode, ("max", "min"))
+        self.every_n_steps = at_least("export.every_n_steps", every_n_steps, 1)
         self.dirpath = dirpath
         self.best_score: float | None = None
         self.best_metric: str | None = None
         self.best_step: int | None = None
         self._folder: Path | None = None
         self._restored_folder: Path | None = None
-        self._rewards: list[float] = []
         self._last_step = -1
-        self._validated_step = -1
 
     @property
     def last_path(self) -> Path:
@@ -77,182 +87,199 @@ class LoRAExport(Callback):
         return self._path("best")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle the folder."""
+        """Choose the folder and the metric, and remove what a killed process left."""
         if stage != "fit":
             return
-        check_exportable(pl_module, type(self).__name__)
-        run = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(self.dirpath) if self.dirpath is not None else Path(run) / "lora"
+        module = reward_module(pl_module, self)
+        check_exportable(module, self)
+        self._folder = run_folder(trainer, self.dirpath, "lora")
+        self.best_metric = self.monitor or f"val/{(*module.eval_reward_names, 'reward')[0]}"
         self._last_step = -1
+        if trainer.is_global_zero:
+            remove_partial_files(self._folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bring the best adapters of a resumed run along when its folder has changed."""
-        source = self._restored_folder and self._restored_folder / "best.safetensors"
-        if trainer.is_global_zero and source and source.is_file() and source.resolve() != self.best_path.resolve():
-            self.best_path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, self.best_path)
+        """Copy the best adapters of a resumed run if its folder has changed."""
+        bring_along(trainer, self._restored_folder, self.best_path)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Export every `every_n_steps` optimisation steps."""
-        reward = trainer.callback_metrics.get(_FALLBACK)
-        if reward is not None:
-            self._rewards.append(float(reward))
+        """Export every `every_n_steps` optimization steps."""
         if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step:
             self.export(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export with the scores of a validation."""
+        """Export with the scores of a validation, and decide whether these adapters are the best."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._validated_step = trainer.global_step
-            self.export(trainer, pl_module)
+            self.export(trainer, pl_module, validated=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what training ended with."""
+        """Export the adapters at the end of training."""
         if trainer.global_step != self._last_step:
             self.export(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Keep what an interrupted training had reached, unless that takes other processes, which may be elsewhere."""
-        if trainer.state.fn != "fit" or self._folder is None or trainer.global_step == 0:
+        """Export the adapters of an interrupted run, unless that takes other processes, or training diverged."""
+        if trainer.state.fn != "fit" or self._folder is None or trainer.global_step in (0, self._last_step):
             return
-        if uses_fsdp(trainer) and trainer.world_size > 1:
+        if (uses_fsdp(trainer) and trainer.world_size > 1) or isinstance(exception, DivergenceError):
             rank_zero_warn(
-                f"interrupted at step {trainer.global_step}: the adapters exported last are of {self._last_step}"
+                f"interrupted at step {trainer.global_step}: {self.last_path} holds the adapters of {self._last_step}"
             )
-        else:
-            self.export(trainer, pl_module, judge=False)
+            return
+        try:
+            self.export(trainer, pl_module)
+        except ConfigurationError as error:  # the reason of the interruption matters more
+            rank_zero_warn(str(error))
 
-    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, judge: bool = True) -> None:
-        """Write the last adapters, and the best ones if these are; the average of them where the run keeps one.
+    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool = False) -> None:
+        """Write the last adapters, and the best ones if these are; their average where the run keeps one.
 
         Args:
             trainer: The trainer.
             pl_module: Its module.
-            judge: Whether these adapters may become the best ones.
+            validated: Whether the metrics are of a validation of these adapters.
         """
+        module = reward_module(pl_module, self)
         self._last_step = trainer.global_step
-        with averaged(trainer, pl_module):
-            values = gather_full(pl_module)
+        with averaged(trainer, module):
+            values = gather_full(module)
             if not all(bool(value.isfinite().all()) for value in values.values()):
                 rank_zero_warn(f"the adapters are not finite at step {trainer.global_step}: they are not exported")
                 return
-            best = judge and self._is_best(trainer)
+            best = validated and self._is_best(trainer)
             if trainer.is_global_zero:
-                metadata = header(trainer, pl_module, validated=self._validated_step == trainer.global_step)
+                metadata = header(trainer, module, validated)
                 for path in [self.last_path, self.best_path][: 1 + best]:
-                    write(trainer, pl_module, path, metadata, values)
+                    write(trainer, module, path, metadata, values)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was best, and where it lies."""
+        """The best score, the steps of both files, and their folder."""
         return {
             "best_score": self.best_score,
             "best_metric": self.best_metric,
             "best_step": self.best_step,
+            "last_step": self._last_step,
             "folder": str(self._folder),
-            "rewards": list(self._rewards),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue to compare with what was best."""
-        self.best_score = state_dict["best_score"]
-        self.best_metric = state_dict["best_metric"]
-        self.best_step = state_dict["best_step"]
+        """Continue to compare with the best score, unless another metric decides now."""
         self._restored_folder = Path(state_dict["folder"])
-        self._rewards = list(state_dict["rewards"])
+        self._last_step = state_dict["last_step"]
+        if state_dict["best_metric"] == self.best_metric:
+            self.best_score = state_dict["best_score"]
+            self.best_step = state_dict["best_step"]
 
     def _is_best(self, trainer: L.Trainer) -> bool:
-        """Compare with the best so far, and remember."""
-        metric, score = self._judged(trainer)
-        if not math.isfinite(score):
+        """Compare with the best score so far, and keep the better one."""
+        value = trainer.callback_metrics.get(str(self.best_metric))
+        if value is None:
+            known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ConfigurationError(
+                f"export.monitor={self.best_metric!r} is not a metric of the validation; write one of "
+                f"{', '.join(known)}"
+            )
+        score, sign = float(value), -1 if self.mode == "min" else 1
+        if not math.isfinite(score) or (self.best_score is not None and sign * (score - self.best_score) <= 0):
             return False
-        sign = -1 if metric == self.monitor and self.mode == "min" else 1
-        if self.best_score is not None and self.best_metric == metric and sign * (score - self.best_score) <= 0:
-            return False
-        self.best_score, self.best_metric, self.best_step = score, metric, trainer.global_step
+        self.best_score, self.best_step = score, trainer.global_step
         return True
-
-    def _judged(self, trainer: L.Trainer) -> tuple[str, float]:
-        """The metric that decides now, and its value; not a number where there is none."""
-        rewards, self._rewards = self._rewards, []
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is not None and self.monitor != _FALLBACK:
-            return self.monitor, float(value)
-        if not rewards or self.best_metric not in (None, _FALLBACK):
-            return self.monitor, math.nan
-        return _FALLBACK, sum(rewards) / len(rewards)
 
     def _path(self, name: str) -> Path:
         if self._folder is None:
-            raise ConfigurationError("LoRAExport knows its folder once fitting has begun; or give it a dirpath")
+            raise ConfigurationError("LoRAExport has no folder before training starts; give it a dirpath")
         return self._folder / f"{name}.safetensors"
 
 
-def write(trainer: L.Trainer, pl_module: Any, path: Path, metadata: dict[str, str], values: dict[str, Tensor]) -> None:
-    """Let the model write its adapters, or its pipeline as a folder if it trains weights of its own.
+@runtime_checkable
+class SavesLoRA(Protocol):
+    """A model that writes its adapters to a file."""
+
+    def save_lora(
+        self, path: Path, metadata: Mapping[str, str] | None = None, values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the adapters, or `values` in their place, with text for the file's header."""
+
+
+def write(
+    trainer: L.Trainer, module: RewardModule, path: Path, metadata: dict[str, str], values: dict[str, Tensor]
+) -> None:
+    """Let the model write its adapters to a file, or its pipeline to a folder if it trains weights of its own.
 
     Args:
         trainer: The trainer.
-        pl_module: Its module.
-        path: Of the file.
-        metadata: For its header.
-        values: From `whole`; handed to the model where it holds a part of them only.
-    """
-    model, own = pl_module.model, None
-    if uses_fsdp(trainer):
-        own = {name.removeprefix("model."): value for name, value in values.items()}
-    if getattr(model, "trainable", "lora") == "lora":
-        model.save_lora(path, metadata, own)
-    else:
-        model.save_pipeline(path.with_suffix(""), metadata, own)
-
-
-def check_exportable(pl_module: L.LightningModule, name: str) -> None:
-    """Check that the adapters can be written as a file.
-
-    Args:
-        pl_module: The trainer's module.
-        name: Who wants to write, for the message.
+        module: Its module.
+        path: The file.
+        metadata: Text for its header.
+        values: From `gather_full`; used where this process holds a part of them only.
 
     Raises:
-        ConfigurationError: The model cannot write.
+        ConfigurationError: The file cannot be written, for example because the disk is full.
     """
-    if not hasattr(pl_module.model, "save_lora"):
+    own = {name.removeprefix("model."): value for name, value in values.items()} if uses_fsdp(trainer) else None
+    if isinstance(module.model, PipelineModel) and module.model.trainable != "lora":
+        with writing(path):
+            module.model.save_pipeline(path.with_suffix(""), metadata, own)
+        return
+    model = cast(SavesLoRA, module.model)
+    with atomic_path(path) as partial:
+        if own is None:
+            model.save_lora(partial, metadata)
+        else:
+            model.save_lora(partial, metadata, own)
+
+
+def bring_along(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
+    """Copy a file of the run that was resumed into this run's folder, if that is another one.
+
+    Args:
+        trainer: The trainer.
+        folder: The folder of the resumed run, if any.
+        path: The file in this run's folder.
+    """
+    source = None if folder is None else folder / path.name
+    if trainer.is_global_zero and source is not None and source.is_file() and source.resolve() != path.resolve():
+        with atomic_path(path) as partial:
+            shutil.copyfile(source, partial)
+
+
+def check_exportable(module: RewardModule, callback: object) -> None:
+    """Check that the adapters can be written to a file.
+
+    Raises:
+        ConfigurationError: The model has no method for it.
+    """
+    if not isinstance(module.model, SavesLoRA):
         raise ConfigurationError(
-            f"{type(pl_module.model).__name__} has no save_lora(path, metadata), so {name} cannot write; "
-            "give the model one, or leave the callback out"
+            f"{type(module.model).__name__} has no save_lora(path, metadata), so {type(callback).__name__} cannot "
+            "write its adapters; add the method to the model, or leave the callback out"
         )
 
 
-def header(trainer: L.Trainer, pl_module: Any, validated: bool = True) -> dict[str, str]:
-    """What a file says about how its adapters came about; every value is text, `scores` is JSON.
+def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> dict[str, str]:
+    """Return the metadata of a file of adapters; every value is text, and `scores` is JSON.
 
     Args:
         trainer: The trainer.
-        pl_module: Its module.
+        module: Its module.
         validated: Whether the scores of the last validation are these adapters'.
     """
-    prefixes = ("val/", _FALLBACK) if validated else (_FALLBACK,)
-    parts = {
-        "method": getattr(pl_module, "method", pl_module),
-        "sampler": pl_module.sampler,
-        "reward": pl_module.reward,
-        "loss": getattr(pl_module, "loss", None),
-    }
+    prefixes = ("val/", _REWARD) if validated else (_REWARD,)
     scores = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
         if name.startswith(prefixes) and math.isfinite(float(value))
     }
     return {
-        "base": str(getattr(pl_module.model, "pretrained", type(pl_module.model).__name__)),
-        **{name: describe(part) for name, part in parts.items() if part is not None},
+        "base": module.model.source,
+        **{name: describe(part) for name, part in module.strategies().items()},
         "step": str(trainer.global_step),
         "scores": json.dumps(scores, sort_keys=True),
     }
 
 
 def describe(thing: object) -> str:
-    """Class and plain public attributes, such as `LastK(k=1)`; secrets are left out."""
+    """Return class and plain public attributes, such as `LastK(k=1)`; secrets are left out."""
     plain = {
         name: redact(value, name)
         for name, value in vars(thing).items()

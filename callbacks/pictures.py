@@ -1,7 +1,8 @@
-"""Pictures with captions in a grid, and every Lightning logger that takes pictures."""
+"""Draw pictures with captions in a grid, and give them to Lightning's loggers."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_draft.callbacks.common import printable
+
 _GAP = 8
 _LINE = 20
 _TEXT = 12
@@ -21,10 +24,10 @@ _SHADE = (240, 240, 240)
 
 
 def to_picture(image: Tensor, min_size: int = 128) -> Image.Image:
-    """Turn an image `(3, H, W)` in [0, 1] into a picture; a small one grows by a whole factor, pixel by pixel.
+    """Convert an image `(3, H, W)` in [0, 1] to a picture; a small one is enlarged by a whole factor.
 
     Args:
-        image: What lies outside [0, 1] is clamped.
+        image: Values outside [0, 1] are clamped.
         min_size: The shorter side is at least this long, in pixels.
     """
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -42,12 +45,12 @@ def comparison(
     per_row: int = 4,
     title: str = "",
 ) -> Image.Image:
-    """Draw one panel a prompt: the prompt, its images side by side, and label and score under each.
+    """Draw a panel for each prompt: the prompt, its images side by side, and label and score under each.
 
     Args:
         prompts: `N` prompts.
         images: By label (such as `base` and `tuned`), `(N, 3, H, W)` each, in [0, 1].
-        scores: By label, `(N,)` each; left out, the labels stand alone.
+        scores: By label, `(N,)` each; without them only the labels are drawn.
         min_size: The shorter side of a picture is at least this long, in pixels.
         per_row: Panels in a row.
         title: A line above all panels.
@@ -72,19 +75,19 @@ def comparison(
 
 
 def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> bool:
-    """Hand a picture to a logger through its documented interface.
+    """Give a picture to a logger through its documented interface.
 
-    Known are TensorBoard (`experiment.add_image`), Weights & Biases and others with a `log_image` of their own, MLflow
-    (`experiment.log_image` with a run id) and Comet (`experiment.log_image`).
+    Supported are TensorBoard (`experiment.add_image`), Weights & Biases and other loggers with a method `log_image`,
+    MLflow (`experiment.log_image` with a run id) and Comet (`experiment.log_image`).
 
     Args:
         logger: Any Lightning logger.
-        key: The picture's name there.
+        key: The name of the picture in the logger.
         picture: The picture.
         step: Number of finished optimisation steps.
 
     Returns:
-        Whether the logger takes pictures.
+        Whether the logger accepts pictures.
     """
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):
@@ -115,24 +118,24 @@ def _panel(prompt: str, pictures: list[Image.Image], captions: list[str]) -> Ima
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """One line of text, cut to `width` pixels."""
+    """Draw one line of text, shortened to `width` pixels."""
     font = _font()
     draw.text(place, _shorten(text, font, width), fill=_INK, font=font)
 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings: Pillow's own has no accents, Greek or Cyrillic."""
+    """The font in matplotlib: Pillow's own has no accents, Greek or Cyrillic."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)
 
 
 def _shorten(text: str, font: Any, width: float) -> str:
-    """Cut `text` to `width` pixels and one line."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    """Shorten `text` to `width` pixels and one line; the time does not depend on its length."""
+    start = printable(text[: 8 * max(1, int(width))])
+    if len(start) <= width and font.getlength(start) <= width:
+        return start
+    start = start[: max(1, int(width))]  # no more characters are visible
+    fits = bisect_right(range(len(start) + 1), width, key=lambda length: font.getlength(start[:length] + "...")) - 1
+    return start[: max(0, fits)] + "..."

@@ -1,4 +1,4 @@
-"""Progress for people who wait: the reward, seconds a step, time left."""
+"""A progress bar with the reward, the seconds a step takes and the time left."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import at_least
+from lightning_draft.callbacks.common import printable
 
 
 class ProgressBar(TQDMProgressBar):
-    """One bar over all optimisation steps, with the reward, seconds a step and time left.
+    """Show one bar over all optimization steps, with the reward, the seconds a step takes and the time left.
 
-    Where the output is not a terminal, plain lines are printed instead. Seconds a step are averaged over the last 20
-    and leave out validation and sampling; the time left counts them in.
+    Where the output is not a terminal, lines are printed instead. The seconds are averaged over the last 20 steps,
+    without validation and sampling; the time left includes them.
+
+    Example:
+        ```python
+        trainer = Trainer(max_steps=1000, callbacks=[ProgressBar(every_n_steps=50)])
+        ```
 
     Args:
-        refresh_rate: Optimisation steps between updates of the bar; 0 shows nothing at all.
-        every_n_steps: Optimisation steps between plain lines.
+        refresh_rate: Optimization steps between updates of the bar; 0 shows nothing.
+        every_n_steps: Optimization steps between lines where the output is not a terminal.
     """
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
 
     def __init__(self, refresh_rate: int = 1, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise ConfigurationError(f"ProgressBar: every_n_steps={every_n_steps} must be at least 1")
         super().__init__(refresh_rate=refresh_rate)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least("progress.every_n_steps", every_n_steps, 1)
         self._durations: deque[float] = deque(maxlen=20)
         self._total = math.inf
         self._shown = -1
@@ -49,13 +53,13 @@ class ProgressBar(TQDMProgressBar):
         return not self.is_enabled or self.is_plain
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Come first, so that a step's clock stops before other callbacks sample or write."""
+        """Become the first callback, so that the time of a step does not include what other callbacks do after it."""
         super().setup(trainer, pl_module, stage)
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar; the clock starts."""
+        """Open the bar and start the clock."""
         self._total = float(trainer.estimated_stepping_batches)
         self._first_step = self._shown = trainer.global_step
         self._durations.clear()
@@ -68,7 +72,7 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar = bar
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """The bar runs on over epochs."""
+        """Keep the bar over epochs."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start a step's clock, unless gradients are being accumulated."""
@@ -76,7 +80,7 @@ class ProgressBar(TQDMProgressBar):
             self._step_started = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Show a finished optimisation step."""
+        """Show a finished optimization step."""
         step = trainer.global_step
         if step == self._shown:
             return
@@ -93,26 +97,25 @@ class ProgressBar(TQDMProgressBar):
             self.train_progress_bar.set_postfix_str(", ".join(self.report(trainer)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The bar runs on over epochs."""
+        """Keep the bar over epochs."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the validation's bar; print its rewards, trained and watched side by side."""
+        """Close the bar of the validation, and print its metrics."""
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
         if trainer.sanity_checking or not self.is_enabled:
             return
-        values = [
-            f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if name.startswith("val/")
-        ]
+        metrics = trainer.callback_metrics.items()
+        values = [f"{printable(name)} {float(value):.4g}" for name, value in metrics if name.startswith("val/")]
         self.print("  ".join([f"step {trainer.global_step}", *values]))
 
     def line(self, trainer: L.Trainer) -> str:
-        """One plain line."""
+        """Return a line for output that is not a terminal."""
         total = f"/{int(self._total)}" if math.isfinite(self._total) else ""
         return "  ".join([f"step {trainer.global_step}{total}", *self.report(trainer)])
 
     def report(self, trainer: L.Trainer) -> list[str]:
-        """Reward, seconds a step, time left; what is not known is left out."""
+        """Return the reward, the seconds a step takes and the time left, as far as they are known."""
         parts = []
         reward = trainer.callback_metrics.get("train/reward")
         if reward is not None:
@@ -125,14 +128,14 @@ class ProgressBar(TQDMProgressBar):
         return parts
 
     def seconds_left(self, trainer: L.Trainer) -> float:
-        """Until the last step at the pace so far, pauses included; infinite where there is no last step."""
+        """Return the seconds until the last step at the speed so far; infinite where there is no last step."""
         done = trainer.global_step - self._first_step
         if done <= 0:
             return math.inf
         return (self._total - trainer.global_step) * (time.monotonic() - self._started) / done
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print above the bar, or plainly where there is none."""
+        """Print above the bar, if there is one."""
         if self.is_plain:
             print(*args, sep=sep, **{"flush": True, **kwargs})
         else:

@@ -1,21 +1,21 @@
-"""Random states: leave them as they were, and carry them through checkpoints."""
+"""Random states in checkpoints."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_draft.callbacks.step_state import StepState
+from lightning_draft.distributed import all_gather_objects, world_size
 
-class RandomState(Callback):
+
+class RandomState(StepState):
     """Save and restore the random states of python, numpy and torch with every checkpoint, for each process.
 
     `DraftModule` draws its noise from seeds of its own, and `PromptLoader` keeps its place: they resume exactly without
@@ -23,9 +23,15 @@ class RandomState(Callback):
     (`max_epochs`) that resumes between two of them equals the uninterrupted one, the order of a shuffling data loader
     included. Within an epoch the steps draw the same numbers, but the order of the remaining data is the loader's to
     keep.
+
+    Example:
+        ```python
+        trainer = Trainer(max_epochs=3, callbacks=[RandomState(), LastCheckpoint()])
+        ```
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._restored: list[dict[str, Any]] | None = None
         self._between_epochs = True
 
@@ -34,25 +40,34 @@ class RandomState(Callback):
         if self._between_epochs:
             self._restore()
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Restore a state saved within an epoch after the data loader has made its iterator anew."""
         self._restore()
+        super().on_train_batch_start(trainer, pl_module)
         self._between_epochs = False
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Note that a checkpoint is written between epochs after the last batch of one."""
+        self._between_epochs = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that a checkpoint now lies between epochs."""
-        self._between_epochs = True
+        """Keep the state before the data loader shuffles the next epoch."""
+        self._step_state = trainer.global_step, self.own_state()
+
+    def own_state(self) -> dict[str, Any]:
+        """The states of this process's generators."""
+        return {"process": get_random_state(), "between_epochs": self._between_epochs}
+
+    def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The states of all processes, by rank."""
+        return {"processes": all_gather_objects(state["process"]), "between_epochs": state["between_epochs"]}
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes, by rank."""
-        states = [get_random_state()]
-        if dist.is_available() and dist.is_initialized():
-            states = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(states, get_random_state())
-        return {"processes": states, "between_epochs": self._between_epochs}
+        return self.gather_state(self.own_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until training goes on."""
+        """Keep the states until training continues."""
         self._restored = state_dict["processes"]
         self._between_epochs = state_dict["between_epochs"]
 
@@ -60,15 +75,13 @@ class RandomState(Callback):
         states, self._restored = self._restored, None
         if states is None:
             return
-        distributed = dist.is_available() and dist.is_initialized()
-        rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        if len(states) != size:
+        if len(states) != world_size():
             rank_zero_warn(
-                f"the checkpoint holds the random states of {len(states)} processes and there are {size} now: they are "
-                "not restored, and this run will differ from the uninterrupted one"
+                f"the checkpoint holds the random states of {len(states)} processes and there are {world_size()} now: "
+                "they are not restored, and this run will differ from the uninterrupted one"
             )
             return
-        set_random_state(states[rank])
+        set_random_state(states[dist.get_rank() if world_size() > 1 else 0])
 
 
 def get_random_state() -> dict[str, Any]:
@@ -95,21 +108,3 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"].cpu())
-
-
-@contextmanager
-def observing(pl_module: L.LightningModule) -> Iterator[None]:
-    """Within this context a callback may look at the module: no graph, eval mode.
-
-    Random states and the mode of every submodule are as before afterwards.
-    """
-    state = get_random_state()
-    modes = {module: module.training for module in pl_module.modules()}
-    pl_module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        set_random_state(state)

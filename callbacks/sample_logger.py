@@ -1,45 +1,49 @@
-"""Pictures of the base and the tuned model from the same prompts and noise."""
+"""Log pictures of the base and the tuned model from the same prompts and noise."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
+from lightning_draft.arguments import at_least, prompt_list
+from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder, sampling
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.pictures import comparison, log_picture
-from lightning_draft.callbacks.random_state import observing
-from lightning_draft.errors import ConfigurationError
-
-_Samples = tuple[Tensor, Tensor]
+from lightning_draft.files import atomic_path, remove_partial_files
 
 
 class SampleLogger(Callback):
-    """Sample fixed prompts from fixed noise, base beside tuned, with the reward under each picture.
+    """Sample fixed prompts from fixed noise with the base model and with the tuned one, and log both side by side.
 
-    The grid goes to every logger that takes pictures, under `samples`, and to `samples/step_<n>.png` in the run's
-    folder; which loggers take none is said once. The mean rewards go to every logger as `samples/reward` and
-    `samples/reward_base`. Samples are drawn when training starts, every `every_n_steps` steps and when it ends.
-    Training with this callback is bitwise the training without it. Every process samples, so that sharded models work;
-    one writes.
+    The grid of pictures, with the reward under each, goes to every logger that accepts pictures, as `samples`, and to
+    `samples/step_<n>.png` in the run's folder. The mean rewards go to every logger as `samples/reward` and
+    `samples/reward_base`. Samples are drawn when training starts, every `every_n_steps` steps and when training ends.
+
+    Note:
+        Training with this callback is bitwise the training without it. A reward whose scale changes in training, such
+        as `ZScoreSum`, scores the base model's pictures anew each time, so that both rewards are on the same scale.
+        Every process samples, so that sharded models work; one of them writes.
+
+    Example:
+        ```python
+        samples = SampleLogger(every_n_steps=50, prompts=["a red fox", "a blue house"])
+        trainer = Trainer(max_steps=1000, callbacks=[samples])
+        ```
 
     Args:
-        every_n_steps: Optimisation steps between grids.
-        prompts: What to sample; by default the data module's held-out prompts.
+        every_n_steps: Optimization steps between grids.
+        prompts: Prompts to sample; by default the data module's validation prompts.
         max_samples: At most this many prompts, the first ones.
-        seed: Of the starting noise and of a stochastic sampler's noise.
-        min_size: Pictures smaller than this, in pixels, grow by a whole factor.
-        per_row: Prompts in a row of the grid.
+        seed: Seed of the starting noise and of a stochastic sampler's noise.
+        min_size: Pictures whose shorter side has fewer pixels than this are enlarged by a whole factor.
+        per_row: Number of prompts in a row of the grid.
         batch_size: Prompts sampled at a time; by default all.
         to_files: Also write PNG files.
-        dirpath: Where to; by default `samples` in the run's folder.
+        dirpath: Folder of the files; by default `samples` in the run's folder.
     """
 
     def __init__(
@@ -54,126 +58,104 @@ class SampleLogger(Callback):
         to_files: bool = True,
         dirpath: str | None = None,
     ) -> None:
-        numbers = {
-            "every_n_steps": every_n_steps,
-            "max_samples": max_samples,
-            "min_size": min_size,
-            "per_row": per_row,
-            "batch_size": 1 if batch_size is None else batch_size,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise ConfigurationError(f"SampleLogger: {name}={value} must be at least 1")
-        self.every_n_steps = every_n_steps
-        self.prompts = prompts
-        self.max_samples = max_samples
+        self.every_n_steps = at_least("samples.every_n_steps", every_n_steps, 1)
+        self.prompts = None if prompts is None else prompt_list(prompts, "samples.prompts")
+        self.max_samples = at_least("samples.max_samples", max_samples, 1)
         self.seed = seed
-        self.min_size = min_size
-        self.per_row = per_row
-        self.batch_size = batch_size
+        self.min_size = at_least("samples.min_size", min_size, 1)
+        self.per_row = at_least("samples.per_row", per_row, 1)
+        self.batch_size = None if batch_size is None else at_least("samples.batch_size", batch_size, 1)
         self.to_files = to_files
         self.dirpath = dirpath
-        self._prompts: list[str] = []
-        self._base: _Samples | None = None
+        self._samples = FixedSamples([], seed)
+        self._base: Tensor | None = None
+        self._base_rewards: Tensor | None = None
         self._last_step = -1
-        self._told = False
+        self._reported = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle the prompts and the folder."""
+        """Choose the prompts and the folder, and remove what a killed process left."""
         if stage != "fit":
             return
-        self._prompts = list(_default_prompts(trainer) if self.prompts is None else self.prompts)[: self.max_samples]
-        if not self._prompts:
-            raise ConfigurationError(
-                "SampleLogger has no prompts: the data module holds none out; give them as prompts: [...]"
-            )
-        run = trainer.log_dir or trainer.default_root_dir
-        self._folder = Path(self.dirpath) if self.dirpath is not None else Path(run) / "samples"
-        self._base = None
+        prompts = fixed_prompts(trainer, self.prompts, self.max_samples, self)
+        self._samples = FixedSamples(prompts, self.seed, self.batch_size)
+        self._folder = run_folder(trainer, self.dirpath, "samples")
+        self._base = self._base_rewards = None
         self._last_step = -1
+        if self.to_files and trainer.is_global_zero:
+            remove_partial_files(self._folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample what training starts from."""
-        self.sample(trainer, pl_module)
+        """Sample the model that training starts from; a resumed run only if it was interrupted before it had."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self.sample(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Sample every `every_n_steps` optimisation steps."""
+        """Sample every `every_n_steps` optimization steps."""
         if trainer.global_step % self.every_n_steps == 0:
             self.sample(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample what training ends with."""
+        """Sample the model at the end of training."""
         self.sample(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the last grid."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do not draw the last grid again."""
+        self._last_step = state_dict["last_step"]
+
     def sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, score and log the samples; nothing happens where this step's are already logged."""
-        step = trainer.global_step
+        """Sample, score and log, unless that is done for this step."""
+        step, module = trainer.global_step, reward_module(pl_module, self)
         if step == self._last_step:
             return
-        self._last_step = step
-        with observing(pl_module), trainer.precision_plugin.forward_context():
+        with sampling(trainer, module):
             if self._base is None:
-                with pl_module.model.base():  # type: ignore[union-attr, operator]
-                    self._base = self._sample(pl_module)
-            with averaged(trainer, pl_module):
-                tuned = self._sample(pl_module)
+                with module.model.base():
+                    self._base = self._samples.draw(module)
+            if self._base_rewards is None or module.has_running_statistics:
+                self._base_rewards = self._samples.score(module, self._base)["reward"]
+            with averaged(trainer, module):
+                tuned = self._samples.draw(module)
+                rewards = self._samples.score(module, tuned)["reward"]
         if trainer.is_global_zero:
-            self._log(trainer, step, self._base, tuned)
+            images, scores = {"base": self._base, "tuned": tuned}, {"base": self._base_rewards, "tuned": rewards}
+            self._log(trainer, step, images, scores)
+        self._last_step = step
 
-    def _sample(self, pl_module: Any) -> _Samples:
-        """Images `(N, 3, H, W)` and rewards `(N,)` of all prompts, on the CPU."""
-        size = self.batch_size or len(self._prompts)
-        noise = pl_module.model.noise(len(self._prompts), torch.Generator().manual_seed(self.seed))
-        images, scores = [], []
-        for start in range(0, len(self._prompts), size):
-            prompts = self._prompts[start : start + size]
-            images.append(pl_module.generate(prompts, noise=noise[start : start + size], seed=self.seed + start))
-            scores.append(pl_module.score(images[-1], prompts)["reward"])
-        return torch.cat(images).float().cpu(), torch.cat(scores).float().cpu()
-
-    def _log(self, trainer: L.Trainer, step: int, base: _Samples, tuned: _Samples) -> None:
-        rewards = {"samples/reward": float(tuned[1].mean()), "samples/reward_base": float(base[1].mean())}
-        before, after = rewards["samples/reward_base"], rewards["samples/reward"]
+    def _log(self, trainer: L.Trainer, step: int, images: dict[str, Tensor], rewards: dict[str, Tensor]) -> None:
+        base, tuned = (float(rewards[name].mean()) for name in ("base", "tuned"))
         grid = comparison(
-            self._prompts,
-            {"base": base[0], "tuned": tuned[0]},
-            {"base": base[1], "tuned": tuned[1]},
+            self._samples.prompts,
+            images,
+            rewards,
             min_size=self.min_size,
             per_row=self.per_row,
-            title=f"step {step}: mean reward {before:.4g} (base), {after:.4g} (tuned)",
+            title=f"step {step}: mean reward {base:.4g} (base), {tuned:.4g} (tuned)",
         )
-        blind = []
+        without = []
         for logger in trainer.loggers:
             if not log_picture(logger, "samples", grid, step):
-                blind.append(type(logger).__name__)
-            logger.log_metrics(rewards, step)
-        self._tell(blind, alone=len(blind) == len(trainer.loggers))
+                without.append(type(logger).__name__)
+            logger.log_metrics({"samples/reward": tuned, "samples/reward_base": base}, step)
+        self._report(without, all_without=len(without) == len(trainer.loggers))
         if self.to_files:
-            _write(grid, self._folder / f"step_{step:06d}.png")
+            with atomic_path(self._folder / f"step_{step:06d}.png") as partial:
+                grid.save(partial, format="PNG")
 
-    def _tell(self, blind: list[str], alone: bool) -> None:
-        """Say once where the pictures do not go."""
-        if self._told:
+    def _report(self, without: list[str], all_without: bool) -> None:
+        """Report once which loggers accept no pictures."""
+        if self._reported:
             return
-        self._told = True
-        if alone and not self.to_files:
+        self._reported = True
+        if all_without and not self.to_files:
             rank_zero_warn(
-                "SampleLogger's pictures go nowhere: no logger takes pictures, and to_files is off; "
-                "set to_files: true or use a TensorBoardLogger"
+                "SampleLogger's pictures are not kept: no logger accepts pictures, and to_files is off; write "
+                "samples.to_files: true or use a TensorBoardLogger"
             )
-        elif blind:
+        elif without:
             place = f"they are in {self._folder}" if self.to_files else "the other loggers have them"
-            rank_zero_info(f"SampleLogger: {', '.join(blind)} takes no pictures; {place}")
-
-
-def _default_prompts(trainer: L.Trainer) -> list[str]:
-    datamodule = getattr(trainer, "datamodule", None)
-    return getattr(datamodule, "val_prompts", None) or []
-
-
-def _write(picture: Image.Image, path: Path) -> None:
-    """Write a PNG file so that nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(partial, format="PNG")
-    os.replace(partial, path)
+            rank_zero_info(f"SampleLogger: {', '.join(without)} accepts no pictures; {place}")

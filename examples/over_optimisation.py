@@ -3,7 +3,7 @@
     python -m examples.over_optimisation
 
 A small JPEG file is trained, by DRaFT-1; that the shipped CLIP recognises the prompt is held out. The run is made twice
-from the same seed: once to the end, once under `OverOptimisationGuard(action="stop")`. `OUT/over_optimisation.md` has
+from the same seed: once to the end, once under `OverOptimizationGuard(action="stop")`. `OUT/over_optimisation.md` has
 the models on the guard's fixed prompts and noise, and `OUT/over_optimisation.png` the curves and the pictures.
 """
 
@@ -19,8 +19,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_draft.callbacks import OverOptimisationGuard
-from lightning_draft.callbacks.over_optimisation import Look
+from lightning_draft.callbacks import OverOptimizationGuard
+from lightning_draft.callbacks.evaluation import Evaluation
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
@@ -45,10 +45,10 @@ def build(arguments: argparse.Namespace) -> DraftModule:
     )
 
 
-def run(arguments: argparse.Namespace, action: str) -> tuple[DraftModule, OverOptimisationGuard]:
+def run(arguments: argparse.Namespace, action: str) -> tuple[DraftModule, OverOptimizationGuard]:
     """Train with the guard's action."""
     module = build(arguments)
-    guard = OverOptimisationGuard(
+    guard = OverOptimizationGuard(
         action,  # type: ignore[arg-type]
         max_prompts=arguments.pictures,
         samples_per_prompt=3,
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, action: str) -> tuple[DraftModule, OverOp
 
 
 def data(arguments: argparse.Namespace) -> PromptDataModule:
-    """Prompts, of which some are held out to be looked at."""
+    """Prompts, some of which are held out for the evaluation."""
     return PromptDataModule(arguments.prompts, batch_size=arguments.batch_size, val_size=arguments.pictures)
 
 
@@ -82,29 +82,29 @@ def pictures(module: DraftModule, prompts: list[str]) -> Tensor:
     return module.generate(prompts, seed=1).clamp(0, 1)
 
 
-def table(rows: dict[str, Look]) -> str:
+def table(rows: dict[str, Evaluation]) -> str:
     """Models as markdown."""
     lines = [
         "| adapters | JPEG rate (trained) | recognised (held out) | drift | diversity | saturated |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {look.reward:.3f} | {look.held_out['recognised']:.2f} | {look.drift:.3f} | {look.diversity:.3f} | "
-        f"{look.saturated:.0%} |"
-        for name, look in rows.items()
+        f"| {name} | {each.reward:.3f} | {each.eval_rewards['recognised']:.2f} | {each.image_drift:.3f} | "
+        f"{each.diversity:.3f} | {each.saturated_pixel_fraction:.0%} |"
+        for name, each in rows.items()
     ]
     return "\n".join(lines) + "\n"
 
 
-def plot(looks: dict[int, Look], stopped: int, kept: int | None, rows: dict[str, Tensor], path: Path) -> None:
+def plot(history: dict[int, Evaluation], stopped: int, kept: int | None, rows: dict[str, Tensor], path: Path) -> None:
     """Both rewards by step, and a row of pictures of each model."""
     figure = Figure(figsize=(8, 3 + len(rows)), layout="constrained")
     curves, gallery = figure.subfigures(2, 1, height_ratios=[3, len(rows)])
     left = curves.subplots()
     right = left.twinx()
-    left.plot(list(looks), [look.reward for look in looks.values()], "C0.-")
-    right.plot(list(looks), [look.held_out["recognised"] for look in looks.values()], "C3.-")
-    left.axvspan(stopped, max(looks), color="0.9")
+    left.plot(list(history), [each.reward for each in history.values()], "C0.-")
+    right.plot(list(history), [each.eval_rewards["recognised"] for each in history.values()], "C3.-")
+    left.axvspan(stopped, max(history), color="0.9")
     if kept is not None:
         left.axvline(kept, color="C2", linestyle="--")
     left.set(xlabel="optimisation steps; green: what the guard keeps, grey: what it prevents")
@@ -127,10 +127,10 @@ def main() -> None:
     parser.add_argument("--clip", default="emoji-clip")
     parser.add_argument("--prompts", default="emoji")
     parser.add_argument("--steps", type=int, default=36)
-    parser.add_argument("--every", type=int, default=3, help="steps between looks")
+    parser.add_argument("--every", type=int, default=3, help="steps between evaluations")
     parser.add_argument("--sampling-steps", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--pictures", type=int, default=6, help="prompts that are looked at")
+    parser.add_argument("--pictures", type=int, default=6, help="prompts that are evaluated")
     parser.add_argument("--lr", type=float, default=3e-3)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -142,24 +142,24 @@ def main() -> None:
     images: dict[str, Any] = {"end": pictures(unguarded, prompts)}
     with guarded.model.base():
         images["base"] = pictures(guarded, prompts)
-    rows = {"base": watcher.looks[0]}
+    rows = {"base": watcher.history[0]}
     if guard.best_step is not None:
         guarded.model.load_lora(guard.best_path)
         images["kept"] = pictures(guarded, prompts)
-        rows[f"kept by the guard, step {guard.best_step}"] = guard.looks[guard.best_step]
-    last = max(watcher.looks)
-    rows[f"without the guard, step {last}"] = watcher.looks[last]
+        rows[f"kept by the guard, step {guard.best_step}"] = guard.history[guard.best_step]
+    last = max(watcher.history)
+    rows[f"without the guard, step {last}"] = watcher.history[last]
     order = [name for name in ("base", "kept", "end") if name in images]
     text = table(rows)
     (arguments.out / "over_optimisation.md").write_text(text)
     plot(
-        watcher.looks,
-        max(guard.looks),
+        watcher.history,
+        max(guard.history),
         guard.best_step,
         {name: images[name] for name in order},
         arguments.out / "over_optimisation.png",
     )
-    print(text, f"stopped at step {max(guard.looks)}; {time.perf_counter() - start:.0f} s", sep="\n")
+    print(text, f"stopped at step {max(guard.history)}; {time.perf_counter() - start:.0f} s", sep="\n")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.stack([_mean_pair(distances(samples[places].float())) for places in several]).mean()
 
 
-def saturated_share(images: Tensor) -> Tensor:
-    """Share of values that are at the end of the range or beyond, `(B,)` in [0, 1].
+def saturated_pixel_fraction(images: Tensor) -> Tensor:
+    """Fraction of values that are at the end of the range or beyond, `(B,)` in [0, 1].
 
     Clamping does not change it. White paper counts, so compare it with the base model's.
 

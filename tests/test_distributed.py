@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import enable_wrap
 
 from lightning_draft.__main__ import main
-from lightning_draft.callbacks import AdapterEMA, GradientNormMonitor, LoRAExport, OverOptimisationGuard, SampleLogger
+from lightning_draft.callbacks import AdapterEMA, GradientNormMonitor, LoRAExport, OverOptimizationGuard, SampleLogger
 from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.data import PromptDataModule
 from lightning_draft.distributed import blocks, gather_full, local_shard
@@ -195,13 +195,13 @@ def data() -> PromptDataModule:
 
 def fit(rank: int, root: Path, strategy: str, module: Any, **options: Any) -> None:
     """Train with everything that looks into the model, and keep what this process has of it."""
-    note, guard = Note(), OverOptimisationGuard(max_prompts=1, samples_per_prompt=2)
+    note, guard = Note(), OverOptimizationGuard(max_prompts=1, samples_per_prompt=2)
     observers = [SampleLogger(every_n_steps=2, max_samples=1), GradientNormMonitor(figure_every_n_steps=0), note]
     writers = [AdapterEMA(decay=0.5), LoRAExport(every_n_steps=2), guard, LastCheckpoint(every_n_steps=1)]
     resume = options.pop("ckpt_path", None)
     how = "ddp" if strategy == "ddp" else STRATEGIES[strategy]()
     trainer(root, how, *observers, *writers, **options).fit(module, data(), ckpt_path=resume, weights_only=False)
-    found = {"whole": gather_full(module), "norms": note.norms, "held": note.held, "looks": guard.looks}
+    found = {"whole": gather_full(module), "norms": note.norms, "held": note.held, "history": guard.history}
     torch.save(found, root / f"{rank}.pt")
 
 
@@ -247,8 +247,8 @@ def test_what_is_trained_and_written_is_what_ddp_writes(strategy: str, method: s
     assert all(torch.equal(ours[1]["whole"][name], value) for name, value in ours[0]["whole"].items())
     assert ours[0]["norms"] == ours[1]["norms"] == pytest.approx(theirs[0]["norms"], rel=1e-4)
     assert min(ours[0]["norms"]) > CLIP
-    for step, look in theirs[0]["looks"].items():
-        assert ours[0]["looks"][step].reward == pytest.approx(look.reward, abs=1e-5)
+    for step, look in theirs[0]["history"].items():
+        assert ours[0]["history"][step].reward == pytest.approx(look.reward, abs=1e-5)
     for name in ("last", "best", "guarded"):
         files = [load_file(ran / each / method / "lora" / f"{name}.safetensors") for each in (strategy, "ddp")]
         assert_close(*files)

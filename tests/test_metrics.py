@@ -14,7 +14,7 @@ from lightning_draft.metrics import (
     frechet_distance,
     image_drift,
     kernel_distance,
-    saturated_share,
+    saturated_pixel_fraction,
     within_prompt_diversity,
 )
 from lightning_draft.rewards import CLIPScore
@@ -64,8 +64,8 @@ def test_saturation_counts_what_a_clamp_would_touch() -> None:
     images = torch.full((2, 3, 2, 2), 0.5)
     images[0, 0, 0, 0], images[0, 1, 0, 0], images[0, 2, 1, 1] = -0.1, 1.2, 1.0
     expected = torch.tensor([3 / 12, 0.0])
-    torch.testing.assert_close(saturated_share(images), expected)
-    torch.testing.assert_close(saturated_share(images.clamp(0, 1)), expected)
+    torch.testing.assert_close(saturated_pixel_fraction(images), expected)
+    torch.testing.assert_close(saturated_pixel_fraction(images.clamp(0, 1)), expected)
 
 
 def test_drift_is_the_root_mean_square_of_what_can_be_seen() -> None:

@@ -28,7 +28,7 @@ from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers, run_logger
 from lightning_draft.data import PromptDataModule
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.methods.base import RewardModule
 
 _SAVE_DIR = "--trainer.logger.save_dir"
@@ -212,6 +212,10 @@ class DraftCLI(LightningCLI):
         try:
             with self.preemption.handle_signal():
                 self.trainer.fit(**kwargs)
+        except DivergenceError as error:
+            self.status = messages.FAILED
+            if self.trainer.is_global_zero:
+                messages.print_error(f"training failed: {error}")
         except SystemExit as end:
             if not self.trainer.interrupted:
                 raise

@@ -30,7 +30,7 @@ CALLBACK_OPTIONS = (
     CallbackOption("checkpoint", "LastCheckpoint", True, "the checkpoint to resume from", True),
     CallbackOption("progress", "ProgressBar", True, "the progress bar"),
     CallbackOption("ema", "AdapterEMA", False, "moving average of the trained parameters"),
-    CallbackOption("guard", "OverOptimisationGuard", False, "act when evaluation rewards fall", True),
+    CallbackOption("guard", "OverOptimizationGuard", False, "act when evaluation rewards fall", True),
     CallbackOption("conflict", "RewardConflict", False, "log the cosine between the gradients of rewards"),
 )
 

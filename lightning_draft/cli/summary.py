@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_draft.assets import resolve
-from lightning_draft.callbacks import LoRAExport, OverOptimisationGuard
+from lightning_draft.callbacks import LoRAExport, OverOptimizationGuard
 from lightning_draft.callbacks.lora_export import describe
 from lightning_draft.methods.base import RewardModule
 
@@ -57,7 +57,7 @@ def lora_files(trainer: Trainer) -> list[Path]:
     """Return the LoRA files of a run, the recommended one first: the guard's, the best by validation, the last."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     exports = [callback for callback in callbacks if isinstance(callback, LoRAExport)]
-    files = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimisationGuard)]
-    files += [export.best_path for export in exports if export.best_metric == export.monitor]
+    files = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimizationGuard)]
+    files += [export.best_path for export in exports]
     files += [export.last_path for export in exports]
     return [file for file in files if file.is_file()]

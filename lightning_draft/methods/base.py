@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_draft.arguments import at_least
+from lightning_draft.chain import Probe
 from lightning_draft.data import PromptDataModule
 from lightning_draft.distributed import (
     clip_gradients,
@@ -54,6 +55,7 @@ class RewardModule(EvaluationModule, ABC):
     Attributes:
         reward_queries: Number of images that the reward has scored in training.
         has_running_statistics: Whether the reward has statistics that training updates.
+        probes: Called with every latent that a method builds a graph through.
         nonfinite_gradients: Drops gradients that are not finite, and stops training after `limit` in a row.
         lr: Learning rate in place of the optimizer's own, where set; Lightning's `LearningRateFinder` sets it.
 
@@ -76,6 +78,7 @@ class RewardModule(EvaluationModule, ABC):
         self.lr_scheduler = lr_scheduler
         self.lr: float | None = None
         self.reward_queries = 0
+        self.probes: list[Probe] = []
         self.has_running_statistics = any(is_reward_state(f"reward.{key}") for key in reward.state_dict())
         self.nonfinite_gradients = NonFiniteGradients()
         self._marked_step = -1
@@ -85,6 +88,10 @@ class RewardModule(EvaluationModule, ABC):
     @abstractmethod
     def method(self) -> object:
         """The strategy that distinguishes this method, for messages and file headers."""
+
+    def strategies(self) -> dict[str, object]:
+        """Return what the run consists of, by name, for file headers."""
+        return {"method": self.method, "sampler": self.sampler, "reward": self.reward}
 
     def setup(self, stage: str) -> None:
         """Check the configuration before a fit."""

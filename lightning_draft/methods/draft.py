@@ -99,6 +99,10 @@ class DraftModule(RewardModule):
         """The truncation."""
         return self.truncation
 
+    def strategies(self) -> dict[str, object]:
+        """What the run consists of, with the loss."""
+        return {**super().strategies(), "loss": self.loss}
+
     def setup(self, stage: str) -> None:
         """Count training steps from 0 in a new run."""
         super().setup(stage)

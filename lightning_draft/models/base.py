@@ -83,6 +83,11 @@ class DiffusionModel(nn.Module, ABC):
     prediction: Prediction
     block_checkpointing: bool = False
 
+    @property
+    def source(self) -> str:
+        """Where the model comes from, for messages and file headers."""
+        return type(self).__name__
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embed prompts, without a graph."""

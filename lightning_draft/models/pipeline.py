@@ -164,6 +164,11 @@ class PipelineModel(PromptEmbedding):
         with self.base() if scale == 0 else adapters.scaled(self.denoiser, scale):
             yield
 
+    @property
+    def source(self) -> str:
+        """The pretrained pipeline: a folder, a file or a hub id."""
+        return str(self.pretrained)
+
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return names and values of what is trained."""
         return [(name, value) for name, value in self.named_parameters() if value.requires_grad]

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from lightning_draft.callbacks import GradientNormMonitor
 from lightning_draft.callbacks.gradient_profile import profile_figure
 from lightning_draft.chain import SamplingChain
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import LastK, LowVariance
@@ -188,7 +188,7 @@ def test_skip_leaves_parameters_and_optimiser_bitwise_alone(make_module, make_tr
 
 
 def test_clip_scales_to_the_threshold(make_module, make_trainer, data, logger):
-    with pytest.warns(UserWarning, match="clipped to that"):
+    with pytest.warns(UserWarning, match="the gradient is clipped to it"):
         weights, _, after, _ = run_with_spike(make_module, make_trainer, data, logger, "clip")
     median = sorted(abs(gradient) for gradient in weights.gradients[:3])[1]
     assert abs(after.gradients[3]) == pytest.approx(10 * median, rel=1e-6)
@@ -197,20 +197,22 @@ def test_clip_scales_to_the_threshold(make_module, make_trainer, data, logger):
 
 
 @pytest.mark.parametrize("slope", [1000.0, math.nan])
-def test_stop_skips_and_ends_training(make_module, make_trainer, data, logger, slope):
-    with pytest.warns(UserWarning, match="training stops; lower the learning rate"):
-        weights, *_ = run_with_spike(make_module, make_trainer, data, logger, "stop", [1.0, 1.0, 1.0, slope, 1.0, 1.0])
-    assert weights.stepped == [1, 2, 3, 4]
-    assert weights.thetas[3] == weights.thetas[2]
+def test_stop_ends_training_with_an_error(make_module, make_trainer, data, logger, slope):
+    weights = Weights([1.0, 1.0, 1.0, slope, 1.0, 1.0])
+    monitor = GradientNormMonitor("stop", min_history=3, every_n_steps=10, figure_every_n_steps=0)
+    message = "at step 3.*training stops, and the last checkpoint stays as it is; lower"
+    with pytest.raises(DivergenceError, match=message):
+        make_trainer(weights, monitor, logger=logger, max_steps=6).fit(make_module(), data)
+    assert weights.stepped == [1, 2, 3]
     expected = {"stopped": 1} if math.isfinite(slope) else {"stopped": 1, "skipped": 1, "nonfinite": 1}
     assert events(logger) == {3: expected}
 
 
 def test_endless_nonfinite_gradients_end_training(make_module, make_trainer, data):
     weights, monitor = Weights([1.0, math.nan, 1.0] + [math.nan] * 10), GradientNormMonitor(max_nonfinite=4)
-    with pytest.warns(UserWarning, match=r"4 in a row\): training stops"):
+    with pytest.raises(DivergenceError, match=r"4 in a row\): training stops"):
         make_trainer(weights, monitor, max_steps=13).fit(make_module(), data)
-    assert weights.stepped[-1] == 7
+    assert weights.stepped[-1] == 6
     assert monitor.counts["nonfinite"] == 5
 
 
@@ -337,9 +339,9 @@ def test_processes_decide_alike_and_measure_the_global_batch(make_module, make_t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"action": "ignore"}, "write warn, skip, clip or stop"),
-        ({"factor": 1.0}, "must exceed 1"),
-        ({"min_history": 60}, "window=50"),
+        ({"action": "ignore"}, "write one of warn, skip, clip, stop"),
+        ({"factor": 1.0}, "factor=1.0 must be greater than 1"),
+        ({"min_history": 60}, "min_history=60 must be between 1 and 50"),
         ({"every_n_steps": 0}, "at least 1"),
         ({"max_nonfinite": 0}, "at least 1"),
     ],

@@ -1,8 +1,11 @@
 import copy
+import errno
 import json
 import math
+import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
+from lightning_draft.callbacks.lora_export import describe
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.rewards import Brightness, Sharpness
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import LastK
@@ -22,7 +27,7 @@ from lightning_draft.truncation import LastK
 class Saving(LinearModel):
     """A linear model that writes its parameter where adapters would be."""
 
-    pretrained = "linear"
+    source = "linear"
 
     def save_lora(self, path, metadata=None):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -149,25 +154,68 @@ def test_scores_of_other_adapters_are_left_out(make_trainer, make_module, data):
     assert json.loads(header["scores"]).keys() == {"train/reward"}
 
 
-def test_without_validation_the_mean_training_reward_decides(make_saving_module, make_trainer, data):
-    """Looked at every 2 steps; the slope makes steps 3 and 4 the best pair, though step 2 has the best reward."""
+def test_without_validation_there_is_no_best_file(make_saving_module, make_trainer, data):
+    callback, thetas = LoRAExport(every_n_steps=2), Thetas()
+    make_trainer(thetas, callback, max_steps=5, limit_val_batches=0).fit(make_saving_module(), data)
+    assert theta_of(callback.last_path) == thetas.at[5]
+    assert (callback.best_step, callback.best_path.exists()) == (None, False)
 
-    class Rewards(Callback):
-        def __init__(self):
-            self.seen = []
 
-        def on_train_batch_start(self, trainer, pl_module, *_):
-            pl_module.reward.weight, pl_module.reward.bias = 0.001, [0.0, 5.0, 3.0, 3.0, 1.0, 1.0][trainer.global_step]
+@pytest.mark.parametrize("monitor", [None, "val/light", "val/reward"])
+def test_the_first_evaluation_reward_decides_unless_another_metric_is_named(
+    make_saving_module, make_trainer, data, monitor
+):
+    class Score(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            step = trainer.global_step
+            pl_module.log("val/light", torch.tensor([0.0, 1.0, 3.0, 2.0][step], dtype=torch.float64))
+            pl_module.log("val/reward", torch.tensor([0.0, 1.0, 2.0, 3.0][step], dtype=torch.float64))
 
-        def on_train_batch_end(self, trainer, *_):
-            self.seen.append(float(trainer.callback_metrics["train/reward"]))
+    module = make_saving_module(eval_rewards={"light": Brightness(), "sharp": Sharpness()})
+    module.validation_step = lambda prompts, batch_idx: None
+    callback, thetas = LoRAExport(monitor), Thetas()
+    options = {"max_steps": 3, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    make_trainer(thetas, callback, Score(), **options).fit(module, data)
+    best = 3 if monitor == "val/reward" else 2
+    assert (callback.best_step, callback.best_metric) == (best, monitor or "val/light")
+    assert theta_of(callback.best_path) == thetas.at[best]
 
-    rewards, thetas, callback = Rewards(), Thetas(), LoRAExport(every_n_steps=2)
-    trainer = make_trainer(rewards, thetas, callback, max_steps=6, limit_val_batches=0)
-    trainer.fit(make_saving_module(), data)
-    assert (callback.best_step, callback.best_metric) == (4, "train/reward")
-    assert callback.best_score == pytest.approx(sum(rewards.seen[2:4]) / 2)
-    assert theta_of(callback.best_path) == thetas.at[4]
+
+def test_a_metric_that_no_validation_logs_is_refused(make_saving_module, make_trainer, data):
+    trainer = make_trainer(LoRAExport("val/taste"), max_steps=1, val_check_interval=1, num_sanity_val_steps=0)
+    with pytest.raises(
+        ConfigurationError, match="export.monitor='val/taste' is not a metric.*write one of val/gain, val/"
+    ):
+        trainer.fit(make_saving_module(), data)
+
+
+def test_the_header_holds_no_password_of_a_url():
+    service = SimpleNamespace(url="https://me:secret@example.org:8000/score?key=secret", retries=3)
+    assert "secret" not in describe(service)
+
+
+def test_files_have_the_permissions_of_the_umask(make_saving_module, make_trainer, data):
+    callback = LoRAExport()
+    make_trainer(callback, max_steps=1).fit(make_saving_module(), data)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert callback.last_path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.filterwarnings("ignore:cannot write")
+def test_a_full_disk_is_one_sentence_and_the_previous_file_stays(make_saving_module, make_trainer, data, monkeypatch):
+    """The error of the operating system when `last.safetensors` is written for the second time."""
+    callback, thetas = LoRAExport(every_n_steps=1), Thetas()
+
+    def fsync(handle):
+        if thetas.at.keys() >= {2}:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ConfigurationError, match="cannot write .*last.safetensors: No space left"):
+        make_trainer(thetas, callback, max_steps=3, limit_val_batches=0).fit(make_saving_module(), data)
+    assert theta_of(callback.last_path) == thetas.at[1]
+    assert [path.name for path in callback.last_path.parent.iterdir()] == ["last.safetensors"]
 
 
 def test_the_average_is_exported_where_the_run_keeps_one(run):
@@ -264,9 +312,9 @@ def test_a_model_that_cannot_save_is_refused(make_module, make_trainer, data):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ConfigurationError, match="write max or min"):
+    with pytest.raises(ConfigurationError, match="write one of max, min"):
         LoRAExport(mode="best")
     with pytest.raises(ConfigurationError, match="at least 1"):
         LoRAExport(every_n_steps=0)
-    with pytest.raises(ConfigurationError, match="or give it a dirpath"):
+    with pytest.raises(ConfigurationError, match="give it a dirpath"):
         _ = LoRAExport().last_path

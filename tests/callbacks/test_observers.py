@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
@@ -21,7 +21,7 @@ from lightning_draft.callbacks import (
     GradientNormMonitor,
     LastCheckpoint,
     LoRAExport,
-    OverOptimisationGuard,
+    OverOptimizationGuard,
     ProgressBar,
     RandomState,
     RewardConflict,
@@ -67,7 +67,7 @@ def observers(folder):
         RandomState(),
         LastCheckpoint(every_n_steps=2, dirpath=str(folder / "checkpoints")),
         CostMonitor(),
-        OverOptimisationGuard(max_prompts=1, samples_per_prompt=2, dirpath=str(folder / "lora")),
+        OverOptimizationGuard(max_prompts=1, samples_per_prompt=2, dirpath=str(folder / "lora")),
         RewardConflict(every_n_steps=2, max_samples=1),
     ]
 
@@ -96,7 +96,7 @@ def train(make_diffusion_module, make_trainer):
             *extra,
             trace,
             max_steps=steps,
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in extra),
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in extra),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in extra),
             logger=logger,
             accumulate_grad_batches=accumulate,

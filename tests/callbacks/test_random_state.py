@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_draft.callbacks import RandomState
-from lightning_draft.callbacks.random_state import get_random_state, observing, set_random_state
+from lightning_draft.callbacks.common import observing
+from lightning_draft.callbacks.random_state import get_random_state, set_random_state
 
 
 def draws():

@@ -73,8 +73,8 @@ def test_training_with_it_is_bitwise_the_training_without(make_diffusion_module,
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in watched.state_dict().items())
 
 
-def test_one_reward_has_nobody_to_disagree_with(make_module, make_trainer, data):
-    with pytest.raises(ConfigurationError, match="there is reward only; train on a WeightedSum, or name others"):
+def test_a_single_reward_is_refused(make_module, make_trainer, data):
+    with pytest.raises(ConfigurationError, match="there is only reward; train on a WeightedSum, or name others"):
         make_trainer(RewardConflict()).fit(make_module(model=LinearModel(), eval_rewards={"size": JPEGSize()}), data)
-    with pytest.raises(ConfigurationError, match="every_n_steps and max_samples must be at least 1"):
+    with pytest.raises(ConfigurationError, match="every_n_steps=0 must be at least 1"):
         RewardConflict(0)

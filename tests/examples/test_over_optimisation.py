@@ -32,12 +32,12 @@ def finished(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.filterwarnings("ignore:over-optimised")
 def test_what_it_writes(finished: dict) -> None:
     watcher, guard, out = finished["warn"], finished["stop"], finished["out"]
-    assert list(watcher.looks) == [0, 1, 2]
-    assert all(watcher.looks[step] == look for step, look in guard.looks.items())
+    assert list(watcher.history) == [0, 1, 2]
+    assert all(watcher.history[step] == look for step, look in guard.history.items())
     lines = (out / "over_optimisation.md").read_text().splitlines()
-    base = watcher.looks[0]
-    assert lines[2].startswith(f"| base | {base.reward:.3f} | {base.held_out['recognised']:.2f} |")
-    assert lines[-1].startswith(f"| without the guard, step 2 | {watcher.looks[2].reward:.3f} |")
+    base = watcher.history[0]
+    assert lines[2].startswith(f"| base | {base.reward:.3f} | {base.eval_rewards['recognised']:.2f} |")
+    assert lines[-1].startswith(f"| without the guard, step 2 | {watcher.history[2].reward:.3f} |")
     assert lines[3].startswith(f"| kept by the guard, step {guard.best_step} |")
     kept = load_file(guard.best_path)
     assert any(value.any() for name, value in kept.items() if "lora_B" in name)

@@ -44,7 +44,7 @@ def test_names_in_the_page_exist() -> None:
         assert (ROOT / path).is_file(), path
     import lightning_draft.callbacks as callbacks
 
-    assert {"OverOptimisationGuard", "RewardConflict"} <= set(vars(callbacks))
+    assert {"OverOptimizationGuard", "RewardConflict"} <= set(vars(callbacks))
 
 
 def test_arguments_in_the_page_exist() -> None:

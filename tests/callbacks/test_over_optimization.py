@@ -1,4 +1,4 @@
-"""The guard: when it sees over-optimisation, what it does then, what it keeps, and that it disturbs nothing."""
+"""The guard detects over-optimization, acts on it, keeps the best adapters, and does not change training."""
 
 import copy
 import json
@@ -13,12 +13,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_draft.callbacks import AdapterEMA, OverOptimisationGuard
-from lightning_draft.callbacks.over_optimisation import shrink_adapters
+from lightning_draft.callbacks import AdapterEMA, OverOptimizationGuard
+from lightning_draft.callbacks.over_optimization import shrink_adapters
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.metrics import image_drift, saturated_share, within_prompt_diversity
+from lightning_draft.metrics import image_drift, saturated_pixel_fraction, within_prompt_diversity
 from lightning_draft.rewards import Brightness, Sharpness
 from lightning_draft.rewards.combine import WeightedReward, ZScoreSum
 from lightning_draft.samplers import DDIM
@@ -84,42 +84,42 @@ def run(make_trainer, data):
     return fit
 
 
-@pytest.mark.filterwarnings("ignore:over-optimised")
+@pytest.mark.filterwarnings("ignore:over-optimized")
 @pytest.mark.parametrize(
     ("rewards", "held", "options", "warned"),
     [
-        ([0, 1, 2, 3], [5, 4.5, 4.1, 3.9], {}, 1),  # a fall of 1.1 / 2 from the base, at the end
+        ([0, 1, 2, 3], [5, 4.5, 4.1, 3.9], {}, 1),  # a degradation of 1.1 / 2 from the base, at the end
         ([0, 1, 2, 3], [5, 4.5, 4.1, 3.9], {"margin": 0.6}, 0),
-        ([0, 1, 2, 3], [5, 6, 6, 4.9], {}, 1),  # from the best look, not from the base
-        ([0, 1, 1, 0.5], [5, 6, 6, 0], {}, 0),  # the reward is below what it was at the held-out best
+        ([0, 1, 2, 3], [5, 6, 6, 4.9], {}, 1),  # from the best evaluation, not from the base
+        ([0, 1, 1, 0.5], [5, 6, 6, 0], {}, 0),  # the reward is below what it was at the evaluation reward's best
         ([0, 1, 2, 3], [5, 6, 7, 8], {}, 0),
         ([0, 1, 2, 3], [5, 0, 0, 0], {}, 3),
         ([0, 1, 2, 3], [5, 0, 0, 0], {"patience": 2}, 1),
         ([0, 1, 2, 3, 4], [5, 0, 5, 0, 0], {"patience": 2}, 1),
-        ([0, 1, 2, 3], [5, 0, 0, 0], {"held_out": ["sharp"]}, 0),
+        ([0, 1, 2, 3], [5, 0, 0, 0], {"eval_rewards": ["sharp"]}, 0),
     ],
 )
-def test_what_counts_as_over_optimised(run, rewards, held, options, warned):
-    guard = OverOptimisationGuard(**GUARD, **options)
+def test_a_degradation_above_the_margin_with_a_higher_reward_is_over_optimization(run, rewards, held, options, warned):
+    guard = OverOptimizationGuard(**GUARD, **options)
     run(scripted(rewards, held), guard)
     assert guard.counts == {"warned": warned, "shrunk": 0, "stopped": 0}
-    assert [look.reward for look in guard.looks.values()] == rewards
+    assert [each.reward for each in guard.history.values()] == rewards
 
 
-def test_any_held_out_reward_may_fall(run):
-    guard = OverOptimisationGuard(**GUARD)
+def test_the_worst_evaluation_reward_decides(run):
+    guard = OverOptimizationGuard(**GUARD)
     with pytest.warns(
         UserWarning,
-        match=r"over-optimised at step 2: the reward rose from 0 to 2 while sharp fell from 1 to -0.5, 0.75 standard "
-        r"deviations; training goes on; .*; the best adapters before, of step 1, are in .*guarded.safetensors",
+        match=r"over-optimized at step 2: the reward rose from 0 to 2 while sharp fell from 1 to -0.5, 0.75 standard "
+        r"deviations; training continues; .*; the best adapters before, of step 1, are in .*guarded.safetensors",
     ):
         run(scripted([0, 1, 2], [5, 6, 7], [1, 1, -0.5]), guard)
 
 
-@pytest.mark.filterwarnings("ignore:over-optimised")
-def test_the_kept_adapters_are_the_best_that_were_not_over_optimised(run, tmp_path):
-    """Step 3 has less reward, steps 4 and 5 more at the cost of the held-out one."""
-    guard = OverOptimisationGuard(**GUARD)
+@pytest.mark.filterwarnings("ignore:over-optimized")
+def test_the_file_holds_the_best_adapters_that_were_not_over_optimized(run, tmp_path):
+    """Step 3 has less reward, steps 4 and 5 more while the evaluation reward falls."""
+    guard = OverOptimizationGuard(**GUARD)
     _, thetas = run(scripted([0, 1, 3, 2, 4, 9], [5, 5, 4.5, 5, 0, 0]), guard)
     assert guard.best_path == tmp_path / "lora" / "guarded.safetensors"
     assert (guard.best_step, guard.best_reward) == (2, 3.0)
@@ -127,33 +127,35 @@ def test_the_kept_adapters_are_the_best_that_were_not_over_optimised(run, tmp_pa
     with safe_open(guard.best_path, "pt") as file:
         header = file.metadata()
     seen = json.loads(header["guard"])
-    assert (seen["reward"], seen["held_out/held"], header["step"]) == (3.0, 4.5, "2")
+    assert (seen["reward"], seen["eval/held"], header["step"]) == (3.0, 4.5, "2")
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_adapters_whose_reward_is_no_number_are_not_kept(run, broken):
-    guard = OverOptimisationGuard(**GUARD)
+    guard = OverOptimizationGuard(**GUARD)
     _, thetas = run(scripted([0, broken, 1, broken], [5, 5, 5, 5]), guard)
     assert (guard.best_step, guard.best_reward) == (2, 1.0)
     assert load_file(guard.best_path)["theta"].item() == thetas[2]
 
 
 def test_stop_ends_training(run, logger):
-    guard = OverOptimisationGuard("stop", **GUARD)
-    with pytest.warns(UserWarning, match="over-optimised at step 2: .*; training stops; .* of step 1"):
+    guard = OverOptimizationGuard("stop", **GUARD)
+    with pytest.warns(UserWarning, match="over-optimized at step 2: .*; training stops; .* of step 1"):
         trainer, _ = run(scripted([0, 1, 2, 3, 4, 5], [5, 5, 3, 2, 1, 0]), guard, logger=logger)
     assert trainer.global_step == 2
     assert guard.counts["stopped"] == 1
-    assert trainer.callback_metrics["guard/fall"].item() == pytest.approx(1.0)
+    assert trainer.callback_metrics["guard/degradation"].item() == pytest.approx(1.0)
     logged = {step: metrics for step, metrics in logger.of("guard/")}
     assert list(logged) == [1, 2]
     assert logged[1]["guard/stopped"] == 0
     assert logged[2]["guard/stopped"] == 1
-    assert (logged[2]["guard/reward"], logged[2]["guard/held_out/held"], logged[2]["guard/fall"]) == (2, 3, 1)
-    assert {"guard/drift", "guard/diversity", "guard/sharpness", "guard/saturated"} <= logged[2].keys()
+    assert (logged[2]["guard/reward"], logged[2]["guard/eval/held"], logged[2]["guard/degradation"]) == (2, 3, 1)
+    assert {"guard/image_drift", "guard/diversity", "guard/sharpness", "guard/saturated_pixel_fraction"} <= logged[
+        2
+    ].keys()
 
 
-def test_collapse_within_prompts_is_over_optimisation_where_a_limit_is_set(run):
+def test_lost_diversity_is_over_optimization_only_below_min_diversity(run):
     class Collapsing(Scripted):
         """From step 2 on, all pictures of a prompt are alike."""
 
@@ -162,42 +164,42 @@ def test_collapse_within_prompts_is_over_optimisation_where_a_limit_is_set(run):
             return images if self.trainer.global_step < 2 or self.model._in_base else images[:1].expand_as(images)
 
     script = scripted([0, 1, 2, 3], [5, 5, 5, 5]).script
-    guard = OverOptimisationGuard("stop", min_diversity=0.5, **GUARD)
-    with pytest.warns(UserWarning, match="at step 2: pictures of one prompt differ by 0% of what the base model's do"):
+    guard = OverOptimizationGuard("stop", min_diversity=0.5, **GUARD)
+    with pytest.warns(UserWarning, match="at step 2: the diversity of the pictures of one prompt is 0% of the base"):
         trainer, _ = run(Collapsing(script), guard)
     assert trainer.global_step == 2
-    run(Collapsing(script), guard := OverOptimisationGuard("stop", **GUARD))
+    run(Collapsing(script), guard := OverOptimizationGuard("stop", **GUARD))
     assert guard.counts["stopped"] == 0
 
 
-def test_a_look_is_what_can_be_measured_by_hand(make_diffusion_module, make_trainer, data):
+def test_an_evaluation_equals_the_measures_computed_directly(make_diffusion_module, make_trainer, data):
     module = make_diffusion_module(eval_rewards={"sharp": Sharpness()})
-    guard = OverOptimisationGuard(samples_per_prompt=3, max_prompts=2, batch_size=4, seed=5)
+    guard = OverOptimizationGuard(samples_per_prompt=3, max_prompts=2, batch_size=4, seed=5)
     make_trainer(guard, max_steps=2, val_check_interval=2, num_sanity_val_steps=0).fit(module, data)
     prompts = [prompt for prompt in data.val_prompts[:2] for _ in range(3)]
     noise = module.model.noise(6, torch.Generator().manual_seed(5))
     images = module.generate(prompts, noise=noise)
     with module.model.base():
         base = module.generate(prompts, noise=noise)
-    start, end = guard.looks[0], guard.looks[2]
+    start, end = guard.history[0], guard.history[2]
     scores = module.score(images, prompts)
     assert end.reward == pytest.approx(scores["reward"].mean().item(), rel=1e-5)
-    assert end.held_out == {"sharp": pytest.approx(scores["sharp"].mean().item(), rel=1e-4)}
-    assert end.drift == pytest.approx(image_drift(images, base).mean().item(), rel=1e-4)
+    assert end.eval_rewards == {"sharp": pytest.approx(scores["sharp"].mean().item(), rel=1e-4)}
+    assert end.image_drift == pytest.approx(image_drift(images, base).mean().item(), rel=1e-4)
     assert end.diversity == pytest.approx(within_prompt_diversity(images, prompts).item(), rel=1e-4)
-    assert end.saturated == pytest.approx(saturated_share(images).mean().item(), abs=1e-3)
-    assert end.sharpness == end.held_out["sharp"]
-    assert (start.drift, start.reward) == (0, pytest.approx(module.score(base, prompts)["reward"].mean().item()))
-    assert end.drift > 0
+    assert end.saturated_pixel_fraction == pytest.approx(saturated_pixel_fraction(images).mean().item(), abs=1e-3)
+    assert end.sharpness == end.eval_rewards["sharp"]
+    assert (start.image_drift, start.reward) == (0, pytest.approx(module.score(base, prompts)["reward"].mean().item()))
+    assert end.image_drift > 0
 
 
 def test_shrinking_scales_the_update_and_nothing_else(make_diffusion_module, make_trainer, data):
-    """Once, at the start of the batch after the look; the average of the adapters too."""
+    """Once, at the start of the batch after the evaluation; the average of the adapters too."""
 
-    class Fallen(OverOptimisationGuard):
-        def _take(self, step, look):
-            super()._take(step, look)
-            return "as told" if step == 1 else None
+    class Scheduled(OverOptimizationGuard):
+        def _compare(self, step, evaluation):
+            super()._compare(step, evaluation)
+            return "as scheduled" if step == 1 else None
 
     class Watch(Callback):
         def __init__(self):
@@ -210,9 +212,9 @@ def test_shrinking_scales_the_update_and_nothing_else(make_diffusion_module, mak
             self.start[trainer.global_step] = copy.deepcopy((pl_module.trainable_parameters(), ema.average))
 
     module, ema, watch = make_diffusion_module(eval_rewards={"sharp": Sharpness()}), AdapterEMA(0.5), Watch()
-    guard = Fallen("shrink", shrink=0.25, **GUARD)
+    guard = Scheduled("shrink", shrink=0.25, **GUARD)
     options = {"max_steps": 3, "val_check_interval": 1, "num_sanity_val_steps": 0}
-    with pytest.warns(UserWarning, match="over-optimised at step 1: as told; the adapters are scaled by 0.25"):
+    with pytest.warns(UserWarning, match="over-optimized at step 1: as scheduled; the adapters are scaled by 0.25"):
         make_trainer(ema, guard, watch, **options).fit(module, data)
     assert guard.counts["shrunk"] == 1
     for before, after in zip(watch.end[1], watch.start[1], strict=True):
@@ -246,23 +248,23 @@ def test_training_with_the_guard_is_bitwise_the_training_without(make_diffusion_
         trainer.fit(module, PromptDataModule(["red", "cat", "a cat", "dog", "a dog"], batch_size=1, val_size=2))
         return module, (random.random(), np.random.rand(), torch.rand(()).item())
 
-    guard = OverOptimisationGuard(**GUARD)
+    guard = OverOptimizationGuard(**GUARD)
     (watched, states), (plain, others) = train(guard), train()
     assert states == others
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in watched.state_dict().items())
     assert watched.training == plain.training
-    assert list(guard.looks) == [0, 1, 2]
+    assert list(guard.history) == [0, 1, 2]
 
 
-@pytest.mark.filterwarnings("ignore:over-optimised")
-def test_a_resumed_guard_judges_as_the_uninterrupted_one(run, make_trainer, data, tmp_path):
-    """Peaks, strikes, counts and the kept file come along, the file into the new folder."""
+@pytest.mark.filterwarnings("ignore:over-optimized")
+def test_a_resumed_guard_decides_as_the_uninterrupted_one(run, make_trainer, data, tmp_path):
+    """The history, the counts and the file are those of the uninterrupted run, the file in the new folder."""
     script = [0, 1, 2, 3, 4, 5], [5, 8, 7.5, 5, 5, 5]
-    whole = OverOptimisationGuard(patience=2, dirpath=str(tmp_path / "one"), **GUARD)
+    whole = OverOptimizationGuard(patience=2, dirpath=str(tmp_path / "one"), **GUARD)
     options = {"monitor": "val/reward", "save_top_k": -1, "save_on_train_epoch_end": False}
     saver = ModelCheckpoint(tmp_path, filename="{step}", **options)
     run(scripted(*script), whole, saver, enable_checkpointing=True)
-    resumed = OverOptimisationGuard(patience=2, dirpath=str(tmp_path / "two"), **GUARD)
+    resumed = OverOptimizationGuard(patience=2, dirpath=str(tmp_path / "two"), **GUARD)
     trainer = make_trainer(resumed, max_steps=5, val_check_interval=1, num_sanity_val_steps=0)
     trainer.fit(scripted(*script), data, ckpt_path=tmp_path / "step=4.ckpt")
     ours, theirs = resumed.state_dict(), whole.state_dict()
@@ -275,17 +277,17 @@ def test_a_resumed_guard_judges_as_the_uninterrupted_one(run, make_trainer, data
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"action": "panic"}, "action='panic' is not known; write warn, shrink, stop"),
-        ({"margin": -1.0}, "margin must not be negative"),
-        ({"shrink": 1.0}, r"shrink lies in \[0, 1\)"),
-        ({"min_diversity": 2.0}, r"min_diversity in \[0, 1\]"),
-        ({"samples_per_prompt": 1}, "samples_per_prompt at least 2, between which diversity is measured"),
-        ({"patience": 0}, "patience, max_prompts and batch_size must be at least 1"),
+        ({"action": "panic"}, "action='panic' is not a valid choice; write one of warn, shrink, stop"),
+        ({"margin": -1.0}, "margin=-1.0 must be at least 0.0"),
+        ({"shrink": 1.5}, "shrink=1.5 must be between 0.0 and 1.0"),
+        ({"min_diversity": 2.0}, "min_diversity=2.0 must be between 0.0 and 1.0"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt=1 must be at least 2; .*, between which diversity is measured"),
+        ({"patience": 0}, "patience=0 must be at least 1"),
     ],
 )
 def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
-        OverOptimisationGuard(**options)
+        OverOptimizationGuard(**options)
 
 
 @pytest.mark.parametrize(
@@ -295,29 +297,34 @@ def test_wrong_settings_are_refused(options, message):
             Saving(),
             {},
             {},
-            "held-out ones, and there are none; name rewards .* under `eval_rewards`",
+            "evaluation rewards, and the module has none; name rewards .* under model.eval_rewards",
         ),
-        (Saving(), {"held": Brightness()}, {"held_out": ["hps"]}, "hps is not watched; watched are held"),
-        (Saving(), {"held": Brightness()}, {"held_out": []}, "leaves nothing to judge by; leave it out"),
+        (
+            Saving(),
+            {"held": Brightness()},
+            {"eval_rewards": ["hps"]},
+            "has hps, .* write some of held",
+        ),
+        (Saving(), {"held": Brightness()}, {"eval_rewards": []}, "compares with nothing; leave it out"),
         (Saving(), {"held": Brightness()}, {"action": "shrink"}, "scales LoRA adapters, and this model trains none"),
-        (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts; give them as prompts"),
-        (LinearModel(), {"held": Brightness()}, {}, "no save_lora.*, so OverOptimisationGuard cannot write"),
+        (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts, .*; write prompts: "),
+        (LinearModel(), {"held": Brightness()}, {}, "no save_lora.*, so OverOptimizationGuard cannot write"),
     ],
 )
-def test_what_cannot_be_guarded_is_refused(make_module, make_trainer, data, model, watch, options, message):
+def test_a_run_that_cannot_be_evaluated_is_refused(make_module, make_trainer, data, model, watch, options, message):
     with pytest.raises(ConfigurationError, match=message):
-        make_trainer(OverOptimisationGuard(**options)).fit(make_module(model=model, eval_rewards=watch), data)
+        make_trainer(OverOptimizationGuard(**options)).fit(make_module(model=model, eval_rewards=watch), data)
 
 
-def test_a_trained_reward_whose_scale_moves_is_a_warning(make_module, make_trainer, data):
+def test_a_trained_reward_with_running_statistics_is_warned_about(make_module, make_trainer, data):
     reward = ZScoreSum({"light": WeightedReward(Brightness())})
     module = make_module(model=Saving(), reward=reward, eval_rewards={"held": Brightness()})
-    with pytest.warns(UserWarning, match="the scale of ZScoreSum moves with its statistics.*WeightedSum of fixed"):
-        make_trainer(OverOptimisationGuard(), max_steps=1).fit(module, data)
+    with pytest.warns(UserWarning, match="the scale of ZScoreSum changes with its statistics.*WeightedSum with fixed"):
+        make_trainer(OverOptimizationGuard(), max_steps=1).fit(module, data)
 
 
 class Disagreeing(Scripted):
-    """On the second process nothing falls."""
+    """On the second process no reward falls."""
 
     def score(self, images, prompts):
         scores = super().score(images, prompts)
@@ -335,9 +342,9 @@ class Note(Callback):
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(state))
 
 
-def test_two_processes_decide_alike_and_one_writes(make_trainer, data, tmp_path):
+def test_two_processes_decide_the_same_and_one_writes(make_trainer, data, tmp_path):
     module = Disagreeing(scripted([0, 1, 2, 3], [5, 5, 3, 2]).script)
-    guard = OverOptimisationGuard("stop", **GUARD)
+    guard = OverOptimizationGuard("stop", **GUARD)
     trainer = make_trainer(
         *(guard, Note(guard, tmp_path)),
         max_steps=3,

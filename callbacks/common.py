@@ -1,0 +1,129 @@
+"""What several callbacks share: the run's folder, fixed prompts and noise, and looking at a module unobserved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+
+from lightning_draft.callbacks.random_state import get_random_state, set_random_state
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.base import RewardModule
+
+
+def run_folder(trainer: L.Trainer, dirpath: str | None, name: str) -> Path:
+    """Return the folder that a callback writes to.
+
+    Args:
+        trainer: The trainer.
+        dirpath: The folder that the user gave, if any.
+        name: Of the folder in the run's folder otherwise.
+    """
+    return Path(dirpath) if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / name
+
+
+def reward_module(pl_module: L.LightningModule, callback: object) -> RewardModule:
+    """Return the module if it is one of this package's.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not isinstance(pl_module, RewardModule):
+        raise ConfigurationError(
+            f"{type(callback).__name__} works with subclasses of RewardModule, and the Trainer was given a "
+            f"{type(pl_module).__name__}; leave the callback out"
+        )
+    return pl_module
+
+
+def fixed_prompts(trainer: L.Trainer, prompts: list[str] | None, maximum: int, callback: object) -> list[str]:
+    """Return the prompts that a callback samples: those given, or the data module's validation prompts.
+
+    Raises:
+        ConfigurationError: There are none.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if prompts is None:
+        prompts = list(data.val_prompts) if isinstance(data, PromptDataModule) else []
+    if not prompts:
+        raise ConfigurationError(
+            f"{type(callback).__name__} has no prompts, because the data module has no validation prompts; "
+            "write prompts: [a cat, a dog] or data.val_size: 8"
+        )
+    return prompts[:maximum]
+
+
+def uses_scaler(trainer: L.Trainer) -> bool:
+    """Return whether gradients are scaled (fp16): norms that are not finite are part of the search for a scale."""
+    plugin = trainer.precision_plugin
+    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+
+
+@dataclass(frozen=True)
+class FixedSamples:
+    """Prompts and the seed of their noise: the same pictures for the same parameters, at any time.
+
+    Args:
+        prompts: `N` prompts.
+        seed: Seed of the starting noise and of a stochastic sampler's noise.
+        batch_size: Samples drawn at a time; by default all.
+    """
+
+    prompts: list[str]
+    seed: int
+    batch_size: int | None = None
+
+    def draw(self, module: RewardModule) -> Tensor:
+        """Sample images `(N, 3, H, W)`, on the CPU."""
+        noise = module.model.noise(len(self.prompts), torch.Generator().manual_seed(self.seed))
+        images = [
+            module.generate(self.prompts[some], noise=noise[some], seed=self.seed + some.start)
+            for some in self._batches()
+        ]
+        return torch.cat(images).float().cpu()
+
+    def score(self, module: RewardModule, images: Tensor) -> dict[str, Tensor]:
+        """Score images `(N, 3, H, W)`: scores `(N,)` by name, on the CPU."""
+        scores = [module.score(images[some].to(module.device), self.prompts[some]) for some in self._batches()]
+        return {name: torch.cat([each[name] for each in scores]).float().cpu() for name in scores[0]}
+
+    def _batches(self) -> list[slice]:
+        size = self.batch_size or len(self.prompts)
+        return [slice(start, start + size) for start in range(0, len(self.prompts), size)]
+
+
+@contextmanager
+def observing(pl_module: L.LightningModule) -> Iterator[None]:
+    """Use the module without a trace within this context: no graph, eval mode.
+
+    Random states and the mode of every submodule are as before afterwards.
+    """
+    state = get_random_state()
+    modes = {module: module.training for module in pl_module.modules()}
+    pl_module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        set_random_state(state)
+
+
+@contextmanager
+def sampling(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """Sample and score within this context, in the run's precision and without a trace."""
+    with observing(pl_module), trainer.precision_plugin.forward_context():
+        yield
+
+
+def printable(text: str) -> str:
+    """Return text in one line without control characters, such as the escape sequences of terminals."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())

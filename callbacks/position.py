@@ -1,0 +1,51 @@
+"""Where Lightning's training loop stands, and how it continues."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import lightning as L
+
+
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """Whether Lightning will validate after the batch that has just ended."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def set_limits(trainer: L.Trainer, max_steps: int, max_epochs: int | None) -> None:
+    """Set how many optimization steps and epochs are trained."""
+    trainer.fit_loop.epoch_loop.max_steps = max_steps
+    trainer.fit_loop.max_epochs = max_epochs
+
+
+def hold_validation(trainer: L.Trainer, epoch: int) -> None:
+    """Validate as Lightning does after a training step of an epoch, which may be the one before the current epoch."""
+    progress = trainer.fit_loop.epoch_progress.current
+    current, progress.completed = progress.completed, epoch
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    progress.completed = current
+
+
+def next_epoch(position: dict[str, Any]) -> dict[str, Any]:
+    """Return the start of the next epoch for a position after the last batch of one, else the position itself.
+
+    Lightning does not count the epoch of such a position as finished.
+    """
+    if not position["epoch_loop.batch_progress"]["is_last_batch"]:
+        return position
+    moved = deepcopy(position)
+    moved["epoch_loop.batch_progress"]["is_last_batch"] = False
+    for counts in moved["epoch_progress"].values():
+        finished = counts["ready"]
+        counts.update(ready=finished + 1, started=finished + 1, processed=finished, completed=finished)
+    return moved
+
+
+def raise_limits(trainer: L.Trainer) -> None:
+    """Let one more optimization step and epoch be trained than asked for."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    set_limits(trainer, steps if steps == -1 else steps + 1, epochs if epochs in (None, -1) else epochs + 1)

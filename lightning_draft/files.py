@@ -1,0 +1,152 @@
+"""Write files atomically: a reader finds the previous file or the whole new one, never a part."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lightning_draft.errors import ConfigurationError
+
+_MARK = ".partial"
+_HINTS = {
+    errno.ENOSPC: "free some space and resume the run",
+    errno.EDQUOT: "free some of your quota and resume the run",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+}
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, which replaces `path` when the context ends without an error.
+
+    The data reach the disk before the replacement, and file permissions follow the umask. After an error the temporary
+    file is removed and the previous file stays as it was.
+
+    Args:
+        path: The file to write; folders on the way are made.
+
+    Raises:
+        ConfigurationError: The disk is full, or the folder cannot be written to.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{_MARK}{path.suffix}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)  # some writers, such as safetensors, create files that only the owner can read
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within this context a failure to write becomes a `ConfigurationError` with the reason.
+
+    Args:
+        path: What is being written, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, error.errno, error.strerror or str(error)) from error
+    except Exception as error:
+        # safetensors reports the operating system's errors as text.
+        if type(error).__name__ != "SafetensorError" or "code: " not in str(error):
+            raise
+        number = int(str(error).split("code: ")[1].split(",")[0])
+        raise _unwritable(path, number, os.strerror(number)) from error
+
+
+def write_stream(write: Callable[[IO[bytes]], Any], path: str | os.PathLike[str]) -> None:
+    """Write a file atomically with a function that takes an open binary file, such as `torch.save`.
+
+    Args:
+        write: Called with the open file.
+        path: The file.
+
+    Raises:
+        ConfigurationError: The disk is full, or the folder cannot be written to.
+    """
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        recorder = _Recorder(file)
+        try:
+            write(recorder)  # type: ignore[arg-type]
+        except RuntimeError:
+            # torch's writer replaces the file's own error by one about its position.
+            if recorder.error is not None:
+                raise recorder.error from None
+            raise
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder."""
+    for path in folder.glob(f".*{_MARK}*") if folder.is_dir() else ():
+        owner = path.name.split(_MARK)[0].rpartition(".")[2]
+        if owner.isdigit() and int(owner) != os.getpid() and not _is_running(int(owner)):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with everything in it; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        for child in path.iterdir():
+            remove(child)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Recorder:
+    """A binary file that keeps the first error of its writes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write, and keep the error if there is one."""
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self.file.flush()
+
+
+def _unwritable(path: Path, number: int | None, reason: str) -> ConfigurationError:
+    hint = _HINTS.get(number or 0, "choose another folder")
+    return ConfigurationError(f"cannot write {path}: {reason}; {hint}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,20 +1,33 @@
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= 2.6.0
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OLDEST_VENV := .venv-oldest
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest lint docs dist clean
 
 quickstart: $(VENV)/.installed  ## fine-tune the shipped model on a reward, in a minute on a laptop
 	$(BIN)/lightning-draft fit --config quickstart
 
-test: $(VENV)/.installed-dev  ## run the tests
+test: $(VENV)/.installed-dev  ## run the tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+test-oldest: $(OLDEST_VENV)/.installed-$(OLDEST)  ## run tests/smoke with the lowest releases that are allowed
+	OMP_NUM_THREADS=1 OLDEST=$(OLDEST) $(OLDEST_VENV)/bin/python -m pytest tests/smoke
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## build the documentation; a broken link or reference is an error
+	$(BIN)/python -m mkdocs build --strict
+
+dist: $(VENV)/.installed-dev  ## build the sdist and the wheel
+	rm -rf build dist
+	$(BIN)/python -m build
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,8 +35,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) --editable ".[dev,datasets]"
+	DS_BUILD_OPS=0 $(INSTALL) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
+$(OLDEST_VENV)/.installed-$(OLDEST): pyproject.toml constraints-oldest.txt
+	rm -rf $(OLDEST_VENV)
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	sed 's/^torch==.*/torch==$(OLDEST)/' constraints-oldest.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --constraint $(OLDEST_VENV)/constraints.txt --editable . "pytest>=8"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info

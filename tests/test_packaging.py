@@ -1,13 +1,17 @@
 """What is shipped is what is in the tree, and what is optional stays optional."""
 
 import ast
+import filecmp
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_draft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOP_LEVEL = {"lightning_draft.callbacks": "callbacks", "lightning_draft.configs": "configs"}
-EXTRAS = ["datasets", "hpsv2", "open_clip", "image_reward", "ImageReward", "torchvision", "deepspeed", "wandb"]
+EXTRAS = [
+    "datasets",
+    "hpsv2",
+    "open_clip",
+    "image_reward",
+    "ImageReward",
+    "torchvision",
+    "deepspeed",
+    "pyarrow",
+    "wandb",
+]
 
 
 def modules() -> dict[str, Path]:
@@ -42,28 +56,92 @@ def test_the_packages_listed_are_those_in_the_tree() -> None:
 
 
 def test_the_links_lead_to_the_top_level_folders() -> None:
+    """In a checkout; the sdist holds copies in their place."""
     assert PROJECT["tool"]["setuptools"]["package-dir"] == TOP_LEVEL
     for module, folder in TOP_LEVEL.items():
         link = PACKAGE / module.rpartition(".")[2]
-        assert link.is_symlink()
-        assert link.readlink() == Path("..") / folder
+        names = [file.name for file in (ROOT / folder).iterdir() if file.is_file()]
+        _, different, missing = filecmp.cmpfiles(link, ROOT / folder, names, shallow=False)
+        assert not different + missing
+        if (ROOT / ".git").exists():
+            assert link.is_symlink()
+            assert link.readlink() == Path("..") / folder
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build an sdist or a wheel in a source tree with setuptools alone, without a network, and return the file."""
+    program = f"import sys; from setuptools.build_meta import build_{kind}; build_{kind}(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, folder], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return file
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel built from a copy of the tree, without a network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    copy = folder / "source"
-    copy.mkdir()
-    for name in ("lightning_draft", "callbacks", "configs"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, copy)
-    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", build, folder], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (file,) = folder.glob("*.whl")
-    return zipfile.ZipFile(file).namelist()
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked sdist of a copy of the tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    left_out = shutil.ignore_patterns(
+        "__pycache__", ".venv*", ".git", "runs", ".*_cache", "build", "dist", "*.egg-info"
+    )
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
+    with tarfile.open(build("sdist", folder / "source", folder)) as archive:
+        archive.extractall(folder, filter="data")
+    (unpacked,) = folder.glob("lightning_draft-*/")
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def wheel_file(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from the sdist as pip builds it."""
+    return build("wheel", sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> list[str]:
+    """Names of the files in the wheel."""
+    return zipfile.ZipFile(wheel_file).namelist()
+
+
+def test_the_sdist_holds_the_tree(sdist: Path) -> None:
+    folders = ["lightning_draft", "callbacks", "configs", "tests", "docs", "examples", "benchmarks", ".ci", ".github"]
+    files = {file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()}
+    files |= {file for file in ROOT.iterdir() if file.is_file() and file.name not in (".git", ".gitignore")}
+    wanted = {file.relative_to(ROOT) for file in files if "__pycache__" not in file.parts}
+    assert {file for file in wanted if not (sdist / file).is_file()} == set()
+
+
+def test_the_sdist_collects_the_tests(sdist: Path) -> None:
+    """Every test file, and what it imports, is there."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "PYTEST"))}
+    done = subprocess.run(command, cwd=sdist, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = set(re.findall(r"^(tests/\S+): \d+$", done.stdout, re.MULTILINE))
+    assert collected == {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_the_installed_wheel_runs_outside_the_repository(wheel_file: Path, tmp_path: Path) -> None:
+    """In an environment of its own, which only borrows the requirements from this one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    (packages,) = (tmp_path / "venv").glob("**/site-packages")
+    install = ["-m", "pip", "--python", str(binaries / "python"), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([sys.executable, *install, wheel_file], check=True)
+    (packages / "requirements.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    imports = "import lightning_draft.cli.app, lightning_draft.callbacks, lightning_draft.rewards"
+    where = run(str(binaries / "python"), "-c", f"{imports}; print(lightning_draft.__file__)")
+    assert Path(where).is_relative_to(packages)
+    version = PROJECT["project"]["version"]
+    assert run(str(binaries / "lightning-draft"), "--version") == f"lightning-draft {version}"
+    assert "quickstart" in run(str(binaries / "lightning-draft"), "configs", "list")
 
 
 def test_the_wheel_holds_every_module(wheel: list[str]) -> None:
@@ -142,6 +220,32 @@ def test_versions_agree() -> None:
     assert PROJECT["project"]["version"] == lightning_draft.__version__
 
 
+def requirements() -> dict[str, str]:
+    """Lowest release of each requirement, by name."""
+    entries = (re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", entry) for entry in PROJECT["project"]["dependencies"])
+    return {entry[1].lower(): entry[2] for entry in entries if entry}
+
+
+def test_every_requirement_has_a_lowest_release_and_the_oldest_constraints_pin_it() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert len(requirements()) == len(PROJECT["project"]["dependencies"])
+    padded = {name: (release + ".0.0").split(".")[:3] for name, release in requirements().items()}
+    assert {name: release.split(".") for name, release in pins.items()} == padded
+
+
+def test_the_requirements_are_what_the_package_imports() -> None:
+    """TensorBoard is there for Lightning's logger, which imports it."""
+    imported: set[str] = set()
+    for file in modules().values():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported |= {name.partition(".")[0] for name in names}
+    distributions = packages_distributions()
+    others = imported - sys.stdlib_module_names - {"lightning_draft", *EXTRAS}
+    assert {distributions[name][0].lower() for name in others} | {"tensorboard"} == set(requirements())
+
+
 def test_the_optional_packages_are_extras_and_no_dependencies() -> None:
-    required = {re.split(r"[\[<>=~ ]", entry)[0].lower() for entry in PROJECT["project"]["dependencies"]}
-    assert not required & {name.lower() for name in EXTRAS}
+    assert not set(requirements()) & {name.lower() for name in EXTRAS}

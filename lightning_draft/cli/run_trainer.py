@@ -1,7 +1,8 @@
 """The Trainer of a run: one folder for everything, and loggers that write inside it."""
 
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +18,25 @@ class RunTrainer(Trainer):
     def log_dir(self) -> str:
         """Return the run's folder, which process 0 decides; all processes must ask for it."""
         return str(self.strategy.broadcast(self.default_root_dir))
+
+
+def _read_integers_as_counts() -> None:
+    """Let the parser try `int` before `float` for options such as `limit_val_batches`: 1 is one batch, 1.0 all of them.
+
+    Lightning writes them so, but `typing` caches optional unions under a key that ignores order, and may return one
+    that was written the other way round elsewhere.
+    """
+    annotations = Trainer.__init__.__annotations__
+    annotations.update(
+        {
+            name: int | float | None
+            for name, kind in annotations.items()
+            if set(get_args(kind)) == {int, float, NoneType}
+        }
+    )
+
+
+_read_integers_as_counts()
 
 
 class StepNumber(Callback):

@@ -144,4 +144,4 @@ class ProgressBar(TQDMProgressBar):
 
 def _clock(seconds: float) -> str:
     """`h:mm:ss`, or `m:ss` under an hour."""
-    return Tqdm.format_interval(seconds).removeprefix("0")
+    return str(Tqdm.format_interval(seconds)).removeprefix("0")

@@ -109,7 +109,8 @@ class _Features(nn.Identity):
 
 def _image_distances(images: Tensor) -> Tensor:
     pixels = images.clamp(0, 1).flatten(1).double()
-    return pairwise_euclidean_distance(pixels) / pixels.shape[1] ** 0.5
+    distances: Tensor = pairwise_euclidean_distance(pixels) / pixels.shape[1] ** 0.5
+    return distances
 
 
 def _cosine_distances(features: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class AestheticScore(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""
         with full_precision(images):
-            return self.head(self.encoder.images(images)).squeeze(-1)
+            scores: Tensor = self.head(self.encoder.images(images)).squeeze(-1)
+            return scores
 
 
 def collapse(tensors: Mapping[str, Tensor], layers: Sequence[str], source: Path | str) -> nn.Linear:

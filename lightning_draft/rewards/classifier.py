@@ -54,4 +54,5 @@ class ClassifierTarget(Reward):
         numbers = torch.tensor([self.labels.number(target) for target in targets], device=images.device)
         with full_precision(images) as x:
             logits = self.model(pixel_values=self.pixels(x).to(self.model.dtype)).logits.to(x.dtype)
-            return logits.log_softmax(-1).gather(1, numbers.unsqueeze(1)).squeeze(1)
+            scores: Tensor = logits.log_softmax(-1).gather(1, numbers.unsqueeze(1)).squeeze(1)
+            return scores

@@ -19,7 +19,7 @@ from torch import Tensor
 from examples.emoji_model.evaluate import draw, mean_and_error, open_pipeline
 from examples.emoji_model.truth import OwnPicture, SceneRecognized
 from lightning_draft.assets import FOLDER
-from lightning_draft.data import read_prompts
+from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Reward
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 

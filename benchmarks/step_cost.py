@@ -5,7 +5,7 @@
 
 The floor of a method is its network calls and nothing else: forward without a graph, forward with one, backward. Each
 kind is timed on its own, between the training steps, and multiplied by how often the steps made it. The step is a whole
-training step of Lightning's Trainer: sampling, decoder, reward, backward, optimiser. What the decoder and the reward
+training step of Lightning's Trainer: sampling, decoder, reward, backward, optimizer. What the decoder and the reward
 take is timed too, so that the last column shows what is left for everything else.
 """
 

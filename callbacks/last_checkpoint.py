@@ -30,7 +30,7 @@ _NORM = "gradient_norm/total"
 
 @dataclass(frozen=True)
 class _FinishedStep:
-    """Where a run stands after an optimization step.
+    """Position of a run after an optimization step.
 
     Attributes:
         step: Number of finished optimization steps.
@@ -137,7 +137,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note where the run stands after each optimization step, and save every `every_n_steps`."""
+        """Record the position of the run after each optimization step, and save every `every_n_steps`."""
         if self._finished is None or self._finished.step != trainer.global_step:
             loss = outputs.get("loss") if isinstance(outputs, dict) else None
             self._finished = _FinishedStep(
@@ -190,7 +190,7 @@ class LastCheckpoint(Checkpoint):
             rank_zero_warn(f"{error}; the last checkpoint is the one before")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands."""
+        """Return the position of the run."""
         finished = self._finished
         if finished is None:
             return {name: value for name, value in self._loaded.items() if name != "position"}

@@ -84,7 +84,7 @@ def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> bo
         logger: Any Lightning logger.
         key: The name of the picture in the logger.
         picture: The picture.
-        step: Number of finished optimisation steps.
+        step: Number of finished optimization steps.
 
     Returns:
         Whether the logger accepts pictures.

@@ -1,4 +1,4 @@
-"""Where Lightning's training loop stands, and how it continues."""
+"""Read and set the position of Lightning's training loop."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def test_guidance_gradient_modes_share_their_pictures_and_not_their_gradients(ti
 
 
 def test_accumulated_batches_are_one_large_step(tmp_path: Path) -> None:
-    """The optimiser sees the mean of the batches' gradients, each from noise of its own."""
+    """The optimizer sees the mean of the batches' gradients, each from noise of its own."""
     seen: list[float] = []
     found: list[float] = []
 
@@ -386,7 +386,7 @@ def test_the_noise_of_the_steps_is_not_the_starting_noise_again() -> None:
 def test_resuming_is_bitwise_the_uninterrupted_run(
     tiny_sd: Path, tmp_path: Path, stop: int, pipeline: bool, options: dict[str, Any]
 ) -> None:
-    """Parameters, optimiser, rewards; noise, prompts and structural draws with them."""
+    """Parameters, optimizer, rewards; noise, prompts and structural draws with them."""
     settings: dict[str, Any] = {"truncation": RandomSteps(), "sampler": DDIM(2, eta=1.0), "seed": 4}
 
     def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> Any:
@@ -538,7 +538,7 @@ def test_two_processes_train_a_pipeline_alike(tiny_sd: Path, tmp_path: Path) -> 
 # Settings.
 
 
-def test_the_optimiser_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tmp_path: Path) -> None:
+def test_the_optimizer_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tmp_path: Path) -> None:
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 

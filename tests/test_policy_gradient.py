@@ -91,7 +91,7 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Recorder(Callback):
-    """Keeps what is logged at every optimisation step, and the gradient that it was taken with."""
+    """Keeps what is logged at every optimization step, and the gradient that it was taken with."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -293,7 +293,7 @@ def test_minibatches_add_up_to_the_rollout(tmp_path: Path, objective: Objective)
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
-def test_an_optimiser_step_over_several_rollouts_is_their_mean(tmp_path: Path, objective: Objective) -> None:
+def test_an_optimizer_step_over_several_rollouts_is_their_mean(tmp_path: Path, objective: Objective) -> None:
     """Three of three parts each, although two of them see every prompt."""
     modules = [linear(objective=objective, timesteps_per_minibatch=1) for _ in range(2)]
     for module in modules:
@@ -792,7 +792,7 @@ def test_a_second_fit_collects_its_own_rollouts(tmp_path: Path) -> None:
     assert module.reward_queries == 2 * 4
 
 
-def test_an_optimiser_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:
+def test_an_optimizer_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:
     """As Lightning makes it at the end of an epoch that was cut short."""
     module = linear(objective=Reinforce(), timesteps_per_minibatch=1)
     with pytest.raises(ConfigurationError, match="before a rollout was used up, and Reinforce is on-policy; leave out"):

@@ -153,7 +153,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_statistics_of_an_interrupted_step_are_discarded(tmp_path: Path) -> None:
-    """Ctrl-C between the reward and the backward pass of the second half of an optimiser step."""
+    """Ctrl-C between the reward and the backward pass of the second half of an optimizer step."""
 
     class Cut(L.Callback):
         def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:

@@ -178,22 +178,22 @@ POLICY = {
 METHODS: dict[str, Method] = {**DIRECT, **POLICY}
 
 
-def _recognised(setting: Setting) -> Reward:
+def _recognized(setting: Setting) -> Reward:
     return CLIPClassification(setting.clip, captions=setting.captions, column="caption")
 
 
 TASKS = {
-    "recognised": Task(
-        _recognised, lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()}, methods=tuple(METHODS)
+    "recognized": Task(
+        _recognized, lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()}, methods=tuple(METHODS)
     ),
     "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.eval_rewards(), methods=tuple(POLICY), budget=0.5),
     "many": Task(
-        _recognised,
+        _recognized,
         lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()},
         methods=tuple(POLICY),
         many=True,
-        tuned_on="recognised",
+        tuned_on="recognized",
     ),
 }
-"""`recognised`: CLIP classification, differentiable. `jpeg`: true JPEG size, not differentiable. `many`:
-`recognised` on the longer prompt list."""
+"""`recognized`: CLIP classification, differentiable. `jpeg`: true JPEG size, not differentiable. `many`:
+`recognized` on the longer prompt list."""

@@ -48,12 +48,12 @@ def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) ->
     names = {key.rsplit(".", 2)[0] for key in own}
     rank = len(next(value for key, value in own.items() if "lora_A" in key))
     if names == set(file.factors) and rank == file.rank:
-        misfits = [layer for layer in file.layers if not _shapes_fit(own, layer, file)]
-        if not misfits:
+        mismatched = [layer for layer in file.layers if not _shapes_fit(own, layer, file)]
+        if not mismatched:
             return
         raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(misfits)} layers have other shapes than in this one, such "
-            f"as {shortened(misfits, 2)}; give a file that was trained on this model"
+            f"{file.path} is a LoRA for another model: {len(mismatched)} layers have other shapes here, such "
+            f"as {shortened(mismatched, 2)}; give a file that was trained on this model"
         )
     targets = _targets(network, file.layers)
     hint = f", target_modules={targets}" if len(targets) <= 40 else ""

@@ -183,7 +183,7 @@ class Ensemble(WeightedSum):
 class Relative(WrappedReward):
     """`(1 + k) reward(image, positive + prompt) - reward(image, negative + prompt)`, the relative reward of SRPO.
 
-    What pleases the reward with any prompt cancels; what distinguishes the two texts remains. With k = 0 the range is
+    What the reward likes with any prompt cancels; what distinguishes the two texts remains. With k = 0 the range is
     twice as wide as the reward's.
 
     Args:

@@ -59,7 +59,7 @@ class HTTPReward(Reward):
 
     Args:
         url: `http://` or `https://`. A secret in it is written as the name of an environment variable in braces,
-            `https://host/score?key={JUDGE_KEY}`, so that it stands in no config, file or message.
+            `https://host/score?key={JUDGE_KEY}`, so that it appears in no config, file or message.
         batch_size: Images in one request, at most.
         concurrency: Requests at the same time, at most, from each process.
         timeout: Seconds for one attempt.

@@ -21,7 +21,7 @@ BATCH = 2
 
 
 class Weights(Callback):
-    """Sets the reward's slope before each step, and records theta and the optimiser's state after it."""
+    """Sets the reward's slope before each step, and records theta and the optimizer's state after it."""
 
     def __init__(self, slopes):
         self.slopes, self.thetas, self.moments, self.gradients, self.stepped = slopes, [], [], [], []
@@ -173,7 +173,7 @@ def test_warn_lets_the_step_happen(make_module, make_trainer, data, logger):
 
 
 @pytest.mark.parametrize(("action", "slope"), [("skip", 1000.0), ("skip", math.nan), ("warn", math.inf)])
-def test_skip_leaves_parameters_and_optimiser_bitwise_alone(make_module, make_trainer, data, logger, action, slope):
+def test_skip_leaves_parameters_and_optimizer_bitwise_alone(make_module, make_trainer, data, logger, action, slope):
     slopes = [1.0, 1.0, 1.0, slope, 1.0]
     with pytest.warns(UserWarning, match="the step is skipped"):
         weights, *_, trainer = run_with_spike(

@@ -85,7 +85,7 @@ def equal(a, b):
 
 @pytest.fixture
 def train(make_diffusion_module, make_trainer):
-    """Train; returns the module, the trace, the optimiser's state and the generators' state afterwards."""
+    """Train; returns the module, the trace, the optimizer's state and the generators' state afterwards."""
 
     def fit(extra, steps, ckpt_path=None, seed=0, validate=True, accumulate=1, logger=False, **options):
         random.seed(seed)
@@ -161,7 +161,7 @@ class Explosive(ColorTarget):
 
 
 class Arm(Callback):
-    """Arms the reward for the fourth optimisation step."""
+    """Arms the reward for the fourth optimization step."""
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         pl_module.reward.armed = trainer.global_step == 3

@@ -77,7 +77,7 @@ def test_shipped_config_runs(command: Callable, name: str, request: pytest.Fixtu
     if name in EMOJI:
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.eval_rewards": "null"}
     if name == "guard":
-        models |= {"model.eval_rewards": '{"recognised": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
+        models |= {"model.eval_rewards": '{"recognized": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
     result = command("fit", "--config", name, *_options(TINY | models))
     assert result.status == 0, result.err
     assert Path(f"runs/{name}/lora/best.safetensors").is_file()
@@ -121,7 +121,7 @@ def _sampled_steps(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "objective" in _content(name)["model"]["init_args"]])
-def test_optimiser_steps_of_a_policy_end_with_passes(name: str) -> None:
+def test_optimizer_steps_of_a_policy_end_with_passes(name: str) -> None:
     """As the Trainer is set on the config's own model, whose number of parts a small one need not have."""
     content = _content(name)
     arguments = content["model"]["init_args"]

@@ -18,8 +18,8 @@ def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from examples.custom_reward import Warmth
 
-    colours = torch.tensor([[1.0, 0.3, 0.2], [0.1, 0.9, 0.5]])
-    images = colours.view(2, 3, 1, 1).expand(2, 3, 4, 5).clone().requires_grad_()
+    colors = torch.tensor([[1.0, 0.3, 0.2], [0.1, 0.9, 0.5]])
+    images = colors.view(2, 3, 1, 1).expand(2, 3, 4, 5).clone().requires_grad_()
     scores = Warmth(0.3)(images, ["a cat", "a dog"])
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     warmth = torch.tensor([0.8, -0.4])

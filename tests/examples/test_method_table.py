@@ -59,7 +59,7 @@ def run(
 @pytest.mark.parametrize("method", ["DRaFT", "DRaFT-1", "DRaFT-LV", "REINFORCE"])
 def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
     """The floor: a forward a step, a forward again where it is recomputed, a backward."""
-    out = run("--tasks", "recognised", "--methods", method)
+    out = run("--tasks", "recognized", "--methods", method)
     result = find(out, method=method, seed=0)
     samples = 8 if method in methods.DIRECT else 16
     copies = 3 if method == "DRaFT-LV" else 1
@@ -72,7 +72,7 @@ def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
 
 
 def test_the_best_learning_rate_is_found_on_seeds_of_its_own(run: Callable[..., Path]) -> None:
-    out = run("--tasks", "recognised", "--methods", "DRaFT-1", budget=400, lrs="1e-9 1e-3 3e-2")
+    out = run("--tasks", "recognized", "--methods", "DRaFT-1", budget=400, lrs="1e-9 1e-3 3e-2")
     heat = {lr: end(out, lr=lr, seed=command.HEAT) for lr in (1e-9, 1e-3, 3e-2)}
     finalists = sorted(heat, key=lambda lr: heat[lr]["reward"])[1:]
     finals = {lr: end(out, lr=lr, seed=command.FINAL) for lr in finalists}
@@ -83,7 +83,7 @@ def test_the_best_learning_rate_is_found_on_seeds_of_its_own(run: Callable[..., 
 
 
 def find(out: Path, **identity: object) -> Run:
-    run = RunFile(out / "runs.jsonl").find(task="recognised", **identity)
+    run = RunFile(out / "runs.jsonl").find(task="recognized", **identity)
     assert run is not None, identity
     return run
 
@@ -104,16 +104,16 @@ def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) 
         "drift": 0.2,
     }
     row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
-    kept = {"task": "recognised", "method": "DRaFT-1", "lr": 1e-3, "own": None, "start": -1.0, "peak_mib": 3.0}
+    kept = {"task": "recognized", "method": "DRaFT-1", "lr": 1e-3, "own": None, "start": -1.0, "peak_mib": 3.0}
     curve = [{"reward": -0.7, "gradient_norm": 2.5}]
     for seed in (0, command.HEAT, command.FINAL):
         RunFile(tmp_path / "runs.jsonl").add({**kept, "seed": seed, "evaluations": [row], "curve": curve})
-    run("--tasks", "recognised", "--methods", "DRaFT-1", "DRaFT-LV")
+    run("--tasks", "recognized", "--methods", "DRaFT-1", "DRaFT-LV")
     lines = (tmp_path / "methods.md").read_text().splitlines()
     assert any(line.startswith("| DRaFT-1 | 0.001 |  | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
     assert any(line.startswith("| DRaFT-LV | 0.001 |  | 1 |") for line in lines)
     assert any(line.startswith("| DRaFT-1 | 2 | 4 | 4 |  | 2.5 | -0.7 |") for line in lines)
-    assert (tmp_path / "methods-recognised.png").stat().st_size > 0
+    assert (tmp_path / "methods-recognized.png").stat().st_size > 0
 
 
 def add_runs(file: Path, method: str, number: int) -> None:
@@ -163,13 +163,13 @@ def test_every_method_and_truncation_is_in_it() -> None:
 
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert len(methods.DIRECT) >= len(known)
-    assert set(methods.TASKS["recognised"].methods) == set(methods.METHODS)
+    assert set(methods.TASKS["recognized"].methods) == set(methods.METHODS)
     assert set(methods.TASKS["jpeg"].methods) == set(methods.POLICY)
 
 
 def test_a_parameter_of_its_own_is_tuned_with_the_learning_rate_and_taken_over(run: Callable[..., Path]) -> None:
     """PRDP's squared error is 1/beta^2 of the reward's at the start: what was tried was really used."""
-    out = run("--tasks", "recognised", "many", "--methods", "PRDP", lrs="1e-3 1e-2")
+    out = run("--tasks", "recognized", "many", "--methods", "PRDP", lrs="1e-3 1e-2")
     found = [run for run in RunFile(out / "runs.jsonl").all() if run["method"] == "PRDP"]
     tried = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.HEAT}
     final = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.FINAL}
@@ -178,7 +178,7 @@ def test_a_parameter_of_its_own_is_tuned_with_the_learning_rate_and_taken_over(r
     assert norms[0.001] == pytest.approx(100 * norms[0.1], rel=1e-3)
     best = max(final, key=lambda trial: final[trial]["evaluations"][-1]["reward"])
     trained = {each["task"]: (each["lr"], each["own"]) for each in found if each["seed"] == 0}
-    assert trained == {"recognised": best, "many": best}
+    assert trained == {"recognized": best, "many": best}
 
 
 def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(command.Table, "run", run)
     setting = methods.Setting("m", "c", "animals", "animals", "animals", STEPS)
-    chosen = command.Table(setting, tmp_path, 1, (2, 2)).tuned("recognised", "PPO", None)
+    chosen = command.Table(setting, tmp_path, 1, (2, 2)).tuned("recognized", "PPO", None)
     assert raced == [(1e-2, 0.03), (3e-3, 0.03)]
     assert chosen == methods.Trial(3e-3, 0.03)
 
@@ -227,7 +227,7 @@ def test_standard_error() -> None:
 
 def test_evaluation_repeats(tiny_sd: Path, tiny_clip: Path) -> None:
     setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", "animals", STEPS)
-    module = methods.METHODS["DRaFT-1"].build(setting, "recognised", methods.Trial(1e-3), 0)
+    module = methods.METHODS["DRaFT-1"].build(setting, "recognized", methods.Trial(1e-3), 0)
     evaluation = Evaluation([Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})], draws=2)
     images, prompts = evaluation.pictures(module)
     first = evaluation.scores(module, images)

@@ -17,11 +17,11 @@ def brightness(x: Picture) -> float:
     return -((x.sum() / x.size - 0.3) ** 2)
 
 
-def colour_target(x: Picture) -> float:
+def color_target(x: Picture) -> float:
     return -sum((x[c, i, j] - (0.9, 0.2, 0.4)[c]) ** 2 for c, i, j in np.ndindex(x.shape)) / x.size
 
 
-def colour_balance(x: Picture) -> float:
+def color_balance(x: Picture) -> float:
     return 0.25 * x[0].mean() + 2 * x[1].mean() - x[2].mean()
 
 
@@ -50,8 +50,8 @@ def sharpness(x: Picture) -> float:
     ("reward", "oracle"),
     [
         (Brightness(0.3), brightness),
-        (ColorTarget(0.9, 0.2, 0.4), colour_target),
-        (ColorBalance(0.25, 2.0, -1.0), colour_balance),
+        (ColorTarget(0.9, 0.2, 0.4), color_target),
+        (ColorBalance(0.25, 2.0, -1.0), color_balance),
         (ColorSaturation(), saturation),
         (Symmetry(), left_right),
         (Symmetry("vertical"), top_bottom),

@@ -156,7 +156,7 @@ def test_blocks_are_differences_in_the_order_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (24, 40)])
-def test_only_the_first_block_pays_for_the_average_colour(size: tuple[int, int]) -> None:
+def test_only_the_first_block_pays_for_the_average_color(size: tuple[int, int]) -> None:
     flat = torch.tensor([0.9, 0.3, 0.6]).view(1, 3, 1, 1).expand(1, 3, *size)
     assert JPEGRate()(flat, [""]).item() == pytest.approx(JPEGRate()(flat[..., :16, :16], [""]).item(), rel=1e-3)
 

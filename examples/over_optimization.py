@@ -1,10 +1,10 @@
 """A reward that can be hacked, without and with a guard: the trained reward climbs, the held-out one falls.
 
-    python -m examples.over_optimisation
+    python -m examples.over_optimization
 
-A small JPEG file is trained, by DRaFT-1; that the shipped CLIP recognises the prompt is held out. The run is made twice
-from the same seed: once to the end, once under `OverOptimizationGuard(action="stop")`. `OUT/over_optimisation.md` has
-the models on the guard's fixed prompts and noise, and `OUT/over_optimisation.png` the curves and the pictures.
+A small JPEG file is trained, by DRaFT-1; that the shipped CLIP recognizes the prompt is held out. The run is made twice
+from the same seed: once to the end, once under `OverOptimizationGuard(action="stop")`. `OUT/over_optimization.md` has
+the models on the guard's fixed prompts and noise, and `OUT/over_optimization.png` the curves and the pictures.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def build(arguments: argparse.Namespace) -> DraftModule:
         reward=JPEGRate(),
         sampler=DDIM(arguments.sampling_steps),
         truncation=LastK(1),
-        eval_rewards={"recognised": CLIPClassification(arguments.clip, captions=arguments.prompts)},
+        eval_rewards={"recognized": CLIPClassification(arguments.clip, captions=arguments.prompts)},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=arguments.lr),
     )
 
@@ -85,11 +85,11 @@ def pictures(module: DraftModule, prompts: list[str]) -> Tensor:
 def table(rows: dict[str, Evaluation]) -> str:
     """Models as markdown."""
     lines = [
-        "| adapters | JPEG rate (trained) | recognised (held out) | drift | diversity | saturated |",
+        "| adapters | JPEG rate (trained) | recognized (held out) | drift | diversity | saturated |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {each.reward:.3f} | {each.eval_rewards['recognised']:.2f} | {each.image_drift:.3f} | "
+        f"| {name} | {each.reward:.3f} | {each.eval_rewards['recognized']:.2f} | {each.image_drift:.3f} | "
         f"{each.diversity:.3f} | {each.saturated_pixel_fraction:.0%} |"
         for name, each in rows.items()
     ]
@@ -103,11 +103,11 @@ def plot(history: dict[int, Evaluation], stopped: int, kept: int | None, rows: d
     left = curves.subplots()
     right = left.twinx()
     left.plot(list(history), [each.reward for each in history.values()], "C0.-")
-    right.plot(list(history), [each.eval_rewards["recognised"] for each in history.values()], "C3.-")
+    right.plot(list(history), [each.eval_rewards["recognized"] for each in history.values()], "C3.-")
     left.axvspan(stopped, max(history), color="0.9")
     if kept is not None:
         left.axvline(kept, color="C2", linestyle="--")
-    left.set(xlabel="optimisation steps; green: what the guard keeps, grey: what it prevents")
+    left.set(xlabel="optimization steps; green: what the guard keeps, grey: what it prevents")
     left.set_ylabel("trained: JPEG rate", color="C0")
     right.set_ylabel("held out: log p(prompt | picture)", color="C3")
     axes = gallery.subplots(len(rows), len(next(iter(rows.values()))), squeeze=False)
@@ -122,7 +122,7 @@ def plot(history: dict[int, Evaluation], stopped: int, kept: int | None, rows: d
 def main() -> None:
     """Both runs, then table and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/over_optimisation"))
+    parser.add_argument("--out", type=Path, default=Path("runs/over_optimization"))
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--clip", default="emoji-clip")
     parser.add_argument("--prompts", default="emoji")
@@ -151,13 +151,13 @@ def main() -> None:
     rows[f"without the guard, step {last}"] = watcher.history[last]
     order = [name for name in ("base", "kept", "end") if name in images]
     text = table(rows)
-    (arguments.out / "over_optimisation.md").write_text(text)
+    (arguments.out / "over_optimization.md").write_text(text)
     plot(
         watcher.history,
         max(guard.history),
         guard.best_step,
         {name: images[name] for name in order},
-        arguments.out / "over_optimisation.png",
+        arguments.out / "over_optimization.png",
     )
     print(text, f"stopped at step {max(guard.history)}; {time.perf_counter() - start:.0f} s", sep="\n")
 

@@ -53,6 +53,6 @@ class ClassifierTarget(Reward):
         targets = target_values(prompts, "target", self.target, type(self).__name__)
         numbers = torch.tensor([self.labels.number(target) for target in targets], device=images.device)
         with full_precision(images) as x:
-            logits = self.model(pixel_values=self.pixels(x).to(self.model.dtype)).logits.to(x.dtype)
+            logits: Tensor = self.model(pixel_values=self.pixels(x).to(self.model.dtype)).logits.to(x.dtype)
             scores: Tensor = logits.log_softmax(-1).gather(1, numbers.unsqueeze(1)).squeeze(1)
             return scores

@@ -22,7 +22,7 @@ SNIPPETS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_first_table_lists_every_reward() -> None:
-    table = PAGE.split("## Which there are")[1].split("## What they cost")[0]
+    table = PAGE.split("## Available rewards")[1].split("## Cost")[0]
     for name, kind in CLASSES.items():
         if issubclass(kind, Reward) and kind is not Reward and not issubclass(kind, rewards.WeightedSum):
             row = next(
@@ -32,7 +32,7 @@ def test_the_first_table_lists_every_reward() -> None:
 
 
 def test_the_cost_table_lists_every_measured_reward() -> None:
-    table = PAGE.split("## What they cost")[1].split("## Getting the weights")[0]
+    table = PAGE.split("## Cost")[1].split("## Getting the weights")[0]
     measured = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")}
     assert measured >= {case.reward for case in reward_cost.cases("http://127.0.0.1:1")}
 
@@ -48,7 +48,7 @@ def test_names_in_the_page_exist() -> None:
 
 
 def test_arguments_in_the_page_exist() -> None:
-    table = PAGE.split("**Offline, or by hand.**")[1].split("`HF_HUB_OFFLINE=1`")[0]
+    table = PAGE.split("**Offline use.**")[1].split("`HF_HUB_OFFLINE=1`")[0]
     for line in table.splitlines():
         names, arguments = (re.findall(r"`(\w+)`", cell) for cell in (line.split("|") + ["", ""])[1:3])
         for name in set(names) & CLASSES.keys():

@@ -1,1 +1,1 @@
-"""Measurements of cost and memory, held against what the algorithms must cost."""
+"""Benchmarks of cost and memory, compared with the cost expected of the algorithms."""

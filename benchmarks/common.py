@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a chosen size, and tables."""
+"""Helpers of the benchmarks: models of a chosen size, and tables."""
 
 import argparse
 import tempfile
@@ -104,7 +104,7 @@ def _write(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[s
 
 
 def quiet() -> None:
-    """Keep Lightning's advice out of the page."""
+    """Silence Lightning's advice."""
     disable_possible_user_warnings()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Seconds and megabytes an image of every reward, forward and backward, at the size of the real architectures.
+"""Seconds and megabytes per image of every reward, forward and backward, at the size of the real architectures.
 
     python -m benchmarks.reward_cost
     python -m benchmarks.reward_cost --rewards HPSv2 PickScore --device cuda --batch 8
@@ -321,7 +321,7 @@ def cases(url: str) -> list[Case]:
 
 
 def measure(reward: Reward, images: Tensor, repeats: int) -> tuple[float, float, float]:
-    """MiB of weights, and seconds and further MiB an image of a forward and backward pass."""
+    """Return MiB of weights, and seconds and further MiB per image of a forward and backward pass."""
     reward = reward.to(images.device).eval().requires_grad_(False)
     prompts = ["a photo of a cat"] * len(images)
 
@@ -380,7 +380,7 @@ def main() -> None:
         f"One of {arguments.batch} images of {arguments.size}x{arguments.size}, float32, random weights; {where}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}."
     )
-    head = ["reward", "architecture", "MiB weights", "MiB an image", "s an image"]
+    head = ["reward", "architecture", "MiB weights", "MiB per image", "s per image"]
     common.show(f"{title}\n\n{common.table(head, rows)}", arguments.output)
 
 

@@ -90,7 +90,7 @@ class Clock(Callback):
     _backward: bool = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Listen to the network and the decoder."""
+        """Add hooks to the network and the decoder."""
         pl_module.model.unet.register_forward_pre_hook(self._note_network)
         pl_module.model.vae.decoder.register_forward_pre_hook(self._note_decoder)
 
@@ -122,15 +122,15 @@ class Clock(Callback):
             self._measure(trainer, pl_module)
 
     def floor(self) -> float:
-        """Seconds that the noted network calls take, a step."""
+        """Return the seconds per step of the recorded network calls."""
         return sum(median(self.network[kind]) * count for kind, count in self.calls.items()) / len(self.seconds)
 
     def beside(self) -> float:
-        """Seconds that decoder and reward take, a step."""
+        """Return the seconds per step of decoder and reward."""
         return sum(median(self.rest[size]) * count for size, count in self.decoded.items()) / len(self.seconds)
 
     def forwards(self, batch: int) -> float:
-        """Network cost of a sample, in forward passes, a step; a backward pass counts as one."""
+        """Return the network passes per sample and step; a backward pass counts as one."""
         passes = sum(size * count * (2 if kind == "with" else 1) for (kind, size, _), count in self.calls.items())
         return passes / batch / len(self.seconds)
 

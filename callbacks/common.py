@@ -1,4 +1,4 @@
-"""What several callbacks share: the run's folder, fixed prompts and noise, and looking at a module unobserved."""
+"""Helpers of the callbacks: the run's folder, fixed prompts and noise, and evaluation without side effects."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def uses_scaler(trainer: L.Trainer) -> bool:
 
 @dataclass(frozen=True)
 class FixedSamples:
-    """Prompts and the seed of their noise: the same pictures for the same parameters, at any time.
+    """Prompts and the seed of their noise: the same images for the same parameters, at any time.
 
     Args:
         prompts: `N` prompts.
@@ -101,7 +101,7 @@ class FixedSamples:
 
 @contextmanager
 def observing(pl_module: L.LightningModule) -> Iterator[None]:
-    """Use the module without a trace within this context: no graph, eval mode.
+    """Within this context, run the module without a graph and in eval mode.
 
     Random states and the mode of every submodule are as before afterwards.
     """
@@ -119,7 +119,7 @@ def observing(pl_module: L.LightningModule) -> Iterator[None]:
 
 @contextmanager
 def sampling(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """Sample and score within this context, in the run's precision and without a trace."""
+    """Sample and score within this context, in the run's precision and without side effects."""
     with observing(pl_module), trainer.precision_plugin.forward_context():
         yield
 

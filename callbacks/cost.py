@@ -1,4 +1,4 @@
-"""What training has cost so far: reward queries, network passes, seconds."""
+"""The cost of training: reward queries, network passes, seconds."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ class PassCounter:
 
 
 class CostMonitor(Callback):
-    """Count what training costs, without validation and samples, and log it after every training step.
+    """Count and log the cost of training after every training step; validation and sample grids are not counted.
 
     - `cost/reward_queries`: images that the trained reward has scored;
     - `cost/network_forwards`: forward passes of the denoiser for one sample, recomputed ones included;
     - `cost/network_backwards`: backward passes of the denoiser for one sample;
     - `cost/seconds`: time within training steps.
 
-    Passes are counted by hooks on the denoiser. A call with both branches of classifier-free guidance is two passes a
+    Passes are counted by hooks on the denoiser. A call with both branches of classifier-free guidance is two passes per
     sample; with `gradient: conditional` only one of them has a backward pass. Counts are multiplied by the number of
     processes, which make the same calls. A resumed run continues them; the checkpoint of an interrupted optimizer step
     holds the counts before that step, which is repeated.
@@ -115,7 +115,7 @@ class CostMonitor(Callback):
         self._passes.start()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Stop counting network passes: those of other callbacks do not train."""
+        """Stop counting network passes, because passes made by other callbacks are not part of training."""
         self._passes.active = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:

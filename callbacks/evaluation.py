@@ -1,4 +1,4 @@
-"""Evaluate a model on fixed prompts and noise: rewards, and measures of the pictures that show over-optimization."""
+"""Evaluate a model on fixed prompts and noise: rewards, and measures of the images that show over-optimization."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_draft.rewards.color import Sharpness
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the pictures of fixed prompts and noise.
+    """Means over the images of fixed prompts and noise.
 
     Attributes:
         reward: The trained reward.
         eval_rewards: Each evaluation reward, by name.
-        image_drift: Root mean square difference of pixels from the base model's pictures, in [0, 1].
-        diversity: Root mean square difference between pictures of the same prompt, in [0, 1].
+        image_drift: Root mean square difference of pixels from the base model's images, in [0, 1].
+        diversity: Root mean square difference between images of the same prompt, in [0, 1].
         sharpness: Laplacian energy.
         saturated_pixel_fraction: Fraction of values that are 0 or below, or 1 or above, in [0, 1].
     """
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Draw the same pictures of any state of a model, and compare them with the base model's.
+    """Draw the same images of any state of a model, and compare them with the base model's.
 
     Args:
         samples: Prompts and noise; each prompt occurs at least twice.
@@ -51,7 +51,7 @@ class Evaluator:
 
     Attributes:
         base: The evaluation of the base model.
-        scales: Standard deviation of each evaluation reward over the base model's pictures; 1 where all are equal.
+        scales: Standard deviation of each evaluation reward over the base model's images; 1 where all are equal.
     """
 
     base: Evaluation
@@ -64,7 +64,7 @@ class Evaluator:
         self._base_state: dict[str, Any] | None = None
 
     def evaluate_base(self, trainer: L.Trainer, module: RewardModule) -> None:
-        """Draw and evaluate the base model's pictures; a resumed run keeps the numbers of its checkpoint."""
+        """Draw and evaluate the base model's images; a resumed run keeps the numbers of its checkpoint."""
         with sampling(trainer, module), module.model.base():
             images = self.samples.draw(module)
             scores = {} if self._base_state else self.samples.score(module, images)

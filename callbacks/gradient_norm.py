@@ -1,4 +1,4 @@
-"""Gradient norms of the parameters and along the denoising chain, and what to do when they explode.
+"""Gradient norms of the parameters and along the denoising chain, and the action when they explode.
 
 References:
     Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv:2309.17400, section 3 (the
@@ -37,9 +37,9 @@ class GradientNormMonitor(StepState):
     """Log the gradient's norm, overall and at every denoising step, and act when it explodes.
 
     `gradient_norm/total` is the norm over the trainable parameters before clipping; `gradient_norm/step_<i>` is the
-    norm of the gradient that arrives at the latent which step `i` of the chain (0 is the first) hands on, over the
-    whole batch: the explosion profile. A norm explodes when it exceeds `factor` times the median of the last `window`
-    finite norms. The action is then
+    norm of the gradient that arrives at the latent which step `i` of the chain (0 is the first) returns, over the whole
+    batch. A norm explodes when it exceeds `factor` times the median of the last `window` finite norms. The action is
+    then
 
     - `warn`: warn, and take the step;
     - `skip`: drop the gradients, so that the optimizer changes neither parameters nor momenta;
@@ -158,7 +158,7 @@ class GradientNormMonitor(StepState):
         return self.factor * median(self.history) if len(self.history) >= self.min_history else math.inf
 
     def _act(self, trainer: L.Trainer, parameters: list[nn.Parameter], norm: float) -> tuple[Action, str] | None:
-        """Act on a norm that is not as it should be; the action and its reason."""
+        """Act on an exploded or non-finite norm; return the action and its reason."""
         if not math.isfinite(norm):
             return self._handle_nonfinite(trainer, parameters)
         self._nonfinite_in_a_row = 0

@@ -58,7 +58,7 @@ class _FinishedStep:
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep one checkpoint, `last.ckpt`, from which a resumed run continues as if it had never stopped.
+    """Keep one checkpoint, `last.ckpt`, from which a resumed run gives the same result as an uninterrupted one.
 
     It is written every `every_n_steps` optimization steps, again after the validation of such a step, when training
     ends, and when it is stopped by Ctrl-C, SIGTERM or an error. It always describes the end of an optimization step:

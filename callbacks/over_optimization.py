@@ -2,7 +2,7 @@
 
 References:
     Gao et al., "Scaling Laws for Reward Model Overoptimization", arXiv:2210.10760. Clark et al., arXiv:2309.17400,
-    section 5.4 (reward hacking: collapse to one picture with a high reward; smaller LoRA scales undo it).
+    section 5.4 (reward hacking: collapse to one image with a high reward; smaller LoRA scales undo it).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class OverOptimizationGuard(Callback):
     """Evaluate the model on fixed prompts and noise at each validation, and act on over-optimization.
 
     The degradation of an evaluation reward is its best mean so far, the base model's included, minus its mean now, in
-    standard deviations of its scores over the base model's pictures. The model is over-optimized if a degradation
+    standard deviations of its scores over the base model's images. The model is over-optimized if a degradation
     exceeds `margin` although the trained reward is higher than it was at that best evaluation; or, with
     `min_diversity`, if the diversity within a prompt is below that fraction of the base model's and the trained reward
     is above the base model's. After `patience` such evaluations in a row the action is

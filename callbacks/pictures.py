@@ -1,4 +1,4 @@
-"""Draw pictures with captions in a grid, and give them to Lightning's loggers."""
+"""Draw images with captions in a grid, and log them with Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHADE = (240, 240, 240)
 
 
 def to_picture(image: Tensor, min_size: int = 128) -> Image.Image:
-    """Convert an image `(3, H, W)` in [0, 1] to a picture; a small one is enlarged by a whole factor.
+    """Convert a tensor `(3, H, W)` in [0, 1] to a PIL image; a small one is enlarged by a whole factor.
 
     Args:
         image: Values outside [0, 1] are clamped.

@@ -1,4 +1,4 @@
-"""A progress bar with the reward, the seconds a step takes and the time left."""
+"""A progress bar with the reward, the seconds per step and the time left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_draft.callbacks.common import printable
 
 
 class ProgressBar(TQDMProgressBar):
-    """Show one bar over all optimization steps, with the reward, the seconds a step takes and the time left.
+    """Show one bar over all optimization steps, with the reward, the seconds per step and the time left.
 
     Where the output is not a terminal, lines are printed instead. The seconds are averaged over the last 20 steps,
     without validation and sampling; the time left includes them.
@@ -115,7 +115,7 @@ class ProgressBar(TQDMProgressBar):
         return "  ".join([f"step {trainer.global_step}{total}", *self.report(trainer)])
 
     def report(self, trainer: L.Trainer) -> list[str]:
-        """Return the reward, the seconds a step takes and the time left, as far as they are known."""
+        """Return the reward, the seconds per step and the time left, as far as they are known."""
         parts = []
         reward = trainer.callback_metrics.get("train/reward")
         if reward is not None:

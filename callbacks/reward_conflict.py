@@ -26,13 +26,13 @@ from lightning_draft.rewards.combine import WeightedSum, image_gradient
 
 
 class RewardConflict(Callback):
-    """Log the cosine between the gradients of every two rewards with respect to pictures of the current prompts.
+    """Log the cosine between the gradients of every two rewards with respect to images of the current prompts.
 
     Compared are the differentiable components of the trained `WeightedSum` whose weight is not 0, or the trained reward
     itself as `reward`, and the differentiable evaluation rewards as `eval_rewards.<name>`. The gradient of a component
-    with a negative weight is negated. Logged under `conflict/`, averaged over the pictures, are `cosine/<a>/<b>`, in
+    with a negative weight is negated. Logged under `conflict/`, averaged over the images, are `cosine/<a>/<b>`, in
     [-1, 1], which is negative where raising one reward lowers the other; and `norm/<a>`, the norm of the gradient of
-    one picture's score, without the weight.
+    one image's score, without the weight.
 
     Note:
         A measurement costs one sampling and one backward pass of each reward. Training with this callback is bitwise

@@ -1,4 +1,4 @@
-"""Log pictures of the base and the tuned model from the same prompts and noise."""
+"""Log images of the base and the tuned model from the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_draft.files import atomic_path, remove_partial_files
 class SampleLogger(Callback):
     """Sample fixed prompts from fixed noise with the base model and with the tuned one, and log both side by side.
 
-    The grid of pictures, with the reward under each, goes to every logger that accepts pictures, as `samples`, and to
+    The grid of images, with the reward under each, goes to every logger that accepts images, as `samples`, and to
     `samples/step_<n>.png` in the run's folder. The mean rewards go to every logger as `samples/reward` and
     `samples/reward_base`. Samples are drawn when training starts, every `every_n_steps` steps and when training ends.
 
     Note:
         Training with this callback is bitwise the training without it. A reward whose scale changes in training, such
-        as `ZScoreSum`, scores the base model's pictures anew each time, so that both rewards are on the same scale.
+        as `ZScoreSum`, scores the base model's images anew each time, so that both rewards are on the same scale.
         Every process samples, so that sharded models work; one of them writes.
 
     Example:
@@ -39,7 +39,7 @@ class SampleLogger(Callback):
         prompts: Prompts to sample; by default the data module's validation prompts.
         max_samples: At most this many prompts, the first ones.
         seed: Seed of the starting noise and of a stochastic sampler's noise.
-        min_size: Pictures whose shorter side has fewer pixels than this are enlarged by a whole factor.
+        min_size: Images whose shorter side has fewer pixels than this are enlarged by a whole factor.
         per_row: Number of prompts in a row of the grid.
         batch_size: Prompts sampled at a time; by default all.
         to_files: Also write PNG files.
@@ -147,7 +147,7 @@ class SampleLogger(Callback):
                 grid.save(partial, format="PNG")
 
     def _report(self, without: list[str], all_without: bool) -> None:
-        """Report once which loggers accept no pictures."""
+        """Report once which loggers accept no images."""
         if self._reported:
             return
         self._reported = True

@@ -1,4 +1,4 @@
-"""A reward that can be hacked, without and with a guard: the trained reward climbs, the held-out one falls.
+"""A reward that can be hacked, without and with a guard: the trained reward rises and the evaluation reward falls.
 
     python -m examples.over_optimization
 

@@ -33,7 +33,7 @@ class State:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What the backward pass computes again instead of keeping it in memory. No option changes a gradient.
+    """Activations that the backward pass recomputes instead of keeping them in memory. No option changes a gradient.
 
     Args:
         steps: Recompute the network call of each step: one step's activations are kept at a time.
@@ -116,7 +116,7 @@ class SamplingChain:
         probes: Called with every latent that a step returns and that requires a gradient.
 
     Attributes:
-        grid: One `(t, s)` pair a step.
+        grid: One `(t, s)` pair per step.
 
     Raises:
         ConfigurationError: The sampler does not fit the model's schedule.

@@ -68,7 +68,7 @@ class PromptLoader:
         return -(-batches // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        """Yield one pass of batches, from where the last one ended."""
+        """Yield one pass of batches, starting where the previous pass ended."""
         for _ in range(len(self) - self.position % len(self)):
             self.position += 1
             yield self.batch(self.position - 1)

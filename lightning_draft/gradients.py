@@ -1,4 +1,4 @@
-"""Tensors whose value and gradient are set apart: the value stays as it is, the gradient is scaled or replaced."""
+"""Scale or replace the gradient of a tensor without changing its value."""
 
 from typing import Any
 

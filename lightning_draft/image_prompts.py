@@ -1,4 +1,4 @@
-"""Find the prompts of pictures in a folder: in sidecar files, in the pictures' metadata, in their names or a table."""
+"""Find the prompts of images in a folder: in sidecar files, in the images' metadata, in their names or a table."""
 
 import re
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ _EXIF_DESCRIPTION, _EXIF_COMMENT, _EXIF_IFD = 0x010E, 0x9286, 0x8769
 
 
 def list_images(folder: Path) -> list[str]:
-    """Return the pictures in a folder and its subfolders, relative to it, in the order of their names.
+    """Return the images in a folder and its subfolders, relative to it, in the order of their names.
 
     Raises:
-        ConfigurationError: There is no such folder, or no picture in it.
+        ConfigurationError: There is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {str(folder)!r}; give a folder of pictures")
@@ -37,15 +37,15 @@ def find_prompts(folder: Path, files: Sequence[str], source: PromptSource | str 
     """Return the prompt of each file.
 
     Args:
-        folder: The folder of the pictures.
-        files: Pictures, relative to it.
+        folder: The folder of the images.
+        files: Images, relative to it.
         source: `sidecar`: the text of `NAME.txt` beside `NAME.png`. `metadata`: PNG text under `prompt`, `parameters`
             or `Description`, or the EXIF description or comment. `names`: the file's name without suffix and number,
             `a_red_cat_003.png` is "a red cat". `auto`: the first of these that the file has. Or the path of a table
             (CSV, JSON, Parquet, ...) with the columns `file` and `prompt`.
 
     Raises:
-        ConfigurationError: A picture has no prompt there.
+        ConfigurationError: An image has no prompt there.
     """
     if source in ("auto", "sidecar", "metadata", "names"):
         prompts = {file: _prompt(folder / file, source) for file in files}

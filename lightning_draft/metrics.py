@@ -1,4 +1,4 @@
-"""What a mean reward does not show: diversity, drift, saturated pixels, and distances between sets of pictures.
+"""Image metrics besides the mean reward: diversity, drift, saturated pixels, and distances between sets of images.
 
 Means of scores and their reduction over processes are Lightning's (`self.log`); pairwise and set distances are
 torchmetrics'. Its Inception features need weights that are not shipped, so sets are compared by features of any CLIP,
@@ -54,7 +54,7 @@ def saturated_pixel_fraction(images: Tensor) -> Tensor:
 
 
 def image_drift(images: Tensor, base: Tensor) -> Tensor:
-    """Root mean square difference of pixels between two models' pictures from the same noise, `(B,)` in [0, 1].
+    """Root mean square difference of pixels between two models' images from the same noise, `(B,)` in [0, 1].
 
     Args:
         images: `(B, 3, H, W)`, clamped to [0, 1].

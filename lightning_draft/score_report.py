@@ -1,4 +1,4 @@
-"""Contact sheets of scored pictures, and the comparison of two folders with confidence intervals."""
+"""Contact sheets of scored images, and the comparison of two folders with confidence intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The scores of one reward on pairs of pictures `(a_i, b_i)`; intervals are of 95 % confidence.
+    """The scores of one reward on pairs of images `(a_i, b_i)`; intervals are of 95 % confidence.
 
     Args:
         reward: Name of the reward.
@@ -42,11 +42,11 @@ class Comparison:
 def compare(
     first: Sequence[ScoredImage], second: Sequence[ScoredImage], resamples: int = 2000, seed: int = 0
 ) -> list[Comparison]:
-    """Compare two folders of pictures, paired by file name and prompt, or else by prompt.
+    """Compare two folders of images, paired by file name and prompt, or else by prompt.
 
     Args:
-        first: Pictures of the first folder, such as those of the base model.
-        second: Pictures of the second folder.
+        first: Images of the first folder, such as those of the base model.
+        second: Images of the second folder.
         resamples: Bootstrap samples of the pairs, at least 100.
         seed: Seed of the bootstrap.
 
@@ -102,15 +102,15 @@ def report(comparisons: Sequence[Comparison], first: str, second: str) -> str:
 def contact_sheet(
     folder: str | Path, rows: Sequence[ScoredImage], reward: str, most: int = 64, side: int = 128, per_row: int = 8
 ) -> Image.Image:
-    """Draw pictures sorted by one score, best first, with the score under each.
+    """Draw images sorted by one score, best first, with the score under each.
 
     Args:
-        folder: Folder of the pictures.
-        rows: Scored pictures; if there are more than `most`, the best and the worst halves of that number are shown.
+        folder: Folder of the images.
+        rows: Scored images; if there are more than `most`, the best and the worst halves of that number are shown.
         reward: Name of the score to sort by.
-        most: Number of pictures on the sheet.
-        side: Longest side of a picture, in pixels.
-        per_row: Pictures in a row.
+        most: Number of images on the sheet.
+        side: Longest side of an image, in pixels.
+        per_row: Images in a row.
     """
     ordered = sorted(rows, key=lambda row: row.scores[reward], reverse=True)
     if len(ordered) > most:

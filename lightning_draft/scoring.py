@@ -1,4 +1,4 @@
-"""Score folders of existing pictures with rewards, without a diffusion model, and compare two folders."""
+"""Score folders of existing images with rewards, without a diffusion model, and compare two folders."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """One picture and its scores.
+    """One image and its scores.
 
     Args:
         file: Path relative to the folder, with `/`.
@@ -45,25 +45,25 @@ def score_folder(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[ScoredImage]:
-    """Score all pictures of a folder and its subfolders.
+    """Score all images of a folder and its subfolders.
 
     With `output` each batch is appended to `scores.csv` there; a later call with the same rewards continues after the
-    last complete row. Pictures of one size are scored together, in float32 and without gradients.
+    last complete row. Images of one size are scored together, in float32 and without gradients.
 
     Args:
         folder: Folder of `.png`, `.jpg`, `.jpeg`, `.webp` or `.bmp` files.
         rewards: Rewards by name; the names become columns.
         output: Folder for `scores.csv`; None to write nothing.
         prompts: Where the prompts come from; see `find_prompts`.
-        batch_size: Pictures per call of a reward, at least 1.
+        batch_size: Images per call of a reward, at least 1.
         device: Where the rewards compute, such as `cuda`.
-        progress: Called with the number of pictures scored and the number of all pictures after each batch.
+        progress: Called with the number of images scored and the number of all images after each batch.
 
     Returns:
-        The pictures in the order of their file names.
+        The images in the order of their file names.
 
     Raises:
-        ConfigurationError: There are no pictures, a picture or a prompt cannot be read, or `scores.csv` holds the
+        ConfigurationError: There are no images, an image or a prompt cannot be read, or `scores.csv` holds the
             scores of other rewards.
     """
     at_least("batch_size", batch_size, 1)
@@ -88,7 +88,7 @@ def score_folder(
 
 
 def write_parquet(rows: Iterable[ScoredImage], path: str | Path) -> None:
-    """Write scored pictures as a Parquet file with the columns `file`, `prompt` and one for each reward.
+    """Write scored images as a Parquet file with the columns `file`, `prompt` and one for each reward.
 
     Raises:
         ConfigurationError: pyarrow is not installed.
@@ -118,7 +118,7 @@ def _settings(reward: Reward) -> dict[str, object]:
 
 
 def _batches(root: Path, files: Sequence[str], batch_size: int) -> Iterator[list[str]]:
-    """Yield files of one size in groups; the sizes are read from the headers, so that no picture is decoded twice."""
+    """Yield files of one size in groups; the sizes are read from the headers, so that no image is decoded twice."""
     sizes = {file: _size(root / file) for file in files}
     for _, group in groupby(sorted(files, key=lambda file: (sizes[file], file)), key=lambda file: sizes[file]):
         members = list(group)

@@ -1,4 +1,4 @@
-"""Measure what ships: does the pipeline draw what it is told, how often is it degraded, and does the CLIP know.
+"""Evaluate the shipped models: prompt accuracy and degraded fraction of the pipeline, retrieval accuracy of the CLIP.
 
     python -m examples.emoji_model.evaluate --sheet examples/results/emoji64_samples.png
     python -m examples.emoji_model.evaluate --steps 10 --guidance 1 --lora runs/quickstart/lora/best.safetensors
@@ -28,7 +28,7 @@ from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 
 @torch.no_grad()
 def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, steps: int = 20, seed: int = 0) -> Tensor:
-    """Sample one picture a caption, `(N, 3, S, S)` in [0, 1]; the noise depends on the seed and the position alone."""
+    """Sample one image per caption, `(N, 3, S, S)` in [0, 1]; the noise depends on the seed and the position alone."""
     shape = (pipe.unet.config.in_channels, *(pipe.unet.config.sample_size,) * 2)
     noise = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
     pictures = [

@@ -1,4 +1,4 @@
-"""The truth about a drawing of an emoji: which picture it is nearest to."""
+"""Recognize a generated emoji by the nearest training image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning_draft.rewards import Reward
 class NearestPicture(Reward):
     """1 where the nearest picture (L2 over the pixels) shows what the prompt names, in either style, else 0. Black box.
 
-    It looks at pictures that the model was trained on, and at no network, so no gradient can deceive it.
+    It compares pixels with those of the training images, without a network that training could exploit.
 
     Args:
         file: What `examples.emoji_model.data` prepared.

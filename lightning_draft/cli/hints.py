@@ -1,4 +1,4 @@
-"""What the type hints of constructors say about options: their names, types and possible classes."""
+"""Names, types and possible classes of options, from the type hints of constructors."""
 
 import collections.abc
 import inspect

@@ -1,4 +1,4 @@
-"""Values that the Trainer and torch accept in silence or with an unclear error, refused with one message."""
+"""Check options whose invalid values the Trainer and torch accept silently or report unclearly."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What Lightning, torch and Python print during a command: fewer notices, one line a warning, no terminal codes."""
+"""What Lightning, torch and Python print during a command: fewer notices, one line per warning, no terminal codes."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The command `score`: rewards on folders of existing pictures."""
+"""The command `score`: rewards on folders of existing images."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Configs by name: where they are, what they say; nothing heavy is imported."""
+"""Find and read configs by name, without importing heavy packages."""
 
 import difflib
 from collections.abc import Iterable, Sequence

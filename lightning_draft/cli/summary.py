@@ -1,4 +1,4 @@
-"""What a run prints before and after training."""
+"""Summaries that a run prints before and after training."""
 
 from collections.abc import Iterator
 from pathlib import Path

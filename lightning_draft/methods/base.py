@@ -1,4 +1,4 @@
-"""What all fine-tuning methods have in common, as a LightningModule."""
+"""Base LightningModule of all fine-tuning methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ class RewardModule(EvaluationModule, ABC):
             self.check_configuration()
 
     def check_configuration(self) -> None:
-        """Check what needs no computation.
+        """Run the checks that need no computation.
 
         Raises:
             ConfigurationError: Nothing is trained, or the sampler does not fit the model.

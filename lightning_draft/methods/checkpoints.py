@@ -1,4 +1,4 @@
-"""What a checkpoint of a fine-tuning run holds, and whether it fits the module that loads it."""
+"""Select the content of a checkpoint, and check that it fits the module that loads it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What methods that train on rollouts have in common: rewards, advantages, the rollout buffer and its checkpoints."""
+"""Base class of methods that train on rollouts: rewards, advantages, the rollout buffer and its checkpoints."""
 
 from abc import ABC
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What is wrong with a pipeline that cannot be opened or used."""
+"""Find the fault in a pipeline that cannot be opened or used."""
 
 import json
 from pathlib import Path

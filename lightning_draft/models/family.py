@@ -1,4 +1,4 @@
-"""What distinguishes the pipelines of one model family, as data."""
+"""Description of the pipelines of one model family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

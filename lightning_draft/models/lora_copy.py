@@ -1,4 +1,4 @@
-"""Copying of a LoRA file into the adapters of a network, and what does not fit."""
+"""Copy a LoRA file into the adapters of a network, after checking that it fits."""
 
 from collections.abc import Mapping, Sequence
 

@@ -30,8 +30,8 @@ from lightning_draft.schedules import RectifiedFlow
 class StableDiffusion3(PipelineModel):
     """A Stable Diffusion 3 or 3.5 pipeline, for the samplers `FlowEuler` and `FlowSDE`.
 
-    With the published shift the last step starts where all but 0.9 % is signal: train several steps, since the last one
-    alone changes next to nothing.
+    With the published shift, 99.1 % of the latent is signal at the start of the last step: train several steps, since
+    the last one alone hardly changes the image.
 
     Args:
         pretrained: A diffusers pipeline folder, or a hub id.

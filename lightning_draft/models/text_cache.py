@@ -12,7 +12,7 @@ CAPACITY = 4 * 2**30
 
 
 class TextCache:
-    """A memory of prompt embeddings.
+    """A cache of prompt embeddings.
 
     Each prompt is embedded on its own, so that its embedding does not depend on the batch in which it is first seen.
 

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how people rate a picture, regardless of the prompt.
+"""LAION's aesthetic predictors: how people rate an image, regardless of the prompt.
 
 References:
     github.com/LAION-AI/aesthetic-predictor (v1); github.com/christophschuhmann/improved-aesthetic-predictor (v2);
@@ -45,7 +45,7 @@ class AestheticScore(Reward):
     """`w e + b` with CLIP's image embedding `e` of length 1: a mean human rating on a scale of 1 to 10.
 
     Version 2 is a network of five linear layers without non-linearities; they are multiplied out to one affine map.
-    Photographs and generated pictures score about 4 to 7; scores lie within 5.24 +- 18.0 for version 2 and
+    Photographs and generated images score about 4 to 7; scores lie within 5.24 +- 18.0 for version 2 and
     3.53 +- 28.5 for version 1. The prompt is not read.
 
     Args:

@@ -26,7 +26,7 @@ class PythonFunction(Reward):
 
     Args:
         function: A callable, or its import path `module.function`; modules in the current folder are found too.
-        images: What the function receives: `pil`, a list of RGB pictures; `numpy`, uint8 `(B, H, W, 3)`; or `tensor`,
+        images: What the function receives: `pil`, a list of RGB images; `numpy`, uint8 `(B, H, W, 3)`; or `tensor`,
             float32 `(B, 3, H, W)` in [0, 1] on the images' device, without gradient.
         time_limit: Seconds for one call, after which the run ends with an error; None for no limit.
 
@@ -69,7 +69,7 @@ class PythonFunction(Reward):
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert images `(B, 3, H, W)` to RGB pictures, clamped to [0, 1] and rounded to bytes."""
+    """Convert images `(B, 3, H, W)` to a list of PIL images, clamped to [0, 1] and rounded to bytes."""
     return [Image.fromarray(picture) for picture in to_uint8(images)]
 
 

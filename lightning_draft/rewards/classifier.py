@@ -45,7 +45,7 @@ class ClassifierTarget(Reward):
         if model.config.problem_type == "multi_label_classification":
             raise ConfigurationError(
                 f"{pretrained!r} gives each label a probability of its own (multi_label_classification), which this "
-                "reward's softmax does not fit; use a classifier with one label an image"
+                "reward's softmax does not fit; use a classifier with one label per image"
             )
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -127,7 +127,7 @@ class ObjectCount(ObjectPresent):
 class DetectedCount(Reward):
     """Number of boxes that the detector's own post-processing keeps. Black box.
 
-    Images are rounded to 256 levels first, as in a saved picture.
+    Images are rounded to 256 levels first, as in a saved image.
 
     Args:
         pretrained: Folder or hub id of an OWL-ViT, OWLv2 or detector of the DETR family.

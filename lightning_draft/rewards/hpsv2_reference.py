@@ -38,7 +38,7 @@ _INSTALL = (
 
 
 class HPSv2Reference(Reward):
-    """Score with the `hpsv2` package, one picture at a time. Black box.
+    """Score with the `hpsv2` package, one image at a time. Black box.
 
     Model, preprocessing and tokenizer are the package's; images are rounded to bytes, as files are. The checkpoint is
     read by this package, without running code.

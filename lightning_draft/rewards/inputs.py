@@ -1,4 +1,4 @@
-"""Checks of what goes into a reward and of what comes out."""
+"""Checks of the inputs and outputs of rewards."""
 
 import math
 import warnings

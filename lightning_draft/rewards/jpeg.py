@@ -2,7 +2,7 @@
 
 `JPEGRate` is recommended for training. On 32x32 emoji at quality 95 its rank correlation with the true size is 0.99;
 that of the distortion is 0.63. Sixty steps of Adam on their pixels shrink the files from 1.43 to 1.07 kB with the rate
-and to 1.21 kB with the distortion (at quality 50), with larger changes of the pictures.
+and to 1.21 kB with the distortion (at quality 50), with larger changes of the images.
 
 References:
     Clark et al., arXiv:2309.17400 (DRaFT), the compressibility rewards: minus and plus `|x - jpeg(x)|^2`.
@@ -79,7 +79,7 @@ class JPEGRate(Reward):
 
     As in the file, the first coefficient of a block counts as its difference from the previous block, so that the
     average color costs nothing. The sum is proportional to the true size without headers (about 0.6 kB); the true
-    bytes are about 2.6 times as many. At quality 95, 32x32 pictures score between -0.5 and 0.
+    bytes are about 2.6 times as many. At quality 95, 32x32 images score between -0.5 and 0.
 
     Args:
         quality: 1 (coarse) to 100.
@@ -104,7 +104,7 @@ class JPEGRate(Reward):
 class JPEGSize(Reward):
     """Minus the kilobytes (of 1000) of the real JPEG file, as Pillow writes it with 4:2:0 chroma. Black box.
 
-    32x32 pictures score between -2 and -0.6, of which 0.6 are headers; 512x512 photographs at quality 95 about -100.
+    32x32 images score between -2 and -0.6, of which 0.6 are headers; 512x512 photographs at quality 95 about -100.
 
     Args:
         quality: 1 (coarse) to 100.
@@ -129,7 +129,7 @@ class JPEGSize(Reward):
 
 
 def jpeg_bytes(picture: Tensor, quality: int) -> bytes:
-    """Encode a picture, uint8 `(H, W, 3)`, as a JPEG file."""
+    """Encode an image, uint8 `(H, W, 3)`, as a JPEG file."""
     from PIL import Image
 
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""PickScore: a CLIP trained to predict which of two pictures people prefer.
+"""PickScore: a CLIP trained to predict which of two images people prefer.
 
 References:
     Kirstain et al., arXiv:2305.01569 (Pick-a-Pic), equation 1.
@@ -16,7 +16,7 @@ from lightning_draft.rewards.precision import Precision
 class PickScore(Reward):
     """`exp(logit_scale) cos(image, prompt)` of a CLIP ViT-H-14 fine-tuned on Pick-a-Pic, in [-100, 100].
 
-    Generated pictures score about 18 to 24; one point more multiplies the odds of being preferred by `e`.
+    Generated images score about 18 to 24; one point more multiplies the odds of being preferred by `e`.
 
     Args:
         pretrained: Folder or hub id of the transformers CLIP; the published one is 4 GB in single precision.

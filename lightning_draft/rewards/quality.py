@@ -1,4 +1,4 @@
-"""Quality of a picture, judged by a small network that learned clean against degraded pictures."""
+"""Image quality, by a small classifier that was trained on clean and degraded images."""
 
 import json
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _EXPECTED = "a judge (config.json with `architecture` and `size`, model.safetens
 
 
 class ImageQuality(Reward):
-    """Log-probability that a picture is clean: `log sigmoid(f(x))`, at most 0, of a small network `f`.
+    """Log-probability that an image is clean: `log sigmoid(f(x))`, at most 0, of a small network `f`.
 
-    The bound matters: the gradient vanishes where the network is sure, so that optimization does not go on to raise
-    a logit by changes that no longer improve the picture. The prompt is not read.
+    The gradient vanishes for images that are almost certainly clean, so that training does not raise the logit by
+    changes that no longer improve the image. The prompt is not read.
 
     Args:
         pretrained: Folder with `config.json` and `model.safetensors`, or the shipped names `emoji64-judge` (trained on)
@@ -44,12 +44,12 @@ class ImageQuality(Reward):
         self.network.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score `(B, 3, H, W)` to `(B,)`; pictures of another size are resized."""
+        """Score `(B, 3, H, W)` to `(B,)`; images of another size are resized."""
         logits = self.logits(images)
         return F.logsigmoid(logits) if self.bounded else logits
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return `f(x)`, float32 `(B,)`; above 0 the picture is more probably clean than degraded."""
+        """Return `f(x)`, float32 `(B,)`; above 0 the image is more probably clean than degraded."""
         with full_precision(images) as x:
             if x.shape[-2:] != (self.size, self.size):
                 x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
@@ -59,7 +59,7 @@ class ImageQuality(Reward):
 
 
 class CleanFraction(ImageQuality):
-    """1 where the judge calls the picture clean (`f(x) > 0`), else 0; the mean is their fraction. Black box.
+    """1 if the classifier finds the image clean (`f(x) > 0`), else 0; the mean is their fraction. Black box.
 
     Args:
         pretrained: As in `ImageQuality`.
@@ -77,7 +77,7 @@ class CleanFraction(ImageQuality):
 
 
 def network(architecture: str) -> nn.Sequential:
-    """Return an untrained judge: pictures `(B, 3, S, S)` in [-1, 1] to logits `(B, 1)`.
+    """Return an untrained judge: images `(B, 3, S, S)` in [-1, 1] to logits `(B, 1)`.
 
     Args:
         architecture: `convnet` (strided convolutions, group norm, global average; any size) or `resnet` (residual

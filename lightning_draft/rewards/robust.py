@@ -82,7 +82,7 @@ class Augmentation:
 class Augmented(WrappedReward):
     """`(1 / K) sum_k reward(A_k(image), prompt)` over K random augmentations `A_k`.
 
-    Detail that only one exact arrangement of pixels makes the reward like is averaged away. The range is that of the
+    Averaging removes the effect of details that raise the score only at exact pixel positions. The range is that of the
     reward; the cost is K times its cost.
 
     Args:
@@ -143,9 +143,9 @@ class Augmented(WrappedReward):
 class Ensemble(WeightedSum):
     """The mean, the minimum, or the mean minus a multiple of the standard deviation of several rewards.
 
-    With scores `r_i`: `mean_i r_i`, `min_i r_i`, or `mean_i r_i - coefficient sqrt(mean_i (r_i - mean r)^2)`. What only
-    one of the rewards likes counts little. The rewards must have one unit, such as one model trained with several
-    seeds; divide others by their spread first.
+    With scores `r_i`: `mean_i r_i`, `min_i r_i`, or `mean_i r_i - coefficient sqrt(mean_i (r_i - mean r)^2)`. The
+    minimum and `mean_minus_std` give a low score to images on which the rewards disagree. The rewards must have one
+    unit, such as one model trained with several seeds; divide others by their spread first.
 
     Args:
         rewards: Rewards by name; names become log keys.
@@ -183,7 +183,7 @@ class Ensemble(WeightedSum):
 class Relative(WrappedReward):
     """`(1 + k) reward(image, positive + prompt) - reward(image, negative + prompt)`, the relative reward of SRPO.
 
-    What the reward likes with any prompt cancels; what distinguishes the two texts remains. With k = 0 the range is
+    The part of the score that does not depend on the text cancels. With k = 0 the range is
     twice as wide as the reward's.
 
     Args:

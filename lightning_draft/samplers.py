@@ -43,7 +43,7 @@ class Transition:
         """Return the log-density of `x` summed over the latent's dimensions, float32 or wider, `(B,)`.
 
         Raises:
-            ValueError: The step is deterministic and has no density.
+            ConfigurationError: The step is deterministic and has no density.
         """
         self._check_stochastic("log_prob")
         wide = torch.promote_types(self.mean.dtype, torch.float32)
@@ -55,7 +55,7 @@ class Transition:
         """Return `KL(self || other)` summed over the latent's dimensions, float32 or wider, `(B,)`.
 
         Raises:
-            ValueError: Either step is deterministic.
+            ConfigurationError: Either step is deterministic.
         """
         self._check_stochastic("kl")
         other._check_stochastic("kl")
@@ -67,7 +67,7 @@ class Transition:
 
     def _check_stochastic(self, what: str) -> None:
         if self.std == 0:
-            raise ValueError(
+            raise ConfigurationError(
                 f"{what} of a deterministic step is not defined; use a stochastic sampler: DDIM(eta=1) or FlowSDE"
             )
 

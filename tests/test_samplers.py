@@ -385,7 +385,7 @@ def test_a_deterministic_step_has_no_density() -> None:
     with pytest.raises(ValueError, match=r"DDIM\(eta=1\) or FlowSDE"):
         point.log_prob(torch.zeros(1, 2))
     for one, other in ((point, cloud), (cloud, point)):
-        with pytest.raises(ValueError, match="kl of a deterministic step"):
+        with pytest.raises(ConfigurationError, match="kl of a deterministic step"):
             one.kl(other)
 
 

@@ -16,8 +16,9 @@ from lightning_draft.methods.base import RewardModule
 def headline(module: RewardModule) -> str:
     """Return one line with the method, reward, sampler and number of trainable parameters."""
     count = sum(parameter.numel() for parameter in module.trainable_parameters().values())
-    parts = [module.reward, module.method, getattr(module, "advantage_estimator", None), module.sampler]
-    described = ", ".join(describe(part) for part in parts if part is not None)
+    strategies = module.strategies()
+    names = ("reward", "method", "advantage_estimator", "sampler")
+    described = ", ".join(describe(strategies[name]) for name in names if name in strategies)
     return f"{type(module).__name__}: {described}; {count:,} trainable parameters"
 
 

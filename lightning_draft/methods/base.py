@@ -98,6 +98,7 @@ class RewardModule(EvaluationModule, ABC):
         super().setup(stage)
         self._marked_step = -1
         if stage == "fit":
+            self.nonfinite_gradients.in_a_row = 0
             at_least("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1)
             self.check_configuration()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.arguments import at_least, one_of
-from lightning_draft.chain import PredictionDrift, Probe, Recompute, SamplingChain
+from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.batches import to_prompts
@@ -91,7 +91,6 @@ class DraftModule(RewardModule):
         self.checkpointing = checkpointing
         self.micro_batch_size = micro_batch_size
         self.batches = 0
-        self.probes: list[Probe] = []
         model.checkpoint_blocks(self.recompute.blocks)
 
     @property

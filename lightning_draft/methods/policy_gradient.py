@@ -154,7 +154,8 @@ class PolicyGradientModule(RolloutModule):
         """
         check_dtype(self.trainable_parameters())
         with self.first_step_context():
-            chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
+            conditioning = self.model.encode(prompts)
+            chain = SamplingChain(self.model, self.sampler, conditioning, recompute=self.policy.recompute)
             mean = chain.transition(State(self.model.noise(len(prompts)), self.policy.steps[-1])).mean
             if self.gradients_are_whole:
                 value = (mean * torch.randn_like(mean)).sum()
@@ -203,10 +204,8 @@ class PolicyGradientModule(RolloutModule):
             minibatch: One of `minibatches`.
             gradients: From `log_prob_gradients`, where the objective is not separable.
         """
-        some, steps = (
-            repeat_prompts(prompts, self.samples_per_prompt)[minibatch.samples],
-            self.policy.steps[minibatch.steps],
-        )
+        some = repeat_prompts(prompts, self.samples_per_prompt)[minibatch.samples]
+        steps = self.policy.steps[minibatch.steps]
         latents = rollout.latents[:, minibatch.samples]
         log_probs, kl = self.policy.evaluate(some, latents, steps, with_kl=self.kl_weight > 0)
         batch = self._policy_batch(log_probs, rollout, minibatch.samples, minibatch.steps)

@@ -127,8 +127,9 @@ class RolloutBuffer:
             self.number, self.index = self.number + 1, 0
 
     def drop_rollout(self) -> None:
-        """Drop the rollout, so that it is collected again; the position stays."""
+        """Drop the rollout and the averages of its step; it is collected again, and the position stays."""
         self.rollout = self._gradients = None
+        self._sums_step = -1
 
     def reset(self) -> None:
         """Start at the first rollout."""

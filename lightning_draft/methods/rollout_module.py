@@ -63,6 +63,10 @@ class RolloutModule(RewardModule, ABC):
             if self.trainer.global_step == 0:
                 self.buffer.reset()
 
+    def strategies(self) -> dict[str, object]:
+        """Return what the run consists of, with the advantage estimator."""
+        return {**super().strategies(), "advantage_estimator": self.advantage_estimator}
+
     def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores `(B,)` of samples, and those of the reward's components.
 

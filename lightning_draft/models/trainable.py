@@ -53,8 +53,10 @@ def unfreeze(network: nn.Module, trainable: Literal["full"] | Sequence[str]) -> 
             its dotted name, such as `attn2` or `attn2.to_k` for `mid_block.attn2.to_k.weight`.
 
     Raises:
-        ConfigurationError: A name that fits no parameter.
+        ConfigurationError: A name that fits no parameter, one name without a list, or an empty list.
     """
+    if trainable != "full" and (isinstance(trainable, str) or not trainable):
+        raise ConfigurationError(f"trainable: {trainable!r} must be lora, full, or a list of names such as [attn2]")
     parameters = dict(network.named_parameters())
     for name in [] if trainable == "full" else trainable:
         if not any(_names(name, full_name) for full_name in parameters):

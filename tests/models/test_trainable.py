@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_draft.callbacks import LoRAExport
 from lightning_draft.chain import SamplingChain
@@ -18,6 +18,7 @@ from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
+from lightning_draft.models.trainable import unfreeze
 from lightning_draft.objectives import PPO, PRDP
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM
@@ -67,6 +68,12 @@ def test_names_choose_weights_by_whole_parts(tiny_sd: Path) -> None:
     assert any(".attn2.to_k." in name for name in names)
     with pytest.raises(ConfigurationError, match="'attn' names no parameter of the denoiser; write full, lora"):
         StableDiffusion(str(tiny_sd), trainable=["attn"])
+
+
+@pytest.mark.parametrize("trainable", ["attn2", []])
+def test_a_name_outside_a_list_and_an_empty_list_are_refused(trainable: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"must be lora, full, or a list of names such as \[attn2\]"):
+        unfreeze(nn.Linear(1, 1), trainable)
 
 
 @pytest.mark.parametrize("trainable", ["full", ["attn1"]])

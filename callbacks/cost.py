@@ -129,7 +129,7 @@ class CostMonitor(Callback):
         pl_module.log_dict({f"cost/{name}": float(value) for name, value in self._counts().items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts after the last completed optimizer step."""
+        """Return the counts after the last completed optimizer step."""
         return dict(self._completed[1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,5 +148,5 @@ class CostMonitor(Callback):
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Batch size of the network's first argument, by position or by name."""
+    """Return the batch size of the network's first argument, passed by position or by name."""
     return len(next(iter((*args, *kwargs.values()))))

@@ -34,7 +34,8 @@ class AdapterEMA(Callback):
         ```
 
     Args:
-        decay: Weight of the old average in an update, in [0, 1); the average looks back about `1 / (1 - decay)` steps.
+        decay: Weight of the old average in an update, in [0, 1); the average covers about the last `1 / (1 - decay)`
+            steps.
         warmup: Start with a smaller decay, so that the average forgets the untrained adapters sooner.
     """
 
@@ -114,14 +115,14 @@ class AdapterEMA(Callback):
 
     @torch.no_grad()
     def restore(self, pl_module: L.LightningModule) -> None:
-        """Restore the trained parameters where the average is in their place."""
+        """Restore the trained parameters if the average is in use."""
         if self._originals is not None:
             for name, parameter in trainable_parameters(pl_module).items():
                 local_shard(parameter.data).copy_(self._originals[name])
         self._originals = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the number of steps that it has seen."""
+        """Return the average and the number of steps in it."""
         average = {name: value.cpu() for name, value in self.average.items()}
         return {"updates": self.updates, "average": all_gather_objects(average) if self._in_parts else average}
 
@@ -139,7 +140,7 @@ class AdapterEMA(Callback):
 
     @torch.no_grad()
     def _swap_in(self, pl_module: L.LightningModule) -> bool:
-        """Put the average in place; whether this call did: there is one, and it was not in place already."""
+        """Use the average in place of the parameters; return False if there is none or it is already in use."""
         if not self.average or self._originals is not None:
             return False
         parameters = trainable_parameters(pl_module)
@@ -165,7 +166,7 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContex
 
 
 def restore_trained(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Restore the trained parameters where an average of them is in place."""
+    """Restore the trained parameters if an average of them is in use."""
     for callback in _averages(trainer):
         callback.restore(pl_module)
 
@@ -184,5 +185,5 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _widened(parameter: nn.Parameter) -> Tensor:
-    """This process's part, at least float32: an average in bfloat16 would not change."""
+    """Return this process's shard in at least float32: an average in bfloat16 would not change."""
     return local_shard(parameter.detach()).to(torch.promote_types(parameter.dtype, torch.float32))

@@ -37,13 +37,13 @@ class Evaluation:
     saturated_pixel_fraction: float
 
     def metrics(self) -> dict[str, float]:
-        """All numbers by the names that they are logged under."""
+        """Return all numbers by their log keys."""
         plain = {name: value for name, value in asdict(self).items() if name != "eval_rewards"}
         return {**plain, **{f"eval/{name}": value for name, value in self.eval_rewards.items()}}
 
 
 class Evaluator:
-    """Draw the same images of any state of a model, and compare them with the base model's.
+    """Generate images from fixed prompts and noise at any time in training, and compare them with the base model's.
 
     Args:
         samples: Prompts and noise; each prompt occurs at least twice.
@@ -78,7 +78,7 @@ class Evaluator:
         self._base_state = {"base": asdict(self.base), "scales": self.scales}
 
     def evaluate(self, trainer: L.Trainer, module: RewardModule) -> Evaluation:
-        """Evaluate the model as it is now; all processes get what the first one measured."""
+        """Evaluate the current model; all processes receive the result of process 0."""
         with sampling(trainer, module):
             images = self.samples.draw(module)
             scores = self.samples.score(module, images)
@@ -123,7 +123,7 @@ def select_eval_rewards(names: list[str] | None, module: RewardModule) -> list[s
         )
     unknown = sorted(set(names or []) - set(known))
     if names == []:
-        raise ConfigurationError("guard.eval_rewards=[] compares with nothing; leave it out to compare with all")
+        raise ConfigurationError("guard.eval_rewards=[] is empty; leave it out to compare with all evaluation rewards")
     if unknown:
         raise ConfigurationError(
             f"guard.eval_rewards={names} has {', '.join(unknown)}, which the module does not evaluate; write some of "

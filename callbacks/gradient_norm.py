@@ -138,7 +138,7 @@ class GradientNormMonitor(StepState):
             _report(trainer, taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms that the median is taken of, and the counts."""
+        """Return the norms of the median's window, and the counts."""
         return {
             "history": list(self.history),
             "counts": dict(self.counts),
@@ -154,7 +154,7 @@ class GradientNormMonitor(StepState):
 
     @property
     def threshold(self) -> float:
-        """The norm above which a gradient counts as exploded; infinite while there is too little history."""
+        """Return the norm above which a gradient counts as exploded; infinite while there are too few norms."""
         return self.factor * median(self.history) if len(self.history) >= self.min_history else math.inf
 
     def _act(self, trainer: L.Trainer, parameters: list[nn.Parameter], norm: float) -> tuple[Action, str] | None:
@@ -211,11 +211,11 @@ class GradientNormMonitor(StepState):
 
 _DONE = {"warn": "warned", "skip": "skipped", "clip": "clipped", "stop": "stopped"}
 _MESSAGES = {
-    "warn": "the step is taken all the same; action=skip or action=clip would prevent it",
+    "warn": "the optimizer step is made; write gradients.action: skip or clip to prevent it",
     "skip": "the step is skipped",
     "clip": "the gradient is clipped to it",
     "stop": (
-        "training stops, and the last checkpoint stays as it is; lower the learning rate or the number of steps with "
+        "training stops, and the last checkpoint is kept; lower the learning rate or the number of steps with "
         "gradient, or write gradients.action: skip"
     ),
 }

@@ -35,7 +35,7 @@ class _FinishedStep:
     Attributes:
         step: Number of finished optimization steps.
         position: State of the Trainer's loops and data loaders.
-        validation_due: Whether the validation of this step has still to be held.
+        validation_due: Whether the validation of this step has not been run yet.
         metrics: The Trainer's `callback_metrics`.
         loss: The loss of the step's last batch.
     """
@@ -113,7 +113,7 @@ class LastCheckpoint(Checkpoint):
         trainer.callbacks = [_SaveFirst(self), *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hold the validation that the resumed run did not finish."""
+        """Run the validation that the interrupted run did not finish."""
         self._saved = trainer.global_step
         loaded, self._loaded = self._loaded, {}
         if loaded.get("step") == trainer.global_step:
@@ -126,11 +126,11 @@ class LastCheckpoint(Checkpoint):
         self._interruption.install(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Stop here if a process was asked to stop."""
+        """Stop at the end of this step if a process received a signal."""
         self._interruption.agree(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Let the parameters' update and what follows from it happen as a whole."""
+        """Delay Ctrl-C until the optimization step and its bookkeeping are complete."""
         self._updating = True
         self._interruption.hold()
 
@@ -263,6 +263,7 @@ class _SaveFirst(Callback):
 
 
 def _metrics(trainer: L.Trainer) -> dict[str, Tensor]:
-    """The Trainer's metrics, without a norm that a gradient scaler may have made infinite on purpose."""
+    """Return the Trainer's metrics, without gradient norms that the search for a gradient scale may have made
+    infinite."""
     left_out = _NORM if uses_scaler(trainer) else None
     return {name: value for name, value in trainer.callback_metrics.items() if name != left_out}

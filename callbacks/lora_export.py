@@ -153,7 +153,7 @@ class LoRAExport(Callback):
                     write(trainer, module, path, metadata, values)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score, the steps of both files, and their folder."""
+        """Return the best score, the steps of both files, and their folder."""
         return {
             "best_score": self.best_score,
             "best_metric": self.best_metric,

@@ -129,7 +129,7 @@ class OverOptimizationGuard(Callback):
 
     @property
     def evaluator(self) -> Evaluator:
-        """What evaluates the model, once training has started."""
+        """The evaluator, once training has started."""
         if self._evaluator is None:
             raise ConfigurationError("OverOptimizationGuard evaluates nothing before training starts")
         return self._evaluator
@@ -176,14 +176,15 @@ class OverOptimizationGuard(Callback):
         self._log(trainer, evaluation)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Shrink the adapters after the validation, whose other callbacks are to see what was evaluated."""
+        """Shrink the adapters after the validation, so that the other callbacks see the adapters that were
+        evaluated."""
         if self._shrink_next:
             restore_trained(trainer, pl_module)
             shrink_adapters(trainer, pl_module, self.shrink)
             self._shrink_next = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The evaluations so far, and what remains to be done."""
+        """Return the evaluations so far and any pending action."""
         return {
             "counts": dict(self.counts),
             "best": (self.best_step, self.best_reward),
@@ -230,7 +231,7 @@ class OverOptimizationGuard(Callback):
         base = self.evaluator.base
         ratio = evaluation.diversity / base.diversity if base.diversity > 0 else 1.0
         if self.min_diversity is not None and ratio < self.min_diversity and evaluation.reward > base.reward:
-            return f"the diversity of the pictures of one prompt is {ratio:.0%} of the base model's"
+            return f"the diversity of the images of one prompt is {ratio:.0%} of the base model's"
         return None
 
     def _is_best(self, reward: float) -> bool:
@@ -274,7 +275,7 @@ class OverOptimizationGuard(Callback):
 
 _DONE = {"warn": "warned", "shrink": "shrunk", "stop": "stopped"}
 _MESSAGES = {
-    "warn": "training continues; action=shrink or action=stop would act",
+    "warn": "training continues unchanged; write guard.action: shrink or stop to prevent it",
     "shrink": "the adapters are scaled by {:g}",
     "stop": "training stops",
 }

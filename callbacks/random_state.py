@@ -55,7 +55,7 @@ class RandomState(StepState):
         self._step_state = trainer.global_step, self.own_state()
 
     def own_state(self) -> dict[str, Any]:
-        """The states of this process's generators."""
+        """Return the states of this process's generators."""
         return {"process": get_random_state(), "between_epochs": self._between_epochs}
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class RandomState(StepState):
 
 
 def get_random_state() -> dict[str, Any]:
-    """The states of python's, numpy's, torch's and the accelerators' generators, in types that any checkpoint holds."""
+    """Return the states of python's, numpy's, torch's and the accelerators' generators in plain types."""
     version, internal, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -98,7 +98,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `get_random_state` returned."""
+    """Restore the states that `get_random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]

@@ -110,7 +110,7 @@ def signed_rewards(module: RewardModule) -> dict[str, tuple[Reward, float]]:
 
 
 def _gradient(reward: Reward, weight: float, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The gradient `(B, C H W)` of each image's score, negated for a negative weight."""
+    """Return the gradient `(B, C H W)` of each image's score, negated for a negative weight."""
     with torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
         gradient = image_gradient(reward(leaf, prompts), leaf)

@@ -153,9 +153,9 @@ class SampleLogger(Callback):
         self._reported = True
         if all_without and not self.to_files:
             rank_zero_warn(
-                "SampleLogger's pictures are not kept: no logger accepts pictures, and to_files is off; write "
+                "SampleLogger's images are not kept: no logger accepts images, and to_files is off; write "
                 "samples.to_files: true or use a TensorBoardLogger"
             )
         elif without:
             place = f"they are in {self._folder}" if self.to_files else "the other loggers have them"
-            rank_zero_info(f"SampleLogger: {', '.join(without)} accepts no pictures; {place}")
+            rank_zero_info(f"SampleLogger: {', '.join(without)} accepts no images; {place}")

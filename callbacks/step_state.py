@@ -49,9 +49,9 @@ class StepState(Callback):
             checkpoint["callbacks"][self.state_key] = self.gather_state(state)
 
     def own_state(self) -> dict[str, Any]:
-        """The state as it is now, of this process."""
+        """Return the current state of this process."""
         return self.state_dict()
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What `state_dict` would return, given this process's `own_state`; all processes call it together."""
+        """Return the content of `state_dict` from this process's `own_state`; all processes call it together."""
         return state

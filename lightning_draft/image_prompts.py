@@ -22,14 +22,14 @@ def list_images(folder: Path) -> list[str]:
         ConfigurationError: There is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise ConfigurationError(f"there is no folder {str(folder)!r}; give a folder of pictures")
+        raise ConfigurationError(f"there is no folder {str(folder)!r}; give a folder of images")
     files = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
     )
     if not files:
-        raise ConfigurationError(f"there are no pictures in {str(folder)!r}; they end in {', '.join(sorted(SUFFIXES))}")
+        raise ConfigurationError(f"there are no images in {str(folder)!r}; they end in {', '.join(sorted(SUFFIXES))}")
     return files
 
 
@@ -54,7 +54,7 @@ def find_prompts(folder: Path, files: Sequence[str], source: PromptSource | str 
     missing = [file for file, prompt in prompts.items() if not prompt]
     if missing:
         raise ConfigurationError(
-            f"{len(missing)} pictures have no prompt from prompts={source!r}, such as {missing[0]!r}; write sidecar, "
+            f"{len(missing)} images have no prompt from prompts={source!r}, such as {missing[0]!r}; write sidecar, "
             "metadata, names, auto, or the path of a table with the columns file and prompt"
         )
     return {file: " ".join(prompt.split()) for file, prompt in prompts.items() if prompt}
@@ -83,7 +83,7 @@ def _metadata(path: Path) -> str | None:
             exif = image.getexif()
             texts += [exif.get(_EXIF_DESCRIPTION), exif.get_ifd(_EXIF_IFD).get(_EXIF_COMMENT)]
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not a picture that can be read: {error}; remove or replace it") from error
+        raise ConfigurationError(f"{path} is not an image that can be read: {error}; remove or replace it") from error
     return next((found for found in map(_clean, texts) if found), None)
 
 

@@ -26,7 +26,7 @@ ClipForm = Literal["min", "clip_only"]
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """What an objective is computed from: a minibatch of a rollout, or all of it.
+    """Inputs of an objective: a minibatch of a rollout, or the whole rollout.
 
     Args:
         log_probs: Log-probabilities of the steps under the current model, `(S, B)`, float32.

@@ -84,7 +84,7 @@ def report(comparisons: Sequence[Comparison], first: str, second: str) -> str:
     lines = [
         f"# {second} against {first}",
         "",
-        f"{comparisons[0].pairs} pairs of pictures; intervals are of 95 % confidence, by bootstrap over the pairs.",
+        f"{comparisons[0].pairs} pairs of images; intervals are of 95 % confidence, by bootstrap over the pairs.",
         "",
         f"| reward | mean of {first} | mean of {second} | difference | interval | win rate | interval |",
         "|---|--:|--:|--:|---|--:|---|",
@@ -139,7 +139,7 @@ def _pairs(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> list[
     pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
     if not pairs:
         raise ConfigurationError(
-            "the two folders have no pictures in common, neither by file name and prompt nor by prompt; name the files "
+            "the two folders have no images in common, neither by file name and prompt nor by prompt; name the files "
             "alike, or give the prompts with --prompts"
         )
     return pairs

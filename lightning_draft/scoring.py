@@ -131,7 +131,7 @@ def _size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.size
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not a picture that can be read: {error}; remove or replace it") from error
+        raise ConfigurationError(f"{path} is not an image that can be read: {error}; remove or replace it") from error
 
 
 def _score(
@@ -140,7 +140,7 @@ def _score(
     try:
         images = from_pil([Image.open(root / file) for file in batch]).to(device)
     except OSError as error:
-        raise ConfigurationError(f"a picture among {', '.join(batch)} cannot be read: {error}") from error
+        raise ConfigurationError(f"an image among {', '.join(batch)} cannot be read: {error}") from error
     prompts = [texts[file] for file in batch]
     with torch.no_grad():
         scores = {name: reward(images, prompts).tolist() for name, reward in rewards.items()}

@@ -54,7 +54,7 @@ def test_prompts_come_from_each_source(tmp_path: Path) -> None:
     assert list(find_prompts(tmp_path, files).values()) == expected
     assert find_prompts(tmp_path, files[3:], "metadata") == {"x1.png": "a horse, riding", "y2.jpg": "a ship"}
     assert find_prompts(tmp_path, files[:1], "names") == {"a_red_cat_003.png": "a red cat"}
-    with pytest.raises(ConfigurationError, match="4 pictures have no prompt from prompts='sidecar', such as 'a_red"):
+    with pytest.raises(ConfigurationError, match="4 images have no prompt from prompts='sidecar', such as 'a_red"):
         find_prompts(tmp_path, files, "sidecar")
     table = tmp_path / "prompts.csv"
     table.write_text("file,prompt\nx1.png,a cow\nsub/two-dogs (2).jpg,dogs\n")
@@ -109,9 +109,9 @@ def test_an_interrupted_scoring_continues_after_its_last_row(tmp_path: Path) -> 
     ("content", "options", "message"),
     [
         (None, {}, "there is no folder"),
-        ({}, {}, "there are no pictures in"),
-        ({"a.png": b"no picture"}, {}, "a.png is not a picture that can be read"),
-        ({"123.png": None}, {}, "1 pictures have no prompt from prompts='auto'"),
+        ({}, {}, "there are no images in"),
+        ({"a.png": b"no picture"}, {}, "a.png is not an image that can be read"),
+        ({"123.png": None}, {}, "1 images have no prompt from prompts='auto'"),
         ({"a.png": None}, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"a.png": None}, {"prompts": "nowhere.csv"}, "there is no file 'nowhere.csv'"),
         ({"a.png": None}, {"rewards": {}}, "there are no rewards; name at least one"),
@@ -152,7 +152,7 @@ def test_ties_count_as_half_a_win_and_the_order_reverses_the_sign() -> None:
     assert found.difference == -reverse.difference == 0.25
     renamed = [ScoredImage(f"other{i}.png", row.prompt, row.scores) for i, row in enumerate(second)]
     assert compare(first, renamed) == compare(first, second)
-    with pytest.raises(ConfigurationError, match="no pictures in common"):
+    with pytest.raises(ConfigurationError, match="no images in common"):
         compare(first, [ScoredImage("x.png", "b", {"r": 1.0})])
 
 

@@ -23,7 +23,7 @@ _VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 
 @dataclass(frozen=True)
 class Problem:
-    """Where the parser stopped, and why.
+    """Location and reason of a parser error.
 
     Args:
         path: Names of the options from the outermost to the one that was refused.

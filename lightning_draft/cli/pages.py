@@ -9,7 +9,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft sample runs/quickstart           draw images with the base and the trained model side by side
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
-  lightning-draft score FOLDER --reward NAME       score existing pictures
+  lightning-draft score FOLDER --reward NAME       score existing images
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, to copy and change
   lightning-draft --version                        print the version
@@ -86,17 +86,17 @@ lightning-draft sample: draw the same prompts from the same noise with the base 
   --device NAME         cpu, cuda, ...; by default cuda where available"""
 
 SCORE = """\
-lightning-draft score: score folders of existing pictures with rewards, without a diffusion model
+lightning-draft score: score folders of existing images with rewards, without a diffusion model
 
   lightning-draft score pictures --reward AestheticScore
-  lightning-draft score base tuned --rewards rewards.yaml       compare two folders, picture by picture
+  lightning-draft score base tuned --rewards rewards.yaml       compare two folders, image by image
 
   FOLDER [FOLDER]       pictures (.png, .jpg, .jpeg, .webp, .bmp), also in subfolders
   --reward NAME ...     rewards with their default arguments: HPSv2, PickScore, ImageReward, AestheticScore, ...
   --rewards FILE        or a YAML file that maps names to rewards: hps: {class_path: HPSv2, init_args: {...}}
   --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, or a table with the columns file and prompt
-  --output FOLDER       tables, contact sheets and comparison; by default scores; continues what is there
-  --batch_size N        pictures per call of a reward; by default 8
+  --output FOLDER       tables, contact sheets and comparison; by default scores; an interrupted scoring continues
+  --batch_size N        images per call of a reward; by default 8
   --device NAME         cpu or cuda; by default cpu
   --parquet             write scores.parquet beside scores.csv"""
 

@@ -122,4 +122,4 @@ def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -
 
 
 def _show(done: int, total: int) -> None:
-    print(f"\r{done}/{total} pictures", end="", file=sys.stderr, flush=True)
+    print(f"\r{done}/{total} images", end="", file=sys.stderr, flush=True)

@@ -79,7 +79,7 @@ def check_dtype(parameters: Mapping[str, nn.Parameter]) -> None:
     if coarse:
         name = str(coarse.pop()).removeprefix("torch.")
         raise ConfigurationError(
-            f"the trainable parameters are in {name}, in which small updates round to nothing; set the Trainer's "
+            f"the trainable parameters are in {name}, in which small updates round to zero; set the Trainer's "
             f'precision to "bf16-mixed" or "32-true", and dtype={name} on the model for its frozen parts'
         )
 
@@ -126,7 +126,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     gradient = torch.autograd.grad(scores.sum(), images, allow_unused=True)[0] if scores.requires_grad else None
     if gradient is None:
         raise ConfigurationError(
-            f"the reward {name} returned a score without a gradient although it says it is differentiable; "
+            f"the reward {name} returned a score without a gradient although its attribute `differentiable` is True; "
             f"{_KEEP_GRADIENT}"
         )
     _check_gradient(

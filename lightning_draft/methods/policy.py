@@ -49,7 +49,7 @@ class Policy:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return latents `(T + 1, N, ...)` and log-probabilities `(S, N)`; each sample has a seed of its own."""
+        """Return latents `(T + 1, N, ...)` and log-probabilities `(S, N)`; each sample has its own seed."""
         results = [self._sample(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
         latents, log_probs = zip(*results, strict=True)
         return torch.cat(latents, 1), torch.cat(log_probs, 1)

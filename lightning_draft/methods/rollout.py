@@ -80,7 +80,7 @@ class Minibatch:
 
 
 class RolloutBuffer:
-    """The current rollout, the position in it, and what its training steps share.
+    """The current rollout, the position in it, and the values that its training steps share.
 
     A rollout is used in a number of training steps, one minibatch each. The buffer counts rollouts and training steps
     itself, so that a run depends on nothing but what a checkpoint holds.

@@ -18,7 +18,7 @@ Prediction = Literal["epsilon", "v_prediction", "flow", "sample"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What conditions the network, for a batch of prompts.
+    """The conditioning of the network for a batch of prompts.
 
     Args:
         tensors: Embeddings and masks by name, each with the batch first.
@@ -70,7 +70,7 @@ class Conditioning:
 
 
 class DiffusionModel(nn.Module, ABC):
-    """A denoiser with its text encoder and decoder, converted to predict `x_0` whatever its network predicts.
+    """A denoiser with its text encoder and decoder, whose output is converted to a prediction of `x_0`.
 
     Attributes:
         schedule: The forward process.

@@ -15,7 +15,7 @@ from lightning_draft.models.text_cache import Embedding, TextCache
 
 
 class PromptEmbedding(DiffusionModel):
-    """The part of a pipeline that embeds prompts, each once and on its own.
+    """Base class for the prompt embedding of pipelines; each prompt is embedded once and separately.
 
     Attributes:
         family: Names the text encoders.

@@ -56,7 +56,8 @@ class CLIPClassification(Reward):
 
     Args:
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
-        captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
+        captions: The other captions: a list, or any source that `PromptDataModule` reads (a file, the name of a shipped
+            list).
         dtype: Precision of the frozen weights.
         column: Metadata of the prompt that holds the correct caption; by default the prompt itself.
 
@@ -100,7 +101,8 @@ class CaptionRetrieval(CLIPClassification):
 
     Args:
         pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
-        captions: The other captions: a list, or whatever `PromptDataModule` reads (a file, the name of a shipped list).
+        captions: The other captions: a list, or any source that `PromptDataModule` reads (a file, the name of a shipped
+            list).
         dtype: Precision of the frozen weights.
         column: Metadata of the prompt that holds the correct caption; by default the prompt itself.
     """

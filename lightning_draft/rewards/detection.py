@@ -57,7 +57,7 @@ class ObjectPresent(Reward):
         return target_values(prompts, "object", self.object, type(self).__name__)
 
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Logits `(B, Q)` to `(B,)`."""
+        """Map logits `(B, Q)` to scores `(B,)`."""
         return log_probability_any(logits)
 
 
@@ -75,7 +75,7 @@ class ObjectAbsent(ObjectPresent):
     """
 
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Logits `(B, Q)` to `(B,)`."""
+        """Map logits `(B, Q)` to scores `(B,)`."""
         return -F.softplus(logits).sum(-1)
 
 
@@ -118,7 +118,7 @@ class ObjectCount(ObjectPresent):
         self.temperature = temperature
 
     def score(self, logits: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Logits `(B, Q)` to `(B,)`."""
+        """Map logits `(B, Q)` to scores `(B,)`."""
         middle = torch.special.logit(logits.new_tensor(self.threshold))
         found: Tensor = ((logits - middle) / self.temperature).sigmoid().sum(-1)
         return -((found - target_counts(prompts, self.count, type(self).__name__).to(found)) ** 2)

@@ -110,7 +110,7 @@ def from_pil(images: Sequence[Any]) -> Tensor:
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise ConfigurationError(
-            f"the pictures have different sizes, such as {sizes[0]} and {sizes[1]}; resize them to one size, or score "
+            f"the images have different sizes, such as {sizes[0]} and {sizes[1]}; resize them to one size, or score "
             "them one by one"
         )
     arrays = np.stack([np.asarray(_to_rgb(image)) for image in images])

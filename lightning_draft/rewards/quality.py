@@ -77,7 +77,7 @@ class CleanFraction(ImageQuality):
 
 
 def network(architecture: str) -> nn.Sequential:
-    """Return an untrained judge: images `(B, 3, S, S)` in [-1, 1] to logits `(B, 1)`.
+    """Return an untrained classifier: images `(B, 3, S, S)` in [-1, 1] to logits `(B, 1)`.
 
     Args:
         architecture: `convnet` (strided convolutions, group norm, global average; any size) or `resnet` (residual

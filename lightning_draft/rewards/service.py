@@ -8,7 +8,7 @@ A request is `POST` with `Content-Type: application/json`:
 
 The three lists have one length, at most `batch_size`. `metadata` holds the columns of the prompt's row, `{}` where
 there are none. The answer is status 200 and `{"scores": [0.7, ...]}`, one finite number per image, in order.
-`examples/judge_server.py` is a service to start from.
+`examples/judge_server.py` is an example service.
 """
 
 import base64

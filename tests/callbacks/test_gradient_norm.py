@@ -200,7 +200,7 @@ def test_clip_scales_to_the_threshold(make_module, make_trainer, data, logger):
 def test_stop_ends_training_with_an_error(make_module, make_trainer, data, logger, slope):
     weights = Weights([1.0, 1.0, 1.0, slope, 1.0, 1.0])
     monitor = GradientNormMonitor("stop", min_history=3, every_n_steps=10, figure_every_n_steps=0)
-    message = "at step 3.*training stops, and the last checkpoint stays as it is; lower"
+    message = "at step 3.*training stops, and the last checkpoint is kept; lower"
     with pytest.raises(DivergenceError, match=message):
         make_trainer(weights, monitor, logger=logger, max_steps=6).fit(make_module(), data)
     assert weights.stepped == [1, 2, 3]

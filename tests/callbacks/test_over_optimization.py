@@ -165,7 +165,7 @@ def test_lost_diversity_is_over_optimization_only_below_min_diversity(run):
 
     script = scripted([0, 1, 2, 3], [5, 5, 5, 5]).script
     guard = OverOptimizationGuard("stop", min_diversity=0.5, **GUARD)
-    with pytest.warns(UserWarning, match="at step 2: the diversity of the pictures of one prompt is 0% of the base"):
+    with pytest.warns(UserWarning, match="at step 2: the diversity of the images of one prompt is 0% of the base"):
         trainer, _ = run(Collapsing(script), guard)
     assert trainer.global_step == 2
     run(Collapsing(script), guard := OverOptimizationGuard("stop", **GUARD))
@@ -305,7 +305,7 @@ def test_wrong_settings_are_refused(options, message):
             {"eval_rewards": ["hps"]},
             "has hps, .* write some of held",
         ),
-        (Saving(), {"held": Brightness()}, {"eval_rewards": []}, "compares with nothing; leave it out"),
+        (Saving(), {"held": Brightness()}, {"eval_rewards": []}, "is empty; leave it out"),
         (Saving(), {"held": Brightness()}, {"action": "shrink"}, "scales LoRA adapters, and this model trains none"),
         (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts, .*; write prompts: "),
         (LinearModel(), {"held": Brightness()}, {}, "no save_lora.*, so OverOptimizationGuard cannot write"),

@@ -173,7 +173,7 @@ def test_a_comet_experiment_is_used(logger, monkeypatch):
 
 def test_pictures_that_no_logger_accepts_are_warned_about_once(make_module, make_trainer, data, logger):
     callback = SampleLogger(every_n_steps=1, prompts=["a cat"], to_files=False)
-    with pytest.warns(UserWarning, match="pictures are not kept") as caught:
+    with pytest.warns(UserWarning, match="images are not kept") as caught:
         make_trainer(callback, logger=logger).fit(make_module(), data)
     assert sum("are not kept" in str(warning.message) for warning in caught) == 1
 
@@ -183,8 +183,8 @@ def test_a_logger_that_accepts_no_pictures_is_named_with_the_folder_of_the_files
 ):
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         make_trainer(SampleLogger(prompts=["a cat"]), logger=logger).fit(make_module(), data)
-    lines = [record.message for record in caplog.records if "accepts no pictures" in record.message]
-    assert lines == [f"SampleLogger: RecordingLogger accepts no pictures; they are in {tmp_path / 'samples'}"]
+    lines = [record.message for record in caplog.records if "accepts no images" in record.message]
+    assert lines == [f"SampleLogger: RecordingLogger accepts no images; they are in {tmp_path / 'samples'}"]
 
 
 def test_small_images_grow_by_whole_factors():

@@ -1,12 +1,22 @@
 """The documentation: its Python code runs and its commands name shipped configs."""
 
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import lightning_draft
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if page.name != "rewards.md")
+PACKAGE = Path(lightning_draft.__file__).parent
+DOCTESTS = [
+    ".".join(("lightning_draft", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in sorted([*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py")])
+    if ">>> " in path.read_text()
+]
 CONFIGS = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")}
 
 
@@ -32,3 +42,10 @@ def test_commands_on_the_page_name_shipped_configs(page):
 def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}" not in navigation] == []
+
+
+@pytest.mark.parametrize("module", DOCTESTS)
+def test_the_examples_in_docstrings_give_what_they_show(module):
+    result = doctest.testmod(import_module(module))
+    assert result.attempted
+    assert not result.failed

@@ -232,7 +232,7 @@ class LastCheckpoint(Checkpoint):
         if not finished.is_finite:
             rank_zero_warn(
                 f"the loss or the gradient norm is not finite at step {finished.step}: no checkpoint is written, and "
-                f"{self._path} stays as it is"
+                f"{self._path} is kept"
             )
             return
         self._saving = True

@@ -51,7 +51,7 @@ def test_equal_rewards_have_advantages_of_exactly_zero(advantage_estimator: Adva
     assert not advantage_estimator(values, ["a"] * len(values), group).any()
 
 
-def test_a_tiny_spread_is_not_divided_by_itself() -> None:
+def test_epsilon_bounds_the_advantages_of_nearly_equal_rewards() -> None:
     """The 1e-6 beside the standard deviation halves the advantages of rewards that differ by as much."""
     values = torch.tensor([0.0, 2e-6], dtype=torch.float64)
     advantages = PerPromptStatistics(4, 2)(values, ["a", "a"], 2)

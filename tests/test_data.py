@@ -152,7 +152,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_files_are_read_as_they_are_meant(name: str, tmp_path: Path) -> None:
+def test_files_are_read_in_their_format(name: str, tmp_path: Path) -> None:
     file, content, expected = CONTENTS[name]
     (tmp_path / file).write_bytes(content.encode())
     assert read_prompts(str(tmp_path / file)) == read_prompts(tmp_path / file) == expected

@@ -310,7 +310,7 @@ def fail(rank: int, root: Path, pipeline: Path) -> None:
         (root / f"failed-{rank}").touch()
 
 
-def test_a_process_that_fails_alone_waits_for_nobody(tmp_path: Path, tiny_sd_v: Path) -> None:
+def test_a_process_that_fails_alone_exits_without_waiting_for_the_others(tmp_path: Path, tiny_sd_v: Path) -> None:
     """It ends at once, which ends the other; the files are those of the last export."""
     codes = together(fail, tmp_path, tiny_sd_v, patience=60.0)
     assert codes[1] == 0

@@ -223,7 +223,7 @@ def test_kl_weight_adds_the_prediction_drift_and_reduces_it(tiny_sd: Path, tmp_p
     assert drift(100.0) < 0.3 * drift(1e-6)
 
 
-def test_gain_is_over_the_base_that_is_sampled_now(tmp_path: Path) -> None:
+def test_gain_is_relative_to_the_current_base_model(tmp_path: Path) -> None:
     """Whatever was validated before: with another sampler, other prompts, batches of another size."""
     module, trainer = linear(), trainer_of(tmp_path, limit_val_batches=None)
     module.model.theta.data += 0.3

@@ -250,7 +250,7 @@ def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
 
 
 def test_rollouts_depend_on_seed_and_number_alone() -> None:
-    """What a reward draws, too."""
+    """Random numbers drawn by a reward included."""
 
     class Moody(LinearReward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -654,7 +654,9 @@ class Note(Callback):
 @pytest.mark.parametrize(
     "first", [linear(), DraftModule(LinearModel(), LinearReward(), DDIM(4))], ids=["LOOP", "DRaFT"]
 )
-def test_a_checkpoint_of_another_baseline_or_method_goes_on_without_what_it_lacks(first: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_advantage_estimator_or_method_loads_without_the_missing_state(
+    first: Any, tmp_path: Path
+) -> None:
     trainer = trainer_of(tmp_path, max_steps=1)
     trainer.fit(first, data())
     trainer.save_checkpoint(tmp_path / "first.ckpt")

@@ -196,7 +196,9 @@ def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pyt
         (["a", "--rewards", "nowhere.yaml"], "--rewards nowhere.yaml cannot be read"),
     ],
 )
-def test_the_command_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_invalid_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["score", *arguments]) == 2
     assert message in capsys.readouterr().err
 

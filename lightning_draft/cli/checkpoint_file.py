@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, and whether it is one."""
+"""Find the checkpoint that a path names, and check that it is one."""
 
 import zipfile
 from pathlib import Path
@@ -41,7 +41,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a whole checkpoint of Lightning.
+    """Return `path` if it is a complete Lightning checkpoint.
 
     Raises:
         ConfigurationError: It is not.

@@ -18,7 +18,7 @@ _MAX_BYTES = 200
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and what it continues from.
+    """The folder of a run, and the checkpoint that it continues from.
 
     Args:
         path: The folder.

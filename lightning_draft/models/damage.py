@@ -65,5 +65,5 @@ def check_finite(pipeline: Any, family: Family, source: str) -> None:
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise ConfigurationError(
                     f"{source} has weights that are not finite, the first in {name}: {full_name}; training "
-                    "had diverged or the file is damaged; use another copy"
+                    "diverged or the file is damaged; use another copy"
                 )

@@ -213,7 +213,7 @@ def _factors(state: Mapping[str, Tensor], layer: str, file: Path) -> tuple[Tenso
         ) from error
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ConfigurationError(
-            f"{file} has values that are not finite, the first in {layer}: training had diverged; use an earlier file"
+            f"{file} has values that are not finite, the first in {layer}: training diverged; use an earlier file"
         )
     return a, b
 

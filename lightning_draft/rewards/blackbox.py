@@ -117,7 +117,7 @@ def _shorten(value: Any, length: int = 200) -> str:
 def _import_function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     if not module:
-        raise ConfigurationError(f"function={path!r} is no import path; write module.function, such as judges.{path}")
+        raise ConfigurationError(f"function={path!r} is not an import path; write for example judges.{path}")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

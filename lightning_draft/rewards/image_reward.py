@@ -205,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         missing = [name for name in _TEXT if name not in config]
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{path} is no JSON object: {error}; give {CONFIG}") from error
+        raise ConfigurationError(f"{path} is not a JSON object: {error}; give {CONFIG}") from error
     if missing:
         raise ConfigurationError(f"{path} lacks {', '.join(missing)}; give {CONFIG}")
     return dict(config)

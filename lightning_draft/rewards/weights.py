@@ -131,7 +131,7 @@ def _given(published: PublishedFile, local: str, argument: str) -> Path:
         path = path / Path(published.name).name
     if not path.is_file():
         raise ConfigurationError(
-            f"{argument}={local!r}: {path} does not exist; give a file or the folder it lies in, or leave {argument} "
+            f"{argument}={local!r}: {path} does not exist; give a file or its folder, or leave {argument} "
             f"out to use {published}"
         )
     return path

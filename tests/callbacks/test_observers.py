@@ -168,7 +168,7 @@ class Arm(Callback):
 
 
 @pytest.mark.parametrize("action", ["skip", "clip"])
-def test_a_reward_that_blows_up_is_caught(train, action):
+def test_an_exploding_gradient_triggers_the_action(train, action):
     class Adapters(Callback):
         def __init__(self):
             self.after = {}

@@ -114,7 +114,7 @@ def test_arguments_are_checked():
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_trained_and_watched_rewards_stand_side_by_side(make_module, make_trainer, data, capsys, monkeypatch, plain):
+def test_trained_and_evaluation_rewards_are_both_logged(make_module, make_trainer, data, capsys, monkeypatch, plain):
     """In plain lines, and above the bar of a terminal."""
     monkeypatch.setattr(ProgressBar, "is_plain", plain)
     trainer = make_trainer(

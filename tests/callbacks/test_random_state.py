@@ -74,7 +74,7 @@ def test_resumes_within_an_epoch(make_trainer, tmp_path):
     assert [drawn for _, drawn in resumed.seen] == [drawn for _, drawn in whole.seen[2:]]
 
 
-def test_another_number_of_processes_is_said(make_trainer):
+def test_another_number_of_processes_is_a_warning(make_trainer):
     callback = RandomState()
     callback.load_state_dict({"processes": [get_random_state()] * 2, "between_epochs": False})
     with pytest.warns(UserWarning, match="2 processes and there are 1 now"):

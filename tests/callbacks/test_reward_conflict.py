@@ -19,7 +19,7 @@ def logged(logger):
     return {step: metrics for step, metrics in logger.of("conflict/")}
 
 
-def test_rewards_that_want_the_same_and_the_opposite(make_module, make_trainer, data, logger):
+def test_equal_rewards_have_cosine_1_and_opposite_rewards_cosine_minus_1(make_module, make_trainer, data, logger):
     reward = summed(up=(LinearReward(2.0),), down=(LinearReward(-3.0), 0.1), off=(LinearReward(), 0.0))
     module = make_module(reward=reward, eval_rewards={"less": LinearReward(-1.0), "size": JPEGSize()})
     make_trainer(RewardConflict(every_n_steps=2), logger=logger, max_steps=4).fit(module, data)
@@ -32,7 +32,7 @@ def test_rewards_that_want_the_same_and_the_opposite(make_module, make_trainer, 
     assert not any("off" in name or "size" in name for name in metrics)
 
 
-def test_a_negative_weight_turns_the_pull(make_module, make_trainer, data, logger):
+def test_a_negative_weight_negates_the_gradient(make_module, make_trainer, data, logger):
     module = make_module(reward=summed(up=(LinearReward(),), down=(LinearReward(), -0.5)))
     make_trainer(RewardConflict(1), logger=logger, max_steps=1).fit(module, data)
     assert logged(logger)[1]["conflict/cosine/up/down"] == pytest.approx(-1)

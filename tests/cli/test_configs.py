@@ -102,7 +102,7 @@ def test_there_is_one_for_every_method() -> None:
     assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart", "guard", "compositions"}
 
 
-def test_there_is_one_for_every_objective_and_baseline() -> None:
+def test_there_is_a_config_for_every_objective_and_advantage_estimator() -> None:
     from lightning_draft.advantages import AdvantageEstimator
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.objectives import Objective

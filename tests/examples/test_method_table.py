@@ -92,7 +92,7 @@ def end(out: Path, **identity: object) -> dict[str, float]:
     return find(out, method="DRaFT-1", **identity)["evaluations"][-1]
 
 
-def test_an_interrupted_table_goes_on(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_interrupted_table_continues_without_repeating_runs(run: Callable[..., Path], tmp_path: Path) -> None:
     row = {
         "steps": 7,
         "forwards": 6,

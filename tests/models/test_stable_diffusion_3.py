@@ -172,7 +172,7 @@ def test_stochastic_sampling_without_noise_is_the_flow(tiny_sd3: Path) -> None:
         assert not torch.allclose(sample(model, noise(), FlowSDE(4)), expected, atol=0.1)
 
 
-def test_a_pipeline_saved_without_the_t5_needs_no_word_of_it(tiny_sd3: Path, tmp_path: Path) -> None:
+def test_a_pipeline_saved_without_the_t5_opens_without_an_option(tiny_sd3: Path, tmp_path: Path) -> None:
     plain(tiny_sd3, **WITHOUT_T5).save_pretrained(tmp_path / "light")
     model = opened(tmp_path / "light")
     assert model.text_encoder_3 is None
@@ -510,7 +510,7 @@ def test_grids_that_are_refused(tiny_sd3: Path, tmp_path: Path, changes: dict[st
         StableDiffusion3(str(folder))
 
 
-def test_parts_that_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
+def test_invalid_components_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
     pipeline = plain(tiny_sd3)
     scheduler, pipeline.scheduler = pipeline.scheduler, DDIMScheduler()
     pipeline.save_pretrained(tmp_path / "ddim")

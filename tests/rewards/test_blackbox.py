@@ -115,7 +115,7 @@ def test_a_function_is_imported_and_saved_by_its_path(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("brightness",), "is no import path; write module.function, such as judges.brightness"),
+        (("brightness",), "is not an import path; write for example judges.brightness"),
         (("no_such_module.judge",), "'no_such_module.judge' cannot be imported: No module named 'no_such_module'"),
         (("math.judge",), "'math.judge' cannot be imported: .* no attribute 'judge'"),
         (("math.pi",), "'math.pi' is not a function"),

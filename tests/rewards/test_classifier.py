@@ -87,7 +87,7 @@ def test_each_prompt_has_its_own_target(tiny_classifier: Path, pictures: Draw) -
         ClassifierTarget(str(tiny_classifier))(images, [Prompt("one", {"target": "bird"}), "two"])
 
 
-def test_climbing_reaches_the_target(tiny_classifier: Path, pictures: Draw) -> None:
+def test_gradient_ascent_reaches_the_target(tiny_classifier: Path, pictures: Draw) -> None:
     images = pictures(3, 16, 16).requires_grad_()
     reward = ClassifierTarget(str(tiny_classifier), "bird")
     optimizer = torch.optim.Adam([images], lr=0.05)
@@ -117,7 +117,7 @@ def test_labels_are_found(label: Any, number: int) -> None:
         ("qqqq", "for example tench"),
     ],
 )
-def test_labels_that_are_not_there(label: Any, near: str) -> None:
+def test_unknown_labels_are_refused(label: Any, near: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{label!r} is not among the 6 labels of a model; write .*{near}"):
         Labels(LABELS, "a model").number(label)
 

@@ -122,7 +122,7 @@ def test_probabilities_of_all_captions_sum_to_one(tiny_clip: Path, pictures: Dra
     )
 
 
-def test_a_caption_counts_once_whatever_its_case(tiny_clip: Path, pictures: Draw) -> None:
+def test_a_caption_counts_once_in_upper_and_lower_case(tiny_clip: Path, pictures: Draw) -> None:
     images = pictures(1, 16, 16)
     plain = CLIPClassification(str(tiny_clip), CAPTIONS)
     repeated = CLIPClassification(str(tiny_clip), [*CAPTIONS, "Red  CAT", "cat"])
@@ -150,7 +150,7 @@ def test_retrieval_is_the_argmax(tiny_clip: Path, pictures: Draw) -> None:
     assert 0 < scores.sum() < 24
 
 
-def test_climbing_the_classification_retrieves_the_caption(tiny_clip: Path, pictures: Draw) -> None:
+def test_gradient_ascent_on_the_classification_retrieves_the_caption(tiny_clip: Path, pictures: Draw) -> None:
     reward, retrieved = CLIPClassification(str(tiny_clip), CAPTIONS), CaptionRetrieval(str(tiny_clip), CAPTIONS)
     images = pictures(4, 16, 16).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=0.05)
@@ -177,7 +177,7 @@ def test_text_features_are_encoded_once_and_follow_the_weights(
     torch.testing.assert_close(encoder.texts(["cat"])[0].float(), first[0])
 
 
-def test_the_oldest_texts_are_forgotten(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_text_features_are_evicted_from_the_cache(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_draft.rewards.clip_encoder.MAX_CACHED", 2)
     encoder = CLIPEncoder.load(str(tiny_clip))
     texts = ["red", "cat", "a dog"]

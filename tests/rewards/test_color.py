@@ -104,6 +104,6 @@ def test_saturation_has_a_finite_gradient_at_grey() -> None:
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_symmetry_knows_two_axes() -> None:
+def test_symmetry_accepts_two_axes() -> None:
     with pytest.raises(ConfigurationError, match="axis='diagonal' is not known; write horizontal"):
         Symmetry("diagonal")  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_the_gradient_is_the_weighted_sum_of_gradients(pictures: Callable[..., T
         torch.testing.assert_close(gradient, 2 * parts[0] - 3 * parts[1])
 
 
-def test_a_part_of_weight_zero_is_only_logged(pictures: Callable[..., Tensor]) -> None:
+def test_a_component_of_weight_zero_is_only_logged(pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8).requires_grad_()
     length = PromptLength()
     reward = WeightedSum({"bright": WeightedReward(Brightness()), "length": WeightedReward(length, 0.0)})
@@ -74,7 +74,7 @@ def test_a_part_of_weight_zero_is_only_logged(pictures: Callable[..., Tensor]) -
     assert not sharp.breakdown(images, PROMPTS)[1]["sharp"].requires_grad
 
 
-def test_a_black_box_with_a_weight_takes_the_gradient_away() -> None:
+def test_a_sum_with_a_weighted_black_box_is_not_differentiable() -> None:
     parts = {"bright": WeightedReward(Brightness()), "size": WeightedReward(JPEGSize(), 0.1)}
     assert not WeightedSum(parts).differentiable
 
@@ -116,7 +116,7 @@ def test_names_of_methods_are_names_like_others(name: str, pictures: Callable[..
 
 
 @pytest.mark.parametrize("parts", [{}, {"bright": WeightedReward(Brightness(), 0.0)}])
-def test_a_sum_of_nothing_is_refused(parts: dict[str, WeightedReward]) -> None:
+def test_a_sum_without_components_is_refused(parts: dict[str, WeightedReward]) -> None:
     with pytest.raises(ConfigurationError, match="has no reward whose weight is not 0"):
         WeightedSum(parts)
 
@@ -231,7 +231,7 @@ def test_statistics_travel_in_the_state_dict_and_reach_inner_sums(pictures: Call
     assert not torch.equal(reward(images, PROMPTS), nested()(images, PROMPTS))
 
 
-def test_a_threshold_is_in_the_parts_own_units(pictures: Callable[..., Tensor]) -> None:
+def test_a_threshold_is_in_the_units_of_its_component(pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8)
     free = zscore()
     free.update_statistics(free.breakdown(images, PROMPTS)[1])
@@ -253,8 +253,10 @@ def test_a_memory_holds_two_numbers() -> None:
 
 @pytest.mark.parametrize("weight", [2.0, -2.0])
 @pytest.mark.parametrize("width", [0.0, 0.05])
-def test_a_part_stops_pulling_at_its_threshold(weight: float, width: float, pictures: Callable[..., Tensor]) -> None:
-    """Against the hinge and the softplus of `losses`, which say what is missing."""
+def test_a_component_has_no_gradient_beyond_its_threshold(
+    weight: float, width: float, pictures: Callable[..., Tensor]
+) -> None:
+    """Compared with the hinge and the softplus of `losses`."""
     images = pictures(2, 8, 8).double().requires_grad_()
     score = Sharpness()(images, PROMPTS)
     threshold, sign = float(score.detach().mean()), weight / 2
@@ -299,7 +301,9 @@ def pulling(**threshold: float) -> GradientNormSum:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_every_part_pulls_alike_whatever_its_units(dtype: torch.dtype, pictures: Callable[..., Tensor]) -> None:
+def test_all_components_have_equal_gradient_norms_in_any_unit(
+    dtype: torch.dtype, pictures: Callable[..., Tensor]
+) -> None:
     images = pictures(2, 8, 8).to(dtype).requires_grad_()
     parts = {"bright": (Brightness(0.2), 2.0), "red": (ColorBalance(), -0.5)}
     exact = images.detach().double().requires_grad_()
@@ -317,7 +321,7 @@ def test_every_part_pulls_alike_whatever_its_units(dtype: torch.dtype, pictures:
         assert torch.equal(pulling()(images, PROMPTS), plain(images, PROMPTS))
 
 
-def test_a_hundredfold_part_pulls_no_more(pictures: Callable[..., Tensor]) -> None:
+def test_scaling_a_component_by_100_does_not_change_its_share_of_the_gradient(pictures: Callable[..., Tensor]) -> None:
     class Hundredfold(ColorBalance):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return 100 * super().forward(images, prompts)
@@ -331,15 +335,15 @@ def test_a_hundredfold_part_pulls_no_more(pictures: Callable[..., Tensor]) -> No
     torch.testing.assert_close(direction(ColorBalance()), direction(Hundredfold()), rtol=1e-4, atol=1e-6)
 
 
-def test_a_sum_of_one_part_is_that_part(pictures: Callable[..., Tensor]) -> None:
+def test_a_sum_of_one_component_equals_that_component(pictures: Callable[..., Tensor]) -> None:
     images = pictures(2, 8, 8).requires_grad_()
     scores = [Sharpness()(images, PROMPTS), GradientNormSum({"a": WeightedReward(Sharpness())})(images, PROMPTS)]
     one, other = (torch.autograd.grad(score.sum(), images, retain_graph=True)[0] for score in scores)
     torch.testing.assert_close(one, other)
 
 
-def test_a_part_without_a_pull_leaves_the_others_theirs(pictures: Callable[..., Tensor]) -> None:
-    """One is constant, one has reached its threshold: neither is blown up, neither makes a number that is none."""
+def test_a_component_with_zero_gradient_does_not_change_the_others(pictures: Callable[..., Tensor]) -> None:
+    """One component is constant and one has reached its threshold; the gradient stays finite."""
     images = pictures(2, 8, 8).requires_grad_()
     sharp = float(Sharpness()(images, PROMPTS).detach().min())
     reward = GradientNormSum(

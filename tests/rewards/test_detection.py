@@ -119,7 +119,7 @@ def test_the_count_is_that_of_post_processing(kind: str, tiny_detectors: Folders
 
 
 @pytest.mark.parametrize("kind", ["owlvit", "conditional_detr"])
-def test_a_cold_soft_count_is_the_count(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
+def test_the_soft_count_at_low_temperature_is_the_count(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
     folder, images = str(tiny_detectors[kind]), pictures(6, 16, 16)
     hard = DetectedCount(folder, "cat", threshold=0.3)(images, [""] * 6)
     soft = ObjectCount(folder, "cat", 0, threshold=0.3, temperature=1e-5)(images, [""] * 6)
@@ -172,7 +172,7 @@ def test_log_probability_any_keeps_its_gradient() -> None:
     assert torch.autograd.gradcheck(log_probability_any, exact, eps=1e-5, atol=1e-7, rtol=1e-5)
 
 
-def test_climbing_makes_and_unmakes_the_object(tiny_detectors: Folders, pictures: Draw) -> None:
+def test_gradient_ascent_makes_the_object_present_or_absent(tiny_detectors: Folders, pictures: Draw) -> None:
     folder = str(tiny_detectors["owlvit"])
     for reward, sign in ((ObjectPresent(folder, "cat"), 1), (ObjectAbsent(folder, "cat"), -1)):
         number = DetectedCount(folder, "cat", threshold=0.5)
@@ -186,7 +186,7 @@ def test_climbing_makes_and_unmakes_the_object(tiny_detectors: Folders, pictures
         assert sign * (number(images, [""] * 3).sum() - before) > 0
 
 
-def test_the_query_is_what_is_asked(tiny_detectors: Folders, pictures: Draw) -> None:
+def test_the_query_sets_the_text_of_the_detector(tiny_detectors: Folders, pictures: Draw) -> None:
     folder, images = str(tiny_detectors["owlvit"]), pictures(1, 16, 16)
     asked = ObjectPresent(folder, "cat", query="red {}")(images, [""])
     torch.testing.assert_close(asked, ObjectPresent(folder, "red cat", query="{}")(images, [""]))

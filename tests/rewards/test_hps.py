@@ -126,7 +126,7 @@ def test_half_precision(tmp_path: Path, files: dict[str, str], reward: HPSv2) ->
         torch.testing.assert_close(scores, exact, rtol=0, atol=tolerance)
 
 
-def test_climbing_the_score_is_seen_by_the_text(reward: HPSv2) -> None:
+def test_gradient_ascent_raises_the_score_most_for_its_own_text(reward: HPSv2) -> None:
     images = tiny.pictures(32, 32).requires_grad_()
     before = reward(images, tiny.PROMPTS).detach()
     optimizer = torch.optim.Adam([images], lr=0.02)

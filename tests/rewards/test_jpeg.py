@@ -161,7 +161,7 @@ def test_only_the_first_block_pays_for_the_average_color(size: tuple[int, int]) 
     assert JPEGRate()(flat, [""]).item() == pytest.approx(JPEGRate()(flat[..., :16, :16], [""]).item(), rel=1e-3)
 
 
-def test_climbing_the_rate_shrinks_the_file() -> None:
+def test_gradient_ascent_on_the_rate_shrinks_the_file() -> None:
     images = varied(12)
     pixels = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr=0.01)

@@ -43,7 +43,7 @@ def test_scores_are_those_of_transformers(
     torch.testing.assert_close(PickScore(**parts)(images, PROMPTS), theirs, rtol=0, atol=tolerance)
 
 
-def test_a_point_is_a_factor_e_in_the_odds(parts: dict[str, str], pictures: Draw) -> None:
+def test_one_point_of_score_multiplies_the_odds_by_e(parts: dict[str, str], pictures: Draw) -> None:
     """The probability of being picked is the softmax of the scores (equation 1), as transformers computes it."""
     from transformers import CLIPModel, CLIPProcessor
 

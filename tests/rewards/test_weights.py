@@ -43,7 +43,7 @@ def test_what_is_cached_needs_no_connection(hub: Path) -> None:
     assert path.resolve() == hub.resolve()
 
 
-def test_a_file_that_cannot_be_had(hub: Path) -> None:
+def test_a_file_that_cannot_be_downloaded_is_refused(hub: Path) -> None:
     message = (
         r"other.pt of hub repository owner/model is not in the hub's cache .* could not be downloaded \(.+\); "
         r"download it where there is a connection and write checkpoint=FOLDER/other.pt"

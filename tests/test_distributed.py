@@ -343,7 +343,7 @@ model:
   init_args:
     model:
       class_path: StableDiffusion
-      init_args: {{pretrained: {model}, guidance: {scale: 2.0}, dtype: bfloat16, lora: {{rank: 2}}}}
+      init_args: {{pretrained: {model}, guidance: {{scale: 2.0}}, dtype: bfloat16, lora: {{rank: 2}}}}
     sampler: {{class_path: DDIM, init_args: {{num_steps: 2}}}}
     truncation: {{class_path: LastK, init_args: {{k: 2}}}}
     reward: {{class_path: Brightness, init_args: {{target: 0.9}}}}
@@ -371,8 +371,12 @@ def refuse(rank: int, root: Path, module: Any, strategy: Any, options: dict[str,
         (root / f"{rank}.txt").write_text(str(error))
 
 
+class WithoutDenoiser(LinearModel):
+    denoiser = None  # type: ignore[assignment]
+
+
 def no_denoiser(folder: Path) -> DraftModule:
-    return DraftModule(LinearModel(0.1), LinearReward(), truncation=Full())
+    return DraftModule(WithoutDenoiser(0.1), LinearReward(), truncation=Full())
 
 
 def half(folder: Path) -> DraftModule:

@@ -57,7 +57,7 @@ PARSED = [
     (["--export.mode", "most"], ["--export.mode: expected one of max, min, got 'most'"]),
     # Classes
     (["--model.truncation", "LastKK"], ["--model.truncation: there is no Truncation 'LastKK'", "did you mean LastK"]),
-    (["--model.truncation", "Truncation"], ["--model.truncation", "write class_path: one of DRTune, Full, LastK"]),
+    (["--model.truncation", "Truncation"], ["--model.truncation", "write class_path: one of DRTune, "]),
     (["--model.truncation", "3"], ["--model.truncation"]),
     (["--model.reward", "Brightnes"], ["--model.reward: there is no Reward", "did you mean Brightness"]),
     (["--model.optimizer", "AdamWW"], ["--model.optimizer: there is no Optimizer", "did you mean AdamW"]),
@@ -167,7 +167,7 @@ COMMANDS = [
     (["configs", "shw"], "write `configs list`"),
     (["sample"], "give a LoRA file"),
     (["sample", "nowhere.safetensors"], "there is no LoRA file nowhere.safetensors"),
-    (["sample", "list.yaml"], "list.yaml is not a safetensors file"),
+    (["sample", "list.yaml"], "list.yaml is damaged or not a safetensors file"),
     (["sample", "."], "has no LoRA file"),
     (["sample", "x.safetensors", "--scales", "1"], "unrecognized arguments: --scales"),
     (["sample", "x.safetensors", "--scale", "nan"], "nan must be finite"),

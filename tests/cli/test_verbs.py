@@ -52,12 +52,12 @@ def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None
     every = command("fit", "--help_all").out
     assert "--trainer.accumulate_grad_batches" in every
     truncation = command("fit", "--model.help", "DraftModule").out
-    assert "Where gradient flows; `LastK(1)` by default" in " ".join(truncation.split())
+    assert "Which steps have a gradient; `LastK(1)` by default" in " ".join(truncation.split())
     nested = command("fit", "--model.model.help", "StableDiffusion").out
     assert "--model.model.pretrained" in nested
     assert "--model.pretrained" not in nested
     samples = command("fit", "--samples.help", "SampleLogger").out
-    assert "Optimisation steps between grids." in samples
+    assert "Optimization steps between grids." in samples
 
 
 def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path, tiny_sd: Path) -> None:

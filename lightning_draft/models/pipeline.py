@@ -4,6 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -95,6 +96,7 @@ class PipelineModel(PromptEmbedding):
             self.lora.attach(self.denoiser, self.family.lora_targets)
         elif trainable != "lora":
             self._original = unfreeze(self.denoiser, trainable)
+        self._weight_name = next(name for name, _ in self.denoiser.named_parameters())
 
     @property
     def denoiser(self) -> Any:
@@ -208,6 +210,7 @@ class PipelineModel(PromptEmbedding):
         if self.lora is None:
             self.lora = LoRA(file.rank, target_modules=file.layers)
             self.lora.attach(self.denoiser)
+            self._weight_name = next(name for name, _ in self.denoiser.named_parameters())
         lora_copy.copy_into(self.denoiser, file)
 
     def save_pipeline(
@@ -255,8 +258,11 @@ class PipelineModel(PromptEmbedding):
 
     @property
     def _weight(self) -> Tensor:
-        """One of the denoiser's own weights, whose device and dtype are the denoiser's."""
-        weight: Tensor = next(self.denoiser.parameters())
+        """One of the denoiser's own weights, whose device and dtype are the denoiser's.
+
+        It is found by name, because FSDP leaves a denoiser without parameters of its own between its calls.
+        """
+        weight: Tensor = attrgetter(self._weight_name)(self.denoiser)
         return weight
 
     def _predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:

@@ -44,7 +44,7 @@ def test_text_encoder_has_the_weight_names_of_published_checkpoints() -> None:
 def test_diffusers_and_this_package_draw_the_same() -> None:
     """The pipeline's own loop against the chain: guidance, scheduler, decoder."""
     prompts = ["noto red apple", "twemoji cat"]
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *StableDiffusion("emoji").latent_shape, generator=torch.Generator().manual_seed(0))
     theirs = pipe(prompts, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="pt").images

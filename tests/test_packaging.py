@@ -222,7 +222,9 @@ def test_versions_agree() -> None:
 
 def requirements() -> dict[str, str]:
     """Lowest release of each requirement, by name."""
-    entries = (re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", entry) for entry in PROJECT["project"]["dependencies"])
+    entries = (
+        re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)(?:,<\d+)?", entry) for entry in PROJECT["project"]["dependencies"]
+    )
     return {entry[1].lower(): entry[2] for entry in entries if entry}
 
 

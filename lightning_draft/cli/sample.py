@@ -159,7 +159,7 @@ def _build(config: Path) -> tuple[RewardModule, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigurationError(f"{config}: {explain_parser_error(error)}") from error
     try:
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except Exception as error:
         raise root_cause(error) from None
     if not isinstance(built.model.model, PipelineModel):

@@ -74,7 +74,7 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     build = ArgumentParser(exit_on_error=False)
     build.add_argument("--rewards", type=dict[str, Reward])
     try:
-        built: dict[str, Reward] = build.instantiate_classes(build.parse_object({"rewards": config})).rewards
+        built: dict[str, Reward] = build.instantiate(build.parse_object({"rewards": config})).rewards
     except ArgumentError as error:
         raise ConfigurationError(f"the rewards cannot be built: {error}") from error
     return built

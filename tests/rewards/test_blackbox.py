@@ -106,7 +106,7 @@ def test_a_function_is_imported_and_saved_by_its_path(
     config = {"class_path": "PythonFunction", "init_args": {"function": "my_judges.lengths", "images": "numpy"}}
     saved = parser.dump(parser.parse_object({"reward": config}))
     assert "function: my_judges.lengths" in saved
-    reward = parser.instantiate_classes(parser.parse_string(saved)).reward
+    reward = parser.instantiate(parser.parse_string(saved)).reward
     assert isinstance(reward, PythonFunction)
     assert reward(pictures(2, 8, 8), ["a cat", "a"]).tolist() == [5.0, 1.0]
     assert PythonFunction("my_judges.lengths")(pictures(1, 8, 8), ["four"]).tolist() == [4.0]

@@ -144,7 +144,7 @@ def test_it_is_written_in_yaml_and_overridden_on_the_command_line() -> None:
     sharp: dict[str, Any] = {"reward": {"class_path": "Sharpness"}}
     config = {"class_path": "WeightedSum", "init_args": {"rewards": {"bright": bright, "sharp": sharp}}}
     parsed = parser.parse_object({"reward": config})
-    reward = parser.instantiate_classes(parser.parse_string(parser.dump(parsed))).reward
+    reward = parser.instantiate(parser.parse_string(parser.dump(parsed))).reward
     assert isinstance(reward, WeightedSum)
     assert reward.weights == {"bright": 2.0, "sharp": 1.0}
     assert reward.rewards[0].target == 0.7

@@ -63,7 +63,7 @@ def sample(model: StableDiffusion, prompts: list[str], noise: Tensor, steps: int
 
 def sample_in_diffusers(noise: Tensor, *lora: Path) -> Tensor:
     """Sample with diffusers, with LoRA files loaded by its own loader."""
-    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / MODEL["pretrained"], torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / MODEL["pretrained"], dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for file in lora:

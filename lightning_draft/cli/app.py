@@ -193,7 +193,7 @@ class DraftCLI(LightningCLI):
         if config["fast_dev_run"]:
             named = [callback for callback in named if not isinstance(callback, FILE_WRITERS)]
         elif self.verb == "fit":
-            record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_none=False))
+            record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_unset=False))
             named = [*named, RunRecord(record, self.run.path), StepNumber(), self.preemption]
         return chosen + [callback for callback in named if callback is not None]
 

@@ -113,7 +113,7 @@ def test_missing_files_are_named(tiny_image_reward: Path, tmp_path: Path, monkey
 
 def test_other_tokenizers_are_refused(tiny_image_reward: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"tokenizer='.*: .*vocab.txt does not exist; give a file or the folder"
+        ConfigurationError, match=r"tokenizer='.*: .*vocab.txt does not exist; give a file or its folder"
     ):
         open_reward(tiny_image_reward, tokenizer=str(tmp_path))
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
@@ -138,7 +138,7 @@ def test_other_files_are_refused(tiny_image_reward: Path, tmp_path: Path) -> Non
     refused({"weight": torch.ones(1)}, config, "does not hold an ImageReward: it lacks 'blip.visual_encoder")
     refused(weights, {**config, "hidden_size": 32}, "does not fit: .* has shape")
     refused(weights, {"hidden_size": 32}, r"med_config.json lacks vocab_size, .*give med_config.json of hub repository")
-    refused(weights, "{", "med_config.json is no JSON")
+    refused(weights, "{", "med_config.json is not a JSON object")
 
 
 def test_weights_are_frozen_in_eval_mode_and_in_their_precision(tiny_image_reward: Path, pictures: Draw) -> None:

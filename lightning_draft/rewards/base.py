@@ -57,8 +57,8 @@ class Prompt(str):
     """A prompt: a string that may carry metadata for rewards to read (a class, a count, a target).
 
     Args:
-        text: The prompt.
-        metadata: Values by name; copied.
+        text (str): The prompt.
+        metadata (Mapping | None): Values by name; copied.
     """
 
     __slots__ = ("metadata",)

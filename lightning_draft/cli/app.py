@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -193,7 +194,9 @@ class DraftCLI(LightningCLI):
         if config["fast_dev_run"]:
             named = [callback for callback in named if not isinstance(callback, FILE_WRITERS)]
         elif self.verb == "fit":
-            record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_unset=False))
+            with warnings.catch_warnings():  # newer releases of jsonargparse rename the argument
+                warnings.simplefilter("ignore", DeprecationWarning)
+                record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_none=False))
             named = [*named, RunRecord(record, self.run.path), StepNumber(), self.preemption]
         return chosen + [callback for callback in named if callback is not None]
 

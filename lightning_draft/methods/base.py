@@ -29,6 +29,7 @@ from lightning_draft.methods.checks import check_sampler, check_trainable
 from lightning_draft.methods.evaluation import EvaluationModule
 from lightning_draft.methods.nonfinite import NonFiniteGradients
 from lightning_draft.methods.optimization import build_optimizer, scheduler_config, step_on_plateau
+from lightning_draft.methods.stop_iteration import stop_iteration_is_error
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
@@ -138,6 +139,20 @@ class RewardModule(EvaluationModule, ABC):
         """Return how many training steps in a row need the same batch of prompts."""
         return 1
 
+    @stop_iteration_is_error
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        return self.training_loss(to_prompts(batch))
+
+    @abstractmethod
+    def training_loss(self, prompts: list[str]) -> Tensor:
+        """Return the loss of a training step on a batch of prompts, a scalar with a graph, and log its figures."""
+
+    @stop_iteration_is_error
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradient of the loss."""
+        super().backward(loss, *args, **kwargs)
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its learning-rate schedule."""
         optimizer = build_optimizer(self.optimizer, self.trainable_parameters().values(), self.lr)
@@ -171,6 +186,7 @@ class RewardModule(EvaluationModule, ABC):
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             step_on_plateau(self.trainer.lr_scheduler_configs, self.trainer.callback_metrics)
 
+    @stop_iteration_is_error
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note the state before each optimizer step, and calibrate a reward that needs it on the first prompts."""
         if self._marked_step != self.trainer.global_step:

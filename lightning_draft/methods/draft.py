@@ -16,7 +16,6 @@ from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checks import (
     check_differentiable,
     check_dtype,
@@ -144,9 +143,8 @@ class DraftModule(RewardModule):
         finally:
             self.probes = probes
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_loss(self, prompts: list[str]) -> Tensor:
         """Sample with gradient, reward, and return the loss."""
-        prompts = to_prompts(batch)
         with self._random_state(derive_seed(self.seed, self.batches, self.global_rank)):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.batches))
             loss, logs = self.loss_and_logs(prompts, generator)

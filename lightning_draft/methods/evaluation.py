@@ -13,6 +13,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.distributed import shard
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.batches import to_prompts
+from lightning_draft.methods.stop_iteration import stop_iteration_is_error
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
@@ -77,6 +78,7 @@ class EvaluationModule(L.LightningModule):
         self.eval_rewards.eval()
         return self
 
+    @stop_iteration_is_error
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
         """Sample images, float32 `(B, 3, H, W)`, not clamped.
@@ -96,6 +98,7 @@ class EvaluationModule(L.LightningModule):
             chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
             return self.model.decode(chain.advance(chain.start(noise)).x)
 
+    @stop_iteration_is_error
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return scores `(B,)` of images clamped to [0, 1]: `reward`, its components, and the evaluation rewards.
@@ -113,6 +116,7 @@ class EvaluationModule(L.LightningModule):
         }
         return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
 
+    @stop_iteration_is_error
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score validation prompts from fixed noise; `val/gain` is the reward minus the base model's on the same noise.
 

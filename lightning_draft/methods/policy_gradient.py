@@ -17,7 +17,6 @@ from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import Recompute, SamplingChain, State
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checks import (
     check_accumulation,
     check_dtype,
@@ -170,9 +169,9 @@ class PolicyGradientModule(RolloutModule):
         """Return how many training steps in a row need the same batch: those on its rollout."""
         return self.inner_epochs * len(self.minibatches(batch_size))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_loss(self, prompts: list[str]) -> Tensor:
         """Collect a rollout where none is left, and return the loss of its next minibatch."""
-        prompts, step = to_prompts(batch), self.trainer.global_step
+        step = self.trainer.global_step
         every = self.minibatches(len(prompts))
         minibatch = every[self.buffer.index % len(every)]
         rollout = self._current_rollout(prompts, step)

@@ -43,7 +43,22 @@ class PolicyBatch:
     ref_log_probs: Tensor | None = None
 
 
-class Objective(ABC):
+class RolloutObjective(ABC):
+    """A loss of a minibatch of a rollout.
+
+    Attributes:
+        on_policy: Whether the gradient is only right for the parameters that sampled the rollout.
+        separable: Whether the loss is a mean over minibatches, so that their losses add up to it. Otherwise it is
+            computed on whole rollouts, in two passes.
+        min_group: The least number of samples per prompt.
+    """
+
+    on_policy: bool = False
+    separable: bool = True
+    min_group: int = 1
+
+
+class Objective(RolloutObjective):
     """A loss of log-probabilities.
 
     Args:
@@ -52,20 +67,13 @@ class Objective(ABC):
             weight.
 
     Attributes:
-        on_policy: Whether the gradient is only right for the parameters that sampled the rollout.
-        separable: Whether the loss is a mean over steps and samples, so that the losses of minibatches add up to it.
-            Otherwise it is computed on whole rollouts, in two passes.
         needs_reference: Whether it compares with the base model.
-        min_group: The least number of samples per prompt.
 
     Raises:
         ConfigurationError: The reduction is unknown.
     """
 
-    on_policy: bool = False
-    separable: bool = True
     needs_reference: bool = False
-    min_group: int = 1
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         self.reduction = one_of("reduction", reduction, get_args(Reduction))

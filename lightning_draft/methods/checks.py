@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_draft.advantages import AdvantageEstimator
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import RewardLoss
-from lightning_draft.objectives import Objective
+from lightning_draft.objectives import RolloutObjective
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
@@ -178,7 +178,7 @@ def check_stochastic(sampler: Sampler, stochastic_steps: Sequence[int]) -> None:
         )
 
 
-def check_group_size(samples_per_prompt: int, users: Iterable[Objective | AdvantageEstimator]) -> None:
+def check_group_size(samples_per_prompt: int, users: Iterable[RolloutObjective | AdvantageEstimator]) -> None:
     """Raise if there are fewer samples of each prompt than the objective or the advantage estimator compares."""
     for user in users:
         if samples_per_prompt < user.min_group:
@@ -188,7 +188,7 @@ def check_group_size(samples_per_prompt: int, users: Iterable[Objective | Advant
             )
 
 
-def check_accumulation(objective: Objective, accumulate: int, minibatches: int, inner_epochs: int) -> None:
+def check_accumulation(objective: RolloutObjective, accumulate: int, minibatches: int, inner_epochs: int) -> None:
     """Raise if optimizer steps do not end where minibatches, epochs or rollouts do, as the objective needs.
 
     Args:

@@ -7,7 +7,7 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,12 +16,10 @@ from torch import Tensor
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import Recompute, SamplingChain, State
-from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.checks import (
-    check_accumulation,
     check_dtype,
     check_gradient,
-    check_group_size,
+    check_sampler,
     check_stochastic,
 )
 from lightning_draft.methods.policy import Policy
@@ -29,17 +27,13 @@ from lightning_draft.methods.rollout import (
     LogProbGradients,
     Minibatch,
     Rollout,
-    minibatches,
     repeat_prompts,
-    slices,
-    summarize,
 )
 from lightning_draft.methods.rollout_module import RolloutModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import PPO, Objective, PolicyBatch
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import DDIM, Sampler
-from lightning_draft.seeds import derive_seed
 
 
 class PolicyGradientModule(RolloutModule):
@@ -76,11 +70,14 @@ class PolicyGradientModule(RolloutModule):
         seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`.
 
     Attributes:
+        objective: The loss of log-probabilities.
         policy: The model and the sampler as a policy.
 
     Raises:
         ConfigurationError: An option is out of range.
     """
+
+    objective: Objective
 
     def __init__(
         self,
@@ -101,26 +98,25 @@ class PolicyGradientModule(RolloutModule):
         seed: int = 0,
     ) -> None:
         sampler = DDIM(50, eta=1.0) if sampler is None else sampler
-        estimator = PerPromptStatistics() if advantage_estimator is None else advantage_estimator
         super().__init__(
-            model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed, estimator, samples_per_prompt
+            model,
+            reward,
+            sampler,
+            eval_rewards,
+            optimizer,
+            lr_scheduler,
+            seed,
+            PPO() if objective is None else objective,
+            PerPromptStatistics() if advantage_estimator is None else advantage_estimator,
+            samples_per_prompt,
+            inner_epochs,
+            micro_batch_size,
+            timesteps_per_minibatch,
         )
-        self.objective = PPO() if objective is None else objective
-        self.inner_epochs = at_least("inner_epochs", inner_epochs, 1)
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
-        sizes = {"micro_batch_size": micro_batch_size, "timesteps_per_minibatch": timesteps_per_minibatch}
-        for name, size in sizes.items():
-            at_least(name, 1 if size is None else size, 1)
-        self.micro_batch_size = micro_batch_size
-        self.timesteps_per_minibatch = timesteps_per_minibatch
         recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
         model.checkpoint_blocks(recompute.blocks)
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute)
-
-    @property
-    def method(self) -> Objective:
-        """The objective."""
-        return self.objective
 
     def check_configuration(self) -> None:
         """Check that the sampler has log-probabilities, and that groups and optimizer steps fit the objective.
@@ -128,20 +124,9 @@ class PolicyGradientModule(RolloutModule):
         Raises:
             ConfigurationError: One of them does not hold.
         """
-        super().check_configuration()
+        check_sampler(self.sampler, self.model.schedule)
         check_stochastic(self.sampler, self.policy.steps)
-        check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
-        if (data := self.prompt_data) is not None:
-            self.check_accumulation(data.batch_size)
-
-    def check_accumulation(self, batch_size: int) -> None:
-        """Check that the Trainer's optimizer steps end where minibatches, epochs or rollouts do.
-
-        Raises:
-            ConfigurationError: They do not, as the objective needs it.
-        """
-        number = len(self.minibatches(batch_size))
-        check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)
+        super().check_configuration()
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
         """Check on one sampling step that the gradient of its log-probability reaches what is trained.
@@ -160,33 +145,33 @@ class PolicyGradientModule(RolloutModule):
                 value = (mean * torch.randn_like(mean)).sum()
                 check_gradient(value, self.trainable_parameters().values(), "log-probability")
 
-    def minibatches(self, batch_size: int) -> list[Minibatch]:
-        """Return the minibatches of one epoch over the rollout of a batch."""
-        samples = batch_size * self.samples_per_prompt
-        return minibatches(samples, len(self.policy.steps), self.micro_batch_size, self.timesteps_per_minibatch)
+    def rollout_timesteps(self) -> int:
+        """Return the number of stochastic steps."""
+        return len(self.policy.steps)
 
-    def training_steps_per_batch(self, batch_size: int) -> int:
-        """Return how many training steps in a row need the same batch: those on its rollout."""
-        return self.inner_epochs * len(self.minibatches(batch_size))
+    def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return latents `(T + 1, N, ...)` from noise to sample and log-probabilities `(S, N)`."""
+        return self.policy.sample(prompts, seeds)
 
-    def training_loss(self, prompts: list[str]) -> Tensor:
-        """Collect a rollout where none is left, and return the loss of its next minibatch."""
-        step = self.trainer.global_step
-        every = self.minibatches(len(prompts))
-        minibatch = every[self.buffer.index % len(every)]
-        rollout = self._current_rollout(prompts, step)
-        gradients = None
+    def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
+        """Collect a rollout, with the base model's log-probabilities if the objective needs them."""
+        rollout = super().collect_rollout(prompts, number, step)
+        if not self.objective.needs_reference:
+            return rollout
+        with self.model.base():
+            every = repeat_prompts(prompts, self.samples_per_prompt)
+            return replace(rollout, ref_log_probs=self.policy.log_probs(every, rollout.latents))
+
+    def minibatch_loss(
+        self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a minibatch of the current rollout, and what to log."""
+        gradients, step = None, self.trainer.global_step
         if not self.objective.separable:
             gradients = self.buffer.log_prob_gradients(
                 step, lambda: self.log_prob_gradients(prompts, rollout, moved=rollout.step != step)
             )
-        loss, logs = self.loss_and_logs(prompts, rollout, minibatch, gradients)
-        self.buffer.advance(self.training_steps_per_batch(len(prompts)))
-        scalars: dict[str, Any] = {**self.buffer.averages(logs, minibatch.fraction, step), **rollout.summary}
-        self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
-        self.log_dict(scalars, batch_size=len(prompts))
-        # Lightning averages over the minibatches of an optimizer step; each is weighted by its fraction.
-        return loss * minibatch.fraction * len(every)
+        return self.loss_and_logs(prompts, rollout, minibatch, gradients)
 
     def loss_and_logs(
         self,
@@ -238,59 +223,6 @@ class PolicyGradientModule(RolloutModule):
         with torch.enable_grad():
             loss = self.objective(self._policy_batch(leaf, rollout, whole, whole))
         return LogProbGradients(torch.autograd.grad(loss, leaf)[0], loss.detach())
-
-    @torch.no_grad()
-    def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
-        """Sample `samples_per_prompt` trajectories per prompt and reward them.
-
-        Args:
-            prompts: The batch.
-            number: Number of the rollout in the run; the noise depends only on it, the seed, the process and the
-                sample.
-            step: Number of optimizer steps before.
-        """
-        every = repeat_prompts(prompts, self.samples_per_prompt)
-        seeds = [derive_seed(self.seed, number, self.global_rank, i) for i in range(len(every))]
-        with self._random_state(derive_seed(self.seed, number, self.global_rank)):
-            latents, log_probs = self.policy.sample(every, seeds)
-            parts = slices(len(every), self.micro_batch_size)
-            scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
-        rewards = torch.cat([total for total, _ in scores])
-        advantages = self.advantages(rewards, every)
-        components = {name: torch.cat([each[name] for _, each in scores]) for name in scores[0][1]}
-        self.update_statistics(components)
-        summary = summarize(rewards, advantages, self.samples_per_prompt)
-        summary |= {f"train/reward/{name}": float(values.mean()) for name, values in components.items()}
-        names = [str(prompt) for prompt in every]
-        rollout = Rollout(number, step, names, latents, log_probs, rewards, advantages, summary)
-        if not self.objective.needs_reference:
-            return rollout
-        with self.model.base():
-            return replace(rollout, ref_log_probs=self.policy.log_probs(every, latents))
-
-    def _current_rollout(self, prompts: Sequence[str], step: int) -> Rollout:
-        """Return the rollout to train on.
-
-        Raises:
-            ConfigurationError: It is of other prompts, or must not be used any more.
-        """
-
-        def collect(number: int) -> Rollout:
-            self.check_accumulation(len(prompts))
-            return self.collect_rollout(prompts, number, step)
-
-        rollout = self.buffer.current(self.device, collect)
-        if rollout.prompts != [str(prompt) for prompt in repeat_prompts(prompts, self.samples_per_prompt)]:
-            raise ConfigurationError(
-                f"a rollout is trained on for {self.training_steps_per_batch(len(prompts))} training steps, and the "
-                "prompts changed before that; use PromptDataModule, or a loader that repeats each batch that often"
-            )
-        if self.objective.on_policy and self.buffer.index and rollout.step < step:
-            raise ConfigurationError(
-                f"the Trainer made an optimizer step before a rollout was used up, and {type(self.objective).__name__} "
-                "is on-policy; leave out limit_train_batches, or make it a multiple of accumulate_grad_batches"
-            )
-        return rollout
 
     def _policy_batch(self, log_probs: Tensor, rollout: Rollout, some: slice, few: slice) -> PolicyBatch:
         reference = None if rollout.ref_log_probs is None else rollout.ref_log_probs[few, some]

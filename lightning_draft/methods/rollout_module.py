@@ -1,6 +1,6 @@
-"""Base class of methods that train on rollouts: rewards, advantages, the rollout buffer and its checkpoints."""
+"""Base class of methods that train on rollouts: rewards, advantages, minibatches, the rollout buffer, checkpoints."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +12,32 @@ from torch import Tensor
 from lightning_draft.advantages import AdvantageEstimator
 from lightning_draft.arguments import at_least
 from lightning_draft.distributed import all_gather_objects, world_size
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.rollout import RolloutBuffer
+from lightning_draft.methods.checks import check_accumulation, check_group_size
+from lightning_draft.methods.rollout import (
+    Minibatch,
+    Rollout,
+    RolloutBuffer,
+    minibatches,
+    repeat_prompts,
+    slices,
+    summarize,
+)
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.objectives import RolloutObjective
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rewards.inputs import check_finite
 from lightning_draft.samplers import Sampler
+from lightning_draft.seeds import derive_seed
 
 
 class RolloutModule(RewardModule, ABC):
     """Base class of the methods that collect rollouts and train on each for several steps.
+
+    A rollout is collected for each batch of prompts and trained on in minibatches, one per training step: of
+    `micro_batch_size` samples and `timesteps_per_minibatch` timesteps, the whole rollout `inner_epochs` times. The
+    Trainer's `accumulate_grad_batches` is the number of minibatches of an optimizer step.
 
     Args:
         model: The diffusion model, with its trainable parameters.
@@ -31,11 +47,18 @@ class RolloutModule(RewardModule, ABC):
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer.
         seed: Seed of all noise.
+        objective: The loss of a minibatch.
         advantage_estimator: From rewards to advantages.
         samples_per_prompt: Number of samples for each prompt of a batch.
+        inner_epochs: How often a rollout is trained on.
+        micro_batch_size: Number of samples that are sampled and trained on at a time; by default all.
+        timesteps_per_minibatch: Number of timesteps that are trained on at a time; by default all.
 
     Attributes:
         buffer: The current rollout and the position in it.
+
+    Raises:
+        ConfigurationError: An option is out of range.
     """
 
     def __init__(
@@ -47,13 +70,51 @@ class RolloutModule(RewardModule, ABC):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         seed: int,
+        objective: RolloutObjective,
         advantage_estimator: AdvantageEstimator,
         samples_per_prompt: int,
+        inner_epochs: int,
+        micro_batch_size: int | None,
+        timesteps_per_minibatch: int | None,
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
+        self.objective = objective
         self.advantage_estimator = advantage_estimator
         self.samples_per_prompt = at_least("samples_per_prompt", samples_per_prompt, 1)
+        self.inner_epochs = at_least("inner_epochs", inner_epochs, 1)
+        sizes = {"micro_batch_size": micro_batch_size, "timesteps_per_minibatch": timesteps_per_minibatch}
+        for name, size in sizes.items():
+            at_least(name, 1 if size is None else size, 1)
+        self.micro_batch_size = micro_batch_size
+        self.timesteps_per_minibatch = timesteps_per_minibatch
         self.buffer = RolloutBuffer()
+
+    @abstractmethod
+    def rollout_timesteps(self) -> int:
+        """Return how many timesteps of each sample are trained on."""
+
+    @abstractmethod
+    def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sample without a graph.
+
+        Args:
+            prompts: `N` prompts.
+            seeds: `N` seeds, one for all noise of a sample.
+
+        Returns:
+            Latents `(L, N, ...)`, of which the last are the samples, and log-probabilities `(S, N)`.
+        """
+
+    @abstractmethod
+    def minibatch_loss(
+        self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss averaged over a minibatch of the current rollout, with a graph, and what to log, detached."""
+
+    @property
+    def method(self) -> RolloutObjective:
+        """The objective."""
+        return self.objective
 
     def setup(self, stage: str) -> None:
         """Check the configuration before a fit, and start at the first rollout in a new run."""
@@ -66,6 +127,74 @@ class RolloutModule(RewardModule, ABC):
     def strategies(self) -> dict[str, object]:
         """Return what the run consists of, with the advantage estimator."""
         return {**super().strategies(), "advantage_estimator": self.advantage_estimator}
+
+    def check_configuration(self) -> None:
+        """Check that groups and optimizer steps fit the objective.
+
+        Raises:
+            ConfigurationError: One of them does not.
+        """
+        super().check_configuration()
+        check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
+        if (data := self.prompt_data) is not None:
+            self.check_accumulation(data.batch_size)
+
+    def check_accumulation(self, batch_size: int) -> None:
+        """Check that the Trainer's optimizer steps end where minibatches, epochs or rollouts do.
+
+        Raises:
+            ConfigurationError: They do not, as the objective needs it.
+        """
+        number = len(self.minibatches(batch_size))
+        check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)
+
+    def minibatches(self, batch_size: int) -> list[Minibatch]:
+        """Return the minibatches of one epoch over the rollout of a batch."""
+        samples = batch_size * self.samples_per_prompt
+        return minibatches(samples, self.rollout_timesteps(), self.micro_batch_size, self.timesteps_per_minibatch)
+
+    def training_steps_per_batch(self, batch_size: int) -> int:
+        """Return how many training steps in a row need the same batch: those on its rollout."""
+        return self.inner_epochs * len(self.minibatches(batch_size))
+
+    def training_loss(self, prompts: list[str]) -> Tensor:
+        """Collect a rollout where none is left, and return the loss of its next minibatch."""
+        step = self.trainer.global_step
+        every = self.minibatches(len(prompts))
+        minibatch = every[self.buffer.index % len(every)]
+        rollout = self._current_rollout(prompts, step)
+        loss, logs = self.minibatch_loss(prompts, rollout, minibatch)
+        self.buffer.advance(self.training_steps_per_batch(len(prompts)))
+        scalars: dict[str, Any] = {**self.buffer.averages(logs, minibatch.fraction, step), **rollout.summary}
+        self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
+        self.log_dict(scalars, batch_size=len(prompts))
+        # Lightning averages over the minibatches of an optimizer step; each is weighted by its fraction.
+        return loss * minibatch.fraction * len(every)
+
+    @torch.no_grad()
+    def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
+        """Sample `samples_per_prompt` images per prompt and reward them.
+
+        Args:
+            prompts: The batch.
+            number: Number of the rollout in the run; the noise depends only on it, the seed, the process and the
+                sample.
+            step: Number of optimizer steps before.
+        """
+        every = repeat_prompts(prompts, self.samples_per_prompt)
+        seeds = [derive_seed(self.seed, number, self.global_rank, i) for i in range(len(every))]
+        with self._random_state(derive_seed(self.seed, number, self.global_rank)):
+            latents, log_probs = self.sample_rollout(every, seeds)
+            parts = slices(len(every), self.micro_batch_size)
+            scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
+        rewards = torch.cat([total for total, _ in scores])
+        advantages = self.advantages(rewards, every)
+        components = {name: torch.cat([each[name] for _, each in scores]) for name in scores[0][1]}
+        self.update_statistics(components)
+        summary = summarize(rewards, advantages, self.samples_per_prompt)
+        summary |= {f"train/reward/{name}": float(values.mean()) for name, values in components.items()}
+        names = [str(prompt) for prompt in every]
+        return Rollout(number, step, names, latents, log_probs, rewards, advantages, summary)
 
     def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores `(B,)` of samples, and those of the reward's components.
@@ -128,3 +257,27 @@ class RolloutModule(RewardModule, ABC):
             f"the checkpoint is of {len(saved)} processes and there are {size} now: the rollout is collected again, "
             "and this run will differ from the uninterrupted one"
         )
+
+    def _current_rollout(self, prompts: Sequence[str], step: int) -> Rollout:
+        """Return the rollout to train on.
+
+        Raises:
+            ConfigurationError: It is of other prompts, or must not be used any more.
+        """
+
+        def collect(number: int) -> Rollout:
+            self.check_accumulation(len(prompts))
+            return self.collect_rollout(prompts, number, step)
+
+        rollout = self.buffer.current(self.device, collect)
+        if rollout.prompts != [str(prompt) for prompt in repeat_prompts(prompts, self.samples_per_prompt)]:
+            raise ConfigurationError(
+                f"a rollout is trained on for {self.training_steps_per_batch(len(prompts))} training steps, and the "
+                "prompts changed before that; use PromptDataModule, or a loader that repeats each batch that often"
+            )
+        if self.objective.on_policy and self.buffer.index and rollout.step < step:
+            raise ConfigurationError(
+                f"the Trainer made an optimizer step before a rollout was used up, and {type(self.objective).__name__}"
+                " is on-policy; leave out limit_train_batches, or make it a multiple of accumulate_grad_batches"
+            )
+        return rollout

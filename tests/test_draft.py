@@ -207,11 +207,13 @@ def test_kl_weight_adds_the_prediction_drift_and_reduces_it(tiny_sd: Path, tmp_p
     torch.manual_seed(0)
     loss, logs = module.loss_and_logs(PROMPTS[:2])
     assert logs["train/prediction_drift"] > 0
-    assert loss.item() == pytest.approx((-logs["train/reward"] + 0.5 * logs["train/prediction_drift"]).item())
+    assert logs["train/reward_loss"].item() == pytest.approx(-logs["train/reward"].item())
+    assert loss.item() == pytest.approx((logs["train/reward_loss"] + 0.5 * logs["train/prediction_drift"]).item())
+    assert logs["train/loss"].item() == loss.item()
     module.kl_weight = 0.0
     torch.manual_seed(0)
     plain, logs = module.loss_and_logs(PROMPTS[:2])
-    assert "train/prediction_drift" not in logs
+    assert not {"train/prediction_drift", "train/reward_loss"} & logs.keys()
     assert plain.item() == pytest.approx(-logs["train/reward"].item())
 
     def drift(weight: float) -> float:

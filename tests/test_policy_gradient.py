@@ -219,10 +219,13 @@ def test_the_divergence_is_that_of_gaussians() -> None:
         )
         expected.append(((ours.mean - base.mean) ** 2).mean() / (2 * ours.std**2))
     assert logs["train/kl"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
-    assert loss.item() == pytest.approx((logs["train/loss"] + 0.5 * logs["train/kl"]).item())
+    assert loss.item() == pytest.approx((logs["train/policy_loss"] + 0.5 * logs["train/kl"]).item())
+    assert logs["train/loss"].item() == pytest.approx(loss.item())
     slope = torch.autograd.grad(loss, module.model.theta)[0]
     module.kl_weight = 0.0
-    loss, _ = module.loss_and_logs(PROMPTS[:2], rollout, minibatch)
+    loss, plain = module.loss_and_logs(PROMPTS[:2], rollout, minibatch)
+    assert plain["train/loss"] == logs["train/policy_loss"]
+    assert not {"train/policy_loss", "train/kl"} & plain.keys()
     slope -= torch.autograd.grad(loss, module.model.theta)[0]
     assert slope.item() == pytest.approx(0.5 * 2 * logs["train/kl"].item() / 0.05, rel=1e-3)
 
@@ -283,7 +286,7 @@ def test_minibatches_add_up_to_the_rollout(tmp_path: Path, objective: Objective)
         return recorder.gradients[0], recorder.steps[0]
 
     gradient, logged = outcome(1)
-    assert {"train/loss", "train/kl", "train/ratio"} < logged.keys()
+    assert {"train/loss", "train/policy_loss", "train/kl", "train/ratio"} < logged.keys()
     for cut in (
         outcome(4, micro_batch_size=3, timesteps_per_minibatch=3),
         outcome(16, micro_batch_size=1, timesteps_per_minibatch=1),
@@ -354,7 +357,8 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
     log_probs, divergence = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps, with_kl=True)
     assert divergence is not None
     loss = module.objective(PolicyBatch(log_probs, rollout.log_probs, rollout.advantages, 2, reference))
-    assert recorder.of("train/loss")[1] == pytest.approx(loss.item(), rel=1e-4)
+    assert recorder.of("train/policy_loss")[1] == pytest.approx(loss.item(), rel=1e-4)
+    assert recorder.of("train/loss")[1] == pytest.approx((loss + 2.0 * divergence).item(), rel=1e-4)
     pull = torch.autograd.grad(2.0 * divergence, fresh.model.theta, retain_graph=True)[0]
     expected = torch.autograd.grad(loss, fresh.model.theta)[0]
     assert pull > 1e-2 * expected.abs()

@@ -191,6 +191,7 @@ class DraftModule(RewardModule):
         }
         if drift is not None and drift.mean is not None:
             logs["train/prediction_drift"] = drift.mean
+            logs["train/reward_loss"] = loss
             loss = loss + self.kl_weight * drift.mean
         return loss, {name: value.detach() for name, value in {**logs, "train/loss": loss}.items()}
 

@@ -198,16 +198,18 @@ class PolicyGradientModule(RolloutModule):
         else:
             loss = (gradients.weights[minibatch.steps, minibatch.samples] * log_probs).sum() / minibatch.fraction
         log_ratio = (log_probs - batch.old_log_probs).detach()
+        policy_loss = loss.detach() if gradients is None else gradients.loss
         logs = {
-            "train/loss": loss.detach() if gradients is None else gradients.loss,
+            "train/loss": policy_loss,
             "train/ratio": log_ratio.exp().mean(),
             "train/approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             "train/clip_fraction": self.objective.clipped(batch).float().mean(),
         }
-        if kl is not None:
-            loss = loss + self.kl_weight * kl
-            logs["train/kl"] = kl.detach()
-        return loss, logs
+        if kl is None:
+            return loss, logs
+        divergence = kl.detach()
+        logs |= {"train/loss": policy_loss + self.kl_weight * divergence, "train/policy_loss": policy_loss}
+        return loss + self.kl_weight * kl, {**logs, "train/kl": divergence}
 
     def log_prob_gradients(self, prompts: Sequence[str], rollout: Rollout, moved: bool = True) -> LogProbGradients:
         """Return the objective's gradient with respect to all log-probabilities of a rollout, without a network graph.

@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_draft.chain import Recompute
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.color import Brightness, ColorBalance
@@ -269,8 +271,29 @@ def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncatio
 )
 def test_what_is_recomputed(tiny_sd: Path, checkpointing: Any, truncation: Any, steps: bool, blocks: bool) -> None:
     module = make(tiny_sd, checkpointing=checkpointing, truncation=truncation)
-    assert module.chain(["a cat"]).recompute.steps == steps
-    assert module.model.block_checkpointing == blocks
+    assert module.chain(["a cat"]).recompute == Recompute(steps=steps, blocks=blocks)
+
+
+def test_block_checkpointing_is_that_of_the_module_whose_step_it_is(tiny_sd: Path) -> None:
+    """Whatever other modules of the same model, direct or policy-gradient, were built or ran before."""
+    model = make(tiny_sd).model
+    modules = [DraftModule(model, ColorBalance(), DDIM(2), checkpointing=mode) for mode in ("block", "none")]
+    policies = [PolicyGradientModule(model, ColorBalance(), DDIM(2, eta=1), checkpointing=m) for m in ("block", "none")]
+    assert not model.block_checkpointing
+    for index in (0, 1, 0):
+        for module in (modules[index], policies[index]):
+            model.checkpoint_blocks(index == 1)
+            module.check_first_step(PROMPTS[:1])
+            assert model.block_checkpointing == (index == 0)
+
+
+def test_a_network_without_blocks_is_rejected_before_the_first_step() -> None:
+    policy = PolicyGradientModule(LinearModel(0.1), LinearReward(), DDIM(2, eta=1.0), checkpointing="block")
+    for module in (linear(checkpointing="block"), policy):
+        with pytest.raises(
+            ConfigurationError, match='LinearModel has no blocks to recompute; write checkpointing="step"'
+        ):
+            module.check_first_step(["a cat"])
 
 
 def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:
@@ -561,7 +584,6 @@ def test_the_optimizer_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tm
             {"checkpointing": "steps"},
             "checkpointing='steps' is not a valid choice; write one of auto, none, step, block, both",
         ),
-        ({"checkpointing": "block"}, 'LinearModel has no blocks to recompute; write checkpointing="step" or "none"'),
     ],
 )
 def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:

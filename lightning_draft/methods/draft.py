@@ -90,7 +90,6 @@ class DraftModule(RewardModule):
         self.checkpointing = checkpointing
         self.micro_batch_size = micro_batch_size
         self.batches = 0
-        model.checkpoint_blocks(self.recompute.blocks)
 
     @property
     def method(self) -> Truncation:

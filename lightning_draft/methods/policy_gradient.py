@@ -115,7 +115,6 @@ class PolicyGradientModule(RolloutModule):
         )
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
         recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
-        model.checkpoint_blocks(recompute.blocks)
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute)
 
     def check_configuration(self) -> None:

@@ -66,7 +66,7 @@ def open_model(arguments: argparse.Namespace, **options: Any) -> StableDiffusion
 
 def _write(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "emoji" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "emoji64" / "tokenizer")
     tokenizer.model_max_length = 77
     levels = len(vae["block_out_channels"])
     encoder = CLIPTextConfig(

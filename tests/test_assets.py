@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPModel
 
 from lightning_draft.assets import FOLDER
 from lightning_draft.chain import SamplingChain
@@ -15,7 +14,7 @@ from lightning_draft.samplers import DDIM
 MEBIBYTE = 2**20
 
 
-@pytest.mark.parametrize(("name", "most"), [("emoji", 25), ("emoji-clip", 10), ("emoji64", 25), ("emoji64-clip", 5)])
+@pytest.mark.parametrize(("name", "most"), [("emoji64", 25), ("emoji64-clip", 4.5), (".", 40)])
 def test_size(name: str, most: int) -> None:
     size = sum(file.stat().st_size for file in (FOLDER / name).rglob("*") if file.is_file())
     assert 1 < size / MEBIBYTE < most
@@ -43,23 +42,16 @@ def test_text_encoder_has_the_weight_names_of_published_checkpoints() -> None:
 
 def test_diffusers_and_this_package_draw_the_same() -> None:
     """The pipeline's own loop against the chain: guidance, scheduler, decoder."""
-    prompts = ["noto red apple", "twemoji cat"]
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji", dtype=torch.float32)
+    prompts = ["noto pear", "twemoji crab"]
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji64", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(2, *StableDiffusion("emoji").latent_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *StableDiffusion("emoji64").latent_shape, generator=torch.Generator().manual_seed(0))
     theirs = pipe(prompts, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="pt").images
-    model = StableDiffusion("emoji", lora=None, guidance=Guidance(3.0))
+    model = StableDiffusion("emoji64", lora=None, guidance=Guidance(3.0))
     with torch.no_grad():
         chain = SamplingChain(model, DDIM(5), model.encode(prompts))
         ours = model.decode(chain.advance(chain.start(noise)).x).clamp(0, 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_prompt_lists_do_not_overlap() -> None:
-    seen, unseen = set(read_prompts("emoji")), set(read_prompts("emoji_unseen"))
-    assert not seen & unseen
-    assert len({prompt.split(" ", 1)[1] for prompt in seen}) >= 300
-    assert {prompt.split(" ", 1)[1] for prompt in unseen} <= {prompt.split(" ", 1)[1] for prompt in seen}
 
 
 @pytest.mark.parametrize("name", ["emoji64", "emoji64_scenes"])
@@ -74,14 +66,3 @@ def test_the_64x64_clip_tells_compositions_apart() -> None:
     captions = read_prompts("emoji64_scenes")
     features = reward.encoder.texts(captions)
     assert ((features @ features.T).argmax(1) == torch.arange(len(captions))).float().mean() > 0.98
-
-
-def test_the_clip_knows_its_captions() -> None:
-    """A caption's text features are nearest to themselves: no two captions are confused by the text tower."""
-    clip = CLIPModel.from_pretrained(FOLDER / "emoji-clip", dtype=torch.float32)
-    assert clip.config.vision_config.image_size == 32
-    reward = CaptionRetrieval("emoji-clip", "emoji")
-    captions = read_prompts("emoji")
-    features = reward.encoder.texts(captions)
-    nearest = (features @ features.T).argmax(1)
-    assert (nearest == torch.arange(len(captions))).float().mean() > 0.98

@@ -109,22 +109,12 @@ def test_the_column_of_the_prompt_can_be_named(tmp_path: Path) -> None:
 
 
 def test_every_shipped_list_is_read_whole_and_without_repetition() -> None:
-    assert {"animals", "emoji_names", "emoji_all_names"} <= set(shipped_lists())
+    assert {"animals", "emoji64", "emoji64_scenes"} <= set(shipped_lists())
     for name in shipped_lists():
-        columns = name.endswith("_names")
-        file = files("lightning_draft") / "prompts" / f"{name}.{'csv' if columns else 'txt'}"
-        lines = file.read_text(encoding="utf-8").splitlines()[int(columns) :]
-        assert read_prompts(name) == [line.split(",")[0] for line in lines]
+        file = files("lightning_draft") / "prompts" / f"{name}.txt"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        assert read_prompts(name) == lines
         assert len(set(lines)) == len(lines)
-
-
-@pytest.mark.parametrize("name", ["emoji_names", "emoji_all_names"])
-def test_bare_names_come_with_a_caption_that_the_model_knows(name: str) -> None:
-    names = read_prompts(name)
-    captions = [prompt.metadata["caption"] for prompt in names]
-    assert captions == [f"twemoji {name}" for name in names]
-    assert set(captions) <= set(read_prompts("emoji"))
-    assert not set(names) & set(read_prompts("emoji"))
 
 
 CONTENTS = {

@@ -152,7 +152,7 @@ def test_the_wheel_holds_every_module(wheel: list[str]) -> None:
 
 def test_the_wheel_holds_what_the_modules_read(wheel: list[str]) -> None:
     wanted = {"lightning_draft/py.typed"}
-    for folder, pattern in (("configs", "*.yaml"), ("prompts", "*.txt"), ("prompts", "*.csv"), ("assets", "**/*")):
+    for folder, pattern in (("configs", "*.yaml"), ("prompts", "*.txt"), ("assets", "**/*")):
         files = {
             file for file in (PACKAGE / folder).glob(pattern) if file.is_file() and "__pycache__" not in file.parts
         }

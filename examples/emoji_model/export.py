@@ -18,6 +18,8 @@ from examples.emoji_model.data import Emoji, prepare
 from examples.emoji_model.mixture import scenes, split
 
 SHIPPED = Path("lightning_draft/assets")
+SMALL = Path("tests/assets/emoji32")
+"""The 32x32 pipeline that the trainings start from."""
 JUDGES = {"convnet": "emoji64-judge", "resnet": "emoji64-judge-eval"}
 
 
@@ -90,7 +92,7 @@ def main() -> None:
     """Export everything that has been trained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--source", type=Path, default=SHIPPED / "emoji", help="the 32x32 pipeline")
+    parser.add_argument("--source", type=Path, default=SMALL, help="the 32x32 pipeline")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     parser.add_argument("--prompts", type=Path, default=Path("lightning_draft/prompts"))
     arguments = parser.parse_args()

@@ -83,36 +83,61 @@ class Pictures(IterableDataset[Tensor]):
 
 
 class Captioned(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches of clean pictures and token ids for the CLIP: half any emoji, half compositions.
+    """Endless batches of clean pictures and token ids for the CLIP: half compositions, half single emoji.
 
-    Half of the captions of single emoji are bare names. A batch never holds two captions that fit the same picture.
+    Most scenes come with a similar one (`similar`), which the loss must tell apart. No two captions of a batch fit the
+    same picture: a caption is written without its style only if no other of the batch has the same words.
     """
 
     def __init__(self, emoji: Emoji, words: CLIPTokenizer, batch_size: int) -> None:
         self.emoji, self.words, self.batch_size = emoji, words, batch_size
-        everything = scenes(emoji)
-        self.composed = [scene for kind in ("two", "ground", "pair") for scene in everything[kind]]
-        self.names = sorted(set(emoji.names))
+        known = scenes(emoji)
+        self.composed = [scene for kind in ("two", "ground", "pair") for scene in known[kind]]
+        self.singles = known["single"]
+        self.others = [Scene(style, (name,)) for style, name in zip(emoji.styles, emoji.names, strict=True)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield float32 `(B, 3, S, S)` in [0, 1] and int64 `(B, 16)`."""
         while True:
-            some = self._composed(self.batch_size // 2)
-            some += self._single(self.batch_size - len(some))
-            styles = [STYLES[int(torch.randint(2, ()))] for _ in some]
-            pictures = torch.stack([render(s, self.emoji, style) for s, style in zip(some, styles, strict=True)])
-            captions = [scene.caption for scene in some]
+            counts = (self.batch_size // 2, self.batch_size // 4, self.batch_size // 4)
+            some: dict[str, Scene] = {}
+            for known, count in zip((self.composed, self.singles, self.others), counts, strict=True):
+                some |= {scene.caption: scene for scene in with_similar(known, count)}
+            chosen = without_needless_styles(list(some.values()))
+            styles = [STYLES[int(torch.randint(2, ()))] for _ in chosen]
+            pictures = torch.stack([render(s, self.emoji, style) for s, style in zip(chosen, styles, strict=True)])
+            captions = [scene.caption for scene in chosen]
             ids = self.words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
             yield pictures, ids
 
-    def _composed(self, count: int) -> list[Scene]:
-        """Draw compositions, without replacement; half of them lose their style where no other has the same words."""
-        chosen = [self.composed[i] for i in torch.randperm(len(self.composed))[:count].tolist()]
-        bare = {scene.caption.partition(" ")[2]: scene for scene in chosen}
-        return [replace(scene, style="") if torch.rand(()) < 0.3 else scene for scene in bare.values()]
 
-    def _single(self, count: int) -> list[Scene]:
-        """Draw different names; two fifths without a style."""
-        names = [self.names[i] for i in torch.randperm(len(self.names))[:count].tolist()]
-        styles = [STYLES[int(torch.randint(2, ()))] if torch.rand(()) < 0.6 else "" for _ in names]
-        return [Scene(style, (name,)) for style, name in zip(styles, names, strict=True)]
+def similar(scene: Scene) -> Scene:
+    """Return `scene` with one thing changed: the style, the color of the ground, or the order of a pair."""
+    if scene.kind == "pair" and torch.rand(()) < 0.5:
+        return replace(scene, names=scene.names[::-1])
+    if scene.kind == "ground" and torch.rand(()) < 0.5:
+        others = [color for color in COLORS if color != scene.color]
+        return replace(scene, color=others[int(torch.randint(len(others), ()))])
+    return replace(scene, style=STYLES[1 - STYLES.index(scene.style)])
+
+
+def with_similar(known: list[Scene], count: int) -> list[Scene]:
+    """Choose `count` different scenes at random, two thirds of which are a scene and a similar one."""
+    chosen: dict[str, Scene] = {}
+    for i in torch.randperm(len(known)).tolist():
+        chosen[known[i].caption] = known[i]
+        if torch.rand(()) < 0.5:
+            other = similar(known[i])
+            chosen[other.caption] = other
+        if len(chosen) >= count:
+            break
+    return list(chosen.values())[:count]
+
+
+def without_needless_styles(some: list[Scene]) -> list[Scene]:
+    """Drop the style of two fifths of the scenes of which `some` has one style only."""
+    bare = [replace(scene, style="") for scene in some]
+    return [
+        plain if bare.count(plain) == 1 and torch.rand(()) < 0.4 else scene
+        for scene, plain in zip(some, bare, strict=True)
+    ]

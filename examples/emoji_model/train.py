@@ -7,8 +7,8 @@
     python -m examples.emoji_model.judges
     python -m examples.emoji_model.export
 
-The autoencoder and the denoiser start from those of the shipped 32x32 model (`--pipeline`). Each training saves a
-checkpoint every 200 steps under `runs/emoji/<part>` and continues from there when started again.
+The autoencoder and the denoiser start from those of the 32x32 model in `tests/assets` (`--pipeline`). Each training
+saves a checkpoint every 200 steps under `runs/emoji/<part>` and continues from there when started again.
 """
 
 import argparse
@@ -30,8 +30,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from examples.emoji_model import export, latents, parts
 from examples.emoji_model.data import Emoji, prepare
 from examples.emoji_model.mixture import Captioned, Pictures
-
-SHIPPED = export.SHIPPED
 
 
 class Part(L.LightningModule):
@@ -59,7 +57,7 @@ class Part(L.LightningModule):
 class Autoencoder(Part):
     """L1 on pixels and on their differences, a weak KL to the unit Gaussian, and a pull to the 32x32 model's latents.
 
-    The decoder and the latent space start as those of the shipped 32x32 model: its latents of the picture reduced to
+    The decoder and the latent space start as those of the 32x32 model: its latents of the picture reduced to
     32x32 are what the encoder first learns to predict, so that the denoiser can start from the 32x32 one too.
     """
 
@@ -176,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["vae", "unet", "clip"])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--pipeline", type=Path, default=SHIPPED / "emoji", help="32x32 pipeline to start from")
+    parser.add_argument("--pipeline", type=Path, default=export.SMALL, help="32x32 pipeline to start from")
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--hours", type=float, default=2.0, help="stop after this long, wherever the schedule is")
     parser.add_argument("--batch-size", type=int, default=32, help="a process")

@@ -174,18 +174,24 @@ def main() -> None:
     parser.add_argument(
         "--lrs", nargs="+", type=float, help="learning rates to tune over, by default each method's own"
     )
-    parser.add_argument("--model", default="emoji")
-    parser.add_argument("--clip", default="emoji-clip")
+    parser.add_argument("--model", default="tests/assets/emoji32")
+    parser.add_argument("--clip", default="tests/assets/emoji32-clip")
     parser.add_argument("--sampling-steps", type=int, default=5)
-    parser.add_argument("--prompts", default="emoji_names", help="prompt list with a column `caption`")
+    parser.add_argument(
+        "--prompts", default="tests/assets/prompts/emoji32_names.csv", help="prompt list with a column `caption`"
+    )
     parser.add_argument(
         "--pictures",
         type=Path,
         default=Path("runs/emoji/emoji32.npz"),
         help="training pictures, for the nearest-picture accuracy",
     )
-    parser.add_argument("--many", default="emoji_all_names", help="prompt list of the task `many`")
-    parser.add_argument("--captions", default="emoji", help="candidate captions of the reward")
+    parser.add_argument(
+        "--many", default="tests/assets/prompts/emoji32_all_names.csv", help="prompt list of the task `many`"
+    )
+    parser.add_argument(
+        "--captions", default="tests/assets/prompts/emoji32.txt", help="candidate captions of the reward"
+    )
     parser.add_argument("--evaluated", type=int, default=46, help="number of evaluation prompts")
     parser.add_argument("--draws", type=int, default=3, help="evaluation images per prompt")
     parser.add_argument(

@@ -5,15 +5,15 @@ from pathlib import Path
 from lightning_draft.errors import ConfigurationError
 
 FOLDER = Path(__file__).parent
-NAMES = ("emoji", "emoji-clip", "emoji64", "emoji64-clip", "emoji64-judge", "emoji64-judge-eval")
+NAMES = ("emoji64", "emoji64-clip", "emoji64-judge", "emoji64-judge-eval")
 
 
 def resolve(name: str) -> Path | str:
     """The folder of a shipped model, or `name` unchanged: a path or a hub id.
 
     Args:
-        name: `emoji64` or `emoji` (text-to-image pipelines of 64x64 and 32x32 pixels), `emoji64-clip` or `emoji-clip`
-            (CLIPs), `emoji64-judge` or `emoji64-judge-eval` (judges of quality), or anything else.
+        name: `emoji64` (text-to-image pipeline of 64x64 pixels), `emoji64-clip` (CLIP), `emoji64-judge` or
+            `emoji64-judge-eval` (classifiers of image quality), or anything else.
 
     Raises:
         ConfigurationError: It is the name of a shipped model whose files are not there.

@@ -20,7 +20,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.family import Family, wrapper_for, wrapper_for_file
 
-_SHIPPED = ("emoji64", "emoji")
+_SHIPPED = ("emoji64",)
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 

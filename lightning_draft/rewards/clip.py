@@ -23,7 +23,7 @@ class CLIPScore(Reward):
     OpenAI's models give about 0.25 to 0.35 for matching photographs and 0.1 to 0.2 for others.
 
     Args:
-        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
+        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji64-clip`.
         variant: `cosine`; or `clipscore` for `2.5 max(cosine, 0)`, in [0, 2.5], whose gradient is 0 for negative
             cosines.
         dtype: Precision of the frozen weights.
@@ -55,7 +55,7 @@ class CLIPClassification(Reward):
     counts once. Chance is `-log(N)` for N candidates.
 
     Args:
-        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
+        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji64-clip`.
         captions: The other captions: a list, or any source that `PromptDataModule` reads (a file, the name of a shipped
             list).
         dtype: Precision of the frozen weights.
@@ -100,7 +100,7 @@ class CaptionRetrieval(CLIPClassification):
     The mean over images is the top-1 retrieval accuracy.
 
     Args:
-        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji-clip`.
+        pretrained: Folder or hub id of a transformers CLIP, or the shipped name `emoji64-clip`.
         captions: The other captions: a list, or any source that `PromptDataModule` reads (a file, the name of a shipped
             list).
         dtype: Precision of the frozen weights.

@@ -17,7 +17,7 @@ MAX_CACHED = 65536
 _CHUNK = 256
 _EXPECTED = (
     "a transformers CLIPModel with its tokenizer and image processor, such as openai/clip-vit-base-patch32, or "
-    "emoji-clip"
+    "emoji64-clip"
 )
 
 
@@ -44,7 +44,7 @@ class ImageEncoder(nn.Module):
         """Read the image encoder of a transformers `CLIPModel`, and its image processor.
 
         Args:
-            pretrained: Folder or hub id, or the shipped name `emoji-clip`.
+            pretrained: Folder or hub id, or the shipped name `emoji64-clip`.
             dtype: Precision of the weights.
 
         Raises:
@@ -101,7 +101,7 @@ class CLIPEncoder(ImageEncoder):
         """Read a transformers `CLIPModel` with its tokenizer and image processor.
 
         Args:
-            pretrained: Folder or hub id, or the shipped name `emoji-clip`.
+            pretrained: Folder or hub id, or the shipped name `emoji64-clip`.
             dtype: Precision of the weights.
             processor: Folder or hub id of the tokenizer and image processor; None if they are with the model.
 

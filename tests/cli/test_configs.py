@@ -68,7 +68,7 @@ def test_shipped_config_runs(command: Callable, name: str, request: pytest.Fixtu
     reward = arguments["reward"]
     if isinstance(reward, dict) and "processor" in reward.get("init_args", {}):
         models["model.reward.processor"] = tiny_clip
-    if isinstance(reward, dict) and "pretrained" in reward.get("init_args", {}):
+    if isinstance(reward, dict) and reward.get("init_args", {}).get("pretrained", "emoji64-judge") != "emoji64-judge":
         models["model.reward.pretrained"] = tiny_clip
     if isinstance(reward, dict) and "captions" in reward.get("init_args", {}):
         models["model.reward.captions"] = "animals"
@@ -77,7 +77,7 @@ def test_shipped_config_runs(command: Callable, name: str, request: pytest.Fixtu
     if name in EMOJI:
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.eval_rewards": "null"}
     if name == "guard":
-        models |= {"model.eval_rewards": '{"recognized": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
+        models |= {"model.eval_rewards": '{"judge": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
     result = command("fit", "--config", name, *_options(TINY | models))
     assert result.status == 0, result.err
     assert Path(f"runs/{name}/lora/best.safetensors").is_file()

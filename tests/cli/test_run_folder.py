@@ -107,7 +107,7 @@ def test_discard_removes_only_an_unused_folder_of_its_own(tmp_path: Path) -> Non
 
 def _config(**changes: object) -> dict:
     arguments = {
-        "model": {"class_path": "SD", "init_args": {"pretrained": "emoji", "lora": {"rank": 2, "alpha": 2.0}}},
+        "model": {"class_path": "SD", "init_args": {"pretrained": "emoji64", "lora": {"rank": 2, "alpha": 2.0}}},
         "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3, "betas": (0.9, 0.999)}},
         "lr_scheduler": None,
         "kl_weight": 0.0,
@@ -115,7 +115,7 @@ def _config(**changes: object) -> dict:
     return {"name": "x", "model": {"class_path": "DraftModule", "init_args": {**arguments, **changes}}}
 
 
-def _model(pretrained: str = "emoji", **lora: object) -> dict:
+def _model(pretrained: str = "emoji64", **lora: object) -> dict:
     adapters = {"rank": 2, "alpha": 2.0, **lora}
     return {"class_path": "SD", "init_args": {"pretrained": pretrained, "lora": adapters}}
 
@@ -123,8 +123,8 @@ def _model(pretrained: str = "emoji", **lora: object) -> dict:
 REFUSED = [
     ({"model": _model(alpha=4.0)}, "--model.model.lora.alpha: .*2.0 .*4.0"),
     ({"model": _model(rank=4)}, "--model.model.lora.rank"),
-    ({"model": _model("other")}, "--model.model.pretrained: .*'emoji' .*'other'"),
-    ({"model": {"class_path": "SD3", "init_args": {"pretrained": "emoji"}}}, "--model.model"),
+    ({"model": _model("other")}, "--model.model.pretrained: .*'emoji64' .*'other'"),
+    ({"model": {"class_path": "SD3", "init_args": {"pretrained": "emoji64"}}}, "--model.model"),
     ({"optimizer": {"class_path": "SGD", "init_args": {"lr": 1e-3}}}, "--model.optimizer.class_path"),
 ]
 

@@ -254,11 +254,11 @@ def test_shipped_names(tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for name in assets.NAMES:
         with pytest.raises(ConfigurationError, match=f"'{name}' is missing from .* install the package again"):
             assets.resolve(name)
-    shutil.copytree(tiny_clip, tmp_path / "emoji-clip")
-    assert assets.resolve("emoji-clip") == tmp_path / "emoji-clip"
+    shutil.copytree(tiny_clip, tmp_path / "emoji64-clip")
+    assert assets.resolve("emoji64-clip") == tmp_path / "emoji64-clip"
     images = pictures(3, 16, 16)
-    assert torch.equal(CLIPScore("emoji-clip")(images, PROMPTS), CLIPScore(str(tiny_clip))(images, PROMPTS))
-    for name in ("openai/clip-vit-base-patch32", "./emoji-clip", str(tiny_clip), ""):
+    assert torch.equal(CLIPScore("emoji64-clip")(images, PROMPTS), CLIPScore(str(tiny_clip))(images, PROMPTS))
+    for name in ("openai/clip-vit-base-patch32", "./emoji64-clip", str(tiny_clip), ""):
         assert assets.resolve(name) == name
 
 

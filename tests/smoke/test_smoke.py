@@ -31,6 +31,8 @@ from lightning_draft.configs import __file__ as configs
 from lightning_draft.rewards import CaptionRetrieval, CLIPScore, JPEGCompressibility
 
 ROOT = Path(__file__).parents[2]
+SMALL = ROOT / "tests" / "assets" / "emoji32"
+CLIP = str(SMALL.with_name("emoji32-clip"))
 QUICKSTART: dict[str, Any] = yaml.safe_load(Path(configs).with_name("quickstart.yaml").read_text())
 MODEL: dict[str, Any] = QUICKSTART["model"]["init_args"]["model"]["init_args"]
 PROMPTS = ["noto red apple", "twemoji cat"]
@@ -105,12 +107,12 @@ def test_trainer_options_take_an_integer_as_a_count_of_batches() -> None:
     assert [(type(parsed[name]), parsed[name]) for name in names] == [(int, 1)] * len(names)
 
 
-def test_shipped_model_draws_its_captions_recognizably() -> None:
-    """With a text encoder whose weights were not read, the shipped CLIP would recognize one image in hundreds."""
-    captions = (FOLDER.parent / "prompts" / "emoji.txt").read_text().splitlines()[::60]
-    model = StableDiffusion("emoji", lora=None, guidance=Guidance(1.0))
+def test_32_px_model_draws_its_captions_recognizably() -> None:
+    """With a text encoder whose weights were not read, its CLIP would recognize one image in hundreds."""
+    captions = (SMALL.parent / "prompts" / "emoji32.txt").read_text().splitlines()[::60]
+    model = StableDiffusion(str(SMALL), lora=None, guidance=Guidance(1.0))
     images = sample(model, captions, noise_for(model, len(captions)), steps=10)
-    assert CaptionRetrieval("emoji-clip", "emoji")(images, captions).mean() > 0.7
+    assert CaptionRetrieval(CLIP, str(SMALL.parent / "prompts" / "emoji32.txt"))(images, captions).mean() > 0.7
 
 
 def test_exported_adapters_give_the_same_images_in_diffusers(trained: Path) -> None:
@@ -135,17 +137,17 @@ def test_a_finished_run_is_resumed_and_sampled(trained: Path) -> None:
 
 def test_clip_score_is_the_similarity_that_transformers_computes() -> None:
     images = random_images()
-    clip = CLIPModel.from_pretrained(FOLDER / "emoji-clip", dtype=torch.float32).eval()
+    clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
     pictures = [Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()) for image in images]
-    processor = CLIPProcessor.from_pretrained(FOLDER / "emoji-clip")
+    processor = CLIPProcessor.from_pretrained(CLIP)
     with torch.no_grad():
         inputs = processor(text=PROMPTS, images=pictures, return_tensors="pt", padding="max_length")
         logits = clip(**inputs).logits_per_image
     expected = logits.diagonal() / clip.logit_scale.exp()
-    torch.testing.assert_close(CLIPScore("emoji-clip")(images, PROMPTS), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(CLIPScore(CLIP)(images, PROMPTS), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("reward", [CLIPScore("emoji-clip"), JPEGCompressibility()], ids=["CLIP", "JPEG"])
+@pytest.mark.parametrize("reward", [CLIPScore(CLIP), JPEGCompressibility()], ids=["CLIP", "JPEG"])
 def test_a_small_step_along_the_gradient_raises_the_reward(reward: torch.nn.Module) -> None:
     images = random_images().requires_grad_()
     scores = reward(images, PROMPTS)

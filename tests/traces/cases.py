@@ -32,6 +32,7 @@ from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK
 from tests.conftest import STABLE_DIFFUSION_15, write_pipeline, write_sd3_pipeline
 from tests.traces.record import Case
 
+ASSETS = Path(__file__).parents[1] / "assets"
 PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog", "a car", "bread"]
 
 METRICS = {
@@ -135,15 +136,19 @@ def velocity(folder: Path) -> StableDiffusion:
 
 
 def emoji(folder: Path) -> StableDiffusion:
-    return StableDiffusion("emoji", guidance=Guidance(1.0), lora=LoRA(rank=4, seed=0))
+    return StableDiffusion(str(ASSETS / "emoji32"), guidance=Guidance(1.0), lora=LoRA(rank=4, seed=0))
 
 
 def emoji_clip() -> CLIPClassification:
-    return CLIPClassification(pretrained="emoji-clip", captions="emoji")
+    return CLIPClassification(pretrained=str(ASSETS / "emoji32-clip"), captions=str(ASSETS / "prompts" / "emoji32.txt"))
 
 
 def emoji_prompts() -> PromptDataModule:
-    return PromptDataModule("emoji", val_prompts="emoji_unseen", batch_size=2)
+    return PromptDataModule(
+        str(ASSETS / "prompts" / "emoji32.txt"),
+        val_prompts=str(ASSETS / "prompts" / "emoji32_unseen.txt"),
+        batch_size=2,
+    )
 
 
 def direct(make: Make, **options: Any) -> Case:

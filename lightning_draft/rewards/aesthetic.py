@@ -2,7 +2,7 @@
 
 References:
     github.com/LAION-AI/aesthetic-predictor (v1); github.com/christophschuhmann/improved-aesthetic-predictor (v2);
-    Black et al., arXiv:2305.13301 (DDPO), the first to train on it.
+    Black et al., arXiv:2305.13301 (DDPO), the first to fine-tune on it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ AESTHETIC_ORIGINAL = PublishedFile(
     "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
     host="GitHub",
 )
-"""Version 2 where its author published it; the hub holds copies."""
+"""Version 2 as its author published it; the hub has copies."""
 
 _LAYERS = {"v1": ("",), "v2": ("layers.0.", "layers.2.", "layers.4.", "layers.6.", "layers.7.")}
 
@@ -44,9 +44,9 @@ _LAYERS = {"v1": ("",), "v2": ("layers.0.", "layers.2.", "layers.4.", "layers.6.
 class AestheticScore(Reward):
     """`w e + b` with CLIP's image embedding `e` of length 1: a mean human rating on a scale of 1 to 10.
 
-    Version 2 is a network of five linear layers without non-linearities; they are multiplied out to one affine map.
+    Version 2 consists of five linear layers without non-linearities; they are combined into one affine map.
     Photographs and generated images score about 4 to 7; scores lie within 5.24 +- 18.0 for version 2 and
-    3.53 +- 28.5 for version 1. The prompt is not read.
+    3.53 +- 28.5 for version 1. The prompt is ignored.
 
     Args:
         version: `v2` (`sac+logos+ava1-l14-linearMSE`) or `v1` (`sa_0_4_vit_l_14_linear`).
@@ -86,10 +86,10 @@ class AestheticScore(Reward):
 
 
 def collapse(tensors: Mapping[str, Tensor], layers: Sequence[str], source: Path | str) -> nn.Linear:
-    """Multiply a chain of linear layers out to one affine map, in double precision.
+    """Combine a chain of linear layers into one affine map, in double precision.
 
     Args:
-        tensors: `{layer}weight` and `{layer}bias` of each layer, and nothing else.
+        tensors: `{layer}weight` and `{layer}bias` of each layer, and no other tensors.
         layers: Prefixes of the layers, first to last.
         source: Where the tensors come from, for messages.
 
@@ -119,7 +119,7 @@ def collapse(tensors: Mapping[str, Tensor], layers: Sequence[str], source: Path 
 
 
 def _published(version: str, head: str | None) -> PublishedFile:
-    """Return the file to expect: the author's original if it lies there, else the copy on the hub."""
+    """Return the file to expect: the author's original if it is in the folder, else the copy on the hub."""
     original = head is not None and (Path(head).expanduser() / AESTHETIC_ORIGINAL.name).is_file()
     named = head is not None and Path(head).name == AESTHETIC_ORIGINAL.name
     return AESTHETIC_ORIGINAL if version == "v2" and (original or named) else AESTHETIC_FILES[version]

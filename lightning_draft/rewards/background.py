@@ -14,13 +14,13 @@ Result = TypeVar("Result")
 def run_all(calls: Sequence[Callable[[], Result]], concurrency: int, time_limit: float | None = None) -> list[Result]:
     """Run calls in up to `concurrency` threads and return their results in order.
 
-    The threads are daemons: neither an exception, Ctrl-C or SIGTERM here nor the end of the process waits for a call
-    that does not return.
+    The threads are daemons: an exception, Ctrl-C, SIGTERM and the end of the process do not wait for a call that does
+    not return.
 
     Args:
         calls: Functions without arguments.
         concurrency: Calls that run at the same time, at least 1.
-        time_limit: Seconds for all of them together; None for no limit.
+        time_limit: Seconds for all calls together; None for no limit.
 
     Raises:
         TimeoutError: The time limit has passed.
@@ -61,7 +61,7 @@ def _work(waiting: Any, done: Any) -> None:
 
 @contextmanager
 def _raising_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the wait within this context, where the Trainer's handler would only note it for later."""
+    """Raise an exception on SIGTERM within this context; the Trainer's handler would only record the signal."""
     previous = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield

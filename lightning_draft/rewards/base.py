@@ -20,10 +20,10 @@ _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Columns(Mapping[str, Any]):
-    """Read-only values by name, compact where many rows share their names.
+    """Read-only values by name; rows that have the same names share them to save memory.
 
     Args:
-        names: Names of the columns, one tuple for all rows.
+        names: Names of the columns, the same tuple for all rows.
         values: The row's values in that order.
     """
 
@@ -54,7 +54,7 @@ class Columns(Mapping[str, Any]):
 
 
 class Prompt(str):
-    """A prompt: a string that may carry metadata for rewards to read (a class, a count, a target).
+    """A prompt: a string that may carry metadata for rewards, such as a class, a count or a target.
 
     Args:
         text (str): The prompt.
@@ -81,12 +81,12 @@ class Prompt(str):
 class Reward(nn.Module, ABC):
     """Score images; higher is better.
 
-    A subclass implements `forward` and nothing else. Calling a reward checks images and prompts, runs `forward` and
+    A subclass implements only `forward`. Calling a reward checks images and prompts, runs `forward` and
     checks the scores. The module that trains freezes the reward's parameters and puts it into eval mode.
 
     Attributes:
-        differentiable: Whether a gradient flows from the score to the images. Direct methods such as DRaFT refuse a
-            reward without one; policy gradients and evaluation take any reward.
+        differentiable: Whether a gradient flows from the score to the images. Direct methods such as DRaFT need one;
+            policy gradients and evaluation accept any reward.
     """
 
     differentiable: bool = True
@@ -112,10 +112,10 @@ class Reward(nn.Module, ABC):
             prompts: `B` strings.
 
         Returns:
-            Finite scores `(B,)`, float32, or float64 where `forward` returns float64.
+            Finite scores `(B,)`, float32, or float64 if `forward` returns float64.
 
         Raises:
-            ConfigurationError: Images or prompts are of another form, or the scores of another shape or type.
+            ConfigurationError: Images or prompts have another type or shape, or the scores have.
             NonFiniteScoreError: A score is NaN or infinite and no gradient is computed; the message names the prompts.
                 With a gradient such a score becomes NaN with a warning, and the training module handles the step.
         """
@@ -127,22 +127,22 @@ class Reward(nn.Module, ABC):
     def breakdown(
         self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the score `(B,)` and the scores of its components by name, each `(B,)`, which a run logs."""
+        """Compute the score `(B,)` and the scores of its components by name, each `(B,)`. Training logs them."""
         return self(images, prompts), {}
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the reward needs the scores of some images (`update_statistics`) before it is trained on."""
+        """Whether the reward needs the scores of some images (`update_statistics`) before training."""
         return False
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Update running statistics with the scores of training images; by default do nothing.
 
         The module that trains calls it after each batch, with the same scores on every process. Scoring itself never
-        changes a reward. Statistics belong into `get_extra_state`, which checkpoints hold.
+        changes a reward. Return the statistics in `get_extra_state`, so that checkpoints contain them.
 
         Args:
-            scores: The components of `breakdown` by name, of the images of all processes, detached.
+            scores: The components of `breakdown` by name, detached, for the images of all processes.
         """
 
 
@@ -150,7 +150,7 @@ def check_name(name: str) -> str:
     """Return `name` if it can be part of a log key.
 
     Raises:
-        ConfigurationError: It holds other characters than letters, digits, `_` and `-`.
+        ConfigurationError: It contains other characters than letters, digits, `_` and `-`.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigurationError(

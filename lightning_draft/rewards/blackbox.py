@@ -22,7 +22,7 @@ class PythonFunction(Reward):
     """Score with a Python function `function(images, prompts)`. Black box: for policy gradients or evaluation.
 
     The function returns one number per image as a list, an array or a tensor; higher is better, any range is valid.
-    Prompts are strings; where the data has columns, `prompt.metadata` holds them.
+    Prompts are strings; `prompt.metadata` holds the other columns of the data, if there are any.
 
     Args:
         function: A callable, or its import path `module.function`; modules in the current folder are found too.
@@ -70,7 +70,7 @@ class PythonFunction(Reward):
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert images `(B, 3, H, W)` to a list of PIL images, clamped to [0, 1] and rounded to bytes."""
-    return [Image.fromarray(picture) for picture in to_uint8(images)]
+    return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -80,7 +80,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def parse_scores(scores: Any, prompts: Sequence[str], source: str) -> Tensor:
-    """Return scores that came from outside as float32 `(B,)`.
+    """Convert scores of a function or a service to float32 `(B,)`.
 
     Args:
         scores: A list, array or tensor of numbers.
@@ -117,7 +117,7 @@ def _shorten(value: Any, length: int = 200) -> str:
 def _import_function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     if not module:
-        raise ConfigurationError(f"function={path!r} is not an import path; write for example judges.{path}")
+        raise ConfigurationError(f"function={path!r} is not an import path; write for example my_rewards.{path}")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -20,8 +20,8 @@ class ClassifierTarget(Reward):
 
     Args:
         pretrained: Folder or hub id, such as `google/vit-base-patch16-224` or `microsoft/resnet-50`.
-        target: Name or number of the label; by default each prompt's metadata `target`. A label of several names,
-            as in ImageNet, is found by each of them.
+        target: Name or number of the label; by default each prompt's metadata `target`. A label with several names, as
+            in ImageNet, is found by each of them.
         dtype: Precision of the frozen weights.
 
     Raises:
@@ -44,8 +44,8 @@ class ClassifierTarget(Reward):
             self.labels.number(target)
         if model.config.problem_type == "multi_label_classification":
             raise ConfigurationError(
-                f"{pretrained!r} gives each label a probability of its own (multi_label_classification), which this "
-                "reward's softmax does not fit; use a classifier with one label per image"
+                f"{pretrained!r} is a multi-label classifier (multi_label_classification), and this reward needs a "
+                "softmax; use a classifier with one label per image"
             )
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

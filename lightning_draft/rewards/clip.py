@@ -18,7 +18,7 @@ from lightning_draft.rewards.targets import target_values
 
 
 class CLIPScore(Reward):
-    """Cosine between the CLIP features of image and prompt, in [-1, 1]; the prompt gets no prefix.
+    """Cosine between the CLIP features of image and prompt, in [-1, 1]; no prefix is added to the prompt.
 
     OpenAI's models give about 0.25 to 0.35 for matching photographs and 0.1 to 0.2 for others.
 
@@ -50,8 +50,8 @@ class CLIPScore(Reward):
 class CLIPClassification(Reward):
     """`log p(prompt | image)` by CLIP's softmax over captions, `s_prompt - logsumexp(s)`, at most 0.
 
-    `s` are cosines times CLIP's logit scale. Unlike the cosine, the reward does not rise if the similarity to all texts
-    rises. The candidates are the captions and the prompt; a caption that equals the prompt up to case and spaces
+    `s` are the cosines times CLIP's logit scale. Unlike a cosine, the reward does not rise if the similarity to all
+    texts rises. The candidates are the captions and the prompt; a caption that equals the prompt up to case and spaces
     counts once. Chance is `-log(N)` for N candidates.
 
     Args:

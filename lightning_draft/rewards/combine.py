@@ -32,13 +32,13 @@ class WeightedReward:
     Args:
         reward: The component.
         weight: Its factor, of either sign; a component of weight 0 is only logged.
-        threshold: The score that is good enough: the component counts as `min(score, threshold)`, for a negative
-            weight as `max(score, threshold)`, so that its gradient is 0 beyond. None for no threshold.
+        threshold: A score that is high enough: the component is replaced by `min(score, threshold)`, or for a negative
+            weight by `max(score, threshold)`, so that its gradient is 0 beyond the threshold. None for no threshold.
         width: Width of a smooth corner, in units of the score: the minimum becomes
             `threshold - width softplus((threshold - score) / width)`, whose gradient at the threshold is a half.
 
     Raises:
-        ConfigurationError: A number is not finite, the width is negative, or there is no threshold for it.
+        ConfigurationError: A number is not finite, the width is negative, or a width is given without a threshold.
     """
 
     reward: Reward
@@ -67,8 +67,8 @@ class WeightedReward:
 class WeightedSum(Reward):
     """`sum_i weight_i reward_i`.
 
-    The breakdown holds each component's own score by name, without weight and threshold. The sum is differentiable if
-    every component is whose weight is not 0.
+    The breakdown contains the score of each component by name, without weight and threshold. The sum is differentiable
+    if every component with a weight other than 0 is differentiable.
 
     Args:
         rewards: Components by name. Names consist of letters, digits, `_` and `-`, and become log keys.
@@ -97,7 +97,7 @@ class WeightedSum(Reward):
         return self._total(images, self._scores(images, prompts, active))
 
     def breakdown(self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]) -> Scored:
-        """Compute the sum `(B,)` and every component `(B,)` by name; a component's own ones are named `outer/inner`."""
+        """Compute the sum `(B,)` and every component `(B,)` by name; nested components are `outer/inner`."""
         images = check_images(images)
         found = self._scores(images, check_prompts(prompts, len(images)), self.weights)
         scores: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ class WeightedSum(Reward):
         return any(component.needs_calibration for component in self.components().values())
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
-        """Pass the scores of nested components on to them."""
+        """Update the statistics of nested components."""
         for name, component in self.components().items():
             head = f"{name}/"
             component.update_statistics(
@@ -150,9 +150,10 @@ class WeightedSum(Reward):
 class ZScoreSum(WeightedSum):
     """`sum_i weight_i (reward_i - mean_i) / std_i`, with running statistics of each component's scores in training.
 
-    Components of different units become comparable. The statistics start with at least 16 images of the first prompts,
-    are updated after each batch of training images and never in validation, are equal on all processes, and are part
-    of the checkpoint. Thresholds are in the component's own units. Without statistics, mean 0 and std 1 are used.
+    Components with different units become comparable. The statistics start with at least 16 images of the first
+    prompts, are updated after each batch of training images and never in validation, are equal on all processes, and
+    are part of the checkpoint. Thresholds are in the units of the component. Before there are statistics, mean 0 and
+    std 1 are used.
 
     Args:
         rewards: Components by name, as in `WeightedSum`.
@@ -196,11 +197,11 @@ class ZScoreSum(WeightedSum):
 class GradientNormSum(WeightedSum):
     """`sum_i weight_i reward_i` with the gradient `sum_i weight_i c g_i / |g_i|`: components have equal gradient norms.
 
-    `g_i` is the gradient of a component's own score with respect to one image, and `c` the mean of the norms `|g_i|`
-    over the components for this image, so that a sum of one component equals that component. A component whose
-    gradient is 0 contributes 0. Thresholds act after the norms are made equal, so that a component's contribution
-    vanishes at its threshold. The value is the plain weighted sum, of which this is not the gradient. Each component's
-    graph is freed before the next component runs.
+    `g_i` is the gradient of the component's score with respect to one image, and `c` the mean of the norms `|g_i|`
+    over the components for this image, so that a sum of one component equals that component. A component whose gradient
+    is 0 contributes 0. Thresholds are applied after the norms are made equal, so that a component's contribution is 0
+    beyond its threshold. The value is the plain weighted sum, and the gradient is not the gradient of this value. Each
+    component's graph is freed before the next component runs.
 
     Args:
         rewards: Components by name, as in `WeightedSum`.
@@ -223,13 +224,13 @@ class GradientNormSum(WeightedSum):
         for name, gradient in gradients.items():
             factor = torch.where(norms[name] > 0, common / norms[name], 0.0)
             slope = factor.view(-1, 1, 1, 1) * gradient
-            # The added term has value 0 and gradient `slope`: the score keeps its value and gets this gradient.
+            # The added term has value 0 and gradient `slope`, so that only the gradient of the score changes.
             found[name] = found[name][0] + (slope * (x - x.detach())).flatten(1).sum(1), found[name][1]
         return found
 
 
 class RunningMoments:
-    """Running mean and variance of numbers that come in batches.
+    """Running mean and variance of batches of numbers.
 
     The first `memory` numbers have equal weight (Chan's update, which is exact); after that a batch of `b` numbers has
     the weight `b / (memory + b)`.
@@ -265,7 +266,7 @@ class RunningMoments:
 
 
 def image_gradient(scores: Tensor, images: Tensor) -> Tensor:
-    """Return the gradient `(B, 3, H, W)` of each image's own score, 0 if there is none, and free the graph."""
+    """Return the gradient `(B, 3, H, W)` of each image's score, 0 if there is none, and free the graph."""
     if not scores.requires_grad:
         return torch.zeros_like(images)
     (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)

@@ -125,7 +125,7 @@ class ObjectCount(ObjectPresent):
 
 
 class DetectedCount(Reward):
-    """Number of boxes that the detector's own post-processing keeps. Black box.
+    """Number of boxes that the detector's post-processing keeps. Black box.
 
     Images are rounded to 256 levels first, as in a saved image.
 
@@ -173,8 +173,8 @@ class DetectedCount(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
         objects = target_values(prompts, "object", self.object, type(self).__name__)
-        pictures = images.float().clamp(0, 1).mul(255).round() / 255
-        found = self.detector.count(pictures, objects, self.threshold)
+        rounded = images.float().clamp(0, 1).mul(255).round() / 255
+        found = self.detector.count(rounded, objects, self.threshold)
         if self.score == "number":
             return found
         return -((found - target_counts(prompts, self.count, type(self).__name__).to(found)) ** 2)
@@ -196,7 +196,7 @@ def target_counts(prompts: Sequence[str], own: float | None, reward: str) -> Ten
     """Return the wanted number of objects of each image, float64 `(B,)`.
 
     Raises:
-        ConfigurationError: The number of a prompt is missing or no number.
+        ConfigurationError: The count of a prompt is missing or is not a number.
     """
     found = target_values(prompts, "count", own, reward)
     try:

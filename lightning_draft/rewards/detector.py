@@ -81,7 +81,7 @@ class TextDetector(Detector):
         self.query = query
 
     def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
-        """Apply the class head without its query mask, which would cast to float32."""
+        """Apply the class head without its query mask, because the mask would cast to float32."""
         return self._patches(pixels, objects)[0]
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class TextDetector(Detector):
         texts = [self.query.replace("{}", str(name)) for name in objects]
         length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        # Attention is causal and the feature is that of the end token, so what pads the text behind it needs no mask.
+        # Attention is causal and the feature is that of the end token, so the padding after it needs no mask.
         with default_dtype(self.model.dtype):  # the dtype of the causal mask in transformers 4
             features = self.model.base_model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device))
         features = features if isinstance(features, Tensor) else features.pooler_output
@@ -129,11 +129,11 @@ class LabelDetector(Detector):
         self.labels = Labels(model.config.id2label, source)
 
     def check(self, name: str) -> None:
-        """Check that it is one of the labels."""
+        """Check that the name is one of the labels."""
         self.labels.number(name)
 
     def logits(self, pixels: Tensor, objects: Sequence[Any]) -> Tensor:
-        """Return the logit of a detector with sigmoid outputs, `log(p / (1 - p))` of one with a softmax."""
+        """Return the logits of a detector with sigmoid outputs, or `log(p / (1 - p))` for one with a softmax."""
         scores = self.model(pixel_values=pixels).logits
         numbers = torch.tensor([self.labels.number(name) for name in objects], device=scores.device)
         column = numbers.view(-1, 1, 1).expand(-1, scores.shape[1], 1)

@@ -1,7 +1,7 @@
 """Human Preference Score v2 and v2.1.
 
 References:
-    Wu et al., arXiv:2306.09341 (HPSv2), and the `hpsv2` package, whose score this is.
+    Wu et al., arXiv:2306.09341 (HPSv2), and the `hpsv2` package, which computes the same score.
 """
 
 from collections.abc import Sequence
@@ -34,17 +34,17 @@ class HPSv2(Reward):
     The authors' benchmark, which prints 100 times this value, has means from 0.15 (GLIDE) to 0.31 (SDXL) with v2.1,
     and from 0.24 to 0.28 with v2.0. The longest side is resized to 224 pixels and the rest is padded with black.
 
-    The published open_clip checkpoint is converted, without the `hpsv2` package and without LAION's base weights; two
-    gigabytes are downloaded once.
+    The published open_clip checkpoint (2 GB, downloaded once) is converted; the `hpsv2` package and LAION's base
+    weights are not needed.
 
     Args:
-        version: `v2.1`, trained on more and cleaner preferences, or `v2.0`, the one of the paper. Their scores are not
-            comparable.
+        version: `v2.1`, trained on more and cleaner preferences, or `v2.0`, the version of the paper. Their scores are
+            not comparable.
         weights: The checkpoint or its folder; None for the hub's cache or a download.
         tokenizer: Folder or hub id of CLIP's tokenizer.
         dtype: Precision of the frozen weights.
-        antialias: Whether shrinking averages, as torchvision's tensor resize does since version 0.17; scores published
-            before were made without.
+        antialias: Whether downsampling is antialiased, as in torchvision's tensor resize since version 0.17; older
+            published scores were computed without antialiasing.
 
     Raises:
         ConfigurationError: The version is not known, or weights or tokenizer are missing or of another model.

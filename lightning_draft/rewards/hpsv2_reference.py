@@ -1,13 +1,13 @@
-"""The `hpsv2` package as a black-box reward: the reference for `HPSv2`, which needs no package.
+"""The `hpsv2` package as a black-box reward, as a reference for `HPSv2`; `HPSv2` itself does not need the package.
 
-`pip install hpsv2` pins a protobuf too old for TensorBoard, and replaces pytest; its wheel lacks the vocabulary of its
-tokenizer, and imports the drawing module `turtle`, and so tkinter; it downloads 4 GB of weights only to overwrite
-them. Installed beside current packages, with none of that:
+`pip install hpsv2` pins a version of protobuf that is too old for TensorBoard and replaces pytest. Its wheel lacks the
+vocabulary of its tokenizer and imports the module `turtle`, which needs tkinter. It downloads 4 GB of weights and then
+overwrites them. These commands install it beside current packages without these effects:
 
     pip install --no-deps hpsv2==1.2.0
     pip install ftfy regex clint requests torchvision
 
-with the torchvision that belongs to the installed torch.
+with the version of torchvision that belongs to the installed torch.
 """
 
 import gzip
@@ -33,15 +33,15 @@ from lightning_draft.rewards.weights import find_file, load_state, read_tensors
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _INSTALL = (
     "pip install --no-deps hpsv2==1.2.0 and then pip install ftfy regex clint requests torchvision, with the "
-    "torchvision that belongs to your torch; the reward HPSv2 computes the same and needs none of them"
+    "torchvision version of your torch; the reward HPSv2 computes the same score without these packages"
 )
 
 
 class HPSv2Reference(Reward):
     """Score with the `hpsv2` package, one image at a time. Black box.
 
-    Model, preprocessing and tokenizer are the package's; images are rounded to bytes, as files are. The checkpoint is
-    read by this package, without running code.
+    Model, preprocessing and tokenizer are those of the `hpsv2` package; images are rounded to bytes, as in image files.
+    The checkpoint is read by lightning-draft, without running code.
 
     Args:
         version: `v2.1` or `v2.0`.
@@ -82,8 +82,8 @@ class HPSv2Reference(Reward):
         pixels = images.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
         scores = []
         with full_precision(images):
-            for picture, prompt in zip(pixels, prompts, strict=True):
-                image = self.preprocess(Image.fromarray(picture.numpy())).unsqueeze(0).to(device)
+            for array, prompt in zip(pixels, prompts, strict=True):
+                image = self.preprocess(Image.fromarray(array.numpy())).unsqueeze(0).to(device)
                 output = self.model(image, self.package.tokenize([str(prompt)]).to(device))
                 scores.append((output["image_features"] * output["text_features"]).sum())
         return torch.stack(scores).to(images.device, torch.float32)

@@ -1,4 +1,4 @@
-"""HTTP requests of rewards: addresses without secrets, one attempt with a time limit, and what may be repeated."""
+"""HTTP requests of rewards: URLs without secrets, attempts with a time limit, and which errors are temporary."""
 
 import os
 import re
@@ -20,10 +20,10 @@ _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|credential", re.IGNOR
 
 
 def check_url(url: str) -> str:
-    """Return `url` if it is the address of a service and holds no secret.
+    """Return `url` if it is the address of a service and contains no secret.
 
     Raises:
-        ConfigurationError: It is not an HTTP address, it holds a password or a key in plain text, or an environment
+        ConfigurationError: It is not an HTTP address, it contains a password or a key in plain text, or an environment
             variable that it names is not set.
     """
     shown = redact(url)
@@ -35,11 +35,11 @@ def check_url(url: str) -> str:
     except ValueError as error:
         raise ConfigurationError(f"url={shown!r}: {error}; write http://host:port/path") from error
     if parts.username or parts.password:
-        raise ConfigurationError("url holds a password, which would be saved with the config; use token_variable")
+        raise ConfigurationError("url contains a password, which would be saved with the config; use token_variable")
     for name, value in parse_qsl(parts.query):
         if _SECRET.search(name) and not _VARIABLE.fullmatch(value):
             raise ConfigurationError(
-                f"url holds the value of {name!r}, which would be saved with the config; put it into an environment "
+                f"url contains the value of {name!r}, which would be saved with the config; put it into an environment "
                 f"variable and write {shown}?{name}={{VARIABLE}}, or use token_variable"
             )
     expand_url(url)
@@ -138,7 +138,7 @@ def reason(error: Exception) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the request would arrive without its body, and the token would go elsewhere."""
+    """Follow no redirect: the request would arrive without its body, and the token would be sent to another server."""
 
     def redirect_request(self, *_: Any) -> None:
         """Return None, so that the status becomes the error."""

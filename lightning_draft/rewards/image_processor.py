@@ -1,4 +1,4 @@
-"""Image processors of transformers on tensors, with gradient, from their own configuration."""
+"""Image processors of transformers on tensors, with gradient, read from their configuration."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,10 +24,10 @@ _GRAY = 0.5
 class PixelValues:
     """Convert images in [0, 1] to a network's input as an image processor of transformers does, with gradient.
 
-    Pillow rounds to bytes after each pass of a resize and the tensors do not: the two differ by about a level of 255.
+    Pillow rounds to bytes after each pass of a resize and this class does not: the results differ by about 1/255.
 
     Args:
-        config: The processor's configuration, complete: `processor.to_dict()`.
+        config: The complete configuration of the processor: `processor.to_dict()`.
 
     Raises:
         ConfigurationError: The processor or its kind of resizing is not supported.
@@ -99,7 +99,7 @@ def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _smooth(images: Tensor, sigma: float, dim: int) -> Tensor:
-    """Convolve with a Gaussian of `sigma` pixels, cut after 4 sigma, along one dimension; the image is mirrored."""
+    """Convolve with a Gaussian of `sigma` pixels, truncated at 4 sigma, along one dimension, with mirrored borders."""
     radius = int(4 * sigma + 0.5)
     if radius < 1:
         return images
@@ -129,7 +129,7 @@ def _size(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _with_crop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """ConvNeXt and ResNet: below 384 pixels a larger resize and a crop, else a resize to a square."""
+    """Return ConvNeXt's and ResNet's resize: below 384 pixels to a larger size with a crop, else to a square."""
     side = config["size"]["shortest_edge"]
     square = {"height": side, "width": side}
     if side >= 384:

@@ -1,6 +1,6 @@
 """ImageReward: a human preference score from BLIP and a linear head.
 
-The published weights are read into transformers' own BLIP classes; the `image-reward` package is not needed.
+The published weights are loaded into transformers' BLIP classes; the `image-reward` package is not needed.
 
 References:
     Xu et al., arXiv:2304.05977 (ImageReward); Li et al., arXiv:2201.12086 (BLIP).
@@ -102,7 +102,7 @@ class PreferenceModel(nn.Module):
     """BLIP's vision transformer, its text encoder with cross-attention, and a head without non-linearities.
 
     Args:
-        tensors: The published state dict; all sizes except the text encoder's are read from its shapes.
+        tensors: The published state dict; its shapes give all sizes except those of the text encoder.
         config: The text encoder's configuration.
         source: Where the tensors come from, for messages.
 
@@ -131,7 +131,7 @@ class PreferenceModel(nn.Module):
             )
         except KeyError as error:
             raise ConfigurationError(
-                f"{source} does not hold an ImageReward: it lacks {error}; give {WEIGHTS}"
+                f"{source} is not a checkpoint of ImageReward: it lacks {error}; give {WEIGHTS}"
             ) from error
         text = BlipTextConfig(**{name: config[name] for name in _TEXT}, encoder_hidden_size=width, is_decoder=True)
         self.vision = BlipVisionModel(vision)
@@ -187,7 +187,7 @@ def convert_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_tokenizer(vocabulary: Path, words: int) -> Any:
-    """Read BERT's tokenizer and add the two tokens of BLIP, which the embedding has rows for."""
+    """Read BERT's tokenizer and add BLIP's two tokens, for which the embedding has rows."""
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(vocabulary.parent)

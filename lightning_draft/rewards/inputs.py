@@ -13,7 +13,7 @@ from lightning_draft.arguments import prompt_list
 from lightning_draft.errors import ConfigurationError
 
 LARGEST_PIXEL = 8.0
-"""Images in [0, 1] overshoot by fractions; without a negative value and above this, the scale is that of bytes."""
+"""Decoded images exceed 1 only slightly. Values above this limit, without negative values, are taken for bytes."""
 
 
 class NonFiniteScoreError(ValueError):
@@ -64,7 +64,7 @@ def check_scores(scores: Any, batch_size: int, reward: nn.Module) -> Tensor:
     Integers, booleans and half precision are converted to float32; float64 is kept.
 
     Raises:
-        ConfigurationError: They are no tensor, or have another shape or type; the message names the reward.
+        ConfigurationError: They are not a tensor, or have another shape or type; the message names the reward.
     """
     name = f"{type(reward).__name__}.forward"
     if not isinstance(scores, Tensor):
@@ -85,8 +85,8 @@ def check_scores(scores: Any, batch_size: int, reward: nn.Module) -> Tensor:
 def check_finite(scores: Tensor, images: Tensor, prompts: Sequence[str], reward: nn.Module) -> Tensor:
     """Return the scores if they are finite.
 
-    While a gradient is computed through the reward, a score that is not finite becomes NaN with a warning: then the
-    gradient is not finite either, and the training module decides whether to skip the step or to stop.
+    If a gradient is computed through the reward, a score that is not finite becomes NaN with a warning. The gradient is
+    then not finite either, and the training module decides whether to skip the step or to stop.
 
     Raises:
         NonFiniteScoreError: Some are NaN or infinite and no gradient is computed; the message names their prompts.
@@ -102,7 +102,7 @@ def check_finite(scores: Tensor, images: Tensor, prompts: Sequence[str], reward:
 
 
 def from_pil(images: Sequence[Any]) -> Tensor:
-    """Convert PIL images of one size to float32 `(B, 3, H, W)` in [0, 1]; transparent ones are put on white.
+    """Convert PIL images of one size to float32 `(B, 3, H, W)` in [0, 1], transparent images on a white background.
 
     Raises:
         ConfigurationError: The sizes differ.

@@ -1,8 +1,8 @@
-"""JPEG compressibility: two differentiable measures, and the size of the file.
+"""JPEG compressibility: two differentiable estimates, and the size of the file.
 
 `JPEGRate` is recommended for training. On 32x32 emoji at quality 95 its rank correlation with the true size is 0.99;
-that of the distortion is 0.63. Sixty steps of Adam on their pixels shrink the files from 1.43 to 1.07 kB with the rate
-and to 1.21 kB with the distortion (at quality 50), with larger changes of the images.
+that of the distortion is 0.63. Sixty steps of Adam on the pixels shrink the files from 1.43 to 1.07 kB with the rate.
+With the distortion (at quality 50) they shrink to 1.21 kB, and the images change more.
 
 References:
     Clark et al., arXiv:2309.17400 (DRaFT), the compressibility rewards: minus and plus `|x - jpeg(x)|^2`.
@@ -25,7 +25,7 @@ Rounding = Literal["exact", "straight_through"]
 
 
 def straight_through(values: Tensor) -> Tensor:
-    """Round, with the gradient of the identity."""
+    """Round values; the gradient is that of the identity."""
     return values + (values.round() - values).detach()
 
 
@@ -33,18 +33,18 @@ _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"exact": torch.round, "stra
 
 
 class JPEGCompressibility(Reward):
-    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: the loss by quantization.
+    """`-mean (x - jpeg(x))^2` over pixels and channels of images in [0, 1]: the quantization error.
 
-    In [-1, 0]; at quality 50 photographs and drawings score between -0.01 and 0.
+    The range is [-1, 0]; at quality 50 photographs and drawings score between -0.01 and 0.
 
     Args:
         quality: 1 (coarse) to 100.
         rounding: Derivative of the rounding of coefficients. `exact`: 0, so that coefficients move towards their
-            rounded values, most of which are 0. `straight_through`: 1, which makes the gradient of the luma exactly 0;
+            rounded values, most of which are 0. `straight_through`: 1; the gradient of the luma is then exactly 0, and
             only the chroma lost by subsampling has a gradient.
 
     Raises:
-        ConfigurationError: Quality or rounding are not known.
+        ConfigurationError: The quality or the rounding is not known.
     """
 
     def __init__(self, quality: int = 50, rounding: Rounding = "exact") -> None:
@@ -62,7 +62,7 @@ class JPEGCompressibility(Reward):
 
 
 class JPEGIncompressibility(JPEGCompressibility):
-    """`mean (x - jpeg(x))^2`: rewards detail that JPEG loses; in [0, 1].
+    """`mean (x - jpeg(x))^2`, in [0, 1]: rewards detail that JPEG loses.
 
     Args:
         quality: 1 (coarse) to 100.
@@ -75,11 +75,11 @@ class JPEGIncompressibility(JPEGCompressibility):
 
 
 class JPEGRate(Reward):
-    """Minus an estimate of the file's size: `sum log2(1 + |c / q|)` over all DCT coefficients, in kilobytes of 8000.
+    """Minus an estimate of the file size: `sum log2(1 + |c / q|) / 8000` over all DCT coefficients, in kilobytes.
 
-    As in the file, the first coefficient of a block counts as its difference from the previous block, so that the
-    average color costs nothing. The sum is proportional to the true size without headers (about 0.6 kB); the true
-    bytes are about 2.6 times as many. At quality 95, 32x32 images score between -0.5 and 0.
+    As in the file, the first coefficient of a block is replaced by its difference from the previous block, so that the
+    average color does not matter. The true size without headers (about 0.6 kB) is about 2.6 times the estimate. At
+    quality 95, 32x32 images score between -0.5 and 0.
 
     Args:
         quality: 1 (coarse) to 100.
@@ -102,9 +102,10 @@ class JPEGRate(Reward):
 
 
 class JPEGSize(Reward):
-    """Minus the kilobytes (of 1000) of the real JPEG file, as Pillow writes it with 4:2:0 chroma. Black box.
+    """Minus the size of the JPEG file in kilobytes (1000 bytes), as Pillow writes it with 4:2:0 chroma. Black box.
 
-    32x32 images score between -2 and -0.6, of which 0.6 are headers; 512x512 photographs at quality 95 about -100.
+    32x32 images score between -2 and -0.6, of which -0.6 are headers; 512x512 photographs at quality 95 score about
+    -100.
 
     Args:
         quality: 1 (coarse) to 100.
@@ -124,21 +125,21 @@ class JPEGSize(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)`, clamped and rounded to bytes, to `(B,)`."""
         pixels = images.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
-        sizes = [len(jpeg_bytes(picture, self.quality)) for picture in pixels]
+        sizes = [len(jpeg_bytes(image, self.quality)) for image in pixels]
         return self.sign * torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
 
-def jpeg_bytes(picture: Tensor, quality: int) -> bytes:
+def jpeg_bytes(image: Tensor, quality: int) -> bytes:
     """Encode an image, uint8 `(H, W, 3)`, as a JPEG file."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    Image.fromarray(image.numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     return file.getvalue()
 
 
 def _scans(coefficients: Coefficients) -> list[Tensor]:
-    """Coefficients `(B, blocks, 64)` of each plane as they are coded: in file order, the first as a difference."""
+    """Return coefficients `(B, blocks, 64)` of each plane in file order, the first of each block as a difference."""
     height, width = (-(-side // 8) for side in coefficients.size)
     inside = coefficients.luma[:, :height, :width]
     order = sorted(range(height * width), key=lambda i: _place(*divmod(i, width)))
@@ -147,7 +148,7 @@ def _scans(coefficients: Coefficients) -> list[Tensor]:
 
 
 def _place(row: int, column: int) -> tuple[int, int, int, int]:
-    """Sort key of a luma block: squares of 2x2 blocks one after the other."""
+    """Return the sort key of a luma block: 2x2 groups of blocks, one after the other."""
     return row // 2, column // 2, row % 2, column % 2
 
 

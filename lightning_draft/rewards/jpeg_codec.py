@@ -51,13 +51,13 @@ def check_quality(quality: int) -> int:
 
 
 def quantization_tables(quality: int) -> tuple[Tensor, Tensor]:
-    """Luma and chroma tables `(8, 8)`, float64, integers in 1..255, as libjpeg scales the standard ones.
+    """Return libjpeg's luma and chroma tables `(8, 8)` for a quality, float64, with integer values in 1..255.
 
     Args:
         quality: 1 (coarse) to 100.
 
     Raises:
-        ConfigurationError: The quality lies outside.
+        ConfigurationError: The quality is not valid.
     """
     check_quality(quality)
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
@@ -67,7 +67,7 @@ def quantization_tables(quality: int) -> tuple[Tensor, Tensor]:
 
 
 def dct_matrix() -> Tensor:
-    """The orthonormal DCT-II of 8 points, float64 `(frequency, sample)`."""
+    """Return the orthonormal DCT-II matrix of 8 points, float64 `(frequency, sample)`."""
     frequency, sample = torch.arange(8.0, dtype=torch.float64).view(8, 1), torch.arange(8.0, dtype=torch.float64)
     matrix = torch.cos(math.pi * frequency * (2 * sample + 1) / 16) / 2
     matrix[0] /= 2**0.5
@@ -76,12 +76,12 @@ def dct_matrix() -> Tensor:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """DCT coefficients in units of their quantization step, by block: each `(B, rows, columns, 8, 8)`.
+    """DCT coefficients by block, `(B, rows, columns, 8, 8)` each, in units of their quantization step.
 
     Args:
-        luma: Of Y; an even number of rows and columns.
-        cb: Of the blue difference, half the rows and columns.
-        cr: Of the red difference.
+        luma: Coefficients of Y, with an even number of rows and columns.
+        cb: Coefficients of the blue difference, with half the rows and columns.
+        cr: Coefficients of the red difference, with half the rows and columns.
         size: Height and width of the image in pixels.
     """
 
@@ -108,7 +108,7 @@ class JPEGCodec:
         self.dct = dct_matrix()
 
     def encode(self, images: Tensor) -> Coefficients:
-        """Images `(B, 3, H, W)` in [0, 1] to coefficients that are not rounded."""
+        """Convert images `(B, 3, H, W)` in [0, 1] to coefficients that are not rounded."""
         height, width = images.shape[-2:]
         padded = _replicate(images, height + height % 2, _multiple(width, 16))
         ycbcr = torch.einsum("bchw,yc->byhw", 255 * padded, images.new_tensor(YCBCR))
@@ -119,7 +119,7 @@ class JPEGCodec:
         return Coefficients(self._analyze(luma, self.luma_table), cb, cr, (height, width))
 
     def decode(self, coefficients: Coefficients) -> Tensor:
-        """Images `(B, 3, H, W)`, not clamped to [0, 1], from coefficients, rounded or not."""
+        """Convert coefficients, rounded or not, to images `(B, 3, H, W)` that are not clamped to [0, 1]."""
         height, width = coefficients.size
         luma = self._synthesize(coefficients.luma, self.luma_table)[:, :height, :width] + 128
         chroma = torch.stack(

@@ -16,7 +16,7 @@ from lightning_draft.rewards.precision import Precision
 class PickScore(Reward):
     """`exp(logit_scale) cos(image, prompt)` of a CLIP ViT-H-14 fine-tuned on Pick-a-Pic, in [-100, 100].
 
-    Generated images score about 18 to 24; one point more multiplies the odds of being preferred by `e`.
+    Generated images score about 18 to 24. An increase by 1 multiplies the odds of being preferred by `e`.
 
     Args:
         pretrained: Folder or hub id of the transformers CLIP; the published one is 4 GB in single precision.
@@ -24,7 +24,7 @@ class PickScore(Reward):
         dtype: Precision of the frozen weights.
 
     Raises:
-        ConfigurationError: Model or processor cannot be read, or is not that of a CLIP.
+        ConfigurationError: Model or processor cannot be read, or do not belong to a CLIP.
     """
 
     def __init__(

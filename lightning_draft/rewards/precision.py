@@ -24,7 +24,7 @@ def check_precision(dtype: str) -> None:
 
 @contextmanager
 def full_precision(images: Tensor) -> Iterator[Tensor]:
-    """Turn autocast off within this context; yield `images` as float32, or unchanged if they are float64."""
+    """Disable autocast within this context; yield `images` as float32, or unchanged if they are float64."""
     with torch.autocast(images.device.type, enabled=False):
         yield images if images.dtype == torch.float64 else images.float()
 

@@ -21,10 +21,11 @@ class Preprocessing:
     """A CLIP image processor on tensors: resize, center crop, normalize.
 
     Args:
-        shortest: Length of the shortest side after resizing, in pixels; or the size (height, width); or None.
+        shortest: Length of the shortest side after resizing, in pixels; or the size (height, width); None for no
+            resizing.
         crop: Height and width of the crop; None for none. Images that are smaller are padded with black.
-        mean: Subtracted, by channel.
-        std: Divided by, by channel.
+        mean: Mean of each channel, which is subtracted.
+        std: Standard deviation of each channel, by which images are divided.
         mode: Interpolation, always with antialiasing.
         scale: Factor of images in [0, 1] before the mean is subtracted.
     """
@@ -41,7 +42,7 @@ class Preprocessing:
         """Read an image processor's configuration.
 
         Raises:
-            ConfigurationError: It asks for a resize that is not bilinear or bicubic, or by the longest edge.
+            ConfigurationError: The resize is not bilinear or bicubic, or is by the longest edge.
         """
         mode = _MODES.get(config.get("resample", 3))
         size = config.get("size", 224)
@@ -88,9 +89,9 @@ class LongestSide:
 
     Args:
         size: Height and width of the result, in pixels.
-        antialias: Whether shrinking averages. torchvision does so on tensors since version 0.17, and did not before.
-        mean: Subtracted, by channel.
-        std: Divided by, by channel.
+        antialias: Whether downsampling is antialiased, as in torchvision's resize of tensors since version 0.17.
+        mean: Mean of each channel, which is subtracted.
+        std: Standard deviation of each channel, by which images are divided.
     """
 
     size: int
@@ -123,6 +124,6 @@ def _pair(size: Mapping[str, int] | int) -> tuple[int, int]:
 
 
 def _margins(length: int, crop: int) -> tuple[int, int]:
-    """Padding before and after that makes `crop` of `length`; negative where it cuts."""
+    """Return the padding before and after that changes `length` to `crop`; negative for a crop."""
     before = -((length - crop) // 2) if crop <= length else math.ceil((crop - length) / 2)
     return before, crop - length - before

@@ -11,15 +11,15 @@ from lightning_draft.errors import ConfigurationError
 
 @contextmanager
 def reading(kind: str, pretrained: str, wanted: str) -> Iterator[Path | str]:
-    """Turn errors of reading a model within this context into one message; yield its folder or hub id.
+    """Convert errors of reading a model within this context into one message; yield its folder or hub id.
 
     Args:
-        kind: Of model, for messages.
+        kind: Kind of model, for messages.
         pretrained: Folder, hub id or shipped name, as the user gave it.
         wanted: What can be given instead, with an example, for messages.
 
     Raises:
-        ConfigurationError: Something is missing; the message says what and what to give instead.
+        ConfigurationError: The model cannot be read; the message gives the reason and what to write instead.
     """
     try:
         with quiet():
@@ -42,7 +42,7 @@ def load(kind: Any, source: Path | str, config: Any = None) -> Any:
         config: Its configuration; by default the one beside the weights.
 
     Raises:
-        OSError, ImportError, ValueError: There is none, or some of its weights are missing.
+        OSError, ImportError, ValueError: There is no model, or some of its weights are missing.
     """
     model, report = kind.from_pretrained(source, config=config, weights_only=True, output_loading_info=True)
     if report["missing_keys"]:

@@ -14,14 +14,16 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.precision import full_precision
 from lightning_draft.rewards.pretrained import reading
 
-_EXPECTED = "a judge (config.json with `architecture` and `size`, model.safetensors), such as emoji64-judge"
+_EXPECTED = (
+    "a quality classifier (config.json with `architecture` and `size`, model.safetensors), such as emoji64-judge"
+)
 
 
 class ImageQuality(Reward):
-    """Log-probability that an image is clean: `log sigmoid(f(x))`, at most 0, of a small network `f`.
+    """Log-probability that an image is clean: `log sigmoid(f(x))`, at most 0, of a small classifier `f`.
 
     The gradient vanishes for images that are almost certainly clean, so that training does not raise the logit by
-    changes that no longer improve the image. The prompt is not read.
+    changes that no longer improve the image. The prompt is ignored.
 
     Args:
         pretrained: Folder with `config.json` and `model.safetensors`, or the shipped names `emoji64-judge` (trained on)
@@ -29,7 +31,7 @@ class ImageQuality(Reward):
         bounded: False returns the logit `f(x)` instead.
 
     Raises:
-        ConfigurationError: There is no judge, or its architecture is not known.
+        ConfigurationError: There is no classifier, or its architecture is not known.
     """
 
     def __init__(self, pretrained: str, bounded: bool = True) -> None:

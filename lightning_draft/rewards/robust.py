@@ -23,7 +23,7 @@ _SMOOTHING = 1e-6
 
 
 class WrappedReward(Reward):
-    """A reward that is computed from one other reward, whose statistics it passes on.
+    """A reward that is computed from one other reward; running statistics are those of the other reward.
 
     Args:
         reward: The other reward.
@@ -40,7 +40,7 @@ class WrappedReward(Reward):
         return self.reward.needs_calibration
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
-        """Pass the components of the wrapped reward on to it."""
+        """Update the running statistics of the wrapped reward."""
         self.reward.update_statistics(scores)
 
     def _reward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -52,7 +52,7 @@ class Augmentation:
     """One random change of an image `(3, H, W)`; lengths are fractions of the image's sides.
 
     Args:
-        scale: Side of the window that is cut out and resized to the whole image, in (0, 1].
+        scale: Side of the window that is cropped and resized to the whole image, in (0, 1].
         offset: Displacement of the window's center to the right and downwards.
         gain: Factor of each color channel, `(3,)`.
         noise: Standard deviation of the added Gaussian noise.
@@ -66,7 +66,7 @@ class Augmentation:
     seed: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Change images `(B, 3, H, W)`, all in the same way; bilinear, mirrored beyond the border."""
+        """Apply the change to all images `(B, 3, H, W)`, with bilinear interpolation and mirrored borders."""
         if self.scale != 1 or self.offset != (0.0, 0.0):
             right, down = (2 * length for length in self.offset)
             matrix = images.new_tensor([[self.scale, 0.0, right], [0.0, self.scale, down]]).expand(len(images), 2, 3)
@@ -83,20 +83,20 @@ class Augmented(WrappedReward):
     """`(1 / K) sum_k reward(A_k(image), prompt)` over K random augmentations `A_k`.
 
     Averaging removes the effect of details that raise the score only at exact pixel positions. The range is that of the
-    reward; the cost is K times its cost.
+    reward, and the cost is K times the reward's cost.
 
     Args:
         reward: The reward to average.
         samples: Number K of augmentations.
-        crop: Largest fraction of the sides that is cut off, in [0, 0.9]; the rest is resized to the whole image.
+        crop: Largest fraction of the sides that is cropped away, in [0, 0.9]; the rest is resized to the whole image.
         shift: Largest shift, as a fraction of the sides, in [0, 0.5].
         tint: Largest relative change of each color channel, in [0, 1].
         noise: Standard deviation of added Gaussian noise, in units of [0, 1] pixels.
-        seed: Seed of the augmentations, which then are the same at every call; None draws new ones at each call from
-            torch's global generator, during evaluation too.
+        seed: Seed of the augmentations, which are then the same at every call. None samples new augmentations at each
+            call from torch's global generator, also during evaluation.
 
     Raises:
-        ConfigurationError: A number is outside of its range, or all of them are 0.
+        ConfigurationError: A number is outside its range, or all of them are 0.
     """
 
     def __init__(
@@ -122,16 +122,16 @@ class Augmented(WrappedReward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""
         with full_precision(images) as x:
-            changed = [augmentation(x) for augmentation in self.draw()]
+            changed = [augmentation(x) for augmentation in self.augmentations()]
         return torch.stack([self._reward(version, prompts) for version in changed]).mean(0)
 
-    def draw(self) -> list[Augmentation]:
-        """Draw the augmentations of one call."""
+    def augmentations(self) -> list[Augmentation]:
+        """Sample the augmentations of one call."""
         seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
-        return [self._draw(generator) for _ in range(self.samples)]
+        return [self._augmentation(generator) for _ in range(self.samples)]
 
-    def _draw(self, generator: torch.Generator) -> Augmentation:
+    def _augmentation(self, generator: torch.Generator) -> Augmentation:
         size, x, y, right, down, *gain = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
         cut = self.crop * size
         offset = [cut * (a - 0.5) + self.shift * (2 * b - 1) for a, b in ((x, right), (y, down))]
@@ -144,8 +144,8 @@ class Ensemble(WeightedSum):
     """The mean, the minimum, or the mean minus a multiple of the standard deviation of several rewards.
 
     With scores `r_i`: `mean_i r_i`, `min_i r_i`, or `mean_i r_i - coefficient sqrt(mean_i (r_i - mean r)^2)`. The
-    minimum and `mean_minus_std` give a low score to images on which the rewards disagree. The rewards must have one
-    unit, such as one model trained with several seeds; divide others by their spread first.
+    minimum and `mean_minus_std` give a low score to images on which the rewards disagree. The rewards must have the
+    same unit, such as one model trained with several seeds; divide others by their standard deviation first.
 
     Args:
         rewards: Rewards by name; names become log keys.
@@ -175,7 +175,7 @@ class Ensemble(WeightedSum):
         mean = scores.mean(0)
         if self.how == "mean":
             return mean
-        # Smoothed, since the square root has no finite gradient where all rewards agree.
+        # Smoothed, because the square root has no finite gradient if all rewards agree.
         std = (scores.var(0, correction=0) + _SMOOTHING**2).sqrt() - _SMOOTHING
         return mean - self.coefficient * std
 
@@ -183,11 +183,11 @@ class Ensemble(WeightedSum):
 class Relative(WrappedReward):
     """`(1 + k) reward(image, positive + prompt) - reward(image, negative + prompt)`, the relative reward of SRPO.
 
-    The part of the score that does not depend on the text cancels. With k = 0 the range is
-    twice as wide as the reward's.
+    The part of the score that does not depend on the text cancels. With k = 0 the range is twice as wide as that of the
+    reward.
 
     Args:
-        reward: A reward that reads the prompt, such as `HPSv2` or `CLIPScore`.
+        reward: A reward that depends on the prompt, such as `HPSv2` or `CLIPScore`.
         positive: Words that describe what is wanted, written before the prompt; may be empty.
         negative: Words that describe what is not wanted, written before the prompt; may be empty.
         k: Additional weight of the positive text, at least 0.

@@ -1,4 +1,4 @@
-"""A reward behind HTTP: a preference model, a vision-language judge, any service that answers with numbers.
+"""A reward from an HTTP service: a preference model, a vision-language judge, or any other that returns numbers.
 
 A request is `POST` with `Content-Type: application/json`:
 
@@ -6,7 +6,7 @@ A request is `POST` with `Content-Type: application/json`:
      "prompts": ["a cat", ...],
      "metadata": [{"count": 2}, ...]}
 
-The three lists have one length, at most `batch_size`. `metadata` holds the columns of the prompt's row, `{}` where
+The three lists have the same length, at most `batch_size`. `metadata` holds the columns of the prompt's row, or `{}` if
 there are none. The answer is status 200 and `{"scores": [0.7, ...]}`, one finite number per image, in order.
 `examples/judge_server.py` is an example service.
 """
@@ -50,26 +50,26 @@ class RewardServiceError(RuntimeError):
 
 
 class HTTPReward(Reward):
-    """Score with a service behind HTTP, in batches. Black box: for policy gradients or evaluation.
+    """Score images with an HTTP service, in batches. Black box: for policy gradients or evaluation.
 
-    A request is repeated after pauses of `backoff`, `2 backoff`, `4 backoff`, ... seconds (or what the service's
-    `Retry-After` asks for, at most a minute) if there was no connection, no complete answer in time, or status 408,
-    425, 429, 500, 502, 503 or 504. Any other failure, and the last of these, ends the run with an error that names the
-    prompts: a missing score is never replaced by 0. The range of scores is the service's.
+    A request is repeated if there was no connection, no complete answer in time, or status 408, 425, 429, 500, 502, 503
+    or 504. The pauses are `backoff`, `2 backoff`, `4 backoff`, ... seconds, or those of the service's `Retry-After`
+    header, at most a minute. Any other failure, or a failure of the last attempt, ends the run with an error that names
+    the prompts: a missing score is never replaced by 0. The service defines the range of scores.
 
     Args:
         url: `http://` or `https://`. A secret in it is written as the name of an environment variable in braces,
             `https://host/score?key={JUDGE_KEY}`, so that it appears in no config, file or message.
-        batch_size: Images in one request, at most.
-        concurrency: Requests at the same time, at most, from each process.
+        batch_size: Largest number of images in one request.
+        concurrency: Largest number of requests at the same time from each process.
         timeout: Seconds for one attempt.
         retries: Further attempts after the first.
-        backoff: Seconds of the first pause.
+        backoff: Length of the first pause in seconds.
         encoding: `png`, which is exact, or `jpeg`.
-        quality: Of the JPEG, 1 to 100.
+        quality: Quality of the JPEG, 1 to 100.
         token_variable: Name of the environment variable with a token, sent as `Authorization: Bearer ...`; the token
             itself is never saved.
-        time_limit: Seconds for all requests of one call with their repetitions; None for no limit.
+        time_limit: Seconds for all requests of one call including repetitions; None for no limit.
 
     Raises:
         ConfigurationError: An argument is not valid, or an environment variable is not set.
@@ -109,7 +109,7 @@ class HTTPReward(Reward):
         Raises:
             RewardServiceError: The service gave no scores for some prompts.
         """
-        files = [self._encode(picture) for picture in to_pil(images)]
+        files = [self._encode(image) for image in to_pil(images)]
         batches = [slice(start, start + self.batch_size) for start in range(0, len(files), self.batch_size)]
         stopped = threading.Event()
         calls = [partial(self._score, files[batch], prompts[batch], stopped) for batch in batches]
@@ -122,9 +122,9 @@ class HTTPReward(Reward):
         finally:
             stopped.set()
 
-    def _encode(self, picture: Image.Image) -> str:
+    def _encode(self, image: Image.Image) -> str:
         file = io.BytesIO()
-        picture.save(file, self.encoding, **({"quality": self.quality} if self.encoding == "jpeg" else {}))
+        image.save(file, self.encoding, **({"quality": self.quality} if self.encoding == "jpeg" else {}))
         return base64.b64encode(file.getvalue()).decode("ascii")
 
     def _score(self, files: list[str], prompts: Sequence[str], stopped: threading.Event) -> Tensor:
@@ -145,7 +145,7 @@ class HTTPReward(Reward):
             ) from error
 
     def _ask(self, content: bytes, prompts: Sequence[str], stopped: threading.Event) -> bytes:
-        """Return the body of the answer, repeating the request where that may help."""
+        """Return the body of the answer; repeat the request after a temporary failure."""
         for attempt in range(self.retries + 1):
             try:
                 return post(expand_url(self.url), content, self._headers(), self.timeout)
@@ -166,10 +166,10 @@ class HTTPReward(Reward):
 
 
 def to_json(value: Any) -> Any:
-    """Return metadata as JSON can hold it.
+    """Convert metadata to values that JSON supports.
 
-    Arrays, tensors and numpy numbers become lists and numbers, NaN and infinity become null, and any other object
-    its text.
+    Arrays, tensors and numpy numbers become lists and numbers, NaN and infinity become null, and any other object its
+    string.
     """
     try:
         return _to_json(value)

@@ -8,12 +8,12 @@ from lightning_draft.errors import ConfigurationError
 
 
 def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> list[Any]:
-    """Return the target of each prompt: `own` if given, else the prompt's metadata under `name`.
+    """Return the target of each prompt: `own` if it is given, else the metadata `name` of the prompt.
 
     Args:
         prompts: `B` prompts.
         name: Name of the argument and of the metadata, which is a column of a prompt file.
-        own: The reward's own argument; None to read the metadata.
+        own: The argument of the reward; None to read the metadata.
         reward: Name of the reward's class, for messages.
 
     Returns:
@@ -28,21 +28,21 @@ def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> l
     for prompt, value in zip(prompts, values, strict=True):
         if value is None or value == "":
             raise ConfigurationError(
-                f"{reward} has no {name!r} for the prompt {str(prompt)!r}: it is no argument and not in the prompt's "
-                f"metadata; set {name} among the reward's arguments, or read the prompts from a .jsonl or .csv file "
-                f"with a column {name}"
+                f"{reward} has no {name!r} for the prompt {str(prompt)!r}: it is neither an argument nor in the "
+                f"prompt's metadata; set {name} among the reward's arguments, or read the prompts from a .jsonl or "
+                f".csv file with a column {name}"
             )
     return values
 
 
 class Labels:
-    """The labels of a classifier or detector, found by number or by name, ignoring case.
+    """The labels of a classifier or detector, found by number or by name, regardless of case.
 
-    A label of several names, such as ImageNet's `tabby, tabby cat`, is found by each of them.
+    A label with several names, such as ImageNet's `tabby, tabby cat`, is found by each of them.
 
     Args:
-        names: Name by number, as `config.id2label` holds them.
-        source: Where they come from, for messages.
+        names: Names by number, such as `config.id2label`.
+        source: Where the labels come from, for messages.
     """
 
     def __init__(self, names: Mapping[int, str], source: str) -> None:

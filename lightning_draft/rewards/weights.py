@@ -22,9 +22,9 @@ class PublishedFile:
     Args:
         repo: Id of the repository.
         name: Path in that repository.
-        size: Bytes; None where they are not known.
-        sha256: Hexadecimal digest of the content; None where it is not known.
-        host: `hub`, from which files are downloaded; `GitHub`, from which they are not.
+        size: Size in bytes; None if it is not known.
+        sha256: Hexadecimal digest of the content; None if it is not known.
+        host: `hub`: files are downloaded; `GitHub`: the user must download them.
     """
 
     repo: str
@@ -34,23 +34,22 @@ class PublishedFile:
     host: Literal["hub", "GitHub"] = "hub"
 
     def __str__(self) -> str:
-        """Name and repository, for messages."""
+        """Return name and repository, for messages."""
         return f"{Path(self.name).name} of {self.host} repository {self.repo}"
 
 
 def find_file(published: PublishedFile, local: str | None = None, argument: str = "weights") -> Path:
-    """Return the path of a file: `local` if given, else in the hub's cache, into which it is downloaded once.
+    """Return the path of a file: `local` if given, else the file in the hub's cache, downloaded once.
 
-    Size and hash are verified if they are known. A local file under another name than the published one is a version
-    of the user's own and is not verified.
+    Size and hash are verified if they are known. A local file with another name than the published one is not verified.
 
     Args:
-        published: What to find.
+        published: The published file.
         local: A file, or the folder that holds it.
         argument: The user's name for `local`, for messages.
 
     Raises:
-        ConfigurationError: It is missing, cannot be downloaded, or differs from the published file.
+        ConfigurationError: The file is missing, cannot be downloaded, or differs from the published file.
     """
     path = _download(published, argument) if local is None else _given(published, local, argument)
     if path.name == Path(published.name).name:
@@ -73,8 +72,8 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError, _safetensors_error()) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigurationError(
-            f"{path} cannot be read as weights: {reason}; it must be a safetensors file, or a pickle of tensors alone, "
-            "which loads without running code"
+            f"{path} cannot be read as weights: {reason}; it must be a safetensors file, or a pickle that contains "
+            "only tensors"
         ) from error
     if key is not None and isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
         content = content[key]
@@ -88,8 +87,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | 
     """Copy every tensor into the module's parameter or buffer of that name, in the module's precision.
 
     Args:
-        module: Receives them.
-        tensors: Exactly its state dict.
+        module: Receives the tensors.
+        tensors: The state dict of the module.
         source: Where they come from, for messages.
 
     Raises:
@@ -143,9 +142,10 @@ def _download(published: PublishedFile, argument: str) -> Path:
 
     if published.host != "hub":
         raise ConfigurationError(
-            f"{published} is not downloaded by itself; save it and write {argument}=FOLDER/{Path(published.name).name}"
+            f"{published} is not downloaded automatically; download it and write "
+            f"{argument}=FOLDER/{Path(published.name).name}"
         )
-    with suppress(LocalEntryNotFoundError):  # what is cached needs no connection
+    with suppress(LocalEntryNotFoundError):  # cached files need no connection
         return Path(hf_hub_download(published.repo, published.name, local_files_only=True))
     try:
         return Path(hf_hub_download(published.repo, published.name))
@@ -153,7 +153,7 @@ def _download(published: PublishedFile, argument: str) -> Path:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigurationError(
             f"{published} is not in the hub's cache on this machine and could not be downloaded ({reason}); download "
-            f"it where there is a connection and write {argument}=FOLDER/{Path(published.name).name}"
+            f"it on a machine with a connection and write {argument}=FOLDER/{Path(published.name).name}"
         ) from error
 
 
@@ -167,7 +167,7 @@ def _verify(path: Path, published: PublishedFile, argument: str) -> None:
     if difference is not None:
         raise ConfigurationError(
             f"{path} is not {published}: {difference}, so the download was cut short or the file is damaged; delete "
-            f"{path.resolve()} and download it again. If it is a version of your own, rename it and write "
+            f"{path.resolve()} and download it again. If the file is meant to differ, rename it and write "
             f"{argument}=ITS_NEW_NAME"
         )
 

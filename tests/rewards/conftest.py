@@ -1,4 +1,4 @@
-"""Pictures, finite differences, and small random models in the format of real ones."""
+"""Images, finite differences, and small random models in the format of the published ones."""
 
 import importlib
 import itertools
@@ -48,17 +48,17 @@ LABELS = ("red cat", "cat, feline", "bird", "N/A")
 
 
 @pytest.fixture
-def pictures() -> Callable[..., Tensor]:
+def make_images() -> Callable[..., Tensor]:
     """Smooth colored shapes with a little noise, float32 `(count, 3, height, width)` in [0.1, 0.9], whole bytes."""
 
-    def draw(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    def make(count: int, height: int, width: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(count, 3, 4, 4, generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
         noise = 0.05 * torch.randn(count, 3, height, width, generator=generator)
         return (0.2 + 0.6 * smooth + noise).clamp(0.1, 0.9).mul(255).round() / 255
 
-    return draw
+    return make
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def write(folder: Path, model: Any, *parts: Any, spread: float = 0.2) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_detectors(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> dict[str, Path]:
-    """Detectors by kind: two that are asked in words, two with a softmax, two with a sigmoid."""
+    """Detectors by kind: two with text queries, two with a softmax, two with a sigmoid."""
     folder = tmp_path_factory.mktemp("detectors")
     words = CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer")
     ends = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -158,7 +158,7 @@ def tiny_detectors(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> d
 
 @pytest.fixture(scope="session")
 def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer of four labels for 16x16 images."""
+    """A vision transformer with four labels for 16x16 images."""
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(**TOWER, **labels, image_size=16, patch_size=4))
@@ -168,7 +168,7 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_image_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageReward for 32x32 images, the one that the recorded figures were taken with."""
+    """The ImageReward for 32x32 images that the recorded figures were computed with."""
     recorder = runpy.run_path(str(Path(__file__).parent / "recorded" / "image_reward.py"))
     folder: Path = recorder["write"](tmp_path_factory.mktemp("image-reward"))
     return folder
@@ -183,7 +183,7 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_hps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An HPSv2 for 32x32 images with its tokenizer, the one that the recorded figures were taken with."""
+    """The HPSv2 for 32x32 images, with its tokenizer, that the recorded figures were computed with."""
     recorder = runpy.run_path(str(Path(__file__).parent / "recorded" / "hpsv2.py"))
     folder: Path = recorder["write"](tmp_path_factory.mktemp("hps"))
     return folder
@@ -206,8 +206,8 @@ def tiny_aesthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random judge of quality for 64x64 images."""
+def tiny_quality_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quality classifier with random weights for 64x64 images."""
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(0)
     save_file(network("convnet").state_dict(), folder / "model.safetensors")
@@ -223,9 +223,9 @@ def tiny(
     tiny_image_reward: Path,
     tiny_hps: Path,
     tiny_aesthetic: Path,
-    tiny_judge: Path,
+    tiny_quality_classifier: Path,
 ) -> dict[str, str]:
-    """Folders of small models by what they are."""
+    """Folders of small models by kind."""
     folders = {"clip": tiny_clip, "classifier": tiny_classifier, "image_reward": tiny_image_reward, **tiny_detectors}
-    folders |= {"hps": tiny_hps, "aesthetic": tiny_aesthetic, "judge": tiny_judge}
+    folders |= {"hps": tiny_hps, "aesthetic": tiny_aesthetic, "judge": tiny_quality_classifier}
     return {name: str(folder) for name, folder in folders.items()}

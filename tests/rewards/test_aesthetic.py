@@ -1,4 +1,4 @@
-"""LAION's predictors against their layers, one by one, on transformers' own embeddings of PIL pictures."""
+"""LAION's predictors against their layers, applied one by one to transformers' embeddings of PIL images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_draft.rewards.aesthetic import AESTHETIC_FILES, AESTHETIC_ORIGINA
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, ImageEncoder
 from lightning_draft.rewards.weights import read_tensors
 
-Draw = Callable[..., Tensor]
+MakeImages = Callable[..., Tensor]
 CHAIN = ("layers.0.", "layers.2.", "layers.4.", "layers.6.", "layers.7.")
 
 
@@ -26,16 +26,16 @@ def pil(images: Tensor) -> list[Image.Image]:
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize(("size", "tolerance"), [((16, 16), 1e-6), ((40, 24), 0.01), ((9, 14), 0.01)])
-def test_scores_are_those_of_the_layers(
+def test_scores_equal_the_layers_applied_one_by_one(
     version: Any,
     size: tuple[int, int],
     tolerance: float,
     tiny: dict[str, str],
-    pictures: Draw,
+    make_images: MakeImages,
     parity: ModuleType,
 ) -> None:
-    """In units of the head's slope: at CLIP's own size to rounding; resized pictures to 0.01 on this network."""
-    head, images = f"{tiny['aesthetic']}/{version}.pth", pictures(6, *size)
+    """In units of the head's slope, equal up to rounding at CLIP's size; resized images within 0.01 on this network."""
+    head, images = f"{tiny['aesthetic']}/{version}.pth", make_images(6, *size)
     reward = AestheticScore(version, tiny["clip"], head)
     slope = reward.head.weight.norm().item()
     theirs = torch.tensor(parity.by_laion(pil(images), [""] * 6, head, version, tiny["clip"]))
@@ -43,7 +43,7 @@ def test_scores_are_those_of_the_layers(
     torch.testing.assert_close(reward(images, [""] * 6), theirs, rtol=0, atol=tolerance * slope)
 
 
-def test_a_chain_of_linear_layers_is_one(tiny: dict[str, str]) -> None:
+def test_collapsed_layers_equal_the_chain_of_linear_layers(tiny: dict[str, str]) -> None:
     tensors = read_tensors(Path(tiny["aesthetic"]) / "v2.pth")
     inputs = torch.randn(20, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     outputs = inputs
@@ -53,17 +53,17 @@ def test_a_chain_of_linear_layers_is_one(tiny: dict[str, str]) -> None:
     torch.testing.assert_close(head.double()(inputs), outputs, rtol=1e-6, atol=1e-7)
 
 
-def test_the_range_is_that_of_unit_embeddings(tiny: dict[str, str], pictures: Draw) -> None:
+def test_scores_of_unit_embeddings_lie_in_the_stated_range(tiny: dict[str, str], make_images: MakeImages) -> None:
     reward = AestheticScore("v2", tiny["clip"], f"{tiny['aesthetic']}/v2.pth")
     weight, bias = reward.head.weight[0], reward.head.bias
     best = nn.functional.normalize(weight, dim=0)
     assert reward.head(best).item() == pytest.approx((bias + weight.norm()).item())
-    scores = reward(pictures(8, 16, 16), [""] * 8)
+    scores = reward(make_images(8, 16, 16), [""] * 8)
     assert ((scores - bias).abs() <= weight.norm()).all()
 
 
-def test_the_image_tower_alone_gives_the_features_of_both(tiny_clip: Path, pictures: Draw) -> None:
-    images = pictures(3, 20, 16)
+def test_image_encoder_alone_gives_the_features_of_the_whole_clip(tiny_clip: Path, make_images: MakeImages) -> None:
+    images = make_images(3, 20, 16)
     alone, both = ImageEncoder.load(str(tiny_clip)), CLIPEncoder.load(str(tiny_clip))
     assert torch.equal(alone.images(images), both.images(images))
     tower = CLIPModel.from_pretrained(tiny_clip)
@@ -72,8 +72,10 @@ def test_the_image_tower_alone_gives_the_features_of_both(tiny_clip: Path, pictu
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), ("float16", 3e-3)])
-def test_half_precision_weights(dtype: Any, tolerance: float, tiny: dict[str, str], pictures: Draw) -> None:
-    images, head = pictures(3, 20, 16), f"{tiny['aesthetic']}/v2.pth"
+def test_half_precision_weights_change_scores_little(
+    dtype: Any, tolerance: float, tiny: dict[str, str], make_images: MakeImages
+) -> None:
+    images, head = make_images(3, 20, 16), f"{tiny['aesthetic']}/v2.pth"
     scores = AestheticScore("v2", tiny["clip"], head, dtype)(images, [""] * 3)
     assert scores.dtype == torch.float32
     exact = AestheticScore("v2", tiny["clip"], head)
@@ -91,7 +93,7 @@ def test_published_files_are_verified(tmp_path: Path, tiny: dict[str, str]) -> N
     assert AestheticScore("v2", tiny["clip"], str(tmp_path / AESTHETIC_FILES["v2"].name)).head.in_features == 8
 
 
-def test_what_cannot_be_had_is_named(tiny: dict[str, str]) -> None:
+def test_missing_files_are_named_in_the_error(tiny: dict[str, str]) -> None:
     message = (
         r"sa_0_4_vit_l_14_linear.pth of GitHub repository LAION-AI/.* write head=FOLDER/sa_0_4_vit_l_14_linear.pth"
     )
@@ -105,7 +107,7 @@ def test_what_cannot_be_had_is_named(tiny: dict[str, str]) -> None:
         AestheticScore("v1", head=f"{tiny['aesthetic']}/v1.pth")
 
 
-def test_other_heads_are_refused(tmp_path: Path, tiny: dict[str, str]) -> None:
+def test_heads_of_other_sizes_are_rejected(tmp_path: Path, tiny: dict[str, str]) -> None:
     linear, chain = (read_tensors(Path(tiny["aesthetic"]) / f"{version}.pth") for version in ("v1", "v2"))
     relu = {name.replace("layers.7", "layers.11"): tensor for name, tensor in chain.items()}
     cases: list[tuple[Any, dict[str, Tensor], str]] = [

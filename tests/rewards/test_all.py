@@ -1,4 +1,4 @@
-"""What holds for every reward."""
+"""Properties that every reward must have."""
 
 import inspect
 import threading
@@ -26,7 +26,7 @@ def parts(tiny: dict[str, str]) -> dict[str, WeightedReward]:
 
 @cache
 def judge() -> str:
-    """The address of a service that runs as long as the tests do."""
+    """The address of a service that runs during the tests."""
     server = Server(redness)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
@@ -96,53 +96,55 @@ def build(name: str, tiny: Tiny) -> Reward:
     return EVERY[name][0](tiny).requires_grad_(False).eval()
 
 
-def test_the_list_is_complete() -> None:
+def test_list_covers_every_reward() -> None:
     classes = {name: getattr(rewards, name) for name in rewards.__all__ if inspect.isclass(getattr(rewards, name))}
     assert set(EVERY) == {name for name, kind in classes.items() if issubclass(kind, Reward) and kind is not Reward}
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_it_says_whether_it_has_a_gradient(name: str, tiny: Tiny, pictures: Callable[..., Tensor]) -> None:
+def test_attribute_differentiable_agrees_with_the_gradient(
+    name: str, tiny: Tiny, make_images: Callable[..., Tensor]
+) -> None:
     reward = build(name, tiny)
-    scores = reward(pictures(3, 16, 16).requires_grad_(), PROMPTS)
+    scores = reward(make_images(3, 16, 16).requires_grad_(), PROMPTS)
     assert scores.requires_grad is reward.differentiable is (name in DIFFERENTIABLE)
     assert scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", OF_A_FUNCTION)
 @pytest.mark.parametrize("size", [(16, 16), (13, 22)])
-def test_the_gradient_is_that_of_finite_differences(
+def test_gradient_equals_finite_differences(
     name: str,
     size: tuple[int, int],
     tiny: Tiny,
-    pictures: Callable[..., Tensor],
+    make_images: Callable[..., Tensor],
     check_gradient: Callable[..., Tensor],
 ) -> None:
-    check_gradient(build(name, tiny), pictures(3, *size), PROMPTS)
+    check_gradient(build(name, tiny), make_images(3, *size), PROMPTS)
 
 
 @pytest.mark.parametrize("name", OF_A_FUNCTION)
-def test_saturated_pixels_keep_their_gradient(
-    name: str, tiny: Tiny, pictures: Callable[..., Tensor], check_gradient: Callable[..., Tensor]
+def test_pixels_outside_the_range_keep_their_gradient(
+    name: str, tiny: Tiny, make_images: Callable[..., Tensor], check_gradient: Callable[..., Tensor]
 ) -> None:
-    images = 1.05 + 0.2 * pictures(3, 16, 16)
+    images = 1.05 + 0.2 * make_images(3, 16, 16)
     gradient = check_gradient(build(name, tiny), images, PROMPTS)
     assert (gradient != 0).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("size", [(16, 16), (7, 9), (40, 12), (33, 65)])
-def test_a_batch_scores_as_its_images_do_one_by_one(
-    name: str, size: tuple[int, int], tiny: Tiny, pictures: Callable[..., Tensor]
+def test_batch_scores_equal_scores_of_single_images(
+    name: str, size: tuple[int, int], tiny: Tiny, make_images: Callable[..., Tensor]
 ) -> None:
     reward = build(name, tiny)
-    images = pictures(3, *size)
+    images = make_images(3, *size)
     single = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(reward(images, PROMPTS), single, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_scores_lie_in_the_stated_range(name: str, tiny: Tiny, pictures: Callable[..., Tensor]) -> None:
+def test_scores_lie_in_the_stated_range(name: str, tiny: Tiny, make_images: Callable[..., Tensor]) -> None:
     _, lowest, highest = EVERY[name]
     checkerboard = ((torch.arange(16).view(16, 1) + torch.arange(16)) % 2).float().expand(3, 16, 16)
     images = torch.stack(
@@ -154,7 +156,7 @@ def test_scores_lie_in_the_stated_range(name: str, tiny: Tiny, pictures: Callabl
         ]
     )
     prompts = ["cat", "red", "a dog", "x"]
-    scores = build(name, tiny)(torch.cat([images, pictures(4, 16, 16)]), prompts * 2)
+    scores = build(name, tiny)(torch.cat([images, make_images(4, 16, 16)]), prompts * 2)
     assert scores.min() >= lowest
     assert scores.max() <= highest
     assert scores.isfinite().all()
@@ -162,10 +164,10 @@ def test_scores_lie_in_the_stated_range(name: str, tiny: Tiny, pictures: Callabl
 
 @pytest.mark.parametrize("name", EVERY)
 def test_half_precision_images_are_scored_in_single_precision(
-    name: str, tiny: Tiny, pictures: Callable[..., Tensor]
+    name: str, tiny: Tiny, make_images: Callable[..., Tensor]
 ) -> None:
     reward = build(name, tiny)
-    images = pictures(3, 16, 16).bfloat16()
+    images = make_images(3, 16, 16).bfloat16()
     exact = reward(images.float(), PROMPTS)
     double = build(name, tiny).double()(images.double(), PROMPTS)
     torch.testing.assert_close(exact.double(), double.double(), rtol=1e-3, atol=1e-5)

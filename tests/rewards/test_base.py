@@ -39,7 +39,7 @@ def test_copies_of_a_prompt_keep_its_metadata(duplicate) -> None:
     assert prompt.metadata == {"count": 2}
 
 
-def test_metadata_is_the_prompts_own() -> None:
+def test_metadata_is_copied_into_the_prompt() -> None:
     metadata = {"count": 2}
     prompt = Prompt("a cat", metadata)
     metadata["count"] = 3
@@ -64,7 +64,7 @@ def test_a_reward_needs_only_forward() -> None:
         Reward()  # type: ignore[abstract]
 
 
-def test_check_scores_refuses_another_shape_and_keeps_valid_scores() -> None:
+def test_check_scores_rejects_other_shapes_and_keeps_valid_scores() -> None:
     scores = torch.zeros(2)
     assert check_scores(scores, 2, Count()) is scores
     with pytest.raises(ConfigurationError, match=r"Count.forward returned shape \(2,\) for 3 images; .* shape \(3,\)"):
@@ -117,7 +117,7 @@ WRONG_INPUT = {
 
 
 @pytest.mark.parametrize("name", WRONG_INPUT)
-def test_wrong_input_is_refused_with_the_fix(name: str) -> None:
+def test_wrong_input_is_rejected_and_the_error_gives_the_fix(name: str) -> None:
     images, prompts, message = WRONG_INPUT[name]
     total = WeightedSum({"dark": WeightedReward(Brightness(0.0))})
     for score in (Brightness(), Brightness().breakdown, total, total.breakdown):
@@ -134,11 +134,11 @@ def test_images_may_lie_slightly_outside_of_the_range() -> None:
 
 def test_pil_images_score_as_the_same_pixels_in_a_tensor() -> None:
     bytes_ = np.random.default_rng(0).integers(0, 256, (2, 6, 7, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(array) for array in bytes_]
+    pil_images = [Image.fromarray(array) for array in bytes_]
     images = torch.from_numpy(bytes_).permute(0, 3, 1, 2).float() / 255
     for reward in (Brightness(), JPEGSize(), WeightedSum({"dark": WeightedReward(Brightness(0.0))})):
-        assert torch.equal(reward(pictures, BATCH), reward(images, BATCH))
-        assert torch.equal(reward.breakdown(pictures, BATCH)[0], reward(images, BATCH))
+        assert torch.equal(reward(pil_images, BATCH), reward(images, BATCH))
+        assert torch.equal(reward.breakdown(pil_images, BATCH)[0], reward(images, BATCH))
 
 
 @pytest.mark.parametrize(("mode", "color"), [("L", 51), ("RGBA", (51, 51, 51, 255)), ("1", 1), ("P", 0)])
@@ -178,7 +178,7 @@ def test_scores_of_other_types_become_float32(dtype: torch.dtype) -> None:
         (torch.zeros(2, dtype=torch.complex64), "returned complex scores"),
     ],
 )
-def test_scores_of_another_form_are_refused(scores: object, message: str) -> None:
+def test_scores_of_another_shape_or_type_are_rejected(scores: object, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Returns(scores)(IMAGES, BATCH)
     with pytest.raises(ConfigurationError, match=f"reward 'odd': Returns.*{message}"):

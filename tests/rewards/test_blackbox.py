@@ -39,8 +39,8 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
 
 
 @pytest.mark.parametrize("form", ["pil", "numpy", "tensor"])
-def test_a_function_receives_the_format_that_it_asks_for(form: str, pictures: Callable[..., Tensor]) -> None:
-    images = (pictures(3, 8, 10) * 1.6 - 0.3).requires_grad_()
+def test_a_function_receives_the_format_that_it_asks_for(form: str, make_images: Callable[..., Tensor]) -> None:
+    images = (make_images(3, 8, 10) * 1.6 - 0.3).requires_grad_()
     prompts = [Prompt("cats", {"count": 2}), "dogs", "birds"]
     seen: list[Any] = []
 
@@ -60,8 +60,8 @@ def test_a_function_receives_the_format_that_it_asks_for(form: str, pictures: Ca
         assert torch.equal(given, exact)
         return
     if form == "pil":
-        assert {(picture.mode, picture.size) for picture in given} == {("RGB", (10, 8))}
-        given = np.stack([np.asarray(picture) for picture in given])
+        assert {(image.mode, image.size) for image in given} == {("RGB", (10, 8))}
+        given = np.stack([np.asarray(image) for image in given])
     assert given.dtype == np.uint8
     assert np.array_equal(given, (exact.permute(0, 2, 3, 1) * 255).round().byte().numpy())
 
@@ -95,34 +95,34 @@ def test_an_exception_of_the_function_is_raised_unchanged() -> None:
 
 
 def test_a_function_is_imported_and_saved_by_its_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Callable[..., Tensor]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_images: Callable[..., Tensor]
 ) -> None:
-    """As the command line does it: parsed, saved, parsed again."""
-    (tmp_path / "my_judges.py").write_text("def lengths(images, prompts):\n    return [len(p) for p in prompts]\n")
+    """As on the command line: parsed, saved, parsed again."""
+    (tmp_path / "my_scores.py").write_text("def lengths(images, prompts):\n    return [len(p) for p in prompts]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_judges", raising=False)
+    monkeypatch.delitem(sys.modules, "my_scores", raising=False)
     parser = ArgumentParser()
     parser.add_subclass_arguments(Reward, "reward")
-    config = {"class_path": "PythonFunction", "init_args": {"function": "my_judges.lengths", "images": "numpy"}}
+    config = {"class_path": "PythonFunction", "init_args": {"function": "my_scores.lengths", "images": "numpy"}}
     saved = parser.dump(parser.parse_object({"reward": config}))
-    assert "function: my_judges.lengths" in saved
+    assert "function: my_scores.lengths" in saved
     reward = parser.instantiate(parser.parse_string(saved)).reward
     assert isinstance(reward, PythonFunction)
-    assert reward(pictures(2, 8, 8), ["a cat", "a"]).tolist() == [5.0, 1.0]
-    assert PythonFunction("my_judges.lengths")(pictures(1, 8, 8), ["four"]).tolist() == [4.0]
+    assert reward(make_images(2, 8, 8), ["a cat", "a"]).tolist() == [5.0, 1.0]
+    assert PythonFunction("my_scores.lengths")(make_images(1, 8, 8), ["four"]).tolist() == [4.0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("brightness",), "is not an import path; write for example judges.brightness"),
+        (("brightness",), "is not an import path; write for example my_rewards.brightness"),
         (("no_such_module.judge",), "'no_such_module.judge' cannot be imported: No module named 'no_such_module'"),
         (("math.judge",), "'math.judge' cannot be imported: .* no attribute 'judge'"),
         (("math.pi",), "'math.pi' is not a function"),
         ((brightness, "jpeg"), "images='jpeg' is not a valid choice; write one of pil, numpy, tensor"),
     ],
 )
-def test_functions_that_cannot_be_imported_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_functions_that_cannot_be_imported_are_rejected(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         PythonFunction(*arguments)
 
@@ -131,7 +131,7 @@ def test_functions_that_cannot_be_imported_are_refused(arguments: tuple[Any, ...
 
 
 class Flaky(ThreadingHTTPServer):
-    """Answer from a script, one entry per request, the last one from then on.
+    """Answer from a list with one entry per request; the last entry is repeated.
 
     An entry is a status, a body, a list of pieces of a body, seconds to sleep, or `("short", body)` for an answer that
     announces five bytes more than it has.
@@ -189,7 +189,7 @@ class _Scripted(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], str]]:
-    """Start a server on a free port of this machine, and return its address; all are closed afterwards."""
+    """Start a server on a free port of this machine and return its address; the servers are closed afterwards."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     servers = []
 
@@ -206,7 +206,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], str]]:
         thread.join(5)
 
 
-def test_a_service_receives_exact_pixels_in_batches(serve: Callable, pictures: Callable[..., Tensor]) -> None:
+def test_a_service_receives_exact_pixels_in_batches(serve: Callable, make_images: Callable[..., Tensor]) -> None:
     seen: list[tuple[int, list[str], list[dict]]] = []
 
     def judge(images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
@@ -215,7 +215,7 @@ def test_a_service_receives_exact_pixels_in_batches(serve: Callable, pictures: C
             float(np.asarray(image).astype(int).sum()) + 1000 * len(p) for image, p in zip(images, prompts, strict=True)
         ]
 
-    images = pictures(5, 7, 9)
+    images = make_images(5, 7, 9)
     prompts = [Prompt("a cat", {"count": 2}), *PROMPTS[1:]]
     scores = HTTPReward(serve(Server(judge)), batch_size=2, concurrency=3)(images.requires_grad_(), prompts)
     expected = (images.detach() * 255).round().sum((1, 2, 3)) + torch.tensor([1000.0 * len(p) for p in PROMPTS])
@@ -262,7 +262,7 @@ def test_transient_failures_are_repeated_with_growing_pauses(serve: Callable) ->
     assert sum(pauses) < 2
 
 
-def test_retry_after_is_respected(serve: Callable) -> None:
+def test_retry_after_header_delays_the_next_attempt(serve: Callable) -> None:
     server = Flaky(503, b'{"scores": [1]}')
     HTTPReward(serve(server), backoff=0.0)(torch.zeros(1, 3, 4, 4), ["a cat"])
     assert server.times[1] - server.times[0] >= 1
@@ -308,8 +308,8 @@ def test_a_refused_connection_is_an_error() -> None:
         reward(torch.zeros(1, 3, 4, 4), ["a cat"])
 
 
-def test_a_permanent_failure_ends_the_repetitions_of_other_requests(serve: Callable) -> None:
-    """One is refused for good while another waits a minute for its next attempt."""
+def test_permanent_failure_stops_the_retries_of_other_requests(serve: Callable) -> None:
+    """One request fails permanently while another waits a minute for its next attempt."""
     server = Flaky(500, 404)
     reward = HTTPReward(serve(server), batch_size=1, concurrency=2, backoff=60.0)
     start = time.monotonic()
@@ -332,7 +332,7 @@ def test_the_token_comes_from_the_environment(serve: Callable, monkeypatch: pyte
     [
         ({"url": "file:///etc/hosts"}, "is not the address of a service; write http://host:port/path"),
         ({"url": "localhost:8000"}, "is not the address of a service"),
-        ({"url": "http://me:secret@host/"}, "url holds a password, which would be saved.* use token_variable"),
+        ({"url": "http://me:secret@host/"}, "url contains a password, which would be saved.* use token_variable"),
         ({"url": "http://host", "encoding": "webp"}, "encoding='webp' is not a valid choice; write one of png, jpeg"),
         ({"url": "http://host", "concurrency": 0}, "concurrency=0 must be at least 1"),
         ({"url": "http://host", "timeout": 0.0}, "timeout=0.0 must be a positive number"),
@@ -341,14 +341,14 @@ def test_the_token_comes_from_the_environment(serve: Callable, monkeypatch: pyte
         ({"url": "http://host", "token_variable": "EMPTY"}, "the environment variable EMPTY holds no token"),
         ({"url": "http://host/x y"}, "is not the address of a service"),
         ({"url": "http://host:port/"}, "url='http://host:port/': Port could not be cast"),
-        ({"url": "http://host/?key=s3cret"}, "url holds the value of 'key'.* write http://host/[?]key={VARIABLE}"),
-        ({"url": "http://host/?api_key=s3cret"}, "url holds the value of 'api_key'"),
+        ({"url": "http://host/?key=s3cret"}, "url contains the value of 'key'.* write http://host/[?]key={VARIABLE}"),
+        ({"url": "http://host/?api_key=s3cret"}, "url contains the value of 'api_key'"),
         ({"url": "http://host/?key={NO_SUCH}"}, "the environment variable NO_SUCH, which url names, is not set"),
         ({"url": "http://host", "retries": -1}, "retries=-1 must be at least 0"),
         ({"url": "http://host", "time_limit": 0.0}, "time_limit=0.0 must be a positive number"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
+def test_invalid_service_settings_are_rejected(
     arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMPTY", " ")
@@ -399,7 +399,7 @@ def test_metadata_is_sent_as_json_values(serve: Callable) -> None:
     ]
 
 
-def test_an_answer_that_is_cut_short_is_asked_for_again(serve: Callable) -> None:
+def test_truncated_answer_is_requested_again(serve: Callable) -> None:
     server = Flaky(("short", b'{"scores": [1]}'), b'{"scores": [2]}')
     assert HTTPReward(serve(server), backoff=0.0)(torch.zeros(1, 3, 4, 4), ["a cat"]).tolist() == [2.0]
     server = Flaky(("short", b'{"scores": [1]}'))
@@ -425,7 +425,7 @@ print("scored", flush=True)
 
 
 def test_sigterm_ends_the_wait_for_a_silent_service_and_the_process(serve: Callable) -> None:
-    """With a handler that only takes a note, as that of Lightning's Trainer."""
+    """The handler only records the signal, as that of Lightning's Trainer."""
     server = Flaky(60.0)
     process = subprocess.Popen(
         [sys.executable, "-c", SILENT, serve(server)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

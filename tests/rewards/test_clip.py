@@ -1,4 +1,4 @@
-"""CLIP rewards against transformers' own processor and model on PIL pictures."""
+"""CLIP rewards against transformers' own processor and model on PIL images."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import CaptionRetrieval, CLIPClassification, CLIPScore, Prompt
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, Preprocessing
 
-Draw = Callable[..., Tensor]
+MakeImages = Callable[..., Tensor]
 PROMPTS = ["red cat", "a bird", "cat"]
 CAPTIONS = ["red cat", "cat", "red", "a dog"]
 
@@ -39,7 +39,7 @@ def reference(folder: Path, images: Tensor, texts: list[str]) -> tuple[np.ndarra
 
 
 def altered(folder: Path, to: Path, file: str, **changes: Any) -> Path:
-    """A copy of a CLIP with changes to one of its JSON files; a change to None takes the key out."""
+    """Copy a CLIP and change one of its JSON files; None removes the key."""
     shutil.copytree(folder, to)
     config = {**json.loads((to / file).read_text()), **changes}
     (to / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -65,10 +65,10 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", [(16, 16), (40, 24), (9, 14), (50, 33)])
-def test_preprocessing_is_the_processors(name: str, size: tuple[int, int], pictures: Draw) -> None:
-    """Pillow rounds to bytes after each of two passes, the tensors do not: 1.2 levels of 255, without resizing none."""
+def test_preprocessing_equals_the_image_processor(name: str, size: tuple[int, int], make_images: MakeImages) -> None:
+    """Pillow rounds to bytes after each of two passes, tensors are not rounded: 1.2/255, and 0 without resizing."""
     processor = CLIPImageProcessor(**PROCESSORS[name])
-    images = pictures(3, *size)
+    images = make_images(3, *size)
     theirs = processor(images=pil(images), return_tensors="pt")["pixel_values"]
     preprocess = Preprocessing.from_config(processor.to_dict())
     ours = preprocess(images)
@@ -78,7 +78,7 @@ def test_preprocessing_is_the_processors(name: str, size: tuple[int, int], pictu
     assert ((ours - theirs).abs() / level).max() < (1.2 if resized else 1e-3)
 
 
-def test_sizes_written_the_old_way() -> None:
+def test_sizes_in_the_format_of_old_configurations_are_read() -> None:
     statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     old = Preprocessing.from_config({**statistics, "size": 224, "crop_size": 200, "resample": 3})
     new = {"size": {"shortest_edge": 224}, "crop_size": {"height": 200, "width": 200}}
@@ -86,17 +86,17 @@ def test_sizes_written_the_old_way() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"resample": 0}, {"size": {"longest_edge": 224}}])
-def test_other_preprocessing_is_refused(changes: dict[str, Any]) -> None:
+def test_unsupported_preprocessing_is_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="supported are shortest_edge or height and width, with resample 2"):
         Preprocessing.from_config({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **changes})
 
 
 @pytest.mark.parametrize(("size", "tolerance"), [((16, 16), 1e-6), ((40, 24), 5e-3), ((9, 14), 5e-3), ((33, 50), 5e-3)])
-def test_cosines_are_those_of_transformers(
-    size: tuple[int, int], tolerance: float, tiny_clip: Path, pictures: Draw
+def test_cosines_equal_those_of_transformers(
+    size: tuple[int, int], tolerance: float, tiny_clip: Path, make_images: MakeImages
 ) -> None:
-    """At the processor's own size to rounding; resized pictures to 0.005 on this network."""
-    images = pictures(3, *size)
+    """Equal up to rounding at the size of the processor; resized images within 0.005 on this network."""
+    images = make_images(3, *size)
     cosines = reference(tiny_clip, images, PROMPTS)[0].diagonal()
     assert np.ptp(cosines) > 0.05
     assert CLIPScore(str(tiny_clip))(images, PROMPTS).numpy() == pytest.approx(cosines, abs=tolerance)
@@ -104,8 +104,8 @@ def test_cosines_are_those_of_transformers(
     assert clipped.numpy() == pytest.approx(2.5 * cosines.clip(0), abs=2.5 * tolerance)
 
 
-def test_classification_is_the_log_softmax_of_transformers(tiny_clip: Path, pictures: Draw) -> None:
-    images = pictures(3, 16, 16)
+def test_classification_equals_the_log_softmax_of_transformers(tiny_clip: Path, make_images: MakeImages) -> None:
+    images = make_images(3, 16, 16)
     scores = CLIPClassification(str(tiny_clip), CAPTIONS)(images, PROMPTS)
     for score, image, prompt in zip(scores, images, PROMPTS, strict=True):
         candidates = [prompt, *(caption for caption in CAPTIONS if caption != prompt)]
@@ -115,15 +115,15 @@ def test_classification_is_the_log_softmax_of_transformers(tiny_clip: Path, pict
         )
 
 
-def test_probabilities_of_all_captions_sum_to_one(tiny_clip: Path, pictures: Draw) -> None:
-    image = pictures(1, 16, 16).expand(len(CAPTIONS), -1, -1, -1)
+def test_probabilities_of_all_captions_sum_to_one(tiny_clip: Path, make_images: MakeImages) -> None:
+    image = make_images(1, 16, 16).expand(len(CAPTIONS), -1, -1, -1)
     assert CLIPClassification(str(tiny_clip), CAPTIONS)(image, CAPTIONS).exp().sum().item() == pytest.approx(
         1, abs=1e-6
     )
 
 
-def test_a_caption_counts_once_in_upper_and_lower_case(tiny_clip: Path, pictures: Draw) -> None:
-    images = pictures(1, 16, 16)
+def test_captions_that_differ_only_in_case_count_once(tiny_clip: Path, make_images: MakeImages) -> None:
+    images = make_images(1, 16, 16)
     plain = CLIPClassification(str(tiny_clip), CAPTIONS)
     repeated = CLIPClassification(str(tiny_clip), [*CAPTIONS, "Red  CAT", "cat"])
     assert len(repeated.captions) == len(CAPTIONS)
@@ -131,17 +131,17 @@ def test_a_caption_counts_once_in_upper_and_lower_case(tiny_clip: Path, pictures
         assert torch.allclose(repeated(images, [prompt]), plain(images, ["red cat" if "cat" in prompt else prompt]))
 
 
-def test_captions_are_read_from_a_file(tiny_clip: Path, tmp_path: Path, pictures: Draw) -> None:
+def test_captions_are_read_from_a_file(tiny_clip: Path, tmp_path: Path, make_images: MakeImages) -> None:
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
-    images = pictures(3, 16, 16)
+    images = make_images(3, 16, 16)
     listed, read = (CLIPClassification(str(tiny_clip), x) for x in (CAPTIONS, str(tmp_path / "captions.txt")))
     assert torch.equal(read(images, PROMPTS), listed(images, PROMPTS))
     with pytest.raises(ConfigurationError, match="no prompts"):
         CLIPClassification(str(tiny_clip), [])
 
 
-def test_retrieval_is_the_argmax(tiny_clip: Path, pictures: Draw) -> None:
-    images = pictures(24, 16, 16)
+def test_retrieval_equals_the_argmax(tiny_clip: Path, make_images: MakeImages) -> None:
+    images = make_images(24, 16, 16)
     best = reference(tiny_clip, images, CAPTIONS)[0].argmax(1)
     assert len(set(best)) > 1
     prompts = [CAPTIONS[index % 4] for index in range(24)]
@@ -150,9 +150,9 @@ def test_retrieval_is_the_argmax(tiny_clip: Path, pictures: Draw) -> None:
     assert 0 < scores.sum() < 24
 
 
-def test_gradient_ascent_on_the_classification_retrieves_the_caption(tiny_clip: Path, pictures: Draw) -> None:
+def test_gradient_ascent_on_the_classification_retrieves_the_caption(tiny_clip: Path, make_images: MakeImages) -> None:
     reward, retrieved = CLIPClassification(str(tiny_clip), CAPTIONS), CaptionRetrieval(str(tiny_clip), CAPTIONS)
-    images = pictures(4, 16, 16).requires_grad_()
+    images = make_images(4, 16, 16).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=0.05)
     before = retrieved(images, CAPTIONS).mean()
     for _ in range(60):
@@ -185,7 +185,7 @@ def test_the_oldest_text_features_are_evicted_from_the_cache(tiny_clip: Path, mo
     assert list(encoder._texts) == ["cat", "a dog"]
 
 
-def test_long_prompts_are_cut_as_transformers_cuts_them(tiny_clip: Path) -> None:
+def test_long_prompts_are_truncated_as_in_transformers(tiny_clip: Path) -> None:
     processor, model = CLIPProcessor.from_pretrained(tiny_clip), CLIPModel.from_pretrained(tiny_clip).eval()
     texts = ["red cat " * 20, "cat"]
     tokens = processor(text=texts, return_tensors="pt", padding=True, truncation=True)
@@ -196,9 +196,9 @@ def test_long_prompts_are_cut_as_transformers_cuts_them(tiny_clip: Path) -> None
     torch.testing.assert_close(CLIPEncoder.load(str(tiny_clip)).texts(texts), expected)
 
 
-def test_training_after_validation_under_inference_mode(tiny_clip: Path, pictures: Draw) -> None:
+def test_features_cached_under_inference_mode_can_be_used_in_training(tiny_clip: Path, make_images: MakeImages) -> None:
     """Text features that validation cached must be usable in a graph."""
-    images = pictures(3, 16, 16)
+    images = make_images(3, 16, 16)
     for reward in (CLIPScore(str(tiny_clip)), CLIPClassification(str(tiny_clip), CAPTIONS)):
         with torch.inference_mode():
             before = reward(images, PROMPTS).clone()
@@ -211,20 +211,24 @@ def test_training_after_validation_under_inference_mode(tiny_clip: Path, picture
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), ("float16", 3e-3)])
-def test_half_precision_weights(dtype: Any, tolerance: float, tiny_clip: Path, pictures: Draw) -> None:
-    images = pictures(3, 16, 16)
+def test_half_precision_weights_change_scores_little(
+    dtype: Any, tolerance: float, tiny_clip: Path, make_images: MakeImages
+) -> None:
+    images = make_images(3, 16, 16)
     exact, reward = CLIPScore(str(tiny_clip)), CLIPScore(str(tiny_clip), dtype=dtype)
     scores = reward(images, PROMPTS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, exact(images, PROMPTS), rtol=0, atol=tolerance)
 
 
-def test_half_precision_files_are_read_into_single_precision(tiny_clip: Path, tmp_path: Path, pictures: Draw) -> None:
+def test_half_precision_files_are_read_into_single_precision(
+    tiny_clip: Path, tmp_path: Path, make_images: MakeImages
+) -> None:
     shutil.copytree(tiny_clip, tmp_path / "clip")
     CLIPModel.from_pretrained(tiny_clip).half().save_pretrained(tmp_path / "clip")
     reward = CLIPScore(str(tmp_path / "clip"))
     assert {parameter.dtype for parameter in reward.parameters()} == {torch.float32}
-    images = pictures(3, 16, 16)
+    images = make_images(3, 16, 16)
     torch.testing.assert_close(reward(images, PROMPTS), CLIPScore(str(tiny_clip))(images, PROMPTS), rtol=0, atol=2e-3)
 
 
@@ -234,7 +238,7 @@ def test_weights_are_frozen_and_in_eval_mode(tiny_clip: Path) -> None:
     assert not any(module.training for module in reward.encoder.model.modules())
 
 
-def test_the_image_processor_of_a_processor_file(tiny_clip: Path, tmp_path: Path) -> None:
+def test_image_processor_is_read_from_processor_config(tiny_clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(tiny_clip, folder)
     expected = CLIPEncoder.load(str(folder)).preprocess
@@ -249,20 +253,22 @@ def test_the_image_processor_of_a_processor_file(tiny_clip: Path, tmp_path: Path
         (folder / file).unlink()
 
 
-def test_shipped_names(tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Draw) -> None:
+def test_shipped_names_open_the_shipped_clip(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_images: MakeImages
+) -> None:
     monkeypatch.setattr(assets, "FOLDER", tmp_path)
     for name in assets.NAMES:
         with pytest.raises(ConfigurationError, match=f"'{name}' is missing from .* install the package again"):
             assets.resolve(name)
     shutil.copytree(tiny_clip, tmp_path / "emoji64-clip")
     assert assets.resolve("emoji64-clip") == tmp_path / "emoji64-clip"
-    images = pictures(3, 16, 16)
+    images = make_images(3, 16, 16)
     assert torch.equal(CLIPScore("emoji64-clip")(images, PROMPTS), CLIPScore(str(tiny_clip))(images, PROMPTS))
     for name in ("openai/clip-vit-base-patch32", "./emoji64-clip", str(tiny_clip), ""):
         assert assets.resolve(name) == name
 
 
-def test_folders_without_a_clip_are_refused(tiny_clip: Path, tiny_sd: Path, tmp_path: Path) -> None:
+def test_folders_without_a_clip_are_rejected(tiny_clip: Path, tiny_sd: Path, tmp_path: Path) -> None:
     advice = "give the folder or hub id of a transformers CLIPModel"
     (tmp_path / "empty").mkdir()
     cases = {
@@ -277,7 +283,7 @@ def test_folders_without_a_clip_are_refused(tiny_clip: Path, tiny_sd: Path, tmp_
             CLIPScore(name)
 
 
-def test_incomplete_weights_are_refused(tiny_clip: Path, tmp_path: Path) -> None:
+def test_incomplete_weights_are_rejected(tiny_clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     shutil.copytree(tiny_clip, folder)
     weights = load_file(folder / "model.safetensors")
@@ -290,7 +296,7 @@ def test_incomplete_weights_are_refused(tiny_clip: Path, tmp_path: Path) -> None
         CLIPScore(str(folder))
 
 
-def test_options_are_known_ones(tiny_clip: Path) -> None:
+def test_unknown_options_are_rejected(tiny_clip: Path) -> None:
     with pytest.raises(ConfigurationError, match="variant='dot' is not known; write cosine or clipscore"):
         CLIPScore(str(tiny_clip), "dot")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="dtype='int8' is not supported; write float32, bfloat16, float16"):
@@ -298,8 +304,8 @@ def test_options_are_known_ones(tiny_clip: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [CLIPClassification, CaptionRetrieval])
-def test_the_caption_may_stand_in_the_metadata(kind: type, tiny_clip: Path, pictures: Draw) -> None:
-    images = pictures(3, 16, 16)
+def test_caption_can_be_read_from_the_metadata(kind: type, tiny_clip: Path, make_images: MakeImages) -> None:
+    images = make_images(3, 16, 16)
     named = [Prompt("x", {"shown": prompt}) for prompt in PROMPTS]
     by_column = kind(str(tiny_clip), CAPTIONS, column="shown")
     assert torch.equal(by_column(images, named), kind(str(tiny_clip), CAPTIONS)(images, PROMPTS))

@@ -1,4 +1,4 @@
-"""Closed forms against loops in numpy, and on pictures whose score is known."""
+"""Closed forms against loops in numpy, and against known scores."""
 
 from collections.abc import Callable
 
@@ -10,35 +10,35 @@ from torch import Tensor
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards import Brightness, ColorBalance, ColorSaturation, ColorTarget, Reward, Sharpness, Symmetry
 
-Picture = np.ndarray
+Array = np.ndarray
 
 
-def brightness(x: Picture) -> float:
+def brightness(x: Array) -> float:
     return -((x.sum() / x.size - 0.3) ** 2)
 
 
-def color_target(x: Picture) -> float:
+def color_target(x: Array) -> float:
     return -sum((x[c, i, j] - (0.9, 0.2, 0.4)[c]) ** 2 for c, i, j in np.ndindex(x.shape)) / x.size
 
 
-def color_balance(x: Picture) -> float:
+def color_balance(x: Array) -> float:
     return 0.25 * x[0].mean() + 2 * x[1].mean() - x[2].mean()
 
 
-def saturation(x: Picture) -> float:
+def saturation(x: Array) -> float:
     spread = [np.sqrt(((pixel - pixel.mean()) ** 2).mean() + 1e-6) - 1e-3 for pixel in x.reshape(3, -1).T]
     return float(np.mean(spread)) * 3 / np.sqrt(2)
 
 
-def left_right(x: Picture) -> float:
+def left_right(x: Array) -> float:
     return -float(np.mean([(x[c, i, j] - x[c, i, -1 - j]) ** 2 for c, i, j in np.ndindex(x.shape)]))
 
 
-def top_bottom(x: Picture) -> float:
+def top_bottom(x: Array) -> float:
     return left_right(x.swapaxes(1, 2))
 
 
-def sharpness(x: Picture) -> float:
+def sharpness(x: Array) -> float:
     y = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
     inner = [(i, j) for i in range(1, y.shape[0] - 1) for j in range(1, y.shape[1] - 1)]
     return float(
@@ -59,10 +59,10 @@ def sharpness(x: Picture) -> float:
     ],
 )
 @pytest.mark.parametrize("size", [(8, 8), (5, 11)])
-def test_values(
-    reward: Reward, oracle: Callable[[Picture], float], size: tuple[int, int], pictures: Callable[..., Tensor]
+def test_values_equal_the_closed_form(
+    reward: Reward, oracle: Callable[[Array], float], size: tuple[int, int], make_images: Callable[..., Tensor]
 ) -> None:
-    images = pictures(3, *size).double()
+    images = make_images(3, *size).double()
     scores = reward(images, ["a cat"] * 3)
     assert scores.numpy() == pytest.approx([oracle(image) for image in images.numpy()], rel=1e-9)
 
@@ -94,16 +94,16 @@ RAMP = torch.linspace(0, 1, 6).expand(1, 3, 6, 6)
         (Sharpness(), RAMP, 0.0),
     ],
 )
-def test_known_pictures(reward: Reward, image: Tensor, score: float) -> None:
+def test_images_of_known_score(reward: Reward, image: Tensor, score: float) -> None:
     assert reward(image, ["a cat"]).item() == pytest.approx(score, abs=3e-3)
 
 
-def test_saturation_has_a_finite_gradient_at_grey() -> None:
+def test_saturation_has_a_finite_gradient_at_gray() -> None:
     image = uniform(0.5, 0.5, 0.5).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(ColorSaturation()(image, ["a cat"]).sum(), image)
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_symmetry_accepts_two_axes() -> None:
+def test_symmetry_rejects_other_axes() -> None:
     with pytest.raises(ConfigurationError, match="axis='diagonal' is not known; write horizontal"):
         Symmetry("diagonal")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sums: values, breakdown, gradients, scales, saturation, and how they are configured."""
+"""Sums of rewards: values, breakdown, gradients, scales, thresholds, and configuration."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ PROMPTS = ["a cat", "a dog"]
 
 
 class PromptLength(Reward):
-    """The number of the prompt's letters; counts its calls."""
+    """The number of letters of the prompt; counts its calls."""
 
     differentiable = False
     calls = 0
@@ -37,8 +37,8 @@ class PromptLength(Reward):
         return torch.tensor([float(len(prompt)) for prompt in prompts])
 
 
-def test_the_sum_and_its_breakdown(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8)
+def test_sum_and_breakdown_equal_the_weighted_components(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8)
     bright, sharp = Brightness(0.2), Sharpness()
     reward = WeightedSum({"bright": WeightedReward(bright, 2.0), "sharp": WeightedReward(sharp, -0.5)})
     expected = 2 * bright(images, PROMPTS) - 0.5 * sharp(images, PROMPTS)
@@ -50,8 +50,8 @@ def test_the_sum_and_its_breakdown(pictures: Callable[..., Tensor]) -> None:
     assert torch.equal(parts["sharp"], sharp(images, PROMPTS))
 
 
-def test_the_gradient_is_the_weighted_sum_of_gradients(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8).double().requires_grad_()
+def test_the_gradient_is_the_weighted_sum_of_gradients(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8).double().requires_grad_()
     bright, red = Brightness(0.2), ColorBalance()
     reward = WeightedSum({"bright": WeightedReward(bright, 2.0), "red": WeightedReward(red, -3.0)})
     parts = [torch.autograd.grad(part(images, PROMPTS).sum(), images)[0] for part in (bright, red)]
@@ -60,8 +60,8 @@ def test_the_gradient_is_the_weighted_sum_of_gradients(pictures: Callable[..., T
         torch.testing.assert_close(gradient, 2 * parts[0] - 3 * parts[1])
 
 
-def test_a_component_of_weight_zero_is_only_logged(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8).requires_grad_()
+def test_a_component_of_weight_zero_is_only_logged(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8).requires_grad_()
     length = PromptLength()
     reward = WeightedSum({"bright": WeightedReward(Brightness()), "length": WeightedReward(length, 0.0)})
     assert reward.differentiable
@@ -79,8 +79,8 @@ def test_a_sum_with_a_weighted_black_box_is_not_differentiable() -> None:
     assert not WeightedSum(parts).differentiable
 
 
-def test_sums_nest(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8)
+def test_nested_sums_report_all_components(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8)
     inner = WeightedSum({"bright": WeightedReward(Brightness(), 2.0), "sharp": WeightedReward(Sharpness(), 3.0)})
     outer = WeightedSum({"looks": WeightedReward(inner, 0.5), "red": WeightedReward(ColorBalance())})
     bright, sharp, red = (part(images, PROMPTS) for part in (Brightness(), Sharpness(), ColorBalance()))
@@ -92,7 +92,7 @@ def test_sums_nest(pictures: Callable[..., Tensor]) -> None:
     assert torch.equal(parts["looks/sharp"], sharp)
 
 
-def test_a_reward_of_another_shape_is_named(pictures: Callable[..., Tensor]) -> None:
+def test_component_that_returns_another_shape_is_named_in_the_error(make_images: Callable[..., Tensor]) -> None:
     class PixelBrightness(Reward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return images.mean(1)
@@ -100,28 +100,28 @@ def test_a_reward_of_another_shape_is_named(pictures: Callable[..., Tensor]) -> 
     reward = WeightedSum({"bright": WeightedReward(PixelBrightness())})
     for score in (reward, reward.breakdown):
         with pytest.raises(ValueError, match=r"'bright': PixelBrightness.* shape \(2, 8, 8\) for 2 .* shape \(2,\)"):
-            score(pictures(2, 8, 8), PROMPTS)
+            score(make_images(2, 8, 8), PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b", "two words"])
-def test_names_can_be_part_of_a_log_key(name: str) -> None:
+def test_names_that_cannot_be_log_keys_are_rejected(name: str) -> None:
     with pytest.raises(ConfigurationError, match="cannot name a reward: .* use letters, digits, _ and -"):
         WeightedSum({name: WeightedReward(Brightness())})
 
 
 @pytest.mark.parametrize("name", ["type", "training", "values", "forward", "hps-v2_1"])
-def test_names_of_methods_are_names_like_others(name: str, pictures: Callable[..., Tensor]) -> None:
+def test_components_can_have_names_of_module_methods(name: str, make_images: Callable[..., Tensor]) -> None:
     reward = WeightedSum({name: WeightedReward(Brightness())})
-    assert list(reward.breakdown(pictures(2, 8, 8), PROMPTS)[1]) == [name]
+    assert list(reward.breakdown(make_images(2, 8, 8), PROMPTS)[1]) == [name]
 
 
 @pytest.mark.parametrize("parts", [{}, {"bright": WeightedReward(Brightness(), 0.0)}])
-def test_a_sum_without_components_is_refused(parts: dict[str, WeightedReward]) -> None:
+def test_sum_without_components_is_rejected(parts: dict[str, WeightedReward]) -> None:
     with pytest.raises(ConfigurationError, match="has no reward whose weight is not 0"):
         WeightedSum(parts)
 
 
-def test_parts_are_modules_of_the_sum() -> None:
+def test_components_are_submodules_of_the_sum() -> None:
     class Scaled(Reward):
         def __init__(self) -> None:
             super().__init__()
@@ -137,7 +137,7 @@ def test_parts_are_modules_of_the_sum() -> None:
     assert not any(module.training for module in reward.modules())
 
 
-def test_it_is_written_in_yaml_and_overridden_on_the_command_line() -> None:
+def test_sum_is_read_from_yaml_and_overridden_on_the_command_line() -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(Reward, "reward")
     bright: dict[str, Any] = {"reward": {"class_path": "Brightness", "init_args": {"target": 0.7}}, "weight": 2.0}
@@ -164,7 +164,7 @@ def zscore(memory: int = 4096, **options: Any) -> ZScoreSum:
     )
 
 
-def test_running_moments_are_those_of_all_numbers_and_then_forget() -> None:
+def test_running_moments_are_exact_up_to_memory_and_decay_after_it() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [3 + 2 * torch.randn(size, generator=generator, dtype=torch.float64) for size in (1, 4, 7, 2)]
     moments = RunningMoments(14)
@@ -184,19 +184,19 @@ def test_running_moments_are_those_of_all_numbers_and_then_forget() -> None:
     assert (moments.mean, moments.std) == pytest.approx((11, 1), rel=1e-6)
 
 
-def test_numbers_that_differ_by_rounding_alone_have_no_scale() -> None:
+def test_std_is_one_for_numbers_that_differ_only_by_rounding() -> None:
     moments = RunningMoments(100)
     moments.update(torch.full((5,), 0.1) + torch.tensor([0, 1e-9, 0, -1e-9, 0]))
     assert moments.std == 1
 
 
-def test_z_scores_are_those_of_the_running_statistics(pictures: Callable[..., Tensor]) -> None:
+def test_z_scores_use_the_running_statistics(make_images: Callable[..., Tensor]) -> None:
     reward = zscore()
     assert reward.needs_calibration
-    seen = pictures(20, 8, 8, seed=1)
+    seen = make_images(20, 8, 8, seed=1)
     reward.update_statistics(reward.breakdown(seen, ["a"] * 20)[1])
     assert not reward.needs_calibration
-    images = pictures(2, 8, 8).requires_grad_()
+    images = make_images(2, 8, 8).requires_grad_()
     expected = torch.zeros(2)
     for part, weight in ((Brightness(0.2), 2.0), (Sharpness(), -0.5)):
         known = part(seen, [""] * 20)
@@ -208,31 +208,31 @@ def test_z_scores_are_those_of_the_running_statistics(pictures: Callable[..., Te
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_scoring_changes_no_statistics(pictures: Callable[..., Tensor]) -> None:
+def test_scoring_changes_no_statistics(make_images: Callable[..., Tensor]) -> None:
     reward = zscore()
-    reward.update_statistics(reward.breakdown(pictures(4, 8, 8), ["a"] * 4)[1])
+    reward.update_statistics(reward.breakdown(make_images(4, 8, 8), ["a"] * 4)[1])
     before = reward.get_extra_state()
-    reward(pictures(2, 8, 8), PROMPTS)
-    reward.breakdown(pictures(2, 8, 8), PROMPTS)
+    reward(make_images(2, 8, 8), PROMPTS)
+    reward.breakdown(make_images(2, 8, 8), PROMPTS)
     assert reward.get_extra_state() == before
 
 
-def test_statistics_travel_in_the_state_dict_and_reach_inner_sums(pictures: Callable[..., Tensor]) -> None:
+def test_statistics_are_in_the_state_dict_and_reach_nested_sums(make_images: Callable[..., Tensor]) -> None:
     def nested() -> WeightedSum:
         return WeightedSum({"looks": WeightedReward(zscore()), "red": WeightedReward(ColorBalance())})
 
     reward, other = nested(), nested()
     assert reward.needs_calibration
-    reward.update_statistics(reward.breakdown(pictures(9, 8, 8), ["a"] * 9)[1])
+    reward.update_statistics(reward.breakdown(make_images(9, 8, 8), ["a"] * 9)[1])
     assert not reward.needs_calibration
     other.load_state_dict(reward.state_dict())
-    images = pictures(2, 8, 8, seed=3)
+    images = make_images(2, 8, 8, seed=3)
     assert torch.equal(reward(images, PROMPTS), other(images, PROMPTS))
     assert not torch.equal(reward(images, PROMPTS), nested()(images, PROMPTS))
 
 
-def test_a_threshold_is_in_the_units_of_its_component(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8)
+def test_a_threshold_is_in_the_units_of_its_component(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8)
     free = zscore()
     free.update_statistics(free.breakdown(images, PROMPTS)[1])
     best = float(Brightness(0.2)(images, PROMPTS).min())
@@ -243,7 +243,7 @@ def test_a_threshold_is_in_the_units_of_its_component(pictures: Callable[..., Te
     torch.testing.assert_close(held(images, PROMPTS), sharp + 2 * (best - moments.mean) / moments.std)
 
 
-def test_a_memory_holds_two_numbers() -> None:
+def test_memory_below_two_is_rejected() -> None:
     with pytest.raises(ConfigurationError, match="memory=1 must be at least 2"):
         zscore(1)
 
@@ -254,10 +254,10 @@ def test_a_memory_holds_two_numbers() -> None:
 @pytest.mark.parametrize("weight", [2.0, -2.0])
 @pytest.mark.parametrize("width", [0.0, 0.05])
 def test_a_component_has_no_gradient_beyond_its_threshold(
-    weight: float, width: float, pictures: Callable[..., Tensor]
+    weight: float, width: float, make_images: Callable[..., Tensor]
 ) -> None:
     """Compared with the hinge and the softplus of `losses`."""
-    images = pictures(2, 8, 8).double().requires_grad_()
+    images = make_images(2, 8, 8).double().requires_grad_()
     score = Sharpness()(images, PROMPTS)
     threshold, sign = float(score.detach().mean()), weight / 2
     reward = WeightedSum({"sharp": WeightedReward(Sharpness(), weight, threshold, width)})
@@ -282,7 +282,7 @@ def test_a_component_has_no_gradient_beyond_its_threshold(
         ({"weight": float("inf")}, "weight=inf of Brightness must be finite"),
     ],
 )
-def test_invalid_weights_and_thresholds_are_refused(options: dict[str, float], message: str) -> None:
+def test_invalid_weights_and_thresholds_are_rejected(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         WeightedReward(Brightness(), **options)
 
@@ -302,9 +302,9 @@ def pulling(**threshold: float) -> GradientNormSum:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_all_components_have_equal_gradient_norms_in_any_unit(
-    dtype: torch.dtype, pictures: Callable[..., Tensor]
+    dtype: torch.dtype, make_images: Callable[..., Tensor]
 ) -> None:
-    images = pictures(2, 8, 8).to(dtype).requires_grad_()
+    images = make_images(2, 8, 8).to(dtype).requires_grad_()
     parts = {"bright": (Brightness(0.2), 2.0), "red": (ColorBalance(), -0.5)}
     exact = images.detach().double().requires_grad_()
     raw = {name: torch.autograd.grad(part(exact, PROMPTS).sum(), exact)[0] for name, (part, _) in parts.items()}
@@ -321,13 +321,13 @@ def test_all_components_have_equal_gradient_norms_in_any_unit(
         assert torch.equal(pulling()(images, PROMPTS), plain(images, PROMPTS))
 
 
-def test_scaling_a_component_by_100_does_not_change_its_share_of_the_gradient(pictures: Callable[..., Tensor]) -> None:
+def test_scaling_a_component_does_not_change_its_gradient_fraction(make_images: Callable[..., Tensor]) -> None:
     class Hundredfold(ColorBalance):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return 100 * super().forward(images, prompts)
 
     def direction(red: Reward) -> Tensor:
-        images = pictures(2, 8, 8).requires_grad_()
+        images = make_images(2, 8, 8).requires_grad_()
         reward = GradientNormSum({"bright": WeightedReward(Brightness(0.2)), "red": WeightedReward(red)})
         (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
         return torch.nn.functional.normalize(gradient.flatten(1), dim=1)
@@ -335,16 +335,16 @@ def test_scaling_a_component_by_100_does_not_change_its_share_of_the_gradient(pi
     torch.testing.assert_close(direction(ColorBalance()), direction(Hundredfold()), rtol=1e-4, atol=1e-6)
 
 
-def test_a_sum_of_one_component_equals_that_component(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8).requires_grad_()
+def test_a_sum_of_one_component_equals_that_component(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8).requires_grad_()
     scores = [Sharpness()(images, PROMPTS), GradientNormSum({"a": WeightedReward(Sharpness())})(images, PROMPTS)]
     one, other = (torch.autograd.grad(score.sum(), images, retain_graph=True)[0] for score in scores)
     torch.testing.assert_close(one, other)
 
 
-def test_a_component_with_zero_gradient_does_not_change_the_others(pictures: Callable[..., Tensor]) -> None:
+def test_a_component_with_zero_gradient_does_not_change_the_others(make_images: Callable[..., Tensor]) -> None:
     """One component is constant and one has reached its threshold; the gradient stays finite."""
-    images = pictures(2, 8, 8).requires_grad_()
+    images = make_images(2, 8, 8).requires_grad_()
     sharp = float(Sharpness()(images, PROMPTS).detach().min())
     reward = GradientNormSum(
         {
@@ -361,11 +361,11 @@ def test_a_component_with_zero_gradient_does_not_change_the_others(pictures: Cal
 
 
 @pytest.mark.parametrize("kind", [WeightedSum, ZScoreSum, GradientNormSum])
-def test_a_sum_is_the_same_when_its_activations_are_recomputed(
-    kind: type[WeightedSum], pictures: Callable[..., Tensor]
+def test_sum_under_activation_checkpointing_is_unchanged(
+    kind: type[WeightedSum], make_images: Callable[..., Tensor]
 ) -> None:
     parts = {"bright": WeightedReward(Brightness(0.2)), "sharp": WeightedReward(Sharpness())}
-    images = pictures(2, 8, 8).requires_grad_()
+    images = make_images(2, 8, 8).requires_grad_()
     reward = kind(parts)
     totals = [reward(images, PROMPTS), checkpoint(reward, images, PROMPTS, use_reentrant=False)]
     one, other = (torch.autograd.grad(total.sum(), images)[0] for total in totals)

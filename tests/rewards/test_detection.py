@@ -1,4 +1,4 @@
-"""Rewards from detectors against transformers' own processors, models and post-processing on PIL pictures."""
+"""Rewards from detectors against transformers' processors, models and post-processing on PIL images."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from lightning_draft.rewards import DetectedCount, ObjectAbsent, ObjectCount, Ob
 from lightning_draft.rewards.detection import log_probability_any
 from lightning_draft.rewards.detector import open_detector
 
-Draw = Callable[..., Tensor]
+MakeImages = Callable[..., Tensor]
 Folders = dict[str, Path]
 KINDS = ["owlvit", "owlv2", "yolos", "detr", "conditional_detr", "rt_detr"]
 SIGMOID = ["owlvit", "owlv2", "conditional_detr", "rt_detr"]
@@ -34,21 +34,21 @@ QUERY = "a photo of a {}"
 
 
 def prompts(objects: Sequence[str], **metadata: Any) -> list[str]:
-    return [Prompt("a picture", {"object": name, **metadata}) for name in objects]
+    return [Prompt("an image", {"object": name, **metadata}) for name in objects]
 
 
 def reference(kind: str, folder: Path, images: Tensor, name: str, threshold: float = 0.5) -> tuple[Tensor, list[int]]:
     """Probabilities `(B, Q)` of one object, and how many boxes post-processing keeps, by transformers alone."""
-    pictures = [Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()) for x in images]
+    pil_images = [Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()) for x in images]
     processor = AutoImageProcessor.from_pretrained(folder)
     if kind == "owlv2":  # its processor needs scipy; it is compared with recorded figures elsewhere
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         inputs = {"pixel_values": (images - mean) / std}
     else:
-        inputs = processor(images=pictures, return_tensors="pt")
+        inputs = processor(images=pil_images, return_tensors="pt")
     if kind.startswith("owl"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        texts = [QUERY.replace("{}", name)] * len(pictures)
+        texts = [QUERY.replace("{}", name)] * len(pil_images)
         tokens = tokenizer(texts, padding="max_length", max_length=12, return_tensors="pt", truncation=True)
         with torch.no_grad():
             output = AutoModelForZeroShotObjectDetection.from_pretrained(folder).eval()(**inputs, **tokens)
@@ -64,11 +64,11 @@ def reference(kind: str, folder: Path, images: Tensor, name: str, threshold: flo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probabilities_are_those_of_transformers(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
-    """To rounding where nothing is resized, else to 0.05 on these networks."""
+def test_probabilities_equal_those_of_transformers(kind: str, tiny_detectors: Folders, make_images: MakeImages) -> None:
+    """Equal up to rounding without a resize, else within 0.05 on these networks."""
     detector = open_detector(str(tiny_detectors[kind]), QUERY, "float32")
     for size in (OWN.get(kind, (32, 48)), (40, 24)):
-        images = pictures(2, *size)
+        images = make_images(2, *size)
         tolerance = 1e-5 if size != (40, 24) else 0.05
         for name in OBJECTS:
             if kind == "owlv2" and size != OWN[kind]:
@@ -80,9 +80,9 @@ def test_probabilities_are_those_of_transformers(kind: str, tiny_detectors: Fold
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_image_is_searched_for_its_own_object(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
+def test_each_image_uses_the_object_of_its_prompt(kind: str, tiny_detectors: Folders, make_images: MakeImages) -> None:
     detector = open_detector(str(tiny_detectors[kind]), QUERY, "float32")
-    images = pictures(2, 16, 16)
+    images = make_images(2, 16, 16)
     mixed = detector(images, OBJECTS)
     for index, name in enumerate(OBJECTS):
         torch.testing.assert_close(mixed[index], detector(images, [name] * 2)[index], rtol=1e-5, atol=1e-5)
@@ -90,10 +90,10 @@ def test_each_image_is_searched_for_its_own_object(kind: str, tiny_detectors: Fo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_rewards_are_their_formulas(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
+def test_rewards_equal_their_formulas(kind: str, tiny_detectors: Folders, make_images: MakeImages) -> None:
     """Products of probabilities, box by box, in float64."""
     folder = str(tiny_detectors[kind])
-    images = pictures(2, *OWN.get(kind, (32, 48)))
+    images = make_images(2, *OWN.get(kind, (32, 48)))
     p = torch.stack([reference(kind, Path(folder), images, name)[0][i] for i, name in enumerate(OBJECTS)]).double()
     none = (1 - p).prod(-1)
     wanted = prompts(OBJECTS, count=3)
@@ -104,9 +104,9 @@ def test_the_rewards_are_their_formulas(kind: str, tiny_detectors: Folders, pict
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_count_is_that_of_post_processing(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
-    """At the median probability, so that some boxes count and some do not."""
-    folder, images = tiny_detectors[kind], pictures(6, *OWN.get(kind, (32, 48)))
+def test_count_equals_that_of_post_processing(kind: str, tiny_detectors: Folders, make_images: MakeImages) -> None:
+    """The threshold is the median probability, so that some boxes count and some do not."""
+    folder, images = tiny_detectors[kind], make_images(6, *OWN.get(kind, (32, 48)))
     found = []
     for name in ("red cat", "N/A") if kind == "rt_detr" else OBJECTS:
         threshold = reference(kind, folder, images, name)[0].median().item()
@@ -119,8 +119,10 @@ def test_the_count_is_that_of_post_processing(kind: str, tiny_detectors: Folders
 
 
 @pytest.mark.parametrize("kind", ["owlvit", "conditional_detr"])
-def test_the_soft_count_at_low_temperature_is_the_count(kind: str, tiny_detectors: Folders, pictures: Draw) -> None:
-    folder, images = str(tiny_detectors[kind]), pictures(6, 16, 16)
+def test_soft_count_at_low_temperature_equals_the_count(
+    kind: str, tiny_detectors: Folders, make_images: MakeImages
+) -> None:
+    folder, images = str(tiny_detectors[kind]), make_images(6, 16, 16)
     hard = DetectedCount(folder, "cat", threshold=0.3)(images, [""] * 6)
     soft = ObjectCount(folder, "cat", 0, threshold=0.3, temperature=1e-5)(images, [""] * 6)
     torch.testing.assert_close(soft, -(hard**2), rtol=1e-3, atol=1e-3)
@@ -128,16 +130,20 @@ def test_the_soft_count_at_low_temperature_is_the_count(kind: str, tiny_detector
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rt_detr"])
 @pytest.mark.parametrize("size", [(16, 16), (21, 14)])
-def test_gradients(
-    kind: str, size: tuple[int, int], tiny_detectors: Folders, pictures: Draw, check_gradient: Callable[..., Tensor]
+def test_gradients_equal_finite_differences(
+    kind: str,
+    size: tuple[int, int],
+    tiny_detectors: Folders,
+    make_images: MakeImages,
+    check_gradient: Callable[..., Tensor],
 ) -> None:
     reward = ObjectCount(str(tiny_detectors[kind]), "bird", 2)
-    check_gradient(reward, pictures(1, *size), [""])
+    check_gradient(reward, make_images(1, *size), [""])
 
 
-def test_what_rt_detr_lets_through_of_the_gradient(tiny_detectors: Folders, pictures: Draw) -> None:
-    """The network itself cuts the graph at its proposals, so finite differences find more; something still flows."""
-    images = pictures(2, 32, 32).requires_grad_()
+def test_rt_detr_gradient_is_partial_but_not_zero(tiny_detectors: Folders, make_images: MakeImages) -> None:
+    """The network detaches its proposals, so the gradient is smaller than that of finite differences, but not zero."""
+    images = make_images(2, 32, 32).requires_grad_()
     (gradient,) = torch.autograd.grad(
         ObjectCount(str(tiny_detectors["rt_detr"]), "bird", 2)(images, ["", ""]).sum(), images
     )
@@ -145,8 +151,8 @@ def test_what_rt_detr_lets_through_of_the_gradient(tiny_detectors: Folders, pict
     assert gradient.any()
 
 
-def test_log_probability_any_from_certainty_to_nothing() -> None:
-    """Against exact arithmetic where it is possible, and its limits where it is not."""
+def test_log_probability_any_is_accurate_for_all_logits() -> None:
+    """Compared with exact arithmetic if possible, else with the limits."""
     logits = torch.linspace(-25, 12, 80, dtype=torch.float64).unsqueeze(1) + torch.tensor([0.0, -1.0, -3.0]).double()
     product = (1 - logits.sigmoid()).prod(-1)
     direct = (1 - product).log()
@@ -159,7 +165,7 @@ def test_log_probability_any_from_certainty_to_nothing() -> None:
     assert log_probability_any(sure).item() == pytest.approx(-math.exp(-60), rel=1e-4)
 
 
-def test_log_probability_any_keeps_its_gradient() -> None:
+def test_log_probability_any_has_a_finite_gradient() -> None:
     for low in (-150.0, -30.0, -5.0, 0.0, 9.0):
         logits = torch.tensor([[low, low - 1, low - 2]], requires_grad=True)
         (gradient,) = torch.autograd.grad(log_probability_any(logits).sum(), logits)
@@ -172,11 +178,11 @@ def test_log_probability_any_keeps_its_gradient() -> None:
     assert torch.autograd.gradcheck(log_probability_any, exact, eps=1e-5, atol=1e-7, rtol=1e-5)
 
 
-def test_gradient_ascent_makes_the_object_present_or_absent(tiny_detectors: Folders, pictures: Draw) -> None:
+def test_gradient_ascent_makes_the_object_present_or_absent(tiny_detectors: Folders, make_images: MakeImages) -> None:
     folder = str(tiny_detectors["owlvit"])
     for reward, sign in ((ObjectPresent(folder, "cat"), 1), (ObjectAbsent(folder, "cat"), -1)):
         number = DetectedCount(folder, "cat", threshold=0.5)
-        images = pictures(3, 16, 16).requires_grad_()
+        images = make_images(3, 16, 16).requires_grad_()
         before = number(images, [""] * 3).sum()
         optimizer = torch.optim.Adam([images], lr=0.03)
         for _ in range(30):
@@ -186,8 +192,8 @@ def test_gradient_ascent_makes_the_object_present_or_absent(tiny_detectors: Fold
         assert sign * (number(images, [""] * 3).sum() - before) > 0
 
 
-def test_the_query_sets_the_text_of_the_detector(tiny_detectors: Folders, pictures: Draw) -> None:
-    folder, images = str(tiny_detectors["owlvit"]), pictures(1, 16, 16)
+def test_the_query_sets_the_text_of_the_detector(tiny_detectors: Folders, make_images: MakeImages) -> None:
+    folder, images = str(tiny_detectors["owlvit"]), make_images(1, 16, 16)
     asked = ObjectPresent(folder, "cat", query="red {}")(images, [""])
     torch.testing.assert_close(asked, ObjectPresent(folder, "red cat", query="{}")(images, [""]))
     assert asked != ObjectPresent(folder, "cat", query="{}")(images, [""])
@@ -195,8 +201,8 @@ def test_the_query_sets_the_text_of_the_detector(tiny_detectors: Folders, pictur
         ObjectPresent(folder, "cat", query="a cat")
 
 
-def test_what_to_look_for_must_be_known(tiny_detectors: Folders, pictures: Draw) -> None:
-    images = pictures(2, 16, 16)
+def test_missing_object_or_count_is_an_error(tiny_detectors: Folders, make_images: MakeImages) -> None:
+    images = make_images(2, 16, 16)
     for name in ("owlvit", "yolos"):
         reward = ObjectCount(str(tiny_detectors[name]))
         with pytest.raises(
@@ -210,17 +216,19 @@ def test_what_to_look_for_must_be_known(tiny_detectors: Folders, pictures: Draw)
         assert torch.equal(reward(images, prompts(OBJECTS, count="2")), reward(images, prompts(OBJECTS, count=2.0)))
 
 
-def test_labels_that_are_not_known_are_refused_with_the_nearest(tiny_detectors: Folders, pictures: Draw) -> None:
+def test_unknown_labels_are_rejected_and_the_nearest_are_named(
+    tiny_detectors: Folders, make_images: MakeImages
+) -> None:
     folder = str(tiny_detectors["yolos"])
     for build in (ObjectPresent, ObjectAbsent, ObjectCount, DetectedCount):
         with pytest.raises(ConfigurationError, match=r"'bird s' is not among the 4 labels of .*the nearest are bird"):
             build(folder, "bird s")
     with pytest.raises(ConfigurationError, match="'zebra' is not among the 4 labels"):
-        ObjectPresent(folder)(pictures(1, 16, 16), prompts(["zebra"]))
+        ObjectPresent(folder)(make_images(1, 16, 16), prompts(["zebra"]))
     for name in ("CAT", "feline", "cat, feline", "1"):
         assert torch.equal(
-            ObjectPresent(folder, name)(pictures(1, 16, 16), [""]),
-            ObjectPresent(folder, "cat")(pictures(1, 16, 16), [""]),
+            ObjectPresent(folder, name)(make_images(1, 16, 16), [""]),
+            ObjectPresent(folder, "cat")(make_images(1, 16, 16), [""]),
         )
 
 
@@ -232,7 +240,7 @@ def test_labels_that_are_not_known_are_refused_with_the_nearest(tiny_detectors: 
         ({"dtype": "int8"}, "dtype='int8' is not supported"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], message: str, tiny_detectors: Folders) -> None:
+def test_options_out_of_range_are_rejected(options: dict[str, Any], message: str, tiny_detectors: Folders) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ObjectCount(str(tiny_detectors["yolos"]), "cat", 1, **options)
     for other, text in (({"score": "mean"}, "score='mean' is not known"), ({"threshold": 0}, "threshold=0 must")):
@@ -240,18 +248,20 @@ def test_options_out_of_range(options: dict[str, Any], message: str, tiny_detect
             DetectedCount(str(tiny_detectors["yolos"]), "cat", **other)
 
 
-def test_thresholds_are_those_of_transformers(tiny_detectors: Folders) -> None:
+def test_default_thresholds_equal_those_of_transformers(tiny_detectors: Folders) -> None:
     assert DetectedCount(str(tiny_detectors["owlv2"]), "cat").threshold == 0.1
     assert DetectedCount(str(tiny_detectors["detr"]), "cat").threshold == 0.5
 
 
-def test_the_saved_picture_is_counted_in(tiny_detectors: Folders, pictures: Draw) -> None:
-    reward, images = DetectedCount(str(tiny_detectors["owlvit"]), "cat", threshold=0.3), pictures(4, 16, 16)
+def test_boxes_are_counted_in_images_rounded_to_bytes(tiny_detectors: Folders, make_images: MakeImages) -> None:
+    reward, images = DetectedCount(str(tiny_detectors["owlvit"]), "cat", threshold=0.3), make_images(4, 16, 16)
     assert torch.equal(reward(3 * images - 1, [""] * 4), reward((3 * images - 1).clamp(0, 1), [""] * 4))
 
 
-def test_weights_are_frozen_in_eval_mode_and_in_their_precision(tiny_detectors: Folders, pictures: Draw) -> None:
-    images = pictures(2, 16, 16)
+def test_weights_are_frozen_in_eval_mode_and_in_the_given_precision(
+    tiny_detectors: Folders, make_images: MakeImages
+) -> None:
+    images = make_images(2, 16, 16)
     for kind in ("owlvit", "yolos"):
         exact = ObjectAbsent(str(tiny_detectors[kind]), "cat")
         assert not any(parameter.requires_grad for parameter in exact.parameters())
@@ -262,7 +272,7 @@ def test_weights_are_frozen_in_eval_mode_and_in_their_precision(tiny_detectors: 
         torch.testing.assert_close(scores, exact(images, ["", ""]), rtol=0.05, atol=0.1)
 
 
-def test_folders_without_a_detector_are_refused(tiny_detectors: Folders, tiny_clip: Path, tmp_path: Path) -> None:
+def test_folders_without_a_detector_are_rejected(tiny_detectors: Folders, tiny_clip: Path, tmp_path: Path) -> None:
     advice = "give the folder or hub id of a detector as transformers saves it, such as google/owlv2"
     for name in (str(tmp_path / "nothing"), "no-such-owner/no-such-detector", str(tiny_clip)):
         with pytest.raises(ConfigurationError, match=f"no detector could be read from '{name}': .*{advice}"):
@@ -280,14 +290,14 @@ def test_folders_without_a_detector_are_refused(tiny_detectors: Folders, tiny_cl
         ObjectPresent(str(folder), "cat")
 
 
-def test_old_configurations_of_owl(tiny_detectors: Folders, tmp_path: Path, pictures: Draw) -> None:
-    """A list of two lengths, and the name that feature extractors had."""
+def test_old_configurations_of_owl_are_read(tiny_detectors: Folders, tmp_path: Path, make_images: MakeImages) -> None:
+    """The size is a list of two lengths, and the key is the old name of feature extractors."""
     shutil.copytree(tiny_detectors["owlvit"], tmp_path / "owl")
     (tmp_path / "owl" / "processor_config.json").unlink(missing_ok=True)
     old = {"feature_extractor_type": "OwlViTFeatureExtractor", "size": [16, 16], "do_center_crop": False}
     (tmp_path / "owl" / "preprocessor_config.json").write_text(json.dumps(old))
     scores = [
-        ObjectAbsent(str(folder), "cat")(pictures(2, 20, 30), ["", ""])
+        ObjectAbsent(str(folder), "cat")(make_images(2, 20, 30), ["", ""])
         for folder in (tiny_detectors["owlvit"], tmp_path / "owl")
     ]
     assert torch.equal(*scores)

@@ -39,14 +39,14 @@ def reward(files: dict[str, str]) -> HPSv2:
 
 
 @pytest.mark.parametrize("size", tiny.SIZES)
-def test_scores_are_those_of_the_package(size: tuple[int, int], reward: HPSv2) -> None:
-    """To rounding in single precision, whatever the size: it resizes tensors as well."""
+def test_scores_equal_those_of_the_hpsv2_package(size: tuple[int, int], reward: HPSv2) -> None:
+    """Equal up to rounding in single precision for any size, because the package resizes tensors too."""
     recorded = torch.tensor(RECORD["scores"]["x".join(map(str, size))])
     assert recorded.std() > 0.05
-    torch.testing.assert_close(reward(tiny.pictures(*size), tiny.PROMPTS), recorded, rtol=0, atol=2e-6)
+    torch.testing.assert_close(reward(tiny.make_images(*size), tiny.PROMPTS), recorded, rtol=0, atol=2e-6)
 
 
-def test_tokens_are_those_of_the_package(files: dict[str, str]) -> None:
+def test_tokens_equal_those_of_the_hpsv2_package(files: dict[str, str]) -> None:
     words = AutoTokenizer.from_pretrained(files["tokenizer"])
     ours = words([clean_text(prompt) for prompt in tiny.PROMPTS], truncation=True, max_length=tiny.CONTEXT)["input_ids"]
     for row, recorded in zip(ours, RECORD["tokens"], strict=True):
@@ -64,21 +64,21 @@ def test_tokens_are_those_of_the_package(files: dict[str, str]) -> None:
         ("cafe\u0301 \u4e2d\u6587 \u2014 \u2082 \u00bd", "caf\u00e9 \u4e2d\u6587 \u2014 \u2082 \u00bd"),
     ],
 )
-def test_texts_are_cleaned_as_ftfy_and_html_do(text: str, plain: str) -> None:
+def test_texts_are_cleaned_as_by_ftfy_and_html(text: str, plain: str) -> None:
     assert clean_text(text) == plain
 
 
-def test_the_longest_side_that_fits_is_padded_alone(reward: HPSv2) -> None:
-    """The package leaves such pictures without padding, and then cannot score them."""
-    images = tiny.pictures(tiny.IMAGE, 21)
+def test_image_with_a_longest_side_of_the_input_size_is_only_padded(reward: HPSv2) -> None:
+    """The package does not pad such images and then cannot score them."""
+    images = tiny.make_images(tiny.IMAGE, 21)
     padded = F.pad(images, (5, 6, 0, 0))
     torch.testing.assert_close(reward(images, tiny.PROMPTS), reward(padded, tiny.PROMPTS))
 
 
 @pytest.mark.parametrize("size", [(40, 91), (91, 40), (700, 1), (12, 12)])
 @pytest.mark.parametrize("antialias", [True, False])
-def test_longest_side(size: tuple[int, int], antialias: bool) -> None:
-    images = tiny.pictures(*size).double()
+def test_longest_side_resize_equals_interpolation_and_padding(size: tuple[int, int], antialias: bool) -> None:
+    images = tiny.make_images(*size).double()
     pixels = LongestSide(32, antialias)(images)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     black = (pixels * std + mean).abs().amax((0, 1)) < 1e-12
@@ -91,33 +91,35 @@ def test_longest_side(size: tuple[int, int], antialias: bool) -> None:
     torch.testing.assert_close((pixels * std + mean)[:, :, inside].unflatten(2, (height, width)), resized)
 
 
-def test_antialiasing_may_be_left_out(files: dict[str, str], reward: HPSv2) -> None:
-    images = tiny.pictures(150, 150)
+def test_antialiasing_can_be_switched_off(files: dict[str, str], reward: HPSv2) -> None:
+    images = tiny.make_images(150, 150)
     old = HPSv2(**files, antialias=False)(images, tiny.PROMPTS)
     assert not torch.allclose(old, reward(images, tiny.PROMPTS), atol=1e-6)
-    small = tiny.pictures(32, 32)
+    small = tiny.make_images(32, 32)
     assert torch.equal(HPSv2(**files, antialias=False)(small, tiny.PROMPTS), reward(small, tiny.PROMPTS))
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1"])
-def test_files_of_every_kind(version: Any, tmp_path: Path, files: dict[str, str], reward: HPSv2) -> None:
+def test_every_supported_file_format_is_read(
+    version: Any, tmp_path: Path, files: dict[str, str], reward: HPSv2
+) -> None:
     tensors = tiny.weights()
     (tmp_path / "folder").mkdir()
     published = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}[version]
     torch.save({"state_dict": tensors, "epoch": 1}, tmp_path / "folder" / published)
     save_file(tensors, tmp_path / "converted.safetensors")
-    images = tiny.pictures(32, 32)
+    images = tiny.make_images(32, 32)
     for weights in (tmp_path / "folder", tmp_path / "converted.safetensors"):
         scores = HPSv2(version, str(weights), files["tokenizer"])(images, tiny.PROMPTS)
         assert torch.equal(scores, reward(images, tiny.PROMPTS))
 
 
-def test_half_precision(tmp_path: Path, files: dict[str, str], reward: HPSv2) -> None:
-    """Checkpoints may hold half-precision weights; the network may run in it, too."""
+def test_half_precision_checkpoints_and_computation(tmp_path: Path, files: dict[str, str], reward: HPSv2) -> None:
+    """Checkpoints can contain half-precision weights, and the network can run in half precision."""
     torch.save({"state_dict": {name: tensor.half() for name, tensor in tiny.weights().items()}}, tmp_path / "half.pt")
     half = HPSv2(weights=str(tmp_path / "half.pt"), tokenizer=files["tokenizer"])
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
-    images = tiny.pictures(40, 30)
+    images = tiny.make_images(40, 30)
     exact = reward(images, tiny.PROMPTS)
     torch.testing.assert_close(half(images, tiny.PROMPTS), exact, rtol=0, atol=2e-3)
     for dtype, tolerance in (("bfloat16", 0.02), ("float16", 3e-3)):
@@ -127,7 +129,7 @@ def test_half_precision(tmp_path: Path, files: dict[str, str], reward: HPSv2) ->
 
 
 def test_gradient_ascent_raises_the_score_most_for_its_own_text(reward: HPSv2) -> None:
-    images = tiny.pictures(32, 32).requires_grad_()
+    images = tiny.make_images(32, 32).requires_grad_()
     before = reward(images, tiny.PROMPTS).detach()
     optimizer = torch.optim.Adam([images], lr=0.02)
     for _ in range(15):
@@ -140,7 +142,7 @@ def test_gradient_ascent_raises_the_score_most_for_its_own_text(reward: HPSv2) -
     assert own.mean() > other.mean() + 0.1
 
 
-def test_other_checkpoints_are_refused(tmp_path: Path, files: dict[str, str]) -> None:
+def test_checkpoints_of_other_models_are_rejected(tmp_path: Path, files: dict[str, str]) -> None:
     tensors = tiny.weights()
     without = {name: tensor for name, tensor in tensors.items() if name != "visual.ln_post.weight"}
     text = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
@@ -156,7 +158,7 @@ def test_other_checkpoints_are_refused(tmp_path: Path, files: dict[str, str]) ->
             HPSv2(weights=str(tmp_path / "other.pt"), tokenizer=files["tokenizer"])
 
 
-def test_what_cannot_be_had_is_named(files: dict[str, str], tiny_clip: Path) -> None:
+def test_missing_files_are_named_in_the_error(files: dict[str, str], tiny_clip: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"HPS_v2.1_compressed.pt of hub repository xswu/HPSv2 .* write weights="
     ):
@@ -170,8 +172,10 @@ def test_what_cannot_be_had_is_named(files: dict[str, str], tiny_clip: Path) -> 
         HPSv2(weights=files["weights"], tokenizer=str(tiny_clip))
 
 
-def test_the_vocabulary_that_the_package_lacks(files: dict[str, str], tmp_path: Path, monkeypatch: Any) -> None:
-    """A package that opens its vocabulary and imports `turtle` as hpsv2 1.2.0 does, and keeps what it read."""
+def test_vocabulary_missing_from_the_package_is_provided(
+    files: dict[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A package that opens its vocabulary and imports `turtle` as hpsv2 1.2.0 does, and stores what it read."""
     inner = tmp_path / "hpsv2" / "src" / "open_clip"
     inner.mkdir(parents=True)
     for folder in (inner.parent.parent, inner.parent):
@@ -195,7 +199,7 @@ def test_the_vocabulary_that_the_package_lacks(files: dict[str, str], tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["HPSv2", "lightning_draft.rewards.hpsv2_reference.HPSv2Reference"])
-def test_it_is_written_in_yaml(name: str) -> None:
+def test_reward_can_be_configured_in_yaml(name: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Reward, "reward")
     parsed = parser.parse_string(f"reward:\n  class_path: {name}\n  init_args:\n    version: v2.0\n")
@@ -203,7 +207,7 @@ def test_it_is_written_in_yaml(name: str) -> None:
     assert parser.parse_string(parser.dump(parsed)) == parsed
 
 
-def test_without_the_package_its_reference_says_how_to_install_it(
+def test_reference_without_the_package_explains_the_installation(
     files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "hpsv2", None)

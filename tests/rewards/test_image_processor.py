@@ -1,4 +1,4 @@
-"""Tensor preprocessing against transformers' own processors on PIL pictures."""
+"""Tensor preprocessing against transformers' own processors on PIL images."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.image_processor import SUPPORTED, PixelValues, owlv2_resize
 
-Draw = Callable[..., Tensor]
+MakeImages = Callable[..., Tensor]
 RECORDED = Path(__file__).parent / "recorded"
 SQUARE, CROP = {"height": 20, "width": 20}, {"crop_size": {"height": 16, "width": 16}}
 EDGES = {"size": {"shortest_edge": 32, "longest_edge": 50}}
@@ -53,11 +53,11 @@ def test_every_supported_processor_is_compared() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_pixels_are_those_of_the_processor(name: str, size: tuple[int, int], pictures: Draw) -> None:
-    """Pillow rounds to bytes after each of two passes, the tensors do not: 1.6 levels of 255 at most."""
+def test_pixels_equal_those_of_the_processor(name: str, size: tuple[int, int], make_images: MakeImages) -> None:
+    """Pillow rounds to bytes after each of two passes, tensors are not rounded: at most 1.6/255."""
     kind, options = PROCESSORS[name]
     processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
-    images = pictures(2, *size)
+    images = make_images(2, *size)
     theirs = processor(images=pil(images), return_tensors="pt")["pixel_values"]
     pixels = PixelValues(processor.to_dict())
     ours = pixels(images)
@@ -67,11 +67,11 @@ def test_pixels_are_those_of_the_processor(name: str, size: tuple[int, int], pic
 
 
 @pytest.mark.parametrize("size", ["16x16", "24x40", "9x14", "50x33"])
-def test_owlv2_pixels_are_the_recorded_ones(size: str) -> None:
-    """Within half a level of 255, but for the outermost rows and columns: scipy mirrors there, the tensors repeat."""
+def test_owlv2_pixels_equal_the_recorded_ones(size: str) -> None:
+    """Within 0.5/255, except for the outermost rows and columns, which scipy mirrors and the tensor version repeats."""
     height, width = (int(length) for length in size.split("x"))
-    picture = runpy.run_path(str(RECORDED / "image_reward.py"))["picture"](height, width, 0)
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0) / 255
+    pil_image = runpy.run_path(str(RECORDED / "image_reward.py"))["make_image"](height, width, 0)
+    image = torch.from_numpy(np.array(pil_image)).permute(2, 0, 1).unsqueeze(0) / 255
     pixels = PixelValues(transformers.Owlv2ImageProcessor(size={"height": 16, "width": 16}).to_dict())
     theirs = torch.tensor(json.loads((RECORDED / "owlv2.json").read_text())[size])
     level = 1 / 255 / torch.tensor(pixels.steps.std).view(3, 1, 1)
@@ -83,7 +83,7 @@ def test_owlv2_pixels_are_the_recorded_ones(size: str) -> None:
     assert gap.max() < 12
 
 
-def test_owlv2_pads_with_grey_below_and_to_the_right() -> None:
+def test_owlv2_pads_with_gray_below_and_to_the_right() -> None:
     white = torch.ones(1, 3, 10, 20)
     resized = owlv2_resize(white, (20, 20))
     assert torch.equal(resized[..., :10, :], torch.ones(1, 3, 10, 20))
@@ -91,8 +91,8 @@ def test_owlv2_pads_with_grey_below_and_to_the_right() -> None:
 
 
 @pytest.mark.parametrize("frequency", [0.1, 0.4, 0.8])
-def test_owlv2_smooths_what_it_shrinks(frequency: float) -> None:
-    """A wave passes a Gaussian of (4 - 1) / 2 pixels, then the mean of the two pixels about each new one."""
+def test_owlv2_smooths_before_downsampling(frequency: float) -> None:
+    """A wave is filtered by a Gaussian of (4 - 1) / 2 pixels, then by the mean of two neighboring pixels."""
     x = torch.arange(128, dtype=torch.float64)
     wave = (frequency * x).cos().expand(1, 1, 128, 128)
     small = owlv2_resize(wave, (32, 32))[0, 0]
@@ -110,12 +110,12 @@ def test_owlv2_smooths_what_it_shrinks(frequency: float) -> None:
         ({"image_processor_type": "ViTImageProcessor", "size": SQUARE, "resample": 0}, "resample 2 .bilinear. or 3"),
     ],
 )
-def test_other_processors_are_refused(config: dict[str, Any], message: str) -> None:
+def test_unsupported_processors_are_rejected(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         PixelValues({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **config})
 
 
 @pytest.mark.parametrize("ending", ["ImageProcessor", "ImageProcessorFast", "FeatureExtractor", "ImageProcessorPil"])
-def test_a_processor_has_many_names(ending: str) -> None:
+def test_all_names_of_a_processor_are_supported(ending: str) -> None:
     config = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": SQUARE}
     assert PixelValues({**config, "image_processor_type": f"Detr{ending}"}).kind == "Detr"

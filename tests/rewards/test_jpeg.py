@@ -1,4 +1,4 @@
-"""The tensor codec against Pillow's, the rewards against true files."""
+"""The tensor codec against that of Pillow, the rewards against files."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from lightning_draft.rewards import JPEGCompressibility, JPEGIncompressibility, 
 from lightning_draft.rewards.jpeg import straight_through
 from lightning_draft.rewards.jpeg_codec import JPEGCodec, dct_matrix, quantization_tables
 
-Draw = Callable[..., Tensor]
+MakeImages = Callable[..., Tensor]
 
 
 def jpeg_file(image: Tensor, quality: int) -> io.BytesIO:
@@ -32,15 +32,15 @@ def decoded(images: Tensor, quality: int) -> Tensor:
 
 
 def varied(count: int) -> Tensor:
-    """32x32 pictures from smooth to noisy, `(count, 3, 32, 32)`, whole bytes."""
+    """32x32 images from smooth to noisy, `(count, 3, 32, 32)`, whole bytes."""
     generator = torch.Generator().manual_seed(0)
-    pictures = []
+    images = []
     for index in range(count):
         coarse = torch.rand(1, 3, 2 + index % 7, 2 + index % 5, generator=generator)
         smooth = nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
         noise = torch.randn(1, 3, 32, 32, generator=generator)
-        pictures.append(smooth + 0.3 * (index / count) ** 2 * noise)
-    return torch.cat(pictures).clamp(0, 1).mul(255).round() / 255
+        images.append(smooth + 0.3 * (index / count) ** 2 * noise)
+    return torch.cat(images).clamp(0, 1).mul(255).round() / 255
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ def ranks(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("quality", [1, 10, 49, 50, 75, 95, 100])
-def test_quantization_tables_are_pillows(quality: int) -> None:
+def test_quantization_tables_equal_those_of_pillow(quality: int) -> None:
     theirs = Image.open(jpeg_file(torch.zeros(3, 8, 8), quality)).quantization
     for ours, table in zip(quantization_tables(quality), (theirs[0], theirs[1]), strict=True):
         assert ours.flatten().tolist() == list(table)
 
 
-def test_the_dct_is_its_formula() -> None:
+def test_dct_equals_its_formula() -> None:
     matrix = dct_matrix()
     for u, x in np.ndindex(8, 8):
         scale = math.sqrt((1 if u == 0 else 2) / 8)
@@ -64,11 +64,11 @@ def test_the_dct_is_its_formula() -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (17, 23), (8, 40), (31, 16), (3, 50), (1, 1)])
 @pytest.mark.parametrize(("quality", "mean", "largest"), [(100, 1.0, 6), (75, 2.0, 32)])
-def test_the_codec_decodes_what_pillow_decodes(
-    size: tuple[int, int], quality: int, mean: float, largest: int, pictures: Draw
+def test_decoded_images_equal_those_of_pillow(
+    size: tuple[int, int], quality: int, mean: float, largest: int, make_images: MakeImages
 ) -> None:
-    """In levels of 255. libjpeg computes in integers, which now and then rounds a coefficient the other way."""
-    images = pictures(6, *size).double()
+    """In units of 1/255. libjpeg computes with integers and sometimes rounds a coefficient differently."""
+    images = make_images(6, *size).double()
     codec = JPEGCodec(quality)
     ours = codec.decode(codec.encode(images).map(torch.round))
     error = 255 * (ours - decoded(images, quality)).abs()
@@ -77,23 +77,23 @@ def test_the_codec_decodes_what_pillow_decodes(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (17, 23), (8, 40)])
-def test_without_rounding_only_chroma_detail_is_lost(size: tuple[int, int], pictures: Draw) -> None:
+def test_without_rounding_only_chroma_detail_is_lost(size: tuple[int, int], make_images: MakeImages) -> None:
     codec = JPEGCodec(50)
-    gray = pictures(3, *size).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    gray = make_images(3, *size).double().mean(1, keepdim=True).expand(-1, 3, -1, -1)
     colored = gray + torch.tensor([0.1, -0.05, 0.02], dtype=torch.float64).view(3, 1, 1)
     torch.testing.assert_close(codec.decode(codec.encode(colored)), colored, rtol=0, atol=1e-7)
 
 
-def test_distortion_is_that_of_pillow(pictures: Draw) -> None:
-    images = pictures(8, 32, 32)
+def test_distortion_equals_that_of_pillow(make_images: MakeImages) -> None:
+    images = make_images(8, 32, 32)
     true = -((images.double() - decoded(images, 50)) ** 2).mean((1, 2, 3))
     scores = JPEGCompressibility(50)(images, [""] * 8)
     assert scores.numpy() == pytest.approx(true.numpy(), rel=0.03)
     assert torch.equal(JPEGIncompressibility(50)(images, [""] * 8), -scores)
 
 
-def test_the_straight_through_gradient_of_luma_vanishes(pictures: Draw) -> None:
-    images = pictures(2, 16, 16).double().mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous().requires_grad_()
+def test_straight_through_gradient_of_luma_is_zero(make_images: MakeImages) -> None:
+    images = make_images(2, 16, 16).double().mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous().requires_grad_()
     for rounding, vanishes in (("exact", False), ("straight_through", True)):
         (gradient,) = torch.autograd.grad(JPEGCompressibility(50, rounding)(images, ["", ""]).sum(), images)
         # A change of luma changes all three channels alike.
@@ -109,21 +109,21 @@ def test_straight_through_rounds_with_slope_one() -> None:
 
 
 @pytest.mark.parametrize("quality", [50, 75, 95])
-def test_true_size_is_the_file_that_pillow_writes(quality: int) -> None:
+def test_jpeg_size_equals_the_file_that_pillow_writes(quality: int) -> None:
     images = varied(6)
     sizes = [len(jpeg_file(image, quality).getvalue()) / 1000 for image in images]
     assert JPEGSize(quality)(images, [""] * 6).tolist() == pytest.approx([-size for size in sizes])
     assert JPEGSize(quality, compress=False)(images, [""] * 6).tolist() == pytest.approx(sizes)
 
 
-def test_true_size_clamps() -> None:
+def test_jpeg_size_clamps_images() -> None:
     images = varied(2)
     stretched = 3 * images - 1
     assert torch.equal(JPEGSize()(stretched, ["", ""]), JPEGSize()(stretched.clamp(0, 1), ["", ""]))
 
 
 @pytest.mark.parametrize("quality", [75, 95])
-def test_the_rate_follows_the_true_size(quality: int) -> None:
+def test_rate_correlates_with_the_file_size(quality: int) -> None:
     images = varied(60)
     rate, size = (reward(quality)(images, [""] * 60).double() for reward in (JPEGRate, JPEGSize))
     assert torch.corrcoef(torch.stack([ranks(rate), ranks(size)]))[0, 1] > 0.98
@@ -132,8 +132,8 @@ def test_the_rate_follows_the_true_size(quality: int) -> None:
     assert torch.equal(JPEGRate(quality, compress=False)(images, [""] * 60).double(), -rate)
 
 
-def test_the_rate_of_one_block_is_its_formula() -> None:
-    """Grey 8x8 pictures: one block of luma; the chroma is exactly 0."""
+def test_rate_of_one_block_equals_its_formula() -> None:
+    """Gray 8x8 images have one block of luma; the chroma is exactly 0."""
     gray = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     levels = 255 * gray[0, 0].numpy() - 128
     table = quantization_tables(95)[0].numpy()
@@ -145,7 +145,7 @@ def test_the_rate_of_one_block_is_its_formula() -> None:
     assert JPEGRate(95)(gray.expand(1, 3, 8, 8), [""]).item() == pytest.approx(-bits / 8000, rel=1e-6)
 
 
-def test_blocks_are_differences_in_the_order_of_the_file() -> None:
+def test_dc_coefficients_are_differences_in_file_order() -> None:
     """Flat gray blocks, two rows of four: with 4:2:0 chroma they are coded as two squares of four."""
     levels = torch.tensor([[30.0, 90.0, 200.0, 40.0], [60.0, 150.0, 10.0, 250.0]], dtype=torch.float64)
     image = levels.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(1, 3, 16, 32) / 255
@@ -156,7 +156,7 @@ def test_blocks_are_differences_in_the_order_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (24, 40)])
-def test_only_the_first_block_pays_for_the_average_color(size: tuple[int, int]) -> None:
+def test_average_color_adds_rate_only_in_the_first_block(size: tuple[int, int]) -> None:
     flat = torch.tensor([0.9, 0.3, 0.6]).view(1, 3, 1, 1).expand(1, 3, *size)
     assert JPEGRate()(flat, [""]).item() == pytest.approx(JPEGRate()(flat[..., :16, :16], [""]).item(), rel=1e-3)
 
@@ -175,11 +175,11 @@ def test_gradient_ascent_on_the_rate_shrinks_the_file() -> None:
 
 @pytest.mark.parametrize("reward", [JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize])
 @pytest.mark.parametrize("quality", [0, 101, 92.5])
-def test_qualities_are_integers_from_1_to_100(reward: type, quality: float) -> None:
+def test_other_qualities_than_integers_from_1_to_100_are_rejected(reward: type, quality: float) -> None:
     with pytest.raises(ConfigurationError, match=f"quality={quality} is not a JPEG quality; write an integer from 1"):
         reward(quality)
 
 
-def test_roundings_are_known_ones() -> None:
+def test_unknown_roundings_are_rejected() -> None:
     with pytest.raises(ConfigurationError, match="rounding='soft' is not known; write exact or straight_through"):
         JPEGCompressibility(rounding="soft")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""PickScore against its authors' pipeline: transformers' processor and model on PIL pictures."""
+"""PickScore against its authors' pipeline: transformers' processor and model on PIL images."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.pickscore import PickScore
 
-Draw = Callable[..., Tensor]
+MakeImages = Callable[..., Tensor]
 PROMPTS = ["red cat", "a bird", "cat " * 40]
 MODEL_FILES = ("config.json", "model.safetensors")
 
@@ -33,22 +33,22 @@ def parts(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.parametrize(("size", "tolerance"), [((16, 16), 2e-5), ((40, 24), 0.1), ((9, 14), 0.1), ((33, 50), 0.1)])
 def test_scores_are_those_of_transformers(
-    size: tuple[int, int], tolerance: float, parts: dict[str, str], pictures: Draw, parity: ModuleType
+    size: tuple[int, int], tolerance: float, parts: dict[str, str], make_images: MakeImages, parity: ModuleType
 ) -> None:
-    """At the processor's own size to rounding; resized pictures to 0.1 on this network."""
-    images = pictures(3, *size)
+    """Equal up to rounding at the size of the processor; resized images within 0.1 on this network."""
+    images = make_images(3, *size)
     pil = [Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()) for x in images]
     theirs = torch.tensor(parity.by_clip(pil, PROMPTS, scaled=True, **parts))
     assert theirs.std() > 0.5
     torch.testing.assert_close(PickScore(**parts)(images, PROMPTS), theirs, rtol=0, atol=tolerance)
 
 
-def test_one_point_of_score_multiplies_the_odds_by_e(parts: dict[str, str], pictures: Draw) -> None:
+def test_one_point_of_score_multiplies_the_odds_by_e(parts: dict[str, str], make_images: MakeImages) -> None:
     """The probability of being picked is the softmax of the scores (equation 1), as transformers computes it."""
     from transformers import CLIPModel, CLIPProcessor
 
     model, processor = CLIPModel.from_pretrained(parts["pretrained"]), CLIPProcessor.from_pretrained(parts["processor"])
-    images = pictures(2, 16, 16)
+    images = make_images(2, 16, 16)
     inputs = processor(text=["red cat"], images=list(images), do_rescale=False, return_tensors="pt")
     with torch.no_grad():
         picked = model(**inputs).logits_per_text.softmax(-1)[0]
@@ -57,8 +57,10 @@ def test_one_point_of_score_multiplies_the_odds_by_e(parts: dict[str, str], pict
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.4), ("float16", 0.05)])
-def test_half_precision_weights(dtype: Any, tolerance: float, parts: dict[str, str], pictures: Draw) -> None:
-    images = pictures(3, 20, 16)
+def test_half_precision_weights_change_scores_little(
+    dtype: Any, tolerance: float, parts: dict[str, str], make_images: MakeImages
+) -> None:
+    images = make_images(3, 20, 16)
     half, exact = PickScore(**parts, dtype=dtype), PickScore(**parts)
     scores = half(images, PROMPTS)
     assert scores.dtype == torch.float32
@@ -66,7 +68,7 @@ def test_half_precision_weights(dtype: Any, tolerance: float, parts: dict[str, s
     torch.testing.assert_close(scores, exact(images, PROMPTS), rtol=0, atol=tolerance)
 
 
-def test_what_is_missing_is_named(parts: dict[str, str]) -> None:
+def test_missing_files_are_named_in_the_error(parts: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match="no CLIP could be read from 'yuvalkirstain/PickScore_v1'"):
         PickScore(processor=parts["processor"])
     with pytest.raises(ConfigurationError, match="no CLIP could be read from 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'"):

@@ -1,4 +1,4 @@
-"""The judge of quality: its bound, its resizing, its errors, and what the shipped judges say."""
+"""The quality classifier: bound, resizing, errors, and scores of the shipped classifiers."""
 
 import json
 from collections.abc import Callable
@@ -25,11 +25,11 @@ def write(folder: Path, architecture: str, size: int = 64) -> str:
 
 
 @pytest.mark.parametrize("architecture", ["convnet", "resnet"])
-def test_the_bounded_score_is_the_log_probability_of_the_logit(
-    architecture: str, tmp_path: Path, pictures: Callable[..., Tensor]
+def test_bounded_score_equals_the_log_sigmoid_of_the_logit(
+    architecture: str, tmp_path: Path, make_images: Callable[..., Tensor]
 ) -> None:
     folder = write(tmp_path / architecture, architecture)
-    images = pictures(4, 64, 64)
+    images = make_images(4, 64, 64)
     logits = ImageQuality(folder, bounded=False)(images, [""] * 4)
     torch.manual_seed(0)
     expected = network(architecture).eval()
@@ -39,14 +39,14 @@ def test_the_bounded_score_is_the_log_probability_of_the_logit(
     assert torch.equal(CleanFraction(folder)(images, [""] * 4), (logits > 0).float())
 
 
-def test_other_sizes_are_resized(tmp_path: Path, pictures: Callable[..., Tensor]) -> None:
+def test_other_sizes_are_resized(tmp_path: Path, make_images: Callable[..., Tensor]) -> None:
     reward = ImageQuality(write(tmp_path, "convnet"))
-    large = pictures(2, 128, 96)
+    large = make_images(2, 128, 96)
     resized = F.interpolate(large, (64, 64), mode="bilinear", antialias=True)
     torch.testing.assert_close(reward(large, ["", ""]), reward(resized, ["", ""]))
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_classifiers_are_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="emoji64-judge"):
         ImageQuality(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigurationError, match=r"architecture='unknown'.*convnet or resnet"):
@@ -54,8 +54,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["emoji64-judge", "emoji64-judge-eval"])
-def test_the_shipped_judges_prefer_the_clean_picture(name: str) -> None:
-    """A flat drawing of a disc on white against the same with noise, without contrast and in blocks."""
+def test_shipped_classifiers_score_the_clean_image_highest(name: str) -> None:
+    """A disc on white compared with noisy, low-contrast and blocky copies."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     distance = (x.square() + y.square()).sqrt()
     disc = ((0.75 - distance) * 32).clamp(0, 1)
@@ -64,6 +64,6 @@ def test_the_shipped_judges_prefer_the_clean_picture(name: str) -> None:
     grains = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
     noisy = clean + 0.25 * grains.repeat_interleave(2, 2)
     blocks = F.avg_pool2d(clean, 8).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    pictures = torch.stack([clean, noisy, 0.4 * clean + 0.4, blocks])
-    logits = ImageQuality(name, bounded=False)(pictures, [""] * 4)
+    images = torch.stack([clean, noisy, 0.4 * clean + 0.4, blocks])
+    logits = ImageQuality(name, bounded=False)(images, [""] * 4)
     assert (logits[0] > logits[1:]).all(), logits

@@ -1,4 +1,4 @@
-"""The benchmark of rewards: that it knows them all, at their real sizes, in files that they read."""
+"""The benchmark of rewards covers all rewards, at their published sizes, in files that they read."""
 
 import inspect
 import json
@@ -22,7 +22,7 @@ def test_every_reward_is_measured() -> None:
     assert measured == {kind.__name__ for kind in rewards_of_one - {Reward}}
 
 
-def test_sizes_are_the_published_ones() -> None:
+def test_parameter_counts_equal_the_published_ones() -> None:
     """Parameters in millions: open_clip's ViT-H-14; BLIP's large vision transformer, text encoder and the head."""
     sizes = [
         sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6
@@ -32,7 +32,7 @@ def test_sizes_are_the_published_ones() -> None:
     assert sizes[1] == pytest.approx(303.3 + 138.0 + 0.9, rel=0.02)
 
 
-def test_the_files_are_those_that_the_rewards_read(tmp_path: Path) -> None:
+def test_benchmark_files_can_be_read_by_the_rewards(tmp_path: Path) -> None:
     words = reward_cost.write_clip_words(tmp_path)
     assert (len(words), words.eos_token_id) == (reward_cost.CLIP_WORDS, reward_cost.CLIP_WORDS - 1)
     small = reward_cost.open_clip_shapes((32, 1), (16, 1), 8, places=(5, 77), patch=8)
@@ -52,8 +52,8 @@ def test_the_files_are_those_that_the_rewards_read(tmp_path: Path) -> None:
         assert live > 0
 
 
-def test_what_is_measured_of_a_reward_whose_memory_is_known() -> None:
-    """Brightness keeps a few numbers an image beside its gradient, which is as large as the image."""
+def test_measured_memory_equals_the_known_memory_of_brightness() -> None:
+    """Brightness stores a few numbers per image and the gradient, which is as large as the image."""
     weights, seconds, live = reward_cost.measure(rewards.Brightness(), torch.rand(4, 3, 64, 64), repeats=2)
     assert weights == 0
     assert 3 * 64 * 64 * 4 <= live * 2**20 < 2.5 * 3 * 64 * 64 * 4

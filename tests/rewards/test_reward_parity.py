@@ -1,4 +1,4 @@
-"""The script that records and compares figures of real weights, on small ones."""
+"""The script that records and compares scores of the published weights, tested with small weights."""
 
 import json
 import math
@@ -19,14 +19,14 @@ def figures(tmp_path: Path) -> Path:
     return file
 
 
-def test_shipped_figures_belong_to_rewards(parity: ModuleType, figures: Path) -> None:
+def test_recorded_figures_name_existing_rewards(parity: ModuleType, figures: Path) -> None:
     shipped = json.loads(figures.read_text())
     assert shipped.keys() <= {"note", *parity.CASES}
     for name in shipped.keys() & parity.CASES.keys():
         assert len(shipped[name]["scores"]) == len(parity.PROMPTS)
 
 
-def test_pictures_are_a_function_of_their_number(parity: ModuleType) -> None:
+def test_images_depend_only_on_their_number(parity: ModuleType) -> None:
     pictures = parity.pictures()
     assert [picture.size[::-1] for picture in pictures] == parity.SIZES
     y, x, c = 123, 200, 2
@@ -38,7 +38,7 @@ def test_pictures_are_a_function_of_their_number(parity: ModuleType) -> None:
         assert torch.tensor(picture.getpixel((5, 7))).div(255).tolist() == images[0, :, 7, 5].tolist()
 
 
-def test_what_is_recorded_is_compared(
+def test_recorded_scores_are_compared(
     parity: ModuleType, figures: Path, tiny: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"pretrained={tiny['clip']}", f"head={tiny['aesthetic']}/v1.pth", f"--file={figures}"]
@@ -56,7 +56,7 @@ def test_what_is_recorded_is_compared(
 
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore"])
-def test_similarities_are_recorded_too(
+def test_similarities_are_recorded(
     name: str, parity: ModuleType, figures: Path, tiny: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     processor = [f"processor={tiny['clip']}"] if name == "pickscore" else []
@@ -69,7 +69,7 @@ def test_similarities_are_recorded_too(
     assert [line.split("reference")[1].split()[0] for line in lines] == [f"{score:.5f}" for score in scores]
 
 
-def test_arguments_are_pairs(parity: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_are_not_pairs_are_rejected(parity: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parity.main(["hpsv2.1", "weights"])
     assert "written NAME=VALUE" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""docs/rewards.md names every reward, and what it shows can be run."""
+"""docs/rewards.md names every reward, and its examples can be run."""
 
 import inspect
 import json

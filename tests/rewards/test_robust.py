@@ -26,7 +26,7 @@ PROMPTS = ["a cat", "a dog"]
 
 
 def reference(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
-    """Cut, resize and tint one image `(3, H, W)` by interpolation at explicit pixel positions."""
+    """Crop, resize and tint one image `(3, H, W)` by interpolation at explicit pixel positions."""
     height, width = image.shape[1:]
     rows = ((np.arange(height) + 0.5) / height - 0.5) * augmentation.scale + 0.5 + augmentation.offset[1]
     columns = ((np.arange(width) + 0.5) / width - 0.5) * augmentation.scale + 0.5 + augmentation.offset[0]
@@ -39,9 +39,9 @@ def reference(image: np.ndarray, augmentation: Augmentation) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_augmentations_agree_with_numpy(size: tuple[int, int], pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, *size).double()
-    for augmentation in Augmented(Brightness(), 5, crop=0.4, shift=0.2, tint=0.3, noise=0.0, seed=3).draw():
+def test_augmentations_agree_with_numpy(size: tuple[int, int], make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, *size).double()
+    for augmentation in Augmented(Brightness(), 5, crop=0.4, shift=0.2, tint=0.3, noise=0.0, seed=3).augmentations():
         expected = np.stack([reference(image, augmentation) for image in images.numpy()])
         np.testing.assert_allclose(augmentation(images).numpy(), expected, atol=1e-9)
 
@@ -54,26 +54,26 @@ def test_noise_has_the_stated_spread_and_is_the_same_for_all_images() -> None:
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
 
 
-def test_drawn_values_stay_in_their_ranges() -> None:
-    drawn = Augmented(Brightness(), 500, crop=0.3, shift=0.1, tint=0.2, seed=0).draw()
-    scales = np.array([augmentation.scale for augmentation in drawn])
-    offsets = np.array([augmentation.offset for augmentation in drawn])
-    gains = np.array([augmentation.gain for augmentation in drawn])
+def test_sampled_values_stay_in_their_ranges() -> None:
+    sampled = Augmented(Brightness(), 500, crop=0.3, shift=0.1, tint=0.2, seed=0).augmentations()
+    scales = np.array([augmentation.scale for augmentation in sampled])
+    offsets = np.array([augmentation.offset for augmentation in sampled])
+    gains = np.array([augmentation.gain for augmentation in sampled])
     assert 0.7 <= scales.min() < 0.72 < 0.98 < scales.max() <= 1
     assert (np.abs(offsets) <= (1 - scales[:, None]) / 2 + 0.1).all()
     assert 0.8 <= gains.min() < 0.81 < 1.19 < gains.max() <= 1.2
 
 
-def test_the_score_is_the_mean_over_the_augmented_images(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 12, 12)
+def test_the_score_is_the_mean_over_the_augmented_images(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 12, 12)
     reward = Augmented(Sharpness(), 3, seed=7)
-    expected = sum(Sharpness()(augmentation(images), PROMPTS) for augmentation in reward.draw()) / 3
+    expected = sum(Sharpness()(augmentation(images), PROMPTS) for augmentation in reward.augmentations()) / 3
     torch.testing.assert_close(reward(images, PROMPTS), expected)
     assert torch.equal(reward(images, PROMPTS), reward(images, PROMPTS))
 
 
-def test_without_a_seed_each_call_draws_anew_from_torchs_generator(pictures: Callable[..., Tensor]) -> None:
-    images, reward = pictures(2, 12, 12), Augmented(Sharpness())
+def test_without_a_seed_each_call_uses_new_augmentations(make_images: Callable[..., Tensor]) -> None:
+    images, reward = make_images(2, 12, 12), Augmented(Sharpness())
     torch.manual_seed(0)
     first, second = reward(images, PROMPTS), reward(images, PROMPTS)
     assert not torch.equal(first, second)
@@ -82,7 +82,7 @@ def test_without_a_seed_each_call_draws_anew_from_torchs_generator(pictures: Cal
 
 
 class Fixed(Reward):
-    """Scores that are given, times the mean pixel."""
+    """Given scores times the mean pixel."""
 
     def __init__(self, *values: float) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ def test_ensembles_agree_with_numpy(how: str) -> None:
     np.testing.assert_allclose(gradient.sum((1, 2, 3)).numpy(), expected[how], rtol=1e-4)
 
 
-def test_an_ensemble_that_agrees_has_a_finite_gradient(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(2, 8, 8).requires_grad_()
+def test_ensemble_of_equal_scores_has_a_finite_gradient(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(2, 8, 8).requires_grad_()
     (gradient,) = torch.autograd.grad(Ensemble({"a": Brightness(), "b": Brightness()})(images, PROMPTS).sum(), images)
     (alone,) = torch.autograd.grad(Brightness()(images, PROMPTS).sum(), images)
     torch.testing.assert_close(gradient, alone)
@@ -120,8 +120,8 @@ def test_an_ensemble_with_a_black_box_has_no_gradient() -> None:
     assert not Augmented(JPEGSize()).differentiable
 
 
-def test_relative_is_the_difference_of_two_texts(tiny_clip: object, pictures: Callable[..., Tensor]) -> None:
-    images, clip = pictures(2, 16, 16), CLIPScore(str(tiny_clip))
+def test_relative_equals_the_difference_of_two_prompts(tiny_clip: object, make_images: Callable[..., Tensor]) -> None:
+    images, clip = make_images(2, 16, 16), CLIPScore(str(tiny_clip))
     reward = Relative(clip, "red", "dog", k=0.5)
     expected = 1.5 * clip(images, ["red a cat", "red a dog"]) - clip(images, ["dog a cat", "dog a dog"])
     torch.testing.assert_close(reward(images, PROMPTS), expected)
@@ -139,8 +139,8 @@ def test_relative_keeps_the_metadata() -> None:
     assert Relative(Count(), "good", "bad")(torch.ones(1, 3, 4, 4), prompts).tolist() == [2 * 9 - 2 * 8]
 
 
-def test_statistics_of_a_wrapped_sum_are_updated(pictures: Callable[..., Tensor]) -> None:
-    images = pictures(4, 8, 8)
+def test_statistics_of_a_wrapped_sum_are_updated(make_images: Callable[..., Tensor]) -> None:
+    images = make_images(4, 8, 8)
     inner = ZScoreSum({"dark": WeightedReward(Brightness(0.0))})
     reward = Augmented(inner, seed=0)
     assert reward.needs_calibration
@@ -161,6 +161,6 @@ def test_statistics_of_a_wrapped_sum_are_updated(pictures: Callable[..., Tensor]
         (lambda: Relative(Brightness(), "good", "bad", k=-1.0), "k=-1.0 must be at least 0"),
     ],
 )
-def test_invalid_arguments_are_refused(build: Callable[[], Reward], message: str) -> None:
+def test_invalid_arguments_are_rejected(build: Callable[[], Reward], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         build()

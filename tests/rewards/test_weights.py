@@ -1,4 +1,4 @@
-"""Weight files: found, verified, read; every way it fails says what to do."""
+"""Weight files are found, verified and read; each error message says what to do."""
 
 import hashlib
 import re
@@ -32,28 +32,28 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("within", [".", "weights.pt"])
-def test_a_local_file_or_its_folder(within: str, tmp_path: Path) -> None:
+def test_local_file_is_found_by_its_path_or_its_folder(within: str, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(CONTENT)
     assert find_file(PUBLISHED, str(tmp_path / within)) == tmp_path / "weights.pt"
 
 
-def test_what_is_cached_needs_no_connection(hub: Path) -> None:
+def test_cached_files_need_no_connection(hub: Path) -> None:
     path = find_file(PUBLISHED)
     assert path.name == "weights.pt"
     assert path.resolve() == hub.resolve()
 
 
-def test_a_file_that_cannot_be_downloaded_is_refused(hub: Path) -> None:
+def test_failed_download_is_an_error_with_instructions(hub: Path) -> None:
     message = (
         r"other.pt of hub repository owner/model is not in the hub's cache .* could not be downloaded \(.+\); "
-        r"download it where there is a connection and write checkpoint=FOLDER/other.pt"
+        r"download it on a machine with a connection and write checkpoint=FOLDER/other.pt"
     )
     with pytest.raises(ConfigurationError, match=message) as caught:
         find_file(PublishedFile("owner/model", "other.pt"), argument="checkpoint")
     assert "http" not in str(caught.value)
 
 
-def test_a_local_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_local_file_is_an_error(tmp_path: Path) -> None:
     for local, missing in ((tmp_path / "none.pt", "none.pt"), (tmp_path, "weights.pt")):
         message = f"head='{local}': {tmp_path / missing} does not exist.*leave head out to use weights.pt of hub repos"
         with pytest.raises(ConfigurationError, match=message):
@@ -64,7 +64,7 @@ def test_a_local_file_that_is_not_there(tmp_path: Path) -> None:
     ("content", "difference"),
     [(CONTENT[:-1], "it has 20 bytes and not 21"), (CONTENT[::-1], "its SHA-256 starts with [0-9a-f]{12} and not")],
 )
-def test_damaged_files_are_refused(content: bytes, difference: str, hub: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected(content: bytes, difference: str, hub: Path, tmp_path: Path) -> None:
     hub.write_bytes(content)
     (tmp_path / "weights.pt").write_bytes(content)
     for local, file in ((None, hub), (str(tmp_path), tmp_path / "weights.pt")):
@@ -75,12 +75,12 @@ def test_damaged_files_are_refused(content: bytes, difference: str, hub: Path, t
             find_file(PUBLISHED, local)
 
 
-def test_a_file_of_another_name_is_the_users_own(tmp_path: Path) -> None:
+def test_local_file_of_another_name_is_not_verified(tmp_path: Path) -> None:
     (tmp_path / "mine.pt").write_bytes(b"other")
     assert find_file(PUBLISHED, str(tmp_path / "mine.pt")) == tmp_path / "mine.pt"
 
 
-def test_tensors_of_every_format(tmp_path: Path) -> None:
+def test_tensors_are_read_from_every_format(tmp_path: Path) -> None:
     tensors = nn.Linear(3, 2).state_dict()
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save(tensors, tmp_path / "b.pth")
@@ -108,15 +108,17 @@ class Harmful:
         return (print, ("code was run",))
 
 
-def test_no_code_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reading_weights_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": Harmful()}, tmp_path / "harm.pt")
-    with pytest.raises(ConfigurationError, match="harm.pt cannot be read as weights: .*loads without running code"):
+    with pytest.raises(
+        ConfigurationError, match="harm.pt cannot be read as weights: .*a pickle that contains only tensors"
+    ):
         read_tensors(tmp_path / "harm.pt")
     assert "code was run" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "b.pth"])
-def test_broken_files_are_refused(name: str, tmp_path: Path) -> None:
+def test_unreadable_files_are_rejected(name: str, tmp_path: Path) -> None:
     for content in (b"", b"<!DOCTYPE html><html>", b"PK\x03\x04 and nothing else"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigurationError, match=f"{name} cannot be read as weights: "):
@@ -128,7 +130,7 @@ def test_broken_files_are_refused(name: str, tmp_path: Path) -> None:
         read_tensors(tmp_path / name)
 
 
-def test_filling_is_exact(tmp_path: Path) -> None:
+def test_state_dict_must_match_exactly(tmp_path: Path) -> None:
     source, target = nn.Linear(3, 2), nn.Linear(3, 2).double()
     load_state(target, source.state_dict(), "file")
     assert torch.equal(target.weight, source.weight.double())

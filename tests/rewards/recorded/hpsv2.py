@@ -1,10 +1,10 @@
-"""Records what the hpsv2 package computes with small weights that anyone can make again.
+"""Record what the hpsv2 package computes with small reproducible weights.
 
     pip install --no-deps hpsv2==1.2.0
     pip install ftfy regex clint requests torchvision
     python tests/rewards/recorded/hpsv2.py tests/rewards/recorded/hpsv2.json
 
-The weights, the vocabulary and the pictures are functions of their names and numbers alone.
+The weights, the vocabulary and the images depend only on their names and numbers.
 """
 
 import json
@@ -96,8 +96,8 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def pictures(height: int, width: int) -> Tensor:
-    """One smooth picture a prompt, float32 `(B, 3, height, width)`, whole bytes."""
+def make_images(height: int, width: int) -> Tensor:
+    """One smooth image per prompt, float32 `(B, 3, height, width)`, whole bytes."""
     y = torch.linspace(0, 1, height, dtype=torch.float64).view(-1, 1)
     x = torch.linspace(0, 1, width, dtype=torch.float64)
     drawn = [
@@ -130,7 +130,7 @@ def main(file: str) -> None:
         package = import_hpsv2(bpe_merges(AutoTokenizer.from_pretrained(folder)))
         package.add_model_config(folder / "tiny.json")
         reward = HPSv2Reference("v2.1", str(folder / "tiny.pt"), name, architecture="tiny")
-        scores = {f"{height}x{width}": reward(pictures(height, width), PROMPTS).tolist() for height, width in SIZES}
+        scores = {f"{height}x{width}": reward(make_images(height, width), PROMPTS).tolist() for height, width in SIZES}
         tokens = [package.tokenize([prompt])[0].tolist() for prompt in PROMPTS]
     record = {"by": "hpsv2 1.2.0", "scores": scores, "tokens": [" ".join(map(str, row)) for row in tokens]}
     Path(file).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Records what the reference implementation of ImageReward computes with small weights that anyone can make again.
+"""Record what the reference implementation of ImageReward computes with small reproducible weights.
 
     git clone https://github.com/THUDM/ImageReward
     pip install "torch>=2" "transformers>=4.57,<5" numpy pillow
     python tests/rewards/recorded/image_reward.py ImageReward tests/rewards/recorded/image_reward.json
 
-The weights, the vocabulary and the pictures are functions of their names and numbers alone. Of the reference, its
-vision transformer, its text encoder and its scoring run as they are; what they import from timm, fairscale and
-torchvision is replaced by the few lines that are used of it, because those packages do not install beside each other.
+The weights, the vocabulary and the images depend only on their names and numbers. The vision transformer, the text
+encoder and the scoring of the reference run unchanged. Their imports from timm, fairscale and torchvision are replaced
+by short equivalents, because these packages cannot be installed together.
 """
 
 import json
@@ -90,7 +90,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def state_dict() -> dict[str, torch.Tensor]:
-    """Float32 weights drawn from a generator seeded by each name, and the buffer that the published file has too."""
+    """Float32 weights from a generator seeded by each name, and the buffer that the published file also has."""
     weights = {}
     for name, shape in shapes().items():
         values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
@@ -114,8 +114,8 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def picture(height: int, width: int, seed: int) -> Image.Image:
-    """A smooth colored picture."""
+def make_image(height: int, width: int, seed: int) -> Image.Image:
+    """A smooth colored image."""
     phases, waves = (np.random.RandomState(seed + shift).uniform(0, 6, (3, 2)) for shift in (0, 1000))
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     planes = [np.sin(p[0] + 3 * w[0] * y) * np.cos(p[1] + 3 * w[1] * x) for p, w in zip(phases, waves, strict=True)]
@@ -123,7 +123,7 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 
 
 def stand_ins() -> None:
-    """Put what the reference imports, and does not use here, in place of packages that are not there."""
+    """Provide replacements for packages that the reference imports and does not use here."""
 
     class PatchEmbed(nn.Module):
         def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int) -> None:
@@ -162,7 +162,7 @@ def stand_ins() -> None:
 
 
 def reference(checkout: Path) -> Any:
-    """The reference model with our weights, in float64, as the object its `score_gard` is called on."""
+    """The reference model with our weights, in float64, as the object on which its `score_gard` is called."""
     stand_ins()
     for package in ("ImageReward", "ImageReward.models", "ImageReward.models.BLIP"):
         made = types.ModuleType(package)
@@ -190,7 +190,7 @@ def reference(checkout: Path) -> Any:
 
 
 def tokenized(folder: Path) -> Any:
-    """Tokens as the reference makes them."""
+    """Tokenize as the reference does."""
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer.from_pretrained(folder)
@@ -211,7 +211,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 
 def main(checkout: str, output: str) -> None:
-    """Score every picture with every prompt."""
+    """Score every image with every prompt."""
     import tempfile
 
     model = reference(Path(checkout).resolve())
@@ -219,7 +219,7 @@ def main(checkout: str, output: str) -> None:
         tokens = tokenized(write(Path(folder)))
     scores = {}
     for height, width in SIZES:
-        images = torch.stack([pixels(picture(height, width, seed)) for seed in range(len(PROMPTS))])
+        images = torch.stack([pixels(make_image(height, width, seed)) for seed in range(len(PROMPTS))])
         with torch.no_grad():
             found = model.score_gard(tokens["input_ids"], tokens["attention_mask"], images).squeeze(1)
         scores[f"{height}x{width}"] = found.tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_draft.arguments import at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt_sources import read_prompts
+from lightning_draft.prompt_table import PromptTable
 from lightning_draft.rewards.base import Prompt
 
 DEFAULT_VAL_SIZE = 8
@@ -216,7 +217,7 @@ class PromptDataModule(L.LightningDataModule):
         return max(1, math.floor(batches * limit)) if isinstance(limit, float) else int(limit)
 
 
-def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[list[str], list[str]]:
+def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str], Sequence[str]]:
     """Split prompts into training and held-out prompts; both keep their order.
 
     A text that is held out is not trained on: its further copies are left out with a warning.
@@ -231,18 +232,20 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[list[str], l
     """
     at_least("val_size", size, 0, hint="write 0 to hold out nothing")
     if size == 0:
-        return list(prompts), []
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+        return prompts, []
+    texts = prompts.texts if isinstance(prompts, PromptTable) else prompts
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     chosen: dict[str, int] = {}
-    for index in order.tolist():
+    for place in range(len(texts)):
         if len(chosen) == size:
             break
-        chosen.setdefault(prompts[index].strip(), index)
+        index = int(order[place])
+        chosen.setdefault(texts[index].strip(), index)
     held = set(chosen.values())
-    train = [prompt for prompt in prompts if prompt.strip() not in chosen]
+    train = [index for index, text in enumerate(texts) if text.strip() not in chosen]
     if not train or len(held) < size:
         raise ConfigurationError(
-            f"val_size={size} leaves nothing to train on: there are {len({p.strip() for p in prompts})} different "
+            f"val_size={size} leaves nothing to train on: there are {len({text.strip() for text in texts})} different "
             f"prompts; write --data.val_size with a smaller number, or give --data.val_prompts"
         )
     copies = len(prompts) - len(train) - len(held)
@@ -251,7 +254,11 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[list[str], l
             f"{copies} copies of held-out prompts are left out of training, so that validation measures prompts that "
             "were not trained on"
         )
-    return train, [prompt for index, prompt in enumerate(prompts) if index in held]
+    return _select(prompts, train), _select(prompts, sorted(held))
+
+
+def _select(prompts: Sequence[str], rows: Sequence[int]) -> Sequence[str]:
+    return prompts.select(rows) if isinstance(prompts, PromptTable) else [prompts[row] for row in rows]
 
 
 def _default_val_size(prompts: Sequence[Any]) -> int:

@@ -1,19 +1,20 @@
 """Read rows of prompts from text, CSV, JSON and Parquet files; errors name the file and the line."""
 
 import csv
-import gc
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import Columns, Prompt
+from lightning_draft.prompt_rows import Place, RowCollector, check_column, check_texts, numbered_prompts, to_prompts
+from lightning_draft.prompt_table import PromptTable
 
 
-def read_file(path: Path, column: str) -> list[str]:
+def read_file(path: Path, column: str) -> PromptTable:
     """Read the prompts of a file whose suffix is one of `SUFFIXES`, in lower or upper case.
 
     Args:
@@ -24,96 +25,23 @@ def read_file(path: Path, column: str) -> list[str]:
         ConfigurationError: It cannot be read or holds something else; the message names the line.
     """
     try:
-        with _collector_paused():
-            return _READERS[path.suffix.lower()](path, column)
+        return _READERS[path.suffix.lower()](path, column)
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not text in UTF-8 ({error}); save it in UTF-8") from error
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error}; give a file that can be read") from error
 
 
-class Place(NamedTuple):
-    """Where a row stands, for messages; its text is only made for one."""
-
-    source: Any
-    kind: str
-    number: int
-
-    def __str__(self) -> str:
-        """Name the source and the row or line."""
-        return f"{self.source}, {self.kind} {self.number}"
-
-
-def to_prompts(rows: Iterable[Any], column: str, source: Any, kind: str = "row") -> list[str]:
-    """Return the prompts of rows: strings, or mappings with the prompt under `column`.
-
-    Raises:
-        ConfigurationError: A row has another type, no such column, or a prompt that is not a string.
-    """
-    names: tuple[str, ...] = ()
-    prompts = []
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, str):
-            prompts.append(row)
-            continue
-        where = Place(source, kind, number)
-        if not isinstance(row, dict):
-            raise ConfigurationError(f"{where} holds {row!r}; a prompt is a string or a row with the column {column!r}")
-        if column not in row:
-            check_column(list(row), column, where)
-        found = tuple(name for name in row if name != column)
-        names = names if found == names else found  # one tuple for all rows
-        prompts.append(_prompt(row[column], names, tuple(row[name] for name in names), column, where))
-    return prompts
-
-
-def check_column(names: list[Any], column: str, where: Any) -> None:
-    """Check that the columns hold the prompt's.
-
-    Raises:
-        ConfigurationError: They do not; the message lists them.
-    """
-    if column in names:
-        return
-    known = ", ".join(str(name) for name in names[:20]) or "none"
-    same = [name for name in names if str(name).strip().lower() == column.lower()]
-    example = same[0] if same else names[0] if names else "NAME"
-    raise ConfigurationError(
-        f"{where} has no column {column!r}; it has {known}: set data.column to the prompt's, such as "
-        f"--data.column {example}; a list without columns belongs into a .txt file"
-    )
-
-
-def _prompt(text: Any, names: tuple[str, ...], values: tuple[Any, ...], column: str, where: Any) -> str:
-    if not isinstance(text, str):
-        raise ConfigurationError(
-            f"{where} holds {text!r} ({type(text).__name__}) in the column {column!r}; prompts are strings"
-        )
-    return Prompt(text, Columns(names, values)) if names else text
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause the garbage collector, which would visit all earlier rows again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline=None)
 
 
-def _read_text(path: Path, column: str) -> list[str]:
+def _read_text(path: Path, column: str) -> PromptTable:
     with _open(path) as file:
-        return [line.strip() for line in file]
+        return PromptTable([line.strip() for line in file])
 
 
-def _read_json(path: Path, column: str) -> list[str]:
+def _read_json(path: Path, column: str) -> PromptTable:
     with _open(path) as file:
         rows = _parse(file.read(), path)
     if not isinstance(rows, list):
@@ -121,13 +49,21 @@ def _read_json(path: Path, column: str) -> list[str]:
     return to_prompts(rows, column, path)
 
 
-def _read_json_lines(path: Path, column: str) -> list[str]:
+def _read_json_lines(path: Path, column: str) -> PromptTable:
     with _open(path) as file:
-        rows = (
-            _parse(line.rstrip(), Place(path, "line", number)) if line.strip() else ""
-            for number, line in enumerate(file, 1)
-        )
-        return to_prompts(rows, column, path, "line")
+        return numbered_prompts(_json_rows(file, path), column, path, "line")
+
+
+def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line that is not blank; `json.loads` alone would take twice as long."""
+    scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+    for number, line in enumerate(file, 1):
+        if text := line.strip():
+            try:
+                row, end = scan(text, 0)
+            except (StopIteration, ValueError, RecursionError):
+                row, end = None, 0
+            yield number, row if end == len(text) else _parse(text, Place(path, "line", number))
 
 
 def _parse(text: str, where: Any) -> Any:
@@ -140,41 +76,47 @@ def _parse(text: str, where: Any) -> Any:
         raise ConfigurationError(f"{where} is not a list of prompts: it is nested too deeply") from error
 
 
-def _read_csv(path: Path, column: str) -> list[str]:
+def _read_csv(path: Path, column: str) -> PromptTable:
     return _read_table(path, column, ",")
 
 
-def _read_tsv(path: Path, column: str) -> list[str]:
+def _read_tsv(path: Path, column: str) -> PromptTable:
     return _read_table(path, column, "\t")
 
 
-def _read_table(path: Path, column: str, delimiter: str) -> list[str]:
+def _read_table(path: Path, column: str, delimiter: str) -> PromptTable:
+    collector = RowCollector(column, path, "line", strip=True)
     with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
         rows = _rows(file, delimiter, path)
-        _, names, _ = next(rows, (1, [], ""))
-        names = [name.strip() for name in names]
+        _, header, _ = next(rows, (1, [], []))
+        names = [name.strip() for name in header]
         _check_header(names, column, path, delimiter)
-        place = names.index(column)
-        others = tuple(name for name in names if name != column)
-        prompts = []
-        for line, fields, raw in rows:
-            where = Place(path, "line", line)
-            if len(names) == 1 and len(fields) > 1:
-                fields = [raw]
-            if len(fields) > len(names) and not any(fields[len(names) :]):
-                fields = fields[: len(names)]
+        columns = tuple(names)
+        for line, fields, lines in rows:
             if len(fields) != len(names):
-                raise ConfigurationError(
-                    f"{where} has {len(fields)} fields and the header has {len(names)}; put a text that holds the "
-                    'delimiter between double quotes, such as "a cat, sitting"'
-                )
-            values = tuple(value for index, value in enumerate(fields) if index != place)
-            prompts.append(_prompt(fields[place].strip(), others, values, column, where))
-        return prompts
+                fields = _repair(fields, names, lines, Place(path, "line", line))
+            collector.add(line, columns, fields)
+    return collector.finish()
 
 
-def _rows(file: TextIO, delimiter: str, path: Path) -> Iterator[tuple[int, list[str], str]]:
-    """Yield the number of the first line, the fields and the text of each row that is not empty."""
+def _repair(fields: list[str], names: list[str], lines: list[str], where: Place) -> list[str]:
+    """Return the fields of a row with commas in its only column, or with empty fields at its end.
+
+    Raises:
+        ConfigurationError: The row has another number of fields than the header.
+    """
+    if len(names) == 1 and fields:
+        return ["".join(lines).rstrip("\r\n")]
+    if len(fields) > len(names) and not any(fields[len(names) :]):
+        return fields[: len(names)]
+    raise ConfigurationError(
+        f"{where} has {len(fields)} fields and the header has {len(names)}; put a text that holds the delimiter "
+        'between double quotes, such as "a cat, sitting"'
+    )
+
+
+def _rows(file: TextIO, delimiter: str, path: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield the number of the first line, the fields and the lines of each row that is not empty."""
     taken: list[str] = []
 
     def lines() -> Iterator[str]:
@@ -195,8 +137,8 @@ def _rows(file: TextIO, delimiter: str, path: Path) -> Iterator[tuple[int, list[
             raise ConfigurationError(
                 f'{path}, line {first}: {reason}; between double quotes write "" for a double quote'
             ) from error
-        if any(field.strip() for field in fields):
-            yield first, fields, "".join(taken).rstrip("\r\n")
+        if "".join(fields).strip():
+            yield first, fields, taken
 
 
 def _check_header(names: list[str], column: str, path: Path, delimiter: str) -> None:
@@ -218,7 +160,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path, column: str) -> list[str]:
+def _read_parquet(path: Path, column: str) -> PromptTable:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -230,13 +172,26 @@ def _read_parquet(path: Path, column: str) -> list[str]:
         reason = str(error).partition("\n")[0]
         raise ConfigurationError(f"{path} is not a Parquet file ({reason}); give one, or a .csv file") from error
     check_column(table.column_names, column, path)
-    if table.column_names == [column]:
-        texts = table.column(column).to_pylist()
-        return [_prompt(text, (), (), column, Place(path, "row", number)) for number, text in enumerate(texts, 1)]
-    return to_prompts(table.to_pylist(), column, path)
+    texts = table.column(column).to_pylist()
+    check_texts(texts, count(1), column, path, "row")
+    others = tuple(name for name in table.column_names if name != column)
+    return PromptTable.from_columns(texts, others, [_ArrowColumn(table.column(name)) for name in others])
 
 
-_READERS: dict[str, Callable[[Path, str], list[str]]] = {
+class _ArrowColumn(Sequence[Any]):
+    """The values of a column of an Arrow table as Python objects, made when they are asked for."""
+
+    def __init__(self, column: Any) -> None:
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.column[index].as_py()
+
+
+_READERS: dict[str, Callable[[Path, str], PromptTable]] = {
     ".txt": _read_text,
     ".csv": _read_csv,
     ".tsv": _read_tsv,

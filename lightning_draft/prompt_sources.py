@@ -2,13 +2,15 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.prompt_files import SUFFIXES, check_column, read_file, to_prompts
+from lightning_draft.prompt_files import SUFFIXES, read_file
+from lightning_draft.prompt_rows import check_column, to_prompts
+from lightning_draft.prompt_table import PromptTable
 
 _ACCEPTED = (
     "give a list of strings, a list of rows with a prompt column, a prompt file, the name of a shipped list, or a data "
@@ -16,7 +18,7 @@ _ACCEPTED = (
 )
 
 
-def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> list[str]:
+def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> Sequence[str]:
     """Read prompts from a list, a file, a shipped list or a data set.
 
     Args:
@@ -28,7 +30,8 @@ def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> l
         split: Split of a data set that is read by its folder or hub id.
 
     Returns:
-        The prompts that are not blank; those with metadata are `Prompt` objects, the others plain strings.
+        The prompts that are not blank: plain strings in a list, or a `PromptTable`, whose elements with metadata are
+        `Prompt` objects.
 
     Raises:
         ConfigurationError: Nothing is there, or something that holds no prompts.
@@ -36,14 +39,14 @@ def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> l
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if isinstance(source, str):
-        prompts = _read(source, column, split) if source.strip() else []
+        table = _read(source, column, split) if source.strip() else PromptTable()
     else:
-        prompts = _read_object(source, column)
-    prompts = [prompt for prompt in prompts if prompt and not prompt.isspace()]
+        table = _read_object(source, column)
+    prompts = table.without_blanks()
     if not prompts:
         shown = repr(source) if isinstance(source, str) else f"the {type(source).__name__} that was given"
         raise ConfigurationError(f"there are no prompts in {shown}; {_ACCEPTED}")
-    return prompts
+    return prompts if prompts.has_columns else prompts.texts
 
 
 def shipped_lists() -> list[str]:
@@ -51,7 +54,7 @@ def shipped_lists() -> list[str]:
     return sorted(_shipped())
 
 
-def _read_object(source: Any, column: str) -> list[str]:
+def _read_object(source: Any, column: str) -> PromptTable:
     if isinstance(source, (list, tuple)):
         return to_prompts(source, column, "the list of prompts", "element")
     names = getattr(source, "column_names", None)
@@ -67,13 +70,13 @@ def _read_object(source: Any, column: str) -> list[str]:
     raise ConfigurationError(f"prompts are a {type(source).__name__}; {_ACCEPTED}")
 
 
-def _read_rows(rows: Iterable[Any], names: list[str], column: str, where: str = "the data set") -> list[str]:
+def _read_rows(rows: Iterable[Any], names: list[str], column: str, where: str = "the data set") -> PromptTable:
     """Read a `datasets.Dataset`."""
     check_column(names, column, where)
     return to_prompts(rows, column, where)
 
 
-def _read(source: str, column: str, split: str) -> list[str]:
+def _read(source: str, column: str, split: str) -> PromptTable:
     shipped = _shipped().get(source)
     path = Path(source).expanduser()
     if shipped is not None:
@@ -110,7 +113,7 @@ def _refuse_mistakes(source: str) -> None:
         raise ConfigurationError(f"there is no file or folder {source!r}; {_ACCEPTED}")
 
 
-def _read_data_set(source: str, column: str, split: str) -> list[str]:
+def _read_data_set(source: str, column: str, split: str) -> PromptTable:
     try:
         from datasets import load_dataset, load_from_disk
     except ImportError as error:

@@ -441,3 +441,46 @@ def test_a_million_prompts_start_in_seconds_and_step_as_fast_as_ten(tmp_path: Pa
         assert tracemalloc.get_traced_memory()[0] < 300e6
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_row_with_metadata_takes_less_than_300_bytes(suffix: str, tmp_path: Path) -> None:
+    """A million rows with three columns of metadata fit in 300 MB."""
+    rows = pd.DataFrame({"prompt": [f"a photo of animal number {n}" for n in range(20_000)]})
+    rows = rows.assign(count=rows.index % 7, target="animal", weight=rows.index / 7)
+    path = tmp_path / f"p.{suffix}"
+    {
+        "jsonl": lambda: rows.to_json(path, orient="records", lines=True),
+        "csv": lambda: rows.to_csv(path, index=False),
+        "parquet": lambda: rows.to_parquet(path),
+    }[suffix]()
+    read_prompts(str(path))  # imports
+    tracemalloc.start()
+    try:
+        data = PromptDataModule(str(path), val_size=8)
+        assert tracemalloc.get_traced_memory()[0] < 300 * len(rows)
+    finally:
+        tracemalloc.stop()
+    last = data.train_prompts[-1]
+    number = int(last.rsplit(" ", 1)[1])
+    assert {name: str(value)[:6] for name, value in last.metadata.items()} == {
+        "count": str(number % 7),
+        "target": "animal",
+        "weight": str(number / 7)[:6],
+    }
+
+
+def test_rows_with_different_columns_keep_their_own_metadata(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", **({} if n % 3 == 0 else {"ab"[n % 2]: n})} for n in range(3000)]
+    rows[5] = "a string"
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = read_prompts(str(tmp_path / "p.jsonl"))
+    assert [prompts[n] for n in (5, 2998)] == ["a string", "p2998"]
+    assert [getattr(prompt, "metadata", {}) for prompt in prompts] == [
+        {} if isinstance(row, str) else {key: value for key, value in row.items() if key != "prompt"} for row in rows
+    ]
+    train, held = hold_out(prompts, 10, seed=0)
+    assert {prompt: getattr(prompt, "metadata", {}) for prompt in [*train, *held]} == {
+        prompt: getattr(prompt, "metadata", {}) for prompt in prompts
+    }
+    assert prompts[10:2000:7] == [*prompts][10:2000:7] != prompts

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_draft.callbacks.random_state import get_random_state, set_random_state
@@ -58,12 +57,6 @@ def fixed_prompts(trainer: L.Trainer, prompts: list[str] | None, maximum: int, c
             "write prompts: [a cat, a dog] or data.val_size: 8"
         )
     return prompts[:maximum]
-
-
-def uses_scaler(trainer: L.Trainer) -> bool:
-    """Return whether gradients are scaled (fp16): norms that are not finite are part of the search for a scale."""
-    plugin = trainer.precision_plugin
-    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
 
 
 @dataclass(frozen=True)

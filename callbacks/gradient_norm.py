@@ -19,13 +19,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_draft.arguments import at_least, in_range, one_of
-from lightning_draft.callbacks.common import reward_module, uses_scaler
+from lightning_draft.callbacks.common import reward_module
 from lightning_draft.callbacks.gradient_profile import StepGradients, log_figure
 from lightning_draft.callbacks.step_state import StepState
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.parameter_gradients import (
     drop_gradients,
     gradient_norm,
+    gradient_scaler,
     multiply_gradient,
     parameters_with_gradients,
 )
@@ -183,7 +184,7 @@ class GradientNormMonitor(StepState):
         self.counts["skipped"] += 1
         self._nonfinite_in_a_row += 1
         drop_gradients(parameters)
-        stop = self.action == "stop" and not uses_scaler(trainer)
+        stop = self.action == "stop" and gradient_scaler(trainer) is None
         stop |= self._nonfinite_in_a_row >= self.max_nonfinite
         self.counts["stopped"] += stop
         reason = f"the gradient is not finite at step {trainer.global_step} ({self._nonfinite_in_a_row} in a row)"

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_draft.callbacks.pictures import log_picture
+from lightning_draft.parameter_gradients import gradient_scaler
 
 
 class StepGradients:
@@ -43,7 +44,7 @@ class StepGradients:
         totals = {step: float(torch.stack(parts).sum()) for step, parts in squares.items()}
         if trainer.world_size > 1:
             totals = _sum_over_processes(totals, trainer, device)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = gradient_scaler(trainer)
         scale = (scaler.get_scale() if scaler is not None else 1.0) * trainer.world_size
         return {step: math.sqrt(total) / scale for step, total in sorted(totals.items())}
 

@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 
 from lightning_draft.arguments import at_least
 from lightning_draft.callbacks.checkpoint_io import AtomicCheckpointIO, recover_checkpoint, write_checkpoint
-from lightning_draft.callbacks.common import run_folder, uses_scaler
+from lightning_draft.callbacks.common import run_folder
 from lightning_draft.callbacks.ema import restore_trained
 from lightning_draft.callbacks.interruption import Interruption
 from lightning_draft.callbacks.position import hold_validation, next_epoch, raise_limits, set_limits, validation_is_due
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.files import remove_partial_files
+from lightning_draft.parameter_gradients import gradient_scaler
 
 _NORM = "gradient_norm/total"
 
@@ -265,5 +266,5 @@ class _SaveFirst(Callback):
 def _metrics(trainer: L.Trainer) -> dict[str, Tensor]:
     """Return the Trainer's metrics, without gradient norms that the search for a gradient scale may have made
     infinite."""
-    left_out = _NORM if uses_scaler(trainer) else None
+    left_out = None if gradient_scaler(trainer) is None else _NORM
     return {name: value for name, value in trainer.callback_metrics.items() if name != left_out}

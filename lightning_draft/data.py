@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -128,6 +128,14 @@ class FixedPrompts:
             yield [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in batch]
 
 
+@runtime_checkable
+class RepeatsBatches(Protocol):
+    """A module that trains on each batch for several training steps in a row."""
+
+    def training_steps_per_batch(self, batch_size: int) -> int:
+        """Return for how many."""
+
+
 class PromptDataModule(L.LightningDataModule):
     """Prompts for training and validation.
 
@@ -175,14 +183,14 @@ class PromptDataModule(L.LightningDataModule):
     def train_dataloader(self) -> PromptLoader:
         """Return shuffled batches; reloaded within a training, the order continues where it was."""
         rank, size = self._process()
-        steps = getattr(self.trainer and self.trainer.lightning_module, "training_steps_per_batch", None)
+        module = None if self.trainer is None else self.trainer.lightning_module
         loader = PromptLoader(
             self.train_prompts,
             self.batch_size,
             seed=self.seed,
             rank=rank,
             world_size=size,
-            repeats=steps(self.batch_size) if callable(steps) else 1,
+            repeats=module.training_steps_per_batch(self.batch_size) if isinstance(module, RepeatsBatches) else 1,
             multiple=self.trainer.accumulate_grad_batches if self.trainer else 1,
         )
         loader.distinct = self._overfit_batches(len(loader))
@@ -211,7 +219,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def _overfit_batches(self, batches: int) -> int | None:
         """Return the number of batches of `Trainer(overfit_batches=...)`; a float is a fraction of a pass."""
-        limit = getattr(self.trainer, "overfit_batches", 0)
+        limit: int | float = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
         if not limit:
             return None
         return max(1, math.floor(batches * limit)) if isinstance(limit, float) else int(limit)

@@ -43,14 +43,15 @@ def uses_deepspeed(trainer: L.Trainer | None) -> bool:
     return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
-def shard(module: L.LightningModule, model: nn.Module) -> None:
+def shard(module: L.LightningModule, model: nn.Module, denoiser: nn.Module) -> None:
     """Shard the denoiser over the processes if the Trainer's strategy shards; otherwise do nothing.
 
     Call it in `configure_model`, after adapters were added. A denoiser that is already sharded stays as it is.
 
     Args:
         module: The module that the Trainer trains.
-        model: Its model, whose `denoiser` is sharded block by block.
+        model: Its model.
+        denoiser: The model's network, which is sharded block by block.
 
     Raises:
         ConfigurationError: The strategy does not support fine-tuning on rewards, or not with these settings.
@@ -61,7 +62,7 @@ def shard(module: L.LightningModule, model: nn.Module) -> None:
         strategy.exclude_frozen_parameters = True
     if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
         return
-    denoiser = _denoiser(model, type(strategy).__name__)
+    name = _child_name(model, denoiser, type(strategy).__name__)
     if isinstance(denoiser, (FSDPModule, FullyShardedDataParallel)):
         return
     if isinstance(strategy, ModelParallelStrategy):
@@ -74,7 +75,6 @@ def shard(module: L.LightningModule, model: nn.Module) -> None:
     units = {*blocks(denoiser), *adapters(denoiser)}
     for part in _others(module, model, denoiser):
         part.to(strategy.root_device)
-    name = next(name for name, child in model.named_children() if child is denoiser)
     policy = CustomPolicy(lambda part: part in units)
     # The other arguments are from the context that Lightning calls `configure_model` in. Its precision is left out, so
     # that autocast decides, as it does under other strategies.
@@ -124,10 +124,9 @@ def gather_full(module: nn.Module) -> dict[str, Tensor]:
         return {name: _full(parameter).detach().clone() for name, parameter in trainable_parameters(module).items()}
 
 
-def clip_gradients(model: nn.Module, limit: float) -> None:
+def clip_gradients(denoiser: nn.Module, limit: float) -> None:
     """Scale the gradient so that its norm over all shards is at most `limit`; for `FSDPStrategy`."""
-    denoiser = cast(FullyShardedDataParallel, _denoiser(model, "FSDPStrategy"))
-    denoiser.clip_grad_norm_(limit)
+    cast(FullyShardedDataParallel, denoiser).clip_grad_norm_(limit)
 
 
 @contextmanager
@@ -145,14 +144,19 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _denoiser(model: nn.Module, strategy: str) -> nn.Module:
-    denoiser = getattr(model, "denoiser", None)
-    if not isinstance(denoiser, nn.Module):
+def _child_name(model: nn.Module, denoiser: nn.Module, strategy: str) -> str:
+    """Return the name of the denoiser in the model.
+
+    Raises:
+        ConfigurationError: It is no child of the model.
+    """
+    names = [name for name, child in model.named_children() if child is denoiser]
+    if not names:
         raise ConfigurationError(
             f"{strategy} shards the denoiser, and {type(model).__name__} does not say which of its modules that is; "
             "give it a property `denoiser`, or train with strategy: ddp"
         )
-    return denoiser
+    return names[0]
 
 
 def _others(module: nn.Module, model: nn.Module, denoiser: nn.Module) -> Iterable[nn.Module]:

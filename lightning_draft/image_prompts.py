@@ -9,6 +9,7 @@ from PIL import Image
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt_sources import read_prompts
+from lightning_draft.rewards.base import metadata_of
 
 PromptSource = Literal["auto", "sidecar", "metadata", "names"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -103,7 +104,7 @@ def _table(source: str, files: Sequence[str]) -> dict[str, str | None]:
     rows = read_prompts(source)
     by_file: dict[str, str] = {}
     for prompt in rows:
-        name = getattr(prompt, "metadata", {}).get("file")
+        name = metadata_of(prompt).get("file")
         if name is None:
             raise ConfigurationError(f"prompts={source!r} has no column 'file'; it needs the columns file and prompt")
         by_file[Path(str(name)).as_posix()] = str(prompt)

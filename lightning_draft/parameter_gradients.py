@@ -6,8 +6,10 @@ from typing import cast
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -25,6 +27,15 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
     from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found, unused-ignore]
 
     return cast(Tensor, safe_get_full_grad(parameter))
+
+
+def gradient_scaler(trainer: L.Trainer) -> GradScaler | None:
+    """Return the scaler of the gradients (fp16), if there is one.
+
+    While it searches for a scale, gradients that are not finite are expected.
+    """
+    plugin = trainer.precision_plugin
+    return plugin.scaler if isinstance(plugin, (MixedPrecision, FSDPPrecision)) else None
 
 
 def multiply_gradient(parameter: nn.Parameter, factor: float) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_draft.arguments import at_least
 from lightning_draft.models.base import Conditioning, DiffusionModel, Prediction
-from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.base import Reward, metadata_of
 from lightning_draft.schedules import Schedule, Spacing, VariancePreserving
 
 
@@ -62,7 +62,7 @@ class _Double(DiffusionModel):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return `weight`, `(B,)` in float64: each prompt's metadata of that name, 1 by default."""
-        weights = [getattr(prompt, "metadata", {}).get("weight", 1.0) for prompt in prompts]
+        weights = [metadata_of(prompt).get("weight", 1.0) for prompt in prompts]
         return Conditioning({"weight": torch.tensor(weights, dtype=torch.float64)})
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:

@@ -371,12 +371,8 @@ def refuse(rank: int, root: Path, module: Any, strategy: Any, options: dict[str,
         (root / f"{rank}.txt").write_text(str(error))
 
 
-class WithoutDenoiser(LinearModel):
-    denoiser = None  # type: ignore[assignment]
-
-
 def no_denoiser(folder: Path) -> DraftModule:
-    return DraftModule(WithoutDenoiser(0.1), LinearReward(), truncation=Full())
+    return DraftModule(LinearModel(0.1), LinearReward(), truncation=Full())
 
 
 def half(folder: Path) -> DraftModule:

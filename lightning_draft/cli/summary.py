@@ -11,6 +11,7 @@ from lightning_draft.assets import resolve
 from lightning_draft.callbacks import LoRAExport, OverOptimizationGuard
 from lightning_draft.callbacks.lora_export import describe
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.models.pipeline import PipelineModel
 
 
 def headline(module: RewardModule) -> str:
@@ -33,12 +34,13 @@ def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Itera
     files = lora_files(trainer)
     if not files:
         return
-    base = str(getattr(module.model, "pretrained", "..."))
-    family: Any = getattr(module.model, "family", None)
+    base, pipeline = "...", "DiffusionPipeline"
+    if isinstance(module.model, PipelineModel):
+        base, pipeline = str(module.model.pretrained), module.model.family.pipeline_class.__name__
     yield f"LoRA files: {'  '.join(map(str, files))}"
     yield f"sample:     lightning-draft sample {folder}"
     yield "in diffusers:"
-    yield f"    {loading_code(base, 'DiffusionPipeline' if family is None else family.pipeline_class.__name__)}"
+    yield f"    {loading_code(base, pipeline)}"
     yield f'    pipe.load_lora_weights("{files[0]}")'
 
 

@@ -31,6 +31,7 @@ from lightning_draft.methods.nonfinite import NonFiniteGradients
 from lightning_draft.methods.optimization import build_optimizer, scheduler_config, step_on_plateau
 from lightning_draft.methods.stop_iteration import stop_iteration_is_error
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.parameter_gradients import gradient_scaler
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
@@ -177,7 +178,7 @@ class RewardModule(EvaluationModule, ABC):
         """Clip as the Trainer is configured; Lightning does not clip by norm under `FSDPStrategy`."""
         by_norm = gradient_clip_algorithm in (None, "norm")
         if gradient_clip_val and by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
-            clip_gradients(self.model, gradient_clip_val)
+            clip_gradients(self.model.denoiser, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -259,8 +260,10 @@ class RewardModule(EvaluationModule, ABC):
     @property
     def gradients_are_whole(self) -> bool:
         """Whether plain `torch.autograd.grad` gives the gradients of the trainable parameters, unscaled."""
-        scaler = getattr(self._trainer and self._trainer.precision_plugin, "scaler", None)
-        return not (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer) or scaler is not None)
+        trainer = self._trainer
+        if trainer is None:
+            return True
+        return not (uses_fsdp(trainer) or uses_deepspeed(trainer) or gradient_scaler(trainer))
 
     @contextmanager
     def first_step_context(self) -> Iterator[None]:

@@ -69,7 +69,7 @@ class EvaluationModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the denoiser over the processes if the Trainer's strategy does so."""
-        shard(self, self.model)
+        shard(self, self.model, self.model.denoiser)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, except for rewards: dropout would add noise to their scores."""

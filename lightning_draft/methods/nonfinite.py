@@ -7,7 +7,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_draft.errors import DivergenceError
-from lightning_draft.parameter_gradients import drop_gradients, gradient_norm, parameters_with_gradients
+from lightning_draft.parameter_gradients import (
+    drop_gradients,
+    gradient_norm,
+    gradient_scaler,
+    parameters_with_gradients,
+)
 
 _SCALER_SEARCH = 40  # steps that a gradient scaler may take to find a scale without an overflow
 
@@ -41,8 +46,7 @@ class NonFiniteGradients:
         drop_gradients(parameters)
         self.total += 1
         self.in_a_row += 1
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        limit = self.limit if scaler is None else self.limit + _SCALER_SEARCH
+        limit = self.limit if gradient_scaler(trainer) is None else self.limit + _SCALER_SEARCH
         if self.in_a_row >= limit:
             raise DivergenceError(
                 f"the gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step "

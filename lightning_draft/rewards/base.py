@@ -78,6 +78,11 @@ class Prompt(str):
         return type(self), (str(self), dict(self.metadata))
 
 
+def metadata_of(prompt: str) -> Mapping[str, Any]:
+    """Return the metadata of a prompt; a plain string has none."""
+    return prompt.metadata if isinstance(prompt, Prompt) else _NO_METADATA
+
+
 class Reward(nn.Module, ABC):
     """Score images; higher is better.
 

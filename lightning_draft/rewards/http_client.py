@@ -114,13 +114,13 @@ def is_transient(error: Exception) -> bool:
     """Return whether the same request may succeed later."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code in _TRANSIENT
-    return not isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError)
+    return not isinstance(_cause(error), ssl.SSLCertVerificationError)
 
 
 def retry_after(error: Exception) -> float:
     """Return the seconds that the service asks to wait, 0 if it does not."""
-    headers: Mapping[str, Any] = getattr(error, "headers", None) or {}
-    seconds = str(headers.get("Retry-After", ""))
+    headers = error.headers if isinstance(error, urllib.error.HTTPError) else None
+    seconds = "" if headers is None else str(headers.get("Retry-After", ""))
     return float(seconds) if seconds.isdecimal() else 0.0
 
 
@@ -129,7 +129,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         with error:
             return f"status {error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')!r}"
-    cause = getattr(error, "reason", error)
+    cause = _cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"{cause}; install the service's certificate, or name its file in the variable SSL_CERT_FILE"
     if isinstance(error, IncompleteRead):
@@ -142,3 +142,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         """Return None, so that the status becomes the error."""
+
+
+def _cause(error: Exception) -> object:
+    return error.reason if isinstance(error, urllib.error.URLError) else error

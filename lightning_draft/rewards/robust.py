@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import Prompt, Reward
+from lightning_draft.rewards.base import Prompt, Reward, metadata_of
 from lightning_draft.rewards.combine import Scored, WeightedReward, WeightedSum
 from lightning_draft.rewards.precision import full_precision
 
@@ -214,4 +214,4 @@ class Relative(WrappedReward):
 
 
 def _prefixed(text: str, prompt: str) -> Prompt:
-    return Prompt(f"{text} {prompt}".strip(), getattr(prompt, "metadata", None))
+    return Prompt(f"{text} {prompt}".strip(), metadata_of(prompt))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of, positive
 from lightning_draft.rewards.background import run_all
-from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.base import Reward, metadata_of
 from lightning_draft.rewards.blackbox import parse_scores, to_pil
 from lightning_draft.rewards.http_client import (
     check_token,
@@ -129,7 +129,7 @@ class HTTPReward(Reward):
 
     def _score(self, files: list[str], prompts: Sequence[str], stopped: threading.Event) -> Tensor:
         """Return the scores `(b,)` of one request; it is not repeated once `stopped` is set."""
-        metadata = [to_json(dict(getattr(prompt, "metadata", {}))) for prompt in prompts]
+        metadata = [to_json(dict(metadata_of(prompt))) for prompt in prompts]
         content = {"images": files, "prompts": [str(prompt) for prompt in prompts], "metadata": metadata}
         answer = self._ask(json.dumps(content, allow_nan=False).encode(), prompts, stopped)
         try:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.rewards.base import metadata_of
 
 
 def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> list[Any]:
@@ -24,7 +25,7 @@ def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> l
     """
     if own is not None:
         return [own] * len(prompts)
-    values = [getattr(prompt, "metadata", {}).get(name) for prompt in prompts]
+    values = [metadata_of(prompt).get(name) for prompt in prompts]
     for prompt, value in zip(prompts, values, strict=True):
         if value is None or value == "":
             raise ConfigurationError(

@@ -6,6 +6,8 @@ The names below are the public interface; each is imported when it is first used
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_draft.models.families import FAMILIES
+
 if TYPE_CHECKING:
     from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
     from lightning_draft.data import PromptDataModule
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
     from lightning_draft.models.decoder import Memory
     from lightning_draft.models.guidance import Guidance
     from lightning_draft.models.lora import LoRA
-    from lightning_draft.models.stable_diffusion import StableDiffusion
-    from lightning_draft.models.stable_diffusion_3 import StableDiffusion3
-    from lightning_draft.models.stable_diffusion_xl import StableDiffusionXL
+    from lightning_draft.models.text_encoding import TextEncoding
     from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce
     from lightning_draft.rewards.base import Prompt, Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
@@ -40,9 +40,7 @@ _MODULES = {
     "models.decoder": ("Memory",),
     "models.guidance": ("Guidance",),
     "models.lora": ("LoRA",),
-    "models.stable_diffusion": ("StableDiffusion",),
-    "models.stable_diffusion_3": ("StableDiffusion3",),
-    "models.stable_diffusion_xl": ("StableDiffusionXL",),
+    "models.text_encoding": ("TextEncoding",),
     "objectives": ("Objective", "PPO", "PRDP", "Reinforce"),
     "rewards.base": ("Prompt", "Reward"),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
@@ -50,7 +48,7 @@ _MODULES = {
     "surrogates": ("DirectAlign", "FlowBPBridge", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "DDIM",
@@ -87,22 +85,22 @@ __all__ = [
     "Reward",
     "RewardModule",
     "Sampler",
-    "StableDiffusion",
-    "StableDiffusion3",
-    "StableDiffusionXL",
+    "TextEncoding",
     "Truncation",
     "WeightedReward",
     "WeightedSum",
+    *FAMILIES,
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from the module that defines it."""
-    if name in _MODULE_OF:
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = FAMILIES[name].module if name in FAMILIES else _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:
     """List the public names for tab completion."""
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})

@@ -12,14 +12,14 @@ import lightning_draft.rewards  # noqa: F401
 import lightning_draft.samplers  # noqa: F401
 import lightning_draft.surrogates  # noqa: F401
 import lightning_draft.truncation  # noqa: F401
-from lightning_draft import callbacks
+from lightning_draft import callbacks, models
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.explain import explain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule  # noqa: F401
-from lightning_draft.models import families  # noqa: F401
+from lightning_draft.models.families import FAMILIES
 
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
@@ -29,6 +29,8 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+MODELS = tuple(getattr(models, name) for name in FAMILIES)
+"""The model families; the parser knows a class by its short name once it is imported."""
 FILE_WRITERS = tuple(getattr(callbacks, option.class_name) for option in CALLBACK_OPTIONS if option.writes_files)
 
 

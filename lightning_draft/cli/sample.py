@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_draft import models
 from lightning_draft.callbacks.pictures import comparison
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, run_folder, shipped
@@ -25,7 +26,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import RewardModule
 from lightning_draft.models import lora_files
-from lightning_draft.models.loading import model_class
+from lightning_draft.models.loading import opener
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
@@ -51,7 +52,7 @@ def _sample(options: argparse.Namespace) -> None:
     module, prompts = (None, None) if config is None else _build(config)
     if module is None:
         pretrained = options.model or _base_of(file)
-        model = model_class(pretrained)(pretrained, lora=None)
+        model = getattr(models, opener(pretrained) or "StableDiffusion")(pretrained, lora=None)
         sampler: Sampler = FlowEuler(options.steps or 28) if model.prediction == "flow" else DDIM(options.steps or 50)
     else:
         model, sampler = module.model, module.sampler

@@ -36,7 +36,7 @@ def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Itera
         return
     base, pipeline = "...", "DiffusionPipeline"
     if isinstance(module.model, PipelineModel):
-        base, pipeline = str(module.model.pretrained), module.model.family.pipeline_class.__name__
+        base, pipeline = str(module.model.pretrained), module.model.family.pipeline_name
     yield f"LoRA files: {'  '.join(map(str, files))}"
     yield f"sample:     lightning-draft sample {folder}"
     yield "in diffusers:"

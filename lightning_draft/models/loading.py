@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from lightning_draft.arguments import one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
-from lightning_draft.models.family import Family, wrapper_for, wrapper_for_file
+from lightning_draft.models.families import class_for_layout, class_for_pipeline
+from lightning_draft.models.family import Family
 
 _SHIPPED = ("emoji64",)
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -100,23 +101,22 @@ def save_pipeline(
     partial.rename(folder)
 
 
-def model_class(pretrained: str) -> Any:
-    """Return the model class that opens a pipeline; `StableDiffusion` if its family cannot be told.
+def opener(pretrained: str) -> str | None:
+    """Return the name of the model class that opens a pipeline; `None` if its family cannot be told.
 
     Args:
         pretrained: As for `load_pipeline`.
     """
-    default = wrapper_for("StableDiffusionPipeline")
     path = _local(pretrained)
     if path.is_file():
-        return wrapper_for_file(_layout(path)) or default
+        return class_for_layout(_layout(path))
     if not path.is_dir() and _is_path(pretrained):
-        return default
+        return None
     try:
         name = DiffusionPipeline.load_config(str(path) if path.is_dir() else pretrained).get("_class_name")
     except OSError:
-        return default
-    return wrapper_for(str(name)) or default
+        return None
+    return class_for_pipeline(str(name))
 
 
 def _local(pretrained: str) -> Path:
@@ -131,7 +131,7 @@ def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], opt
     if not (folder / "model_index.json").is_file():
         raise ConfigurationError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
-            f"{family.pipeline_class.__name__}.save_pretrained wrote, not one of its components"
+            f"{family.pipeline_name}.save_pretrained wrote, not one of its components"
         )
     try:
         options = {**_absent(family, str(folder)), **options}
@@ -163,19 +163,18 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
 
 
 def _single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
-    wrapper = wrapper_for(family.pipeline_class.__name__).__name__
     if family.single_file is None:
         raise ConfigurationError(
-            f"{file} is a single file, and those of {family.title} seldom hold the text encoders; give {wrapper} a "
-            f"diffusers pipeline folder, or a hub id such as {family.example}"
+            f"{file} is a single file, and those of {family.title} seldom hold the text encoders; give a diffusers "
+            f"pipeline folder, or a hub id such as {family.example}"
         )
     if file.suffix != ".safetensors":
         raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
     layout = _layout(file)
-    if not layout.startswith(family.single_file_layouts):
-        other = wrapper_for_file(layout)
-        advice = "give a file of a supported family" if other is None else f"open it with {other.__name__}"
-        raise ConfigurationError(f"{file} is a {layout} checkpoint, and {wrapper} opens {family.title}; {advice}")
+    other = class_for_layout(layout)
+    if other != class_for_pipeline(family.pipeline_name):
+        advice = "give a file of a supported family" if other is None else f"open it with {other}"
+        raise ConfigurationError(f"{file} is a {layout} checkpoint, and not one of {family.title}; {advice}")
     arguments = {**family.single_file, **({} if config is None else {"config": config})}
     common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
     try:
@@ -224,14 +223,11 @@ def _absent(family: Family, source: str) -> dict[str, None]:
     """
     index = family.pipeline_class.load_config(source)
     name = index.get("_class_name")
-    if name in family.pipelines:
+    other = class_for_pipeline(str(name))
+    if name == family.pipeline_name or (other and other == class_for_pipeline(family.pipeline_name)):
         return {part: None for part, kind in index.items() if kind == [None, None]}
-    other = wrapper_for(name) if isinstance(name, str) else None
-    advice = f"use such a pipeline, for example {family.example}" if other is None else f"open it with {other.__name__}"
-    raise ConfigurationError(
-        f"{source} is a {name}, and {wrapper_for(family.pipeline_class.__name__).__name__} opens {family.title} "
-        f"pipelines ({family.pipeline_class.__name__}); {advice}"
-    )
+    advice = f"open it with {other}" if other else f"use such a pipeline, for example {family.example}"
+    raise ConfigurationError(f"{source} is a {name}, and not a {family.pipeline_name} ({family.title}); {advice}")
 
 
 def _is_path(name: str) -> bool:

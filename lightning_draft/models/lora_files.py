@@ -162,7 +162,7 @@ def _convert(
     reader = getattr(family.pipeline_class, "lora_state_dict", None)
     if reader is None:
         raise ConfigurationError(
-            f"{file} is not in diffusers' format, and {family.pipeline_class.__name__} converts no other; give a file "
+            f"{file} is not in diffusers' format, and {family.pipeline_name} converts no other; give a file "
             f"whose tensors are called {family.denoiser}.<layer>.lora_A.weight"
         )
     is_sdxl = network.config.get("addition_embed_type") == "text_time"  # whose blocks kohya numbers otherwise

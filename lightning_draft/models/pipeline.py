@@ -4,6 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
@@ -17,12 +18,12 @@ from lightning_draft.models import lora as adapters
 from lightning_draft.models import lora_copy, lora_files
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.decoder import Memory, Precision, decode
-from lightning_draft.models.family import register
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.latents import latent_size, scale_factor
 from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.models.text_encoding import TextEncoding
 from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
 
 
@@ -41,26 +42,21 @@ class PipelineModel(PromptEmbedding):
         dtype: Precision of the frozen networks. Adapters, a denoiser whose own weights are trained, and latents are
             float32.
         guidance: Classifier-free guidance.
+        text: How prompts are embedded.
         memory: Options that lower the decoder's peak memory.
         height: Of the images in pixels, with `width`; by default the size that the denoiser was trained for.
         width: Of the images in pixels.
         pretrained_config: For a single file: the folder or hub id of a pipeline with the same architecture; by default
             it is recognized, and its configuration comes from the hub.
-        omit: Names of components that are not loaded.
+        omit: Names of components that are not loaded; a text encoder's tokenizer is left out with it.
 
     Attributes:
         family: What distinguishes its pipelines.
+        pipeline: The pipeline of diffusers, which shares this model's networks.
         vae: The autoencoder.
-        text_encoder: The first text encoder, `None` once released.
     """
 
     vae: Any
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Register a family by the pipelines that it opens."""
-        super().__init_subclass__(**arguments)
-        if "family" in vars(cls):
-            register(cls.family, cls)
 
     def __init__(
         self,
@@ -70,6 +66,7 @@ class PipelineModel(PromptEmbedding):
         trainable: Trainable = "lora",
         dtype: Precision = "float32",
         guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+        text: TextEncoding = TextEncoding(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
         height: int | None = None,
         width: int | None = None,
@@ -77,19 +74,22 @@ class PipelineModel(PromptEmbedding):
         omit: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        text.check(self.family)
         self.pretrained = pretrained
         self.pretrained_config = pretrained_config
         self.lora = lora if trainable == "lora" else None
         self.trainable = trainable
         self.guidance = guidance.or_default(self.family.guidance_scale)
+        self.text = text
         self.memory = memory
-        self._omit = tuple(omit)
+        self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
         self._dtypes = self._precisions(dtype)
-        pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, self._omit)
+        self.pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, self._omit)
         for name in self.family.networks:
-            setattr(self, name, getattr(pipeline, name))
-        self._configure(pipeline)
+            setattr(self, name, getattr(self.pipeline, name))
         self._latent_size = latent_size(self.vae, self.denoiser, height, width)
+        self._configure(self.pipeline)
+        self._set_decoder_precision(dtype)
         self.requires_grad_(False).eval()
         self._original: OriginalWeights | None = None
         if self.lora is not None:
@@ -252,9 +252,19 @@ class PipelineModel(PromptEmbedding):
         dtypes = dict.fromkeys(self.family.networks, torch_dtype(dtype))
         if self.memory.vae_dtype is not None:
             dtypes["vae"] = torch_dtype(self.memory.vae_dtype)
+        elif self.family.upcast_vae:  # until its config has been read
+            dtypes["vae"] = torch.float32
         if self.trainable != "lora":
             dtypes[self.family.denoiser] = torch.float32
         return dtypes
+
+    def _set_decoder_precision(self, dtype: Precision) -> None:
+        if not self.family.upcast_vae or self.memory.vae_dtype is not None:
+            return
+        if self.vae.config.get("force_upcast"):
+            self.memory = replace(self.memory, vae_dtype="float32")
+        else:
+            self.vae.to(torch_dtype(dtype))
 
     @property
     def _weight(self) -> Tensor:

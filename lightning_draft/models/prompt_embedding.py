@@ -1,17 +1,18 @@
-"""Prompts to conditioning, through text encoders and a cache of their embeddings."""
+"""Prompts to conditioning, through a pipeline's text encoders and a cache of their embeddings."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_draft.models.base import Conditioning, DiffusionModel
 from lightning_draft.models.family import Family
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.text_cache import Embedding, TextCache
+from lightning_draft.models.text_encoding import TextEncoding, quiet_diffusers, warn_if_cut
 
 
 class PromptEmbedding(DiffusionModel):
@@ -20,12 +21,15 @@ class PromptEmbedding(DiffusionModel):
     Attributes:
         family: Names the text encoders.
         guidance: Gives the negative prompt.
+        text: How prompts are embedded.
         device: Where conditioning is needed.
+        pipeline: The pipeline of diffusers, whose `encode_prompt` reads prompts.
     """
 
     family: ClassVar[Family]
     guidance: Guidance
-    text_encoder: nn.Module | None
+    text: TextEncoding
+    pipeline: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +62,16 @@ class PromptEmbedding(DiffusionModel):
         self._negative_embedding(keep=True)
         for name in self.family.text_encoders:
             setattr(self, name, None)
+            setattr(self.pipeline, name, None)
 
     @abstractmethod
-    def _embed(self, prompt: str) -> Mapping[str, Tensor]:
-        """Embed one prompt: what `_network` is given, by name and without a batch dimension."""
+    def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
+        """Embed one prompt: what `_network` is given, by name and without a batch dimension.
 
-    def _embed_negative(self, prompt: str) -> Mapping[str, Tensor]:
-        """Embed the negative prompt."""
-        return self._embed(prompt)
+        Args:
+            prompt: The text.
+            negative: Whether it is the negative prompt.
+        """
 
     def _collate(self, embeddings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
         """Stack the embeddings of single prompts; a family whose embeddings differ in shape overrides it."""
@@ -73,19 +79,43 @@ class PromptEmbedding(DiffusionModel):
             {name: torch.stack([each[name] for each in embeddings]).to(self.device) for name in embeddings[0]}
         )
 
+    @property
+    def _text_device(self) -> torch.device:
+        """Where the text encoders are."""
+        encoder = self._last_encoder
+        device: torch.device = self.device if encoder is None else next(encoder[1].parameters()).device
+        return device
+
+    @property
+    def _text_length(self) -> int:
+        """Number of tokens that the last text encoder reads, where it can be chosen."""
+        return self.text.max_length or self.family.text_length or 0
+
+    @property
+    def _last_encoder(self) -> tuple[str, Any] | None:
+        """Name and network of the last text encoder that is there."""
+        present = [(name, each) for name in self.family.text_encoders if (each := getattr(self, name)) is not None]
+        return present[-1] if present else None
+
     def _embedding(self, prompt: str, keep: bool = False) -> Mapping[str, Tensor]:
         return self._cached(("prompt", prompt), lambda: self._embed(prompt), keep)
 
     def _negative_embedding(self, keep: bool = False) -> Mapping[str, Tensor]:
         prompt = self.guidance.negative_prompt
-        return self._cached(("negative", prompt), lambda: self._embed_negative(prompt), keep)
+        return self._cached(("negative", prompt), lambda: self._embed(prompt, negative=True), keep)
 
     def _cached(self, key: tuple[str, str], embed: Callable[[], Embedding], keep: bool) -> Mapping[str, Tensor]:
-        encoder = next((each for name in self.family.text_encoders if (each := getattr(self, name)) is not None), None)
-        if encoder is None and key not in self._cache:
-            raise RuntimeError(
-                f"the text encoder was released and {key[1]!r} has no embedding; pass every prompt, those of "
-                "validation and of the sample logger too, to precompute() before release_text_encoder()"
-            )
-        device = "cpu" if encoder is None else next(encoder.parameters()).device.type
-        return self._cache.get(key, embed, device, keep)
+        encoder = self._last_encoder
+        if key not in self._cache:
+            if encoder is None:
+                raise RuntimeError(
+                    f"the text encoder was released and {key[1]!r} has no embedding; pass every prompt, those of "
+                    "validation and of the sample logger too, to precompute() before release_text_encoder()"
+                )
+            self._warn_if_cut(encoder[0].replace("text_encoder", "tokenizer"), key[1])
+        with quiet_diffusers():
+            return self._cache.get(key, embed, self._text_device.type, keep)
+
+    def _warn_if_cut(self, name: str, prompt: str) -> None:
+        tokenizer = getattr(self.pipeline, name)
+        warn_if_cut(tokenizer, prompt, min(tokenizer.model_max_length, self._text_length or tokenizer.model_max_length))

@@ -19,7 +19,7 @@ from lightning_draft.callbacks import CostMonitor, LastCheckpoint
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3
+from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3, TextEncoding
 from lightning_draft.objectives import PPO, PRDP
 from lightning_draft.rewards.color import Brightness
 from lightning_draft.samplers import DDIM, FlowEuler
@@ -110,7 +110,7 @@ def counted(network: Any, training: InTraining) -> Iterator[dict[str, int]]:
 
 def pipeline(kind: str, folder: Path, **guidance: Any) -> Any:
     if kind == "sd3":
-        return StableDiffusion3(str(folder), guidance=Guidance(**guidance), lora=LoRA(2), max_sequence_length=16)
+        return StableDiffusion3(str(folder), guidance=Guidance(**guidance), lora=LoRA(2), text=TextEncoding(16))
     return StableDiffusion(str(folder), guidance=Guidance(**guidance), lora=LoRA(2))
 
 

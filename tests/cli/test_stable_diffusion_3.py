@@ -16,7 +16,7 @@ model:
   init_args:
     model:
       class_path: StableDiffusion3
-      init_args: {{pretrained: {model}, guidance: {{scale: 2.0}}, max_sequence_length: 20, lora: {{rank: 2}}}}
+      init_args: {{pretrained: {model}, guidance: {{scale: 2.0}}, text: {{max_length: 20}}, lora: {{rank: 2}}}}
     sampler:
       class_path: FlowEuler
       init_args: {{num_steps: 3}}

@@ -1,17 +1,23 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
+from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lightning_draft
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import Family, LoRA, Memory, PipelineModel, StableDiffusion
-from lightning_draft.models.loading import model_class
+from lightning_draft.models import DiffusionModel, Family, LoRA, Memory, PipelineModel, StableDiffusion
+from lightning_draft.models.families import FAMILIES, Entry
+from lightning_draft.models.loading import opener
 from lightning_draft.schedules import VariancePreserving
 
 
@@ -325,7 +331,7 @@ class OfAnotherPackage(PipelineModel):
     """A user's own family: the networks of Stable Diffusion under another pipeline class."""
 
     family = Family(
-        pipeline_class=StableDiffusionPAGPipeline,
+        pipeline="StableDiffusionPAGPipeline",
         title="PAG pipelines",
         example="somebody/something",
         denoiser="unet",
@@ -338,15 +344,46 @@ class OfAnotherPackage(PipelineModel):
     _network = StableDiffusion._network
 
 
-def test_a_family_outside_the_package_uses_the_base_class(tiny_sd: Path, tmp_path: Path) -> None:
-    folder = edited(tiny_sd, tmp_path / "own", "model_index.json", _class_name="StableDiffusionPAGPipeline")
-    model = OfAnotherPackage(str(folder))
+@pytest.fixture
+def own_family(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pipeline of the user's family, which is registered with one line."""
+    monkeypatch.setitem(FAMILIES, "OfAnotherPackage", Entry(__name__, ("StableDiffusionPAGPipeline",)))
+    return edited(tiny_sd, tmp_path / "own", "model_index.json", _class_name="StableDiffusionPAGPipeline")
+
+
+def test_one_line_in_the_table_makes_a_family_public_suggested_and_parsed(own_family: Path) -> None:
+    assert lightning_draft.OfAnotherPackage is lightning_draft.models.OfAnotherPackage is OfAnotherPackage
+    assert opener(str(own_family)) == "OfAnotherPackage"
+    with pytest.raises(ConfigurationError, match="open it with OfAnotherPackage"):
+        StableDiffusion(str(own_family))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DiffusionModel, "model")
+    options = ["--model=OfAnotherPackage", f"--model.pretrained={own_family}", "--model.guidance.scale=3"]
+    model = parser.instantiate(parser.parse_args(options)).model
+    assert isinstance(model, OfAnotherPackage)
+    assert model.guidance.scale == 3
+
+
+def test_a_family_outside_the_package_uses_the_base_class(own_family: Path, tmp_path: Path) -> None:
+    model = OfAnotherPackage(str(own_family))
     assert model.guidance.scale == 2.0
-    assert model_class(str(folder)) is OfAnotherPackage
     model.save_lora(tmp_path / "lora.safetensors")
     model.load_lora(tmp_path / "lora.safetensors")
-    with pytest.raises(ConfigurationError, match="open it with OfAnotherPackage"):
-        StableDiffusion(str(folder))
+
+
+def test_the_table_names_the_pipeline_of_every_family() -> None:
+    """Each class opens its own pipeline class and no entry names that of another."""
+    for name, entry in FAMILIES.items():
+        family = getattr(lightning_draft, name).family
+        assert family.pipeline in entry.pipelines
+        assert all(hasattr(diffusers, pipeline) for pipeline in entry.pipelines)
+    pipelines = [pipeline for entry in FAMILIES.values() for pipeline in entry.pipelines]
+    assert len(pipelines) == len(set(pipelines))
+
+
+def test_the_table_imports_no_model() -> None:
+    code = "import sys, lightning_draft.models.families; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_layers_of_a_network_that_lacks_add_adapter_are_adapted(tmp_path: Path) -> None:

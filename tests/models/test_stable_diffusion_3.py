@@ -20,7 +20,15 @@ from lightning_draft.callbacks import GradientNormMonitor, LoRAExport, SampleLog
 from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.models import DiffusionModel, Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3
+from lightning_draft.models import (
+    DiffusionModel,
+    Guidance,
+    LoRA,
+    Memory,
+    StableDiffusion,
+    StableDiffusion3,
+    TextEncoding,
+)
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
@@ -29,6 +37,7 @@ from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, Truncat
 PROMPTS = ["a red cat", "dog, cat"]
 LENGTH = 20
 NAMES = ("text", "pooled")
+OMIT_T5 = ("text_encoder_3",)
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
@@ -46,7 +55,7 @@ def noise(batch: int = 2, dtype: torch.dtype = torch.float32, size: int = 8) -> 
 
 def opened(folder: Path, **arguments: Any) -> StableDiffusion3:
     """A model whose T5 reads few tokens."""
-    return StableDiffusion3(str(folder), **{"max_sequence_length": LENGTH, "guidance": Guidance(2.0), **arguments})
+    return StableDiffusion3(str(folder), **{"text": TextEncoding(LENGTH), "guidance": Guidance(2.0), **arguments})
 
 
 def stirred(folder: Path, **arguments: Any) -> StableDiffusion3:
@@ -112,7 +121,7 @@ def exact(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_are_those_of_the_diffusers_pipeline(tiny_sd3: Path, guidance_scale: float, t5: bool) -> None:
     pipeline = plain(tiny_sd3, **({} if t5 else WITHOUT_T5))
     arguments = {"negative_prompt": ["tree"] * 2, "num_inference_steps": 6, "guidance_scale": guidance_scale}
-    model = opened(tiny_sd3, guidance=Guidance(guidance_scale, "tree"), t5=t5)
+    model = opened(tiny_sd3, guidance=Guidance(guidance_scale, "tree"), omit=() if t5 else OMIT_T5)
     with torch.no_grad():
         ours = sample(model, noise(), FlowEuler(6))
         decoded = model.decode(ours)
@@ -176,7 +185,7 @@ def test_a_pipeline_saved_without_the_t5_opens_without_an_option(tiny_sd3: Path,
     plain(tiny_sd3, **WITHOUT_T5).save_pretrained(tmp_path / "light")
     model = opened(tmp_path / "light")
     assert model.text_encoder_3 is None
-    assert torch.equal(pictures(model), pictures(opened(tiny_sd3, t5=False)))
+    assert torch.equal(pictures(model), pictures(opened(tiny_sd3, omit=OMIT_T5)))
 
 
 # Text.
@@ -184,7 +193,7 @@ def test_a_pipeline_saved_without_the_t5_opens_without_an_option(tiny_sd3: Path,
 
 @pytest.mark.parametrize("t5", [True, False])
 def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd3: Path, t5: bool) -> None:
-    model = opened(tiny_sd3, guidance=Guidance(negative_prompt="tree"), t5=t5)
+    model = opened(tiny_sd3, guidance=Guidance(negative_prompt="tree"), omit=() if t5 else OMIT_T5)
     calls: list[int] = []
     assert model.text_encoder_2 is not None
     model.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
@@ -234,7 +243,7 @@ def test_prompts_that_are_cut_are_named(tiny_sd3: Path, recwarn: pytest.Warnings
     with pytest.warns(UserWarning, match="reads 20 tokens and cuts: a very long prompt"):
         opened(tiny_sd3).encode(["a very long prompt for it"])
     with pytest.warns(UserWarning, match="reads 12 tokens and cuts: a prompt"):
-        opened(tiny_sd3, t5=False).encode(["a prompt for it"])
+        opened(tiny_sd3, omit=OMIT_T5).encode(["a prompt for it"])
 
 
 # Gradients.
@@ -483,11 +492,11 @@ def test_each_wrapper_points_to_the_other(tiny_sd: Path, tiny_sd3: Path, tmp_pat
         StableDiffusion(str(tiny_sd3))
     with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline, .*; open it with StableDiffusion$"):
         StableDiffusion3(str(tiny_sd))
-    other = edited(tiny_sd3, tmp_path / "other", "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match="is a FluxPipeline, and .* for example stabilityai/stable-diffusion-3.5"):
+    other = edited(tiny_sd3, tmp_path / "other", "model_index.json", _class_name="AuraFlowPipeline")
+    with pytest.raises(ValueError, match="is a AuraFlowPipeline, and .* for example stabilityai/stable-diffusion-3.5"):
         StableDiffusion3(str(other))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="is a single file.* give StableDiffusion3 a diffusers pipeline folder"):
+    with pytest.raises(ValueError, match="is a single file.* give a diffusers pipeline folder"):
         StableDiffusion3(str(tmp_path / "model.safetensors"))
 
 
@@ -531,7 +540,7 @@ def test_invalid_components_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"dtype": "float8"}, "dtype='float8' is not a valid choice; write one of float32"),
-        ({"max_sequence_length": 600}, r"max_sequence_length=600 must be between 1 and 512; write 256"),
+        ({"text": TextEncoding(600)}, r"text.max_length=600 must be between 1 and 512; write 256"),
         ({"height": 18, "width": 16}, "height=18 must be a multiple of 4 up to 48 for this model; write 16"),
         ({"height": 16, "width": 52}, "width=52 must be a multiple of 4 up to 48"),
     ],

@@ -15,7 +15,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.losses import Distance, Hinge, SoftHinge
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, TextEncoding
 from lightning_draft.objectives import PPO, PRDP, Reinforce
 from lightning_draft.rewards import (
     Brightness,
@@ -96,7 +96,7 @@ def sd(folder: Path, name: str = "sd", **options: Any) -> StableDiffusion:
 
 
 def sd3(folder: Path, **options: Any) -> StableDiffusion3:
-    defaults: dict[str, Any] = {"guidance": Guidance(1.0), "lora": lora("to_v", "to_q"), "max_sequence_length": 16}
+    defaults: dict[str, Any] = {"guidance": Guidance(1.0), "lora": lora("to_v", "to_q"), "text": TextEncoding(16)}
     return StableDiffusion3(str(folder / "sd3"), **{**defaults, **options})
 
 

@@ -1,0 +1,70 @@
+"""How prompts are read by text encoders."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.utils import logging as diffusers_logging
+
+from lightning_draft.arguments import at_least, in_range
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.family import Family
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How prompts are embedded.
+
+    Args:
+        max_length: Number of tokens that the last text encoder (a T5 or a language model) reads; longer prompts are cut
+            with a warning. By default the published number. CLIP alone always reads its 77.
+        clip_skip: Number of CLIP's last layers to skip, for prompts and not for the negative prompt, as in diffusers.
+    """
+
+    max_length: int | None = None
+    clip_skip: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("text.clip_skip", self.clip_skip, 0, "write 0 for the published embedding")
+
+    def check(self, family: Family) -> None:
+        """Check the options against a family.
+
+        Raises:
+            ConfigurationError: The family does not support them.
+        """
+        if self.clip_skip and not family.clip_skip:
+            raise ConfigurationError(
+                f"text.clip_skip={self.clip_skip} has no effect on {family.title}, which does not read CLIP's hidden "
+                "states; leave it out"
+            )
+        if self.max_length is None:
+            return
+        if family.max_text_length is None:
+            raise ConfigurationError(
+                f"text.max_length={self.max_length} has no effect on {family.title}, whose text encoders read a fixed "
+                "number of tokens; leave it out"
+            )
+        in_range("text.max_length", self.max_length, 1, family.max_text_length, f"write {family.text_length}")
+
+
+def warn_if_cut(tokenizer: Any, prompt: str, length: int) -> None:
+    """Warn that a prompt has more tokens than are read."""
+    # A textual inversion of several vectors is as many tokens.
+    converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+    if len(tokenizer(converted, truncation=False, verbose=False)["input_ids"]) > length:
+        warnings.warn(f"the model reads {length} tokens and cuts: {prompt}", stacklevel=6)
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Within this context diffusers logs errors alone: it would report each prompt that is cut once per encoder."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)

@@ -3,7 +3,7 @@
     python -m examples.emoji_model.data
     python -m examples.emoji_model.train vae  --steps 2200 --batch-size 8
     python -m examples.emoji_model.train unet --steps 3800 --batch-size 16
-    python -m examples.emoji_model.train clip --steps 1000 --batch-size 64
+    python -m examples.emoji_model.train clip --steps 3600 --batch-size 64
     python -m examples.emoji_model.judges
     python -m examples.emoji_model.export
 

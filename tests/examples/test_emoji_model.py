@@ -158,3 +158,29 @@ def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
     tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert tokens.shape == (2, parts.MAX_LENGTH)
     assert [words.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions
+
+
+def test_captions_of_the_clip_fit_one_image_of_their_batch_only(file: Path) -> None:
+    """Similar scenes share a batch; a caption loses its style only where no other has the same words."""
+    emoji = Emoji.load(file)
+    singles = mixture.scenes(emoji)["single"]
+    torch.manual_seed(0)
+    styles_dropped = 0
+    for _ in range(20):
+        chosen = mixture.without_needless_styles(mixture.with_similar(singles, 12))
+        captions = [scene.caption for scene in chosen]
+        assert len(set(captions)) == len(captions)
+        bare = [scene.names for scene in chosen if not scene.style]
+        assert all(sum(scene.names == names for scene in chosen) == 1 for names in bare)
+        styles_dropped += len(bare)
+    assert styles_dropped > 0
+
+
+def test_a_similar_scene_differs_in_one_thing() -> None:
+    torch.manual_seed(0)
+    for scene in (Scene("noto", ("a",)), Scene("noto", ("a", "b")), Scene("twemoji", ("a",), "red")):
+        for _ in range(10):
+            other = mixture.similar(scene)
+            changes = (other.style != scene.style, other.names != scene.names, other.color != scene.color)
+            assert sum(changes) == 1
+            assert sorted(other.names) == sorted(scene.names)

@@ -1,4 +1,4 @@
-"""The example of over-optimization: its two runs are one until the guard acts, and the table is what it saw."""
+"""The example of over-optimization: its two runs are one until the guard acts, and the table describes their images."""
 
 import sys
 from pathlib import Path
@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from examples import over_optimization
+from lightning_draft.rewards import Reward
 
 
 @pytest.fixture
-def finished(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+def finished(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Run it small; the guards by action, and where it wrote."""
-    options = {"out": tmp_path, "model": tiny_sd, "clip": tiny_clip, "prompts": "animals", "steps": 2, "every": 1}
-    options |= {"sampling-steps": 3, "batch-size": 1, "pictures": 2, "lr": 0.05}
+    options = {"out": tmp_path, "model": tiny_sd, "prompts": "animals", "val-prompts": "animals", "steps": 2}
+    options |= {"sampling-steps": 3, "batch-size": 1, "guarded": 2, "measured": 2, "shown": 2, "every": 1, "lr": 0.05}
     words = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", ["over_optimization", *words])
     guards = {}
@@ -33,14 +34,23 @@ def finished(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest
 def test_what_it_writes(finished: dict) -> None:
     watcher, guard, out = finished["warn"], finished["stop"], finished["out"]
     assert list(watcher.history) == [0, 1, 2]
-    assert all(watcher.history[step] == look for step, look in guard.history.items())
+    assert all(watcher.history[step] == evaluation for step, evaluation in guard.history.items())
     lines = (out / "over_optimization.md").read_text().splitlines()
-    base = watcher.history[0]
-    assert lines[2].startswith(f"| base | {base.reward:.3f} | {base.eval_rewards['recognized']:.2f} |")
-    assert lines[-1].startswith(f"| without the guard, step 2 | {watcher.history[2].reward:.3f} |")
-    assert lines[3].startswith(f"| kept by the guard, step {guard.best_step} |")
-    kept = load_file(guard.best_path)
-    assert any(value.any() for name, value in kept.items() if "lora_B" in name)
-    if guard.best_step == watcher.best_step:
-        assert all(torch.equal(value, load_file(watcher.best_path)[name]) for name, value in kept.items())
+    names = [line.split(" | ")[0] for line in lines[2:]]
+    kept = [f"| kept by the guard, step {guard.best_step}"] if guard.best_step else []
+    assert names == ["| base", *kept, "| without the guard, step 2"]
+    if kept and guard.best_step == watcher.best_step:
+        first, second = load_file(guard.best_path), load_file(watcher.best_path)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert (out / "over_optimization.png").stat().st_size > 10_000
+
+
+def test_the_table_has_means_and_standard_errors() -> None:
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+
+    class Mean(Reward):
+        def forward(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+    lines = over_optimization.table({"base": images}, ["a", "b"], {"mean": Mean()}).splitlines()
+    assert lines == ["| adapters | mean |", "|---|---|", "| base | 0.50 ± 0.50 |"]

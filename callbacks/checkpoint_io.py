@@ -16,10 +16,10 @@ from lightning_draft.files import remove, write_stream, writing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write local checkpoints beside their target and replace it when they are complete."""
+    """Write local checkpoints to a temporary path and replace the target when they are complete."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; paths with a protocol, such as `s3://`, are left to Lightning."""
+        """Write a checkpoint; Lightning writes to paths with a protocol, such as `s3://`."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -27,7 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_checkpoint(trainer: L.Trainer, path: Path) -> None:
-    """Write a checkpoint, a file or under DeepSpeed a folder; all processes call it together.
+    """Write a checkpoint: a file, or a folder under DeepSpeed. All processes must call it together.
 
     Raises:
         ConfigurationError: The disk is full, or the folder cannot be written to.

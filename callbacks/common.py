@@ -23,16 +23,16 @@ def run_folder(trainer: L.Trainer, dirpath: str | None, name: str) -> Path:
     Args:
         trainer: The trainer.
         dirpath: The folder that the user gave, if any.
-        name: Of the folder in the run's folder otherwise.
+        name: Name of the folder within the run's folder if `dirpath` is not given.
     """
     return Path(dirpath) if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / name
 
 
 def reward_module(pl_module: L.LightningModule, callback: object) -> RewardModule:
-    """Return the module if it is one of this package's.
+    """Return the module if it is a `RewardModule`.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: The module is of another class.
     """
     if not isinstance(pl_module, RewardModule):
         raise ConfigurationError(
@@ -43,10 +43,10 @@ def reward_module(pl_module: L.LightningModule, callback: object) -> RewardModul
 
 
 def fixed_prompts(trainer: L.Trainer, prompts: list[str] | None, maximum: int, callback: object) -> list[str]:
-    """Return the prompts that a callback samples: those given, or the data module's validation prompts.
+    """Return the prompts that a callback samples: `prompts`, or the data module's validation prompts.
 
     Raises:
-        ConfigurationError: There are none.
+        ConfigurationError: There are no prompts.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if prompts is None:
@@ -54,27 +54,27 @@ def fixed_prompts(trainer: L.Trainer, prompts: list[str] | None, maximum: int, c
     if not prompts:
         raise ConfigurationError(
             f"{type(callback).__name__} has no prompts, because the data module has no validation prompts; "
-            "write prompts: [a cat, a dog] or data.val_size: 8"
+            "set prompts=['a cat', 'a dog'], or val_size=8 of the data module"
         )
     return prompts[:maximum]
 
 
 @dataclass(frozen=True)
 class FixedSamples:
-    """Prompts and the seed of their noise: the same images for the same parameters, at any time.
+    """Prompts and the seed of their noise, which give the same images whenever the parameters are the same.
 
     Args:
         prompts: `N` prompts.
         seed: Seed of the starting noise and of a stochastic sampler's noise.
-        batch_size: Samples drawn at a time; by default all.
+        batch_size: Number of images generated at a time; by default all.
     """
 
     prompts: list[str]
     seed: int
     batch_size: int | None = None
 
-    def draw(self, module: RewardModule) -> Tensor:
-        """Sample images `(N, 3, H, W)`, on the CPU."""
+    def generate(self, module: RewardModule) -> Tensor:
+        """Generate images `(N, 3, H, W)`, on the CPU."""
         noise = module.model.noise(len(self.prompts), torch.Generator().manual_seed(self.seed))
         images = [
             module.generate(self.prompts[some], noise=noise[some], seed=self.seed + some.start)
@@ -83,7 +83,7 @@ class FixedSamples:
         return torch.cat(images).float().cpu()
 
     def score(self, module: RewardModule, images: Tensor) -> dict[str, Tensor]:
-        """Score images `(N, 3, H, W)`: scores `(N,)` by name, on the CPU."""
+        """Compute the scores `(N,)` of images `(N, 3, H, W)` by name, on the CPU."""
         scores = [module.score(images[some].to(module.device), self.prompts[some]) for some in self._batches()]
         return {name: torch.cat([each[name] for each in scores]).float().cpu() for name in scores[0]}
 
@@ -96,7 +96,7 @@ class FixedSamples:
 def observing(pl_module: L.LightningModule) -> Iterator[None]:
     """Within this context, run the module without a graph and in eval mode.
 
-    Random states and the mode of every submodule are as before afterwards.
+    Afterwards the random states and the mode of every submodule are restored.
     """
     state = get_random_state()
     modes = {module: module.training for module in pl_module.modules()}
@@ -112,7 +112,7 @@ def observing(pl_module: L.LightningModule) -> Iterator[None]:
 
 @contextmanager
 def sampling(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """Sample and score within this context, in the run's precision and without side effects."""
+    """Within this context, generate and score images in the precision of the run and without side effects."""
     with observing(pl_module), trainer.precision_plugin.forward_context():
         yield
 

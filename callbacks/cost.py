@@ -15,16 +15,18 @@ from lightning_draft.models.base import DiffusionModel
 
 
 class PassCounter:
-    """Counts the passes of a model's denoiser with hooks on that network. The hooks change no value and no gradient.
+    """Count the passes of a model's denoiser with hooks, which change no value and no gradient.
 
     A pass is one forward or one backward pass for one sample: a batch of `B` counts `B`, and a batch that joins the two
-    branches of classifier-free guidance counts `2 B`. Recomputed forward passes count: a recomputed step when the
-    network is called again, recomputed blocks as one forward pass when the gradient arrives at the network's output.
+    branches of classifier-free guidance counts `2 B`. Recomputed forward passes are counted: a recomputed step when the
+    network is called again, and recomputed blocks as one forward pass when the gradient arrives at the network's
+    output.
 
     Attributes:
         forwards: Forward passes since `start`.
         backwards: Backward passes since `start`.
-        active: Whether passes are counted; those of a call made while counting are counted to the end.
+        active: Whether passes are counted. A call made while this is true is counted completely, including its backward
+            pass.
     """
 
     def __init__(self) -> None:
@@ -34,10 +36,10 @@ class PassCounter:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: DiffusionModel) -> None:
-        """Put the hooks on the model's denoiser."""
+        """Register the hooks on the model's denoiser."""
 
         def before(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Before the call: a recomputed one is abandoned as soon as it has what the backward pass needs.
+            # Counted before the call, because a recomputed call ends early, once the backward pass has its activations.
             if self.active:
                 self.forwards += _batch(args, kwargs)
 
@@ -75,14 +77,14 @@ class CostMonitor(Callback):
     """Count and log the cost of training after every training step; validation and sample grids are not counted.
 
     - `cost/reward_queries`: images that the trained reward has scored;
-    - `cost/network_forwards`: forward passes of the denoiser for one sample, recomputed ones included;
+    - `cost/network_forwards`: forward passes of the denoiser for one sample, including recomputed ones;
     - `cost/network_backwards`: backward passes of the denoiser for one sample;
     - `cost/seconds`: time within training steps.
 
     Passes are counted by hooks on the denoiser. A call with both branches of classifier-free guidance is two passes per
     sample; with `gradient: conditional` only one of them has a backward pass. Counts are multiplied by the number of
-    processes, which make the same calls. A resumed run continues them; the checkpoint of an interrupted optimizer step
-    holds the counts before that step, which is repeated.
+    processes, because all processes make the same calls. A resumed run continues the counts. The checkpoint of an
+    interrupted optimizer step contains the counts before that step, because the step is repeated.
     """
 
     def __init__(self) -> None:
@@ -93,10 +95,10 @@ class CostMonitor(Callback):
         self._passes = PassCounter()
         self._queries_before = 0
         self._started = 0.0
-        self._completed: tuple[int, dict[str, Any]] = (-1, self._counts())  # after how many optimizer steps, and what
+        self._completed: tuple[int, dict[str, Any]] = (-1, self._counts())  # number of optimizer steps, and the counts
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Put the hooks on the network."""
+        """Register the hooks on the network."""
         self._passes.attach(pl_module.model)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -119,7 +121,7 @@ class CostMonitor(Callback):
         self._passes.active = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Add this training step's counts, and log."""
+        """Add the counts of this training step and log them."""
         self._passes.active = False
         self.seconds += time.perf_counter() - self._started
         self.network_forwards += trainer.world_size * self._passes.forwards

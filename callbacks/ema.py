@@ -18,15 +18,16 @@ from lightning_draft.errors import ConfigurationError
 
 
 class AdapterEMA(Callback):
-    """Keep an exponential moving average of the trained parameters and use it in place of them outside training.
+    """Keep an exponential moving average of the trained parameters, and use it instead of them outside training steps.
 
     After optimization step `n` the average is `d * average + (1 - d) * parameters` with `d = decay`, or during warm-up
     `d = min(decay, (1 + n) / (10 + n))`. Validation, samples, the guard and exported files use the average. Training
-    continues with the parameters themselves, and a checkpoint holds both, so that a resumed run equals one that was
-    never interrupted.
+    continues with the parameters themselves. A checkpoint contains both, so that a resumed run equals an uninterrupted
+    one.
 
     Note:
-        Where parameters are sharded each process averages its part, and as many processes must resume.
+        If parameters are sharded, each process averages its shard, and a run must be resumed with the same number of
+        processes.
 
     Example:
         ```python
@@ -36,7 +37,7 @@ class AdapterEMA(Callback):
     Args:
         decay: Weight of the old average in an update, in [0, 1); the average covers about the last `1 / (1 - decay)`
             steps.
-        warmup: Start with a smaller decay, so that the average forgets the untrained adapters sooner.
+        warmup: Start with a smaller decay, so that the untrained adapters lose their weight in the average sooner.
     """
 
     def __init__(self, decay: float = 0.99, warmup: bool = True) -> None:
@@ -45,22 +46,22 @@ class AdapterEMA(Callback):
             raise ConfigurationError(f"AdapterEMA: decay={decay} must be less than 1; {hint}")
         self.decay = decay
         self.warmup = warmup
-        self._average: tuple[int, dict[str, Tensor]] = (0, {})  # after how many steps, and of what
+        self._average: tuple[int, dict[str, Tensor]] = (0, {})  # number of steps, and the average
         self._originals: dict[str, Tensor] | None = None
         self._in_parts = False
 
     @property
     def updates(self) -> int:
-        """Optimization steps that the average has seen."""
+        """Number of optimization steps in the average."""
         return self._average[0]
 
     @property
     def average(self) -> dict[str, Tensor]:
-        """The average by the parameters' names; empty before training starts."""
+        """The average by parameter name; empty before training starts."""
         return self._average[1]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the average at the parameters, unless a checkpoint holds one."""
+        """Initialize the average with the parameters, unless a checkpoint contains an average."""
         self._in_parts = uses_fsdp(trainer)
         parameters = trainable_parameters(pl_module)
         if not self.average:
@@ -68,8 +69,8 @@ class AdapterEMA(Callback):
             self._average = trainer.global_step, started
         elif _shapes(self.average) != _shapes({name: local_shard(value) for name, value in parameters.items()}):
             raise ConfigurationError(
-                "the averaged parameters in the checkpoint are not those of this model; resume with the config that "
-                "the run saved, on the strategy that it had, or without AdapterEMA"
+                "the averaged parameters in the checkpoint do not match the trained parameters of this model; resume "
+                "with the saved config and strategy of the run, or without AdapterEMA"
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -77,7 +78,7 @@ class AdapterEMA(Callback):
         self.update(pl_module, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate the average."""
+        """Use the average during validation."""
         self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,11 +91,11 @@ class AdapterEMA(Callback):
 
     @torch.no_grad()
     def update(self, pl_module: L.LightningModule, step: int) -> None:
-        """Update the average with the parameters after `step` optimization steps; once for each step."""
+        """Update the average with the parameters after `step` optimization steps, once for each step."""
         if step <= self.updates or not self.average or self._originals is not None:
             return
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        # The new average replaces the old one as a whole: an interruption leaves one or the other.
+        # Assigned at once, so that an interruption leaves either the old or the new average.
         self._average = (
             step,
             {
@@ -105,7 +106,7 @@ class AdapterEMA(Callback):
 
     @contextmanager
     def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """Use the average in place of the trained parameters within this context."""
+        """Within this context, use the average instead of the trained parameters."""
         outermost = self._swap_in(pl_module)
         try:
             yield
@@ -127,20 +128,20 @@ class AdapterEMA(Callback):
         return {"updates": self.updates, "average": all_gather_objects(average) if self._in_parts else average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a saved average."""
+        """Restore a saved average."""
         average = state_dict["average"]
         if isinstance(average, list):
             if len(average) != world_size():
                 raise ConfigurationError(
-                    f"the checkpoint holds an average in the parts of {len(average)} processes and there are "
-                    f"{world_size()} now; resume with as many, or without AdapterEMA"
+                    f"the checkpoint contains the average of {len(average)} processes and there are {world_size()} "
+                    f"now; resume with {len(average)} processes, or without AdapterEMA"
                 )
             average = average[dist.get_rank() if world_size() > 1 else 0]
         self._average = state_dict["updates"], {name: value.clone() for name, value in average.items()}
 
     @torch.no_grad()
     def _swap_in(self, pl_module: L.LightningModule) -> bool:
-        """Use the average in place of the parameters; return False if there is none or it is already in use."""
+        """Use the average instead of the parameters; return False if there is none or it is already in use."""
         if not self.average or self._originals is not None:
             return False
         parameters = trainable_parameters(pl_module)
@@ -151,9 +152,9 @@ class AdapterEMA(Callback):
 
 
 def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContextManager[None]:
-    """Return a context in which the parameters are their average if there is an `AdapterEMA`, else one without effect.
+    """Return a context that uses the average of the parameters if there is an `AdapterEMA`, else one without effect.
 
-    The average has seen the last finished step, whatever the order of the callbacks.
+    The average includes the last finished step, regardless of the order of the callbacks.
 
     Args:
         trainer: The trainer.
@@ -166,13 +167,13 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContex
 
 
 def restore_trained(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Restore the trained parameters if an average of them is in use."""
+    """Restore the trained parameters if their average is in use."""
     for callback in _averages(trainer):
         callback.restore(pl_module)
 
 
 def all_averages(trainer: L.Trainer) -> list[dict[str, Tensor]]:
-    """Return the averages that a run keeps, by the parameters' names; changes in place are kept."""
+    """Return the averages of a run by parameter name; changing them in place changes the averages."""
     return [callback.average for callback in _averages(trainer)]
 
 
@@ -185,5 +186,5 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _widened(parameter: nn.Parameter) -> Tensor:
-    """Return this process's shard in at least float32: an average in bfloat16 would not change."""
+    """Return the shard of this process in at least float32, because rounding to bfloat16 would stop the average."""
     return local_shard(parameter.detach()).to(torch.promote_types(parameter.dtype, torch.float32))

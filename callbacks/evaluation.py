@@ -1,4 +1,4 @@
-"""Evaluate a model on fixed prompts and noise: rewards, and measures of the images that show over-optimization."""
+"""Evaluate a model on fixed prompts and noise: rewards, and image statistics that show over-optimization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Evaluation:
         image_drift: Root mean square difference of pixels from the base model's images, in [0, 1].
         diversity: Root mean square difference between images of the same prompt, in [0, 1].
         sharpness: Laplacian energy.
-        saturated_pixel_fraction: Fraction of values that are 0 or below, or 1 or above, in [0, 1].
+        saturated_pixel_fraction: Fraction of values that are at most 0 or at least 1, in [0, 1].
     """
 
     reward: float
@@ -37,7 +37,7 @@ class Evaluation:
     saturated_pixel_fraction: float
 
     def metrics(self) -> dict[str, float]:
-        """Return all numbers by their log keys."""
+        """Return all values by log key."""
         plain = {name: value for name, value in asdict(self).items() if name != "eval_rewards"}
         return {**plain, **{f"eval/{name}": value for name, value in self.eval_rewards.items()}}
 
@@ -64,9 +64,9 @@ class Evaluator:
         self._base_state: dict[str, Any] | None = None
 
     def evaluate_base(self, trainer: L.Trainer, module: RewardModule) -> None:
-        """Draw and evaluate the base model's images; a resumed run keeps the numbers of its checkpoint."""
+        """Generate and evaluate images of the base model; a resumed run uses the values in its checkpoint."""
         with sampling(trainer, module), module.model.base():
-            images = self.samples.draw(module)
+            images = self.samples.generate(module)
             scores = {} if self._base_state else self.samples.score(module, images)
         self._base_images = images
         if self._base_state:
@@ -80,12 +80,12 @@ class Evaluator:
     def evaluate(self, trainer: L.Trainer, module: RewardModule) -> Evaluation:
         """Evaluate the current model; all processes receive the result of process 0."""
         with sampling(trainer, module):
-            images = self.samples.draw(module)
+            images = self.samples.generate(module)
             scores = self.samples.score(module, images)
         return trainer.strategy.broadcast(self._evaluation(images, scores))
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The base model's evaluation, if there is one yet."""
+        """Return the evaluation of the base model, if there is one."""
         return self._base_state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -109,24 +109,27 @@ def select_eval_rewards(names: list[str] | None, module: RewardModule) -> list[s
     """Return the names of the evaluation rewards to compare with.
 
     Args:
-        names: Those that the user gave; `None` is all of the module's.
+        names: Names that the user gave; `None` for all evaluation rewards of the module.
         module: The module.
 
     Raises:
-        ConfigurationError: There are none, or a name is not one of the module's.
+        ConfigurationError: The module has no evaluation rewards, or none with a given name.
     """
     known = module.eval_reward_names
     if not known:
         raise ConfigurationError(
-            "OverOptimizationGuard compares the trained reward with evaluation rewards, and the module has none; name "
-            "rewards that are not trained on under model.eval_rewards, such as eval_rewards: {sharpness: Sharpness}"
+            "OverOptimizationGuard compares the trained reward with evaluation rewards, and the module has none; give "
+            "it rewards that are not trained on, such as eval_rewards=dict(sharpness=Sharpness())"
         )
     unknown = sorted(set(names or []) - set(known))
     if names == []:
-        raise ConfigurationError("guard.eval_rewards=[] is empty; leave it out to compare with all evaluation rewards")
+        raise ConfigurationError(
+            "OverOptimizationGuard: eval_rewards=[] is empty; leave it out to compare with all evaluation rewards"
+        )
     if unknown:
         raise ConfigurationError(
-            f"guard.eval_rewards={names} has {', '.join(unknown)}, which the module does not evaluate; write some of "
+            f"OverOptimizationGuard: eval_rewards={names} contains {', '.join(unknown)}, which the module does not "
+            "evaluate; write some of "
             f"{', '.join(known)}"
         )
     return known if names is None else names

@@ -35,27 +35,26 @@ Action = Literal["warn", "skip", "clip", "stop"]
 
 
 class GradientNormMonitor(StepState):
-    """Log the gradient's norm, overall and at every denoising step, and act when it explodes.
+    """Log the norm of the gradient, in total and at every denoising step, and act if it explodes.
 
     `gradient_norm/total` is the norm over the trainable parameters before clipping; `gradient_norm/step_<i>` is the
-    norm of the gradient that arrives at the latent which step `i` of the chain (0 is the first) returns, over the whole
-    batch. A norm explodes when it exceeds `factor` times the median of the last `window` finite norms. The action is
-    then
+    norm of the gradient with respect to the latent that step `i` of the chain (0 is the first) returns, over the whole
+    batch. A norm explodes if it exceeds `factor` times the median of the last `window` finite norms. The action is then
 
     - `warn`: warn, and take the step;
     - `skip`: drop the gradients, so that the optimizer changes neither parameters nor momenta;
     - `clip`: scale the gradient down to `factor` times the median;
     - `stop`: skip the step and end training with an error.
 
-    A step whose norm is not finite is skipped whatever the action. It ends training under `stop`, or when it happens
-    `max_nonfinite` times in a row; under a gradient scaler (fp16), whose search for a scale makes such norms, only the
-    latter ends training. Training ends with a `DivergenceError`, and `LastCheckpoint` and `LoRAExport` then keep what
-    they have written before. Actions are counted in `counts`, and logged as `gradient_norm/warned`, `skipped`,
-    `clipped`, `stopped` and `nonfinite` once they are not 0.
+    A step whose norm is not finite is skipped with every action. It ends training with the action `stop`, or if it
+    happens `max_nonfinite` times in a row. With a gradient scaler (fp16), whose search for a scale causes such norms,
+    only the latter ends training. Training ends with a `DivergenceError`; the files that `LastCheckpoint` and
+    `LoRAExport` have written before remain unchanged. Actions are counted in `counts`, and logged as
+    `gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` once they are not 0.
 
     Note:
-        All processes decide the same. DeepSpeed's optimizer cannot skip a step: the gradient becomes 0 there, and
-        momentum and weight decay still change the parameters.
+        All processes take the same action. DeepSpeed's optimizer cannot skip a step: the gradient is set to 0 instead,
+        and momentum and weight decay still change the parameters.
 
     Example:
         ```python
@@ -63,16 +62,16 @@ class GradientNormMonitor(StepState):
         ```
 
     Args:
-        action: What to do about an explosion.
-        factor: A norm above `factor` times the median is an explosion; above 1.
-        window: Number of norms that the median is taken of.
-        min_history: Number of norms before one can explode, at most `window`.
+        action: What to do if the norm explodes.
+        factor: Factor of the median above which a norm explodes, greater than 1.
+        window: Number of norms in the median.
+        min_history: Number of norms that are needed for the median, at most `window`.
         every_n_steps: Optimization steps between logged scalars; by default the Trainer's `log_every_n_steps`.
-        figure_every_n_steps: Optimization steps between figures of the profile; 0 draws none.
+        figure_every_n_steps: Optimization steps between figures of the gradient profile; 0 for no figures.
         max_nonfinite: End training after this many norms in a row that are not finite.
 
     Attributes:
-        history: The norms that the median is taken of.
+        history: The norms in the median.
         counts: Number of actions: `warned`, `skipped`, `clipped`, `stopped`, `nonfinite`.
     """
 
@@ -88,21 +87,23 @@ class GradientNormMonitor(StepState):
     ) -> None:
         super().__init__()
         if not 1 < factor < math.inf:
-            raise ConfigurationError(f"gradients.factor={factor} must be greater than 1; write 10")
-        self.action = cast(Action, one_of("gradients.action", action, get_args(Action)))
+            raise ConfigurationError(f"GradientNormMonitor: factor={factor} must be greater than 1; write 10")
+        self.action = cast(Action, one_of("GradientNormMonitor: action", action, get_args(Action)))
         self.factor = factor
-        at_least("gradients.window", window, 1)
-        self.min_history = in_range("gradients.min_history", min_history, 1, window)
-        self.every_n_steps = None if every_n_steps is None else at_least("gradients.every_n_steps", every_n_steps, 1)
-        self.figure_every_n_steps = at_least("gradients.figure_every_n_steps", figure_every_n_steps, 0)
-        self.max_nonfinite = at_least("gradients.max_nonfinite", max_nonfinite, 1)
+        at_least("GradientNormMonitor: window", window, 1)
+        self.min_history = in_range("GradientNormMonitor: min_history", min_history, 1, window)
+        self.every_n_steps = (
+            None if every_n_steps is None else at_least("GradientNormMonitor: every_n_steps", every_n_steps, 1)
+        )
+        self.figure_every_n_steps = at_least("GradientNormMonitor: figure_every_n_steps", figure_every_n_steps, 0)
+        self.max_nonfinite = at_least("GradientNormMonitor: max_nonfinite", max_nonfinite, 1)
         self.history: deque[float] = deque(maxlen=window)
         self.counts = dict.fromkeys((*_DONE.values(), "nonfinite"), 0)
         self._nonfinite_in_a_row = 0
         self._steps = StepGradients()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the gradients of the latents that the module builds a graph through."""
+        """Measure the gradients of the latents that are part of the module's graph."""
         probes = reward_module(pl_module, self).probes
         if self._steps not in probes:
             probes.append(self._steps)
@@ -116,12 +117,12 @@ class GradientNormMonitor(StepState):
         self._detach(pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Measure the gradients along the chain where those of this optimization step are logged."""
+        """Measure the gradients along the chain if those of this optimization step are logged."""
         super().on_train_batch_start(trainer, pl_module)
-        self._steps.active = self._logs_at(trainer) or self._draws_at(trainer)
+        self._steps.active = self._logs_at(trainer) or self._plots_at(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Measure, act, log: after unscaling and accumulation, before the Trainer clips."""
+        """Measure the norm, act and log, after unscaling and accumulation and before the Trainer's clipping."""
         parameters = parameters_with_gradients(trainer, pl_module, optimizer)
         profile = self._steps.collect(trainer, pl_module.device)
         self._steps.active = False
@@ -132,14 +133,14 @@ class GradientNormMonitor(StepState):
         trainer.callback_metrics["gradient_norm/total"] = torch.tensor(norm)
         if taken is not None or self._logs_at(trainer):
             self._log(trainer, norm, profile)
-        if profile and self._draws_at(trainer) and trainer.is_global_zero:
+        if profile and self._plots_at(trainer) and trainer.is_global_zero:
             for logger in trainer.loggers:
                 log_figure(logger, "gradient_norm/profile", profile, trainer.global_step)
         if taken is not None:
             _report(trainer, taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the norms of the median's window, and the counts."""
+        """Return the norms in the median, and the counts."""
         return {
             "history": list(self.history),
             "counts": dict(self.counts),
@@ -155,7 +156,7 @@ class GradientNormMonitor(StepState):
 
     @property
     def threshold(self) -> float:
-        """Return the norm above which a gradient counts as exploded; infinite while there are too few norms."""
+        """Return the norm above which a gradient explodes; infinite while there are too few norms."""
         return self.factor * median(self.history) if len(self.history) >= self.min_history else math.inf
 
     def _act(self, trainer: L.Trainer, parameters: list[nn.Parameter], norm: float) -> tuple[Action, str] | None:
@@ -164,7 +165,7 @@ class GradientNormMonitor(StepState):
             return self._handle_nonfinite(trainer, parameters)
         self._nonfinite_in_a_row = 0
         threshold = self.threshold
-        # Exploded norms enter the history too: if the scale has changed for good, the median follows.
+        # Exploded norms are added to the history too, so that the median adapts to a permanent change of scale.
         self.history.append(norm)
         if norm <= threshold:
             return None
@@ -201,7 +202,7 @@ class GradientNormMonitor(StepState):
         every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         return trainer.global_step % every == 0
 
-    def _draws_at(self, trainer: L.Trainer) -> bool:
+    def _plots_at(self, trainer: L.Trainer) -> bool:
         return self.figure_every_n_steps > 0 and trainer.global_step % self.figure_every_n_steps == 0
 
     def _detach(self, pl_module: L.LightningModule) -> None:
@@ -212,12 +213,12 @@ class GradientNormMonitor(StepState):
 
 _DONE = {"warn": "warned", "skip": "skipped", "clip": "clipped", "stop": "stopped"}
 _MESSAGES = {
-    "warn": "the optimizer step is made; write gradients.action: skip or clip to prevent it",
+    "warn": "the optimizer step is made anyway; set action to skip or clip to prevent it",
     "skip": "the step is skipped",
     "clip": "the gradient is clipped to it",
     "stop": (
         "training stops, and the last checkpoint is kept; lower the learning rate or the number of steps with "
-        "gradient, or write gradients.action: skip"
+        "gradient, or set action to skip"
     ),
 }
 

@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from lightning_draft.callbacks.pictures import log_picture
+from lightning_draft.callbacks.image_grid import log_image
 from lightning_draft.parameter_gradients import gradient_scaler
 
 
 class StepGradients:
-    """A probe that measures the norm of the gradient of the loss with respect to every latent.
+    """Measure the norm of the gradient of the loss with respect to every latent.
 
     Norms of the same step (copies, accumulated batches, processes) are combined as the root of the sum of squares. The
-    gradients of several processes are averaged, so that the norm is that of the loss over the global batch.
+    gradients of several processes are averaged, so that the norm refers to the loss over the global batch.
 
     Attributes:
         active: Whether gradients are measured.
@@ -32,7 +32,7 @@ class StepGradients:
         self._squares: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def __call__(self, step: int, latent: Tensor) -> None:
-        """Measure the gradient of `latent`, which step `step` returned, once it is computed."""
+        """Register a hook that measures the gradient of `latent`, the result of step `step`."""
         if self.active:
             latent.register_hook(lambda gradient: self._measure(step, gradient))  # type: ignore[no-untyped-call]
 
@@ -53,7 +53,7 @@ class StepGradients:
 
 
 def profile_figure(profile: Mapping[int, float], step: int) -> Any:
-    """Plot the profile over the steps of the chain, on a logarithmic axis unless all are 0; a matplotlib figure."""
+    """Return a matplotlib figure of the profile over the steps of the chain, on a logarithmic axis unless all are 0."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -78,7 +78,7 @@ def log_figure(logger: Logger, key: str, profile: Mapping[int, float], step: int
     if hasattr(experiment, "add_figure"):
         experiment.add_figure(key, figure, step)
     else:
-        log_picture(logger, key, _render(figure), step)
+        log_image(logger, key, _render(figure), step)
 
 
 def _render(figure: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of an optimization step where stopping at once would lose something."""
+"""Delay Ctrl-C and SIGTERM to the end of an optimization step if stopping at once would lose state."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _PATIENCE = 45.0  # seconds
 
 
 class Interruption:
-    """Delay the first Ctrl-C while parameters are being changed, and in several processes until all can stop together.
+    """Delay the first Ctrl-C while parameters are changed, and with several processes until all can stop together.
 
-    With one process, Ctrl-C takes effect at once, except between `hold` and `release`, where it is raised by `release`.
-    With several processes, Ctrl-C and SIGTERM to any of them take effect in `agree`, in all of them at the same step:
-    a process that stopped alone would leave the others waiting for it. A second signal, or 45 seconds without `agree`,
-    ends the process at once.
+    With one process, Ctrl-C takes effect at once, except between `hold` and `release`: then `release` raises it. With
+    several processes, Ctrl-C and SIGTERM to any process take effect in `agree`, in all processes at the same step,
+    because the others would wait forever for a process that stops alone. A second signal, or 45 seconds without
+    `agree`, ends the process at once.
 
     Attributes:
-        agreed: Whether all processes stop at this point.
+        agreed: Whether all processes have agreed to stop.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Interruption:
         self._timer: threading.Timer | None = None
 
     def install(self, trainer: L.Trainer) -> None:
-        """Handle the signals from now on; only the main thread can."""
+        """Install the signal handlers, which is possible only in the main thread."""
         self.agreed = self._held = False
         self._received = None
         self._several = trainer.world_size > 1
@@ -50,7 +50,7 @@ class Interruption:
                 signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
-        """Restore the handlers of before."""
+        """Restore the previous handlers."""
         self._cancel()
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:

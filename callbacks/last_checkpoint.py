@@ -54,23 +54,23 @@ class _FinishedStep:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step's loss and, where it is measured, the norm of its gradient are finite."""
+        """Whether the loss of the step and, if it is measured, the norm of its gradient are finite."""
         return all(math.isfinite(float(value)) for value in (self.loss, self.metrics.get(_NORM)) if value is not None)
 
 
 class LastCheckpoint(Checkpoint):
     """Keep one checkpoint, `last.ckpt`, from which a resumed run gives the same result as an uninterrupted one.
 
-    It is written every `every_n_steps` optimization steps, again after the validation of such a step, when training
-    ends, and when it is stopped by Ctrl-C, SIGTERM or an error. It always describes the end of an optimization step:
-    of a step that is interrupted, nothing is kept, and a validation that is interrupted is repeated after the resume.
+    The checkpoint is written every `every_n_steps` optimization steps, again after the validation of such a step, at
+    the end of training, and when training is stopped by Ctrl-C, SIGTERM or an error. It always contains the state at
+    the end of an optimization step. An interrupted step and an interrupted validation are repeated after the resume.
     The new file replaces the old one only when it is complete and on the disk. A step whose loss or gradient norm is
-    not finite is not saved, nor is anything when `GradientNormMonitor` stops the run.
+    not finite is not saved, and nothing is saved if `GradientNormMonitor` stops the run.
 
     Note:
-        With several processes, Ctrl-C or SIGTERM to any of them stops all at the end of a step, where the checkpoint is
-        written. When one process fails, the last checkpoint stays: writing another one would need the others.
-        For checkpoints by score add Lightning's `ModelCheckpoint` to `trainer.callbacks`.
+        With several processes, Ctrl-C or SIGTERM to any of them stops all processes at the end of a step, and the
+        checkpoint is written. If one process fails, the last checkpoint remains, because all processes are needed to
+        write a new one. To keep checkpoints by score, add Lightning's `ModelCheckpoint` to the Trainer's callbacks.
 
     Example:
         ```python
@@ -97,7 +97,7 @@ class LastCheckpoint(Checkpoint):
         self._interruption = Interruption()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the folder, write atomically from now on, and remove what a killed process left."""
+        """Choose the folder, make checkpoints atomic, and remove temporary files of a killed process."""
         if stage != "fit":
             return
         folder = run_folder(trainer, self.dirpath, "checkpoints")
@@ -154,7 +154,7 @@ class LastCheckpoint(Checkpoint):
         self._interruption.release()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the outcome of the validation if its step is saved already."""
+        """Save the checkpoint again with the results of the validation, if the step is already saved."""
         finished = self._finished
         if trainer.state.fn != "fit" or finished is None or finished.step != trainer.global_step:
             return
@@ -164,23 +164,23 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of training."""
+        """Save the state at the end of training."""
         self._interruption.uninstall()
         self._ended = True
         self._saved = -1
         self.save(trainer)
 
     def restore_limits(self, trainer: L.Trainer) -> None:
-        """Restore `max_steps` and `max_epochs`, which were raised so that Lightning starts and ends training once more.
+        """Restore `max_steps` and `max_epochs`, which were raised so that Lightning starts and ends training again.
 
-        A run that was interrupted behind its last step has its last validation, samples and files still to come.
+        A run that was interrupted after its last step must still validate, sample and write its files.
         """
         if self._limits is not None:
             set_limits(trainer, *self._limits)
         self._limits = None
 
     def save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
-        """Save the last finished step when training is interrupted, where that needs no other process."""
+        """Save the last finished step when training is interrupted, if no other process is needed for it."""
         unfinished = self._updating or self._finished is None or self._finished.step != trainer.global_step
         alone = trainer.world_size == 1 or self._interruption.agreed
         if unfinished or not alone or isinstance(exception, DivergenceError):
@@ -188,7 +188,7 @@ class LastCheckpoint(Checkpoint):
         try:
             self.save(trainer)
         except ConfigurationError as error:
-            rank_zero_warn(f"{error}; the last checkpoint is the one before")
+            rank_zero_warn(f"{error}; the previous checkpoint remains the last one")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the run."""
@@ -204,11 +204,11 @@ class LastCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until training starts."""
+        """Store the position until training starts."""
         self._loaded = {**state_dict, "position": self._loaded.get("position", {})}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the position after the last finished step: the batch of an interrupted one is not yet seen."""
+        """Save the position after the last finished step, so that the batch of an interrupted step is used again."""
         if not self._saving or self._finished is None:
             checkpoint["callbacks"].pop(self.state_key, None)
         else:
@@ -216,7 +216,7 @@ class LastCheckpoint(Checkpoint):
             checkpoint["epoch"] = self._finished.epoch
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Continue with the next epoch where the checkpoint was written after the last batch of one."""
+        """Continue with the next epoch if the checkpoint was written after the last batch of an epoch."""
         loops = checkpoint.get("loops", {})
         if self.state_key in checkpoint.get("callbacks", {}) and "fit_loop" in loops:
             self._loaded = {"position": deepcopy(loops["fit_loop"])}
@@ -226,7 +226,7 @@ class LastCheckpoint(Checkpoint):
                 raise_limits(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint of the last finished step, unless it is written already or not finite."""
+        """Write the checkpoint of the last finished step, unless it is already written or is not finite."""
         finished = self._finished
         if self._path is None or finished is None or finished.step in (self._saved, 0):
             return
@@ -245,10 +245,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class _SaveFirst(Callback):
-    """What `LastCheckpoint`, which Lightning calls last, does before the other callbacks.
-
-    Their handling of an exception may fail.
-    """
+    """The hooks of `LastCheckpoint` that must run before those of the other callbacks."""
 
     def __init__(self, checkpoint: LastCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -258,13 +255,12 @@ class _SaveFirst(Callback):
         self.checkpoint.restore_limits(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save, with the trained parameters in place of their average."""
+        """Save a checkpoint with the trained parameters instead of their average."""
         restore_trained(trainer, pl_module)
         self.checkpoint.save_interrupted(trainer, exception)
 
 
 def _metrics(trainer: L.Trainer) -> dict[str, Tensor]:
-    """Return the Trainer's metrics, without gradient norms that the search for a gradient scale may have made
-    infinite."""
+    """Return the Trainer's metrics without gradient norms if a gradient scaler may have made them infinite."""
     left_out = None if gradient_scaler(trainer) is None else _NORM
     return {name: value for name, value in trainer.callback_metrics.items() if name != left_out}

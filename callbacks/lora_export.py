@@ -1,4 +1,4 @@
-"""Export adapters as files that diffusers opens: the last ones and the best ones."""
+"""Export the last and the best adapters as files that diffusers opens."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _REWARD = "train/reward"
 class LoRAExport(Callback):
     """Write `last.safetensors` and `best.safetensors`, which the pipeline's `load_lora_weights` opens.
 
-    The last adapters are written every `every_n_steps` steps, when a validation ends, when training ends and when it is
-    interrupted. The best ones are those with the best `monitor` among the validations; without any validation there is
-    no `best.safetensors`. The header of a file names the base model, reward, method, sampler, step and scores.
+    The last adapters are written every `every_n_steps` steps, after each validation, at the end of training and when it
+    is interrupted. The best adapters are those with the best `monitor` of all validations; without a validation there
+    is no `best.safetensors`. The header of a file contains the base model, reward, method, sampler, step and scores.
 
     Note:
-        A file is replaced only when the new one is complete. Adapters that are not finite are never written. Where
-        processes hold parts of the adapters, an interrupted run keeps the files of the last export.
+        A file is replaced only when the new one is complete. Adapters that are not finite are never written. If the
+        adapters are sharded over processes, an interrupted run keeps the files of the last export.
 
     Example:
         ```python
@@ -55,7 +55,7 @@ class LoRAExport(Callback):
     Attributes:
         best_score: Value of the metric for the best adapters; `None` before the first validation.
         best_metric: The metric.
-        best_step: Optimization steps behind the best adapters.
+        best_step: Number of optimization steps of the best adapters.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class LoRAExport(Callback):
         dirpath: str | None = None,
     ) -> None:
         self.monitor = monitor
-        self.mode = one_of("export.mode", mode, ("max", "min"))
-        self.every_n_steps = at_least("export.every_n_steps", every_n_steps, 1)
+        self.mode = one_of("LoRAExport: mode", mode, ("max", "min"))
+        self.every_n_steps = at_least("LoRAExport: every_n_steps", every_n_steps, 1)
         self.dirpath = dirpath
         self.best_score: float | None = None
         self.best_metric: str | None = None
@@ -87,7 +87,7 @@ class LoRAExport(Callback):
         return self._path("best")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the folder and the metric, and remove what a killed process left."""
+        """Choose the folder and the metric, and remove temporary files of a killed process."""
         if stage != "fit":
             return
         module = reward_module(pl_module, self)
@@ -100,7 +100,7 @@ class LoRAExport(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the best adapters of a resumed run if its folder has changed."""
-        bring_along(trainer, self._restored_folder, self.best_path)
+        copy_from_resumed_run(trainer, self._restored_folder, self.best_path)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Export every `every_n_steps` optimization steps."""
@@ -108,7 +108,7 @@ class LoRAExport(Callback):
             self.export(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export with the scores of a validation, and decide whether these adapters are the best."""
+        """Export the adapters with the scores of the validation, also as the best ones if they are."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.export(trainer, pl_module, validated=True)
 
@@ -118,26 +118,27 @@ class LoRAExport(Callback):
             self.export(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Export the adapters of an interrupted run, unless that takes other processes, or training diverged."""
+        """Export the adapters of an interrupted run, unless other processes are needed for it or training diverged."""
         if trainer.state.fn != "fit" or self._folder is None or trainer.global_step in (0, self._last_step):
             return
         if (uses_fsdp(trainer) and trainer.world_size > 1) or isinstance(exception, DivergenceError):
             rank_zero_warn(
-                f"interrupted at step {trainer.global_step}: {self.last_path} holds the adapters of {self._last_step}"
+                f"interrupted at step {trainer.global_step}: {self.last_path} contains the adapters of step "
+                f"{self._last_step}"
             )
             return
         try:
             self.export(trainer, pl_module)
-        except ConfigurationError as error:  # the reason of the interruption matters more
+        except ConfigurationError as error:  # the exception that interrupted training is the one to report
             rank_zero_warn(str(error))
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool = False) -> None:
-        """Write the last adapters, and the best ones if these are; their average where the run keeps one.
+        """Write the last adapters, and the best ones if these are the best; their moving average if the run has one.
 
         Args:
             trainer: The trainer.
             pl_module: Its module.
-            validated: Whether the metrics are of a validation of these adapters.
+            validated: Whether the current metrics are those of a validation of these adapters.
         """
         module = reward_module(pl_module, self)
         self._last_step = trainer.global_step
@@ -163,7 +164,7 @@ class LoRAExport(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue to compare with the best score, unless another metric decides now."""
+        """Restore the best score, unless the metric has changed."""
         self._restored_folder = Path(state_dict["folder"])
         self._last_step = state_dict["last_step"]
         if state_dict["best_metric"] == self.best_metric:
@@ -171,12 +172,12 @@ class LoRAExport(Callback):
             self.best_step = state_dict["best_step"]
 
     def _is_best(self, trainer: L.Trainer) -> bool:
-        """Compare with the best score so far, and keep the better one."""
+        """Compare with the best score so far, and store the better one."""
         value = trainer.callback_metrics.get(str(self.best_metric))
         if value is None:
             known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
             raise ConfigurationError(
-                f"export.monitor={self.best_metric!r} is not a metric of the validation; write one of "
+                f"LoRAExport: monitor={self.best_metric!r} is not a metric of the validation; write one of "
                 f"{', '.join(known)}"
             )
         score, sign = float(value), -1 if self.mode == "min" else 1
@@ -193,25 +194,25 @@ class LoRAExport(Callback):
 
 @runtime_checkable
 class SavesLoRA(Protocol):
-    """A model that writes its adapters to a file."""
+    """A model that can write its adapters to a file."""
 
     def save_lora(
         self, path: Path, metadata: Mapping[str, str] | None = None, values: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write the adapters, or `values` in their place, with text for the file's header."""
+        """Write the adapters, or `values` instead of them, with metadata for the file's header."""
 
 
 def write(
     trainer: L.Trainer, module: RewardModule, path: Path, metadata: dict[str, str], values: dict[str, Tensor]
 ) -> None:
-    """Let the model write its adapters to a file, or its pipeline to a folder if it trains weights of its own.
+    """Write the model's adapters to a file, or its pipeline to a folder if the model trains its own weights.
 
     Args:
         trainer: The trainer.
         module: Its module.
         path: The file.
         metadata: Text for its header.
-        values: From `gather_full`; used where this process holds a part of them only.
+        values: Result of `gather_full`; used if this process holds only a shard of the adapters.
 
     Raises:
         ConfigurationError: The file cannot be written, for example because the disk is full.
@@ -229,8 +230,8 @@ def write(
             model.save_lora(partial, metadata, own)
 
 
-def bring_along(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
-    """Copy a file of the run that was resumed into this run's folder, if that is another one.
+def copy_from_resumed_run(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
+    """Copy a file of the resumed run into the folder of this run, if the folders differ.
 
     Args:
         trainer: The trainer.
@@ -247,7 +248,7 @@ def check_exportable(module: RewardModule, callback: object) -> None:
     """Check that the adapters can be written to a file.
 
     Raises:
-        ConfigurationError: The model has no method for it.
+        ConfigurationError: The model has no method `save_lora`.
     """
     if not isinstance(module.model, SavesLoRA):
         raise ConfigurationError(
@@ -257,12 +258,12 @@ def check_exportable(module: RewardModule, callback: object) -> None:
 
 
 def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> dict[str, str]:
-    """Return the metadata of a file of adapters; every value is text, and `scores` is JSON.
+    """Return the metadata of a file of adapters; every value is a string, and `scores` is JSON.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        validated: Whether the scores of the last validation are these adapters'.
+        validated: Whether the scores of the last validation belong to these adapters.
     """
     prefixes = ("val/", _REWARD) if validated else (_REWARD,)
     scores = {

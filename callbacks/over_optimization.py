@@ -2,7 +2,7 @@
 
 References:
     Gao et al., "Scaling Laws for Reward Model Overoptimization", arXiv:2210.10760. Clark et al., arXiv:2309.17400,
-    section 5.4 (reward hacking: collapse to one image with a high reward; smaller LoRA scales undo it).
+    section 5.4 (reward hacking: collapse to one image with a high reward; smaller LoRA scales reverse it).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder
 from lightning_draft.callbacks.ema import all_averages, averaged, restore_trained
 from lightning_draft.callbacks.evaluation import Evaluation, Evaluator, select_eval_rewards
-from lightning_draft.callbacks.lora_export import bring_along, check_exportable, header, write
+from lightning_draft.callbacks.lora_export import check_exportable, copy_from_resumed_run, header, write
 from lightning_draft.distributed import gather_full, trainable_parameters, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
@@ -35,23 +35,23 @@ Action = Literal["warn", "shrink", "stop"]
 class OverOptimizationGuard(Callback):
     """Evaluate the model on fixed prompts and noise at each validation, and act on over-optimization.
 
-    The degradation of an evaluation reward is its best mean so far, the base model's included, minus its mean now, in
-    standard deviations of its scores over the base model's images. The model is over-optimized if a degradation
-    exceeds `margin` although the trained reward is higher than it was at that best evaluation; or, with
-    `min_diversity`, if the diversity within a prompt is below that fraction of the base model's and the trained reward
-    is above the base model's. After `patience` such evaluations in a row the action is
+    The degradation of an evaluation reward is its best mean so far (including the base model's) minus its current mean,
+    in standard deviations of the scores of the base model's images. The model is over-optimized if a degradation
+    exceeds `margin` while the trained reward is higher than at that best evaluation. With `min_diversity`, it is also
+    over-optimized if the diversity within a prompt is below that fraction of the base model's diversity while the
+    trained reward is above that of the base model. After `patience` such evaluations in a row the action is
 
     - `warn`: warn;
     - `shrink`: warn, scale the update `dW` of the adapters by `shrink`, and continue training from there;
     - `stop`: warn, and end training.
 
-    Whatever the action, `guarded.safetensors`, beside the files of `LoRAExport`, holds the adapters with the greatest
-    trained reward among the evaluations that were not over-optimized. Logged under `guard/` are `reward`, each
-    `eval/<name>`, the greatest `degradation`, `image_drift`, `diversity`, `sharpness`, `saturated_pixel_fraction`, and
+    With every action, `guarded.safetensors`, beside the files of `LoRAExport`, contains the adapters with the highest
+    trained reward of all evaluations that were not over-optimized. The log keys under `guard/` are `reward`,
+    `eval/<name>`, `degradation` (the largest), `image_drift`, `diversity`, `sharpness`, `saturated_pixel_fraction`, and
     the number of actions so far: `warned`, `shrunk`, `stopped`.
 
     Note:
-        With `warn`, training is bitwise the training without the guard.
+        With `warn`, training gives bitwise the same result as without the guard.
 
     Example:
         ```python
@@ -60,22 +60,23 @@ class OverOptimizationGuard(Callback):
         ```
 
     Args:
-        action: What to do about over-optimization.
-        margin: The greatest degradation of an evaluation reward that is accepted, in standard deviations, at least 0.
+        action: What to do if the model is over-optimized.
+        margin: Largest accepted degradation of an evaluation reward, in standard deviations, at least 0.
         eval_rewards: Names of the module's `eval_rewards` to compare with; by default all.
-        min_diversity: Least fraction of the base model's diversity, in [0, 1]; by default diversity is logged only.
+        min_diversity: Smallest accepted fraction of the base model's diversity, in [0, 1]; by default diversity is only
+            logged.
         patience: Number of over-optimized evaluations in a row before the action.
         shrink: Factor of `dW`, in [0, 1].
         prompts: Prompts to sample; by default the data module's validation prompts.
-        max_prompts: At most this many prompts, the first ones.
+        max_prompts: Largest number of prompts; the first ones are used.
         samples_per_prompt: Samples of each prompt, at least 2.
-        batch_size: Samples drawn at a time.
+        batch_size: Number of images generated at a time.
         seed: Seed of the starting noise and of a stochastic sampler's noise.
         dirpath: Folder of the file; by default `lora` in the run's folder.
 
     Attributes:
         counts: Number of actions: `warned`, `shrunk`, `stopped`.
-        best_step: Optimization steps behind the adapters in the file; `None` before the first.
+        best_step: Number of optimization steps of the adapters in the file; `None` before the first.
         best_reward: Their trained reward.
         history: All evaluations of this run, by the number of finished optimization steps; 0 is the base model.
     """
@@ -95,25 +96,30 @@ class OverOptimizationGuard(Callback):
         seed: int = 0,
         dirpath: str | None = None,
     ) -> None:
-        self.action = cast(Action, one_of("guard.action", action, get_args(Action)))
-        self.margin = at_least("guard.margin", margin, 0.0)
+        self.action = cast(Action, one_of("OverOptimizationGuard: action", action, get_args(Action)))
+        self.margin = at_least("OverOptimizationGuard: margin", margin, 0.0)
         self.eval_rewards = eval_rewards
-        self.min_diversity = None if min_diversity is None else in_range("guard.min_diversity", min_diversity, 0.0, 1.0)
-        self.patience = at_least("guard.patience", patience, 1)
-        self.shrink = in_range("guard.shrink", shrink, 0.0, 1.0)
-        self.prompts = prompts
-        self.max_prompts = at_least("guard.max_prompts", max_prompts, 1)
-        self.samples_per_prompt = at_least(
-            "guard.samples_per_prompt", samples_per_prompt, 2, "write 2 or more, between which diversity is measured"
+        self.min_diversity = (
+            None if min_diversity is None else in_range("OverOptimizationGuard: min_diversity", min_diversity, 0.0, 1.0)
         )
-        self.batch_size = at_least("guard.batch_size", batch_size, 1)
+        self.patience = at_least("OverOptimizationGuard: patience", patience, 1)
+        self.shrink = in_range("OverOptimizationGuard: shrink", shrink, 0.0, 1.0)
+        self.prompts = prompts
+        self.max_prompts = at_least("OverOptimizationGuard: max_prompts", max_prompts, 1)
+        self.samples_per_prompt = at_least(
+            "OverOptimizationGuard: samples_per_prompt",
+            samples_per_prompt,
+            2,
+            "write 2 or more, because diversity is measured between samples of a prompt",
+        )
+        self.batch_size = at_least("OverOptimizationGuard: batch_size", batch_size, 1)
         self.seed = seed
         self.dirpath = dirpath
         self.counts = dict.fromkeys(_DONE.values(), 0)
         self.best_step: int | None = None
         self.best_reward: float | None = None
         self.history: dict[int, Evaluation] = {}
-        self._best_scores: dict[str, tuple[float, float]] = {}  # of each evaluation reward, and the trained one's then
+        self._best_scores: dict[str, tuple[float, float]] = {}  # best mean, trained reward then
         self._consecutive_violations = 0
         self._shrink_next = False
         self._evaluator: Evaluator | None = None
@@ -131,7 +137,7 @@ class OverOptimizationGuard(Callback):
     def evaluator(self) -> Evaluator:
         """The evaluator, once training has started."""
         if self._evaluator is None:
-            raise ConfigurationError("OverOptimizationGuard evaluates nothing before training starts")
+            raise ConfigurationError("OverOptimizationGuard has no evaluator before training starts")
         return self._evaluator
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -150,13 +156,13 @@ class OverOptimizationGuard(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the base model; copy the best adapters of a resumed run if its folder has changed."""
-        bring_along(trainer, self._restored_folder, self.best_path)
+        copy_from_resumed_run(trainer, self._restored_folder, self.best_path)
         self.evaluator.evaluate_base(trainer, reward_module(pl_module, self))
         if not self._best_scores:
             self._compare(0, self.evaluator.base)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate, keep the best adapters, act, log."""
+        """Evaluate the model, save the best adapters, act and log."""
         step = trainer.global_step
         if trainer.state.fn != "fit" or trainer.sanity_checking or step in self.history:
             return
@@ -176,8 +182,7 @@ class OverOptimizationGuard(Callback):
         self._log(trainer, evaluation)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Shrink the adapters after the validation, so that the other callbacks see the adapters that were
-        evaluated."""
+        """Shrink the adapters only after the validation, so that the other callbacks use the evaluated adapters."""
         if self._shrink_next:
             restore_trained(trainer, pl_module)
             shrink_adapters(trainer, pl_module, self.shrink)
@@ -216,7 +221,7 @@ class OverOptimizationGuard(Callback):
         }
 
     def _compare(self, step: int, evaluation: Evaluation) -> str | None:
-        """Add an evaluation to the history, and return why it is over-optimized, if it is."""
+        """Add an evaluation to the history, and return the reason if it is over-optimized, else None."""
         self.history[step] = evaluation
         for name, value in evaluation.eval_rewards.items():
             if name not in self._best_scores or value > self._best_scores[name][0]:
@@ -242,7 +247,7 @@ class OverOptimizationGuard(Callback):
         self._consecutive_violations = 0
         self._shrink_next = self.action == "shrink"
         trainer.should_stop |= self.action == "stop"
-        kept = f"; the best adapters before, of step {self.best_step}, are in {self.best_path}"
+        kept = f"; the best adapters before this (step {self.best_step}) are in {self.best_path}"
         rank_zero_warn(
             f"over-optimized at step {trainer.global_step}: {violation}; "
             f"{_MESSAGES[self.action].format(self.shrink)}{'' if self.best_step is None else kept}"
@@ -265,17 +270,19 @@ class OverOptimizationGuard(Callback):
             )
         if self.action == "shrink" and not any(_is_factor(name) for name in module.trainable_parameters()):
             raise ConfigurationError(
-                "guard.action=shrink scales LoRA adapters, and this model trains none; write warn or stop"
+                "OverOptimizationGuard: action='shrink' scales LoRA adapters, and this model trains none; write warn "
+                "or stop"
             )
         if self.action == "shrink" and uses_deepspeed(trainer):
             raise ConfigurationError(
-                "guard.action=shrink scales parameters, of which DeepSpeed's optimizer keeps copies; write warn or stop"
+                "OverOptimizationGuard: action='shrink' is not supported with DeepSpeed, whose optimizer keeps copies "
+                "of the parameters; write warn or stop"
             )
 
 
 _DONE = {"warn": "warned", "shrink": "shrunk", "stop": "stopped"}
 _MESSAGES = {
-    "warn": "training continues unchanged; write guard.action: shrink or stop to prevent it",
+    "warn": "training continues unchanged; set action to shrink or stop to prevent it",
     "shrink": "the adapters are scaled by {:g}",
     "stop": "training stops",
 }
@@ -283,7 +290,7 @@ _MESSAGES = {
 
 @torch.no_grad()
 def shrink_adapters(trainer: L.Trainer, pl_module: L.LightningModule, factor: float) -> None:
-    """Scale the update `dW = s B A` of every LoRA layer by scaling `B`, also in the average if the run keeps one."""
+    """Scale the update `dW = s B A` of every LoRA layer by scaling `B`, also in the moving average if there is one."""
     everything: list[Mapping[str, Tensor]] = [trainable_parameters(pl_module), *all_averages(trainer)]
     for tensors in everything:
         for name, tensor in tensors.items():

@@ -15,13 +15,13 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 
 def set_limits(trainer: L.Trainer, max_steps: int, max_epochs: int | None) -> None:
-    """Set how many optimization steps and epochs are trained."""
+    """Set the number of optimization steps and epochs of training."""
     trainer.fit_loop.epoch_loop.max_steps = max_steps
     trainer.fit_loop.max_epochs = max_epochs
 
 
 def hold_validation(trainer: L.Trainer, epoch: int) -> None:
-    """Validate as Lightning does after a training step of an epoch, which may be the one before the current epoch."""
+    """Run the validation that Lightning runs after a training step of `epoch`, which may be the previous epoch."""
     progress = trainer.fit_loop.epoch_progress.current
     current, progress.completed = progress.completed, epoch
     trainer.validating = True
@@ -31,7 +31,7 @@ def hold_validation(trainer: L.Trainer, epoch: int) -> None:
 
 
 def next_epoch(position: dict[str, Any]) -> dict[str, Any]:
-    """Return the start of the next epoch for a position after the last batch of one, else the position itself.
+    """Return the start of the next epoch if a position is after the last batch of an epoch, else the position.
 
     Lightning does not count the epoch of such a position as finished.
     """
@@ -46,6 +46,6 @@ def next_epoch(position: dict[str, Any]) -> dict[str, Any]:
 
 
 def raise_limits(trainer: L.Trainer) -> None:
-    """Let one more optimization step and epoch be trained than asked for."""
+    """Raise the limits of optimization steps and epochs by one."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
     set_limits(trainer, steps if steps == -1 else steps + 1, epochs if epochs in (None, -1) else epochs + 1)

@@ -19,8 +19,8 @@ from lightning_draft.callbacks.common import printable
 class ProgressBar(TQDMProgressBar):
     """Show one bar over all optimization steps, with the reward, the seconds per step and the time left.
 
-    Where the output is not a terminal, lines are printed instead. The seconds are averaged over the last 20 steps,
-    without validation and sampling; the time left includes them.
+    If the output is not a terminal, lines are printed instead. The seconds per step are averaged over the last 20
+    steps, without validation and sampling; the time left includes both.
 
     Example:
         ```python
@@ -28,15 +28,15 @@ class ProgressBar(TQDMProgressBar):
         ```
 
     Args:
-        refresh_rate: Optimization steps between updates of the bar; 0 shows nothing.
-        every_n_steps: Optimization steps between lines where the output is not a terminal.
+        refresh_rate: Optimization steps between updates of the bar; 0 disables it.
+        every_n_steps: Optimization steps between lines if the output is not a terminal.
     """
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
 
     def __init__(self, refresh_rate: int = 1, every_n_steps: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self.every_n_steps = at_least("progress.every_n_steps", every_n_steps, 1)
+        self.every_n_steps = at_least("ProgressBar: every_n_steps", every_n_steps, 1)
         self._durations: deque[float] = deque(maxlen=20)
         self._total = math.inf
         self._shown = -1
@@ -53,7 +53,7 @@ class ProgressBar(TQDMProgressBar):
         return not self.is_enabled or self.is_plain
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Become the first callback, so that the time of a step does not include what other callbacks do after it."""
+        """Move this callback to the front, so that the time of a step does not include the other callbacks."""
         super().setup(trainer, pl_module, stage)
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ class ProgressBar(TQDMProgressBar):
         return "  ".join([f"step {trainer.global_step}{total}", *self.report(trainer)])
 
     def report(self, trainer: L.Trainer) -> list[str]:
-        """Return the reward, the seconds per step and the time left, as far as they are known."""
+        """Return the reward, the seconds per step and the time left, without values that are not known."""
         parts = []
         reward = trainer.callback_metrics.get("train/reward")
         if reward is not None:
@@ -128,7 +128,7 @@ class ProgressBar(TQDMProgressBar):
         return parts
 
     def seconds_left(self, trainer: L.Trainer) -> float:
-        """Return the seconds until the last step at the speed so far; infinite where there is no last step."""
+        """Return the estimated seconds until the last step; infinite if there is no last step."""
         done = trainer.global_step - self._first_step
         if done <= 0:
             return math.inf
@@ -143,5 +143,5 @@ class ProgressBar(TQDMProgressBar):
 
 
 def _clock(seconds: float) -> str:
-    """`h:mm:ss`, or `m:ss` under an hour."""
+    """Format seconds as `h:mm:ss`, or `m:ss` below an hour."""
     return str(Tqdm.format_interval(seconds)).removeprefix("0")

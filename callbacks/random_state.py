@@ -16,13 +16,12 @@ from lightning_draft.distributed import all_gather_objects, world_size
 
 
 class RandomState(StepState):
-    """Save and restore the random states of python, numpy and torch with every checkpoint, for each process.
+    """Save and restore the random states of Python, NumPy and torch with every checkpoint, for each process.
 
-    `DraftModule` draws its noise from seeds of its own, and `PromptLoader` keeps its place: they resume exactly without
-    help. This is for modules, data sets and rewards that draw from the global generators. A run of whole epochs
-    (`max_epochs`) that resumes between two of them equals the uninterrupted one, the order of a shuffling data loader
-    included. Within an epoch the steps draw the same numbers, but the order of the remaining data is the loader's to
-    keep.
+    `DraftModule` and `PromptLoader` do not need this callback: the noise comes from their own seeds, and the loader
+    saves its position. It is for modules, data sets and rewards that use the global generators. A run that is resumed
+    between two epochs equals the uninterrupted run, including the order of a shuffling data loader. Within an epoch the
+    steps use the same random numbers, but the data loader must restore the order of the remaining data itself.
 
     Example:
         ```python
@@ -41,17 +40,17 @@ class RandomState(StepState):
             self._restore()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Restore a state saved within an epoch after the data loader has made its iterator anew."""
+        """Restore a state saved within an epoch after the data loader has created its iterator."""
         self._restore()
         super().on_train_batch_start(trainer, pl_module)
         self._between_epochs = False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Note that a checkpoint is written between epochs after the last batch of one."""
+        """Record that a checkpoint written after the last batch of an epoch is between epochs."""
         self._between_epochs = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the state before the data loader shuffles the next epoch."""
+        """Store the state before the data loader shuffles the next epoch."""
         self._step_state = trainer.global_step, self.own_state()
 
     def own_state(self) -> dict[str, Any]:
@@ -67,7 +66,7 @@ class RandomState(StepState):
         return self.gather_state(self.own_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until training continues."""
+        """Store the states until training continues."""
         self._restored = state_dict["processes"]
         self._between_epochs = state_dict["between_epochs"]
 
@@ -77,15 +76,15 @@ class RandomState(StepState):
             return
         if len(states) != world_size():
             rank_zero_warn(
-                f"the checkpoint holds the random states of {len(states)} processes and there are {world_size()} now: "
-                "they are not restored, and this run will differ from the uninterrupted one"
+                f"the checkpoint contains the random states of {len(states)} processes and there are {world_size()} "
+                "now: they are not restored, and this run will differ from an uninterrupted one"
             )
             return
         set_random_state(states[dist.get_rank() if world_size() > 1 else 0])
 
 
 def get_random_state() -> dict[str, Any]:
-    """Return the states of python's, numpy's, torch's and the accelerators' generators in plain types."""
+    """Return the states of the generators of Python, NumPy, torch and the accelerators as plain values."""
     version, internal, gauss = random.getstate()
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     return {

@@ -1,8 +1,7 @@
-"""Measure how far rewards conflict: the cosine between their gradients.
+"""Measure the conflict between rewards by the cosine between their gradients.
 
 References:
-    Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv:2001.06782 (gradients conflict where their cosine is
-    negative).
+    Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv:2001.06782 (a negative cosine is a conflict).
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from lightning_draft.rewards.combine import WeightedSum, image_gradient
 class RewardConflict(Callback):
     """Log the cosine between the gradients of every two rewards with respect to images of the current prompts.
 
-    Compared are the differentiable components of the trained `WeightedSum` whose weight is not 0, or the trained reward
-    itself as `reward`, and the differentiable evaluation rewards as `eval_rewards.<name>`. The gradient of a component
-    with a negative weight is negated. Logged under `conflict/`, averaged over the images, are `cosine/<a>/<b>`, in
-    [-1, 1], which is negative where raising one reward lowers the other; and `norm/<a>`, the norm of the gradient of
-    one image's score, without the weight.
+    The compared rewards are the differentiable components of the trained `WeightedSum` with a weight other than 0, or
+    the trained reward itself as `reward`, and the differentiable evaluation rewards as `eval_rewards.<name>`. The
+    gradient of a component with a negative weight is negated. The log keys, averaged over the images, are
+    `conflict/cosine/<a>/<b>`, in [-1, 1], negative if raising one reward lowers the other, and `conflict/norm/<a>`, the
+    norm of the gradient of the score of one image, without the weight.
 
     Note:
-        A measurement costs one sampling and one backward pass of each reward. Training with this callback is bitwise
-        the training without it.
+        A measurement costs one generation of images and one backward pass of each reward. Training gives bitwise the
+        same result as without this callback.
 
     Example:
         ```python
@@ -46,13 +45,13 @@ class RewardConflict(Callback):
 
     Args:
         every_n_steps: Optimization steps between measurements.
-        max_samples: Number of the batch's prompts that are sampled, the first ones.
+        max_samples: Number of prompts of the batch that are sampled; the first ones are used.
         seed: Seed of the starting noise and of a stochastic sampler's noise.
     """
 
     def __init__(self, every_n_steps: int = 50, max_samples: int = 4, seed: int = 0) -> None:
-        self.every_n_steps = at_least("conflict.every_n_steps", every_n_steps, 1)
-        self.max_samples = at_least("conflict.max_samples", max_samples, 1)
+        self.every_n_steps = at_least("RewardConflict: every_n_steps", every_n_steps, 1)
+        self.max_samples = at_least("RewardConflict: max_samples", max_samples, 1)
         self.seed = seed
         self._last_step = -1
 
@@ -65,7 +64,7 @@ class RewardConflict(Callback):
         if len(names) < 2:
             raise ConfigurationError(
                 f"RewardConflict compares differentiable rewards, and there is only {', '.join(names) or 'none'}; "
-                "train on a WeightedSum, or name others under model.eval_rewards"
+                "train on a WeightedSum, or add rewards to eval_rewards of the module"
             )
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""Log images of the base and the tuned model from the same prompts and noise."""
+"""Log images of the base and the fine-tuned model for the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 from lightning_draft.arguments import at_least, prompt_list
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder, sampling
 from lightning_draft.callbacks.ema import averaged
-from lightning_draft.callbacks.pictures import comparison, log_picture
+from lightning_draft.callbacks.image_grid import comparison, log_image
 from lightning_draft.files import atomic_path, remove_partial_files
 
 
 class SampleLogger(Callback):
-    """Sample fixed prompts from fixed noise with the base model and with the tuned one, and log both side by side.
+    """Generate images of fixed prompts and noise with the base and the fine-tuned model, and log them side by side.
 
-    The grid of images, with the reward under each, goes to every logger that accepts images, as `samples`, and to
-    `samples/step_<n>.png` in the run's folder. The mean rewards go to every logger as `samples/reward` and
-    `samples/reward_base`. Samples are drawn when training starts, every `every_n_steps` steps and when training ends.
+    The grid of images, with the reward under each image, is logged as `samples` by every logger that accepts images,
+    and written to `samples/step_<n>.png` in the run's folder. The mean rewards are logged as `samples/reward` and
+    `samples/reward_base`. Images are generated at the start of training, every `every_n_steps` steps and at the end of
+    training.
 
     Note:
-        Training with this callback is bitwise the training without it. A reward whose scale changes in training, such
-        as `ZScoreSum`, scores the base model's images anew each time, so that both rewards are on the same scale.
-        Every process samples, so that sharded models work; one of them writes.
+        Training gives bitwise the same result as without this callback. If the scale of the reward changes in training,
+        as that of `ZScoreSum`, the base model's images are scored again each time, so that both rewards are on the same
+        scale. Every process generates the images, because sharded models need all processes; one process writes them.
 
     Example:
         ```python
@@ -37,11 +38,11 @@ class SampleLogger(Callback):
     Args:
         every_n_steps: Optimization steps between grids.
         prompts: Prompts to sample; by default the data module's validation prompts.
-        max_samples: At most this many prompts, the first ones.
+        max_samples: Largest number of prompts; the first ones are used.
         seed: Seed of the starting noise and of a stochastic sampler's noise.
-        min_size: Images whose shorter side has fewer pixels than this are enlarged by a whole factor.
+        min_size: Images whose shorter side has fewer pixels than this are enlarged by an integer factor.
         per_row: Number of prompts in a row of the grid.
-        batch_size: Prompts sampled at a time; by default all.
+        batch_size: Number of images generated at a time; by default all.
         to_files: Also write PNG files.
         dirpath: Folder of the files; by default `samples` in the run's folder.
     """
@@ -58,13 +59,13 @@ class SampleLogger(Callback):
         to_files: bool = True,
         dirpath: str | None = None,
     ) -> None:
-        self.every_n_steps = at_least("samples.every_n_steps", every_n_steps, 1)
-        self.prompts = None if prompts is None else prompt_list(prompts, "samples.prompts")
-        self.max_samples = at_least("samples.max_samples", max_samples, 1)
+        self.every_n_steps = at_least("SampleLogger: every_n_steps", every_n_steps, 1)
+        self.prompts = None if prompts is None else prompt_list(prompts, "SampleLogger: prompts")
+        self.max_samples = at_least("SampleLogger: max_samples", max_samples, 1)
         self.seed = seed
-        self.min_size = at_least("samples.min_size", min_size, 1)
-        self.per_row = at_least("samples.per_row", per_row, 1)
-        self.batch_size = None if batch_size is None else at_least("samples.batch_size", batch_size, 1)
+        self.min_size = at_least("SampleLogger: min_size", min_size, 1)
+        self.per_row = at_least("SampleLogger: per_row", per_row, 1)
+        self.batch_size = None if batch_size is None else at_least("SampleLogger: batch_size", batch_size, 1)
         self.to_files = to_files
         self.dirpath = dirpath
         self._samples = FixedSamples([], seed)
@@ -74,7 +75,7 @@ class SampleLogger(Callback):
         self._reported = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the prompts and the folder, and remove what a killed process left."""
+        """Choose the prompts and the folder, and remove temporary files of a killed process."""
         if stage != "fit":
             return
         prompts = fixed_prompts(trainer, self.prompts, self.max_samples, self)
@@ -86,7 +87,7 @@ class SampleLogger(Callback):
             remove_partial_files(self._folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample the model that training starts from; a resumed run only if it was interrupted before it had."""
+        """Sample the model before training; a resumed run does this only if it was interrupted before."""
         if trainer.global_step % self.every_n_steps == 0:
             self.sample(trainer, pl_module)
 
@@ -100,26 +101,26 @@ class SampleLogger(Callback):
         self.sample(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the last grid."""
+        """Return the step of the last grid."""
         return {"last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do not draw the last grid again."""
+        """Restore the step of the last grid, so that it is not written again."""
         self._last_step = state_dict["last_step"]
 
     def sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample, score and log, unless that is done for this step."""
+        """Generate, score and log the images, unless this was done for the current step."""
         step, module = trainer.global_step, reward_module(pl_module, self)
         if step == self._last_step:
             return
         with sampling(trainer, module):
             if self._base is None:
                 with module.model.base():
-                    self._base = self._samples.draw(module)
+                    self._base = self._samples.generate(module)
             if self._base_rewards is None or module.has_running_statistics:
                 self._base_rewards = self._samples.score(module, self._base)["reward"]
             with averaged(trainer, module):
-                tuned = self._samples.draw(module)
+                tuned = self._samples.generate(module)
                 rewards = self._samples.score(module, tuned)["reward"]
         if trainer.is_global_zero:
             images, scores = {"base": self._base, "tuned": tuned}, {"base": self._base_rewards, "tuned": rewards}
@@ -138,7 +139,7 @@ class SampleLogger(Callback):
         )
         without = []
         for logger in trainer.loggers:
-            if not log_picture(logger, "samples", grid, step):
+            if not log_image(logger, "samples", grid, step):
                 without.append(type(logger).__name__)
             logger.log_metrics({"samples/reward": tuned, "samples/reward_base": base}, step)
         self._report(without, all_without=len(without) == len(trainer.loggers))
@@ -153,8 +154,8 @@ class SampleLogger(Callback):
         self._reported = True
         if all_without and not self.to_files:
             rank_zero_warn(
-                "SampleLogger's images are not kept: no logger accepts images, and to_files is off; write "
-                "samples.to_files: true or use a TensorBoardLogger"
+                "SampleLogger's images are not saved: no logger accepts images, and to_files is False; set "
+                "to_files=True or use a TensorBoardLogger"
             )
         elif without:
             place = f"they are in {self._folder}" if self.to_files else "the other loggers have them"

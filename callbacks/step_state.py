@@ -1,4 +1,4 @@
-"""Checkpoints of an interrupted step hold the callbacks' states of the step before."""
+"""Save the callback states of the previous step in checkpoints of an interrupted step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 class StepState(Callback):
     """Base class of callbacks whose state changes in the middle of an optimization step.
 
-    A step that is interrupted before the optimizer has changed the parameters is repeated after a resume. What a
-    callback has counted or measured of it must then not be in the checkpoint, so the state before the step is saved.
-    A subclass that overrides one of the two hooks calls `super()`.
+    A step that is interrupted before the optimizer has changed the parameters is repeated after a resume. The
+    checkpoint must then not contain what a callback has counted or measured in this step, so the state before the step
+    is saved. A subclass that overrides one of the two hooks must call `super()`.
 
     Example:
         ```python
@@ -43,7 +43,7 @@ class StepState(Callback):
             self._step_state = trainer.global_step, deepcopy(self.own_state())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save that copy if no optimization step was finished since."""
+        """Save that copy if no optimization step has finished since."""
         step, state = self._step_state
         if step == trainer.global_step:
             checkpoint["callbacks"][self.state_key] = self.gather_state(state)

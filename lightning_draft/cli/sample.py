@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_draft import models
-from lightning_draft.callbacks.pictures import comparison
+from lightning_draft.callbacks.image_grid import comparison
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, run_folder, shipped
 from lightning_draft.cli.messages import as_configuration_error, root_cause

@@ -1,4 +1,4 @@
-"""A run of seconds: a linear model, a linear reward, and a logger that records its calls."""
+"""Short runs with a linear model, a linear reward, and a logger that records its calls."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ PROMPTS = [f"prompt {i}" for i in range(8)]
 
 
 class RecordingLogger(Logger):
-    """Keeps every call of `log_metrics`."""
+    """Records every call of `log_metrics`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class RecordingLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """There is none, so pictures are not taken."""
+        """None, so images are not logged."""
         return None
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """There are none."""
+        """Ignore hyperparameters."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.metrics.append((step, dict(metrics)))
 
     def of(self, prefix: str) -> list[tuple[int | None, dict[str, float]]]:
-        """The calls that logged a metric with the prefix."""
+        """Return the calls that logged a metric with the prefix."""
         return [(step, metrics) for step, metrics in self.metrics if any(name.startswith(prefix) for name in metrics)]
 
 
@@ -97,7 +97,7 @@ def data() -> PromptDataModule:
 
 @pytest.fixture
 def make_diffusion_module(tiny_sd: Path) -> Callable[..., DraftModule]:
-    """The real thing, small: a Stable Diffusion pipeline with adapters, three steps of DDIM, two of them trained."""
+    """A small Stable Diffusion pipeline with adapters and three DDIM steps, two of them trained."""
 
     def make(**options: Any) -> DraftModule:
         defaults = {

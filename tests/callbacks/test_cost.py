@@ -69,10 +69,10 @@ class InTraining(Callback):
 
 @contextmanager
 def counted(network: Any, training: InTraining) -> Iterator[dict[str, int]]:
-    """Count sample passes with a wrapper around `forward`: an autograd function sees the backward passes.
+    """Count passes per sample with a wrapper around `forward`; an autograd function counts the backward passes.
 
-    `blocks` is how often, recomputed passes included, the residual block ran that ran most often: blocks in front of
-    the first adapter are not recomputed where the network's input has no gradient.
+    `blocks` is the largest number of calls of any residual block, including recomputed ones. (Blocks before the first
+    adapter are not recomputed if the network's input has no gradient.)
     """
     counts = {"forwards": 0, "backwards": 0, "blocks": 0}
     forward, resnet_forward = network.forward, ResnetBlock2D.forward
@@ -172,8 +172,10 @@ def test_policy_passes_equal_independently_counted_ones(tiny_sd: Path, tmp_path:
     ],
     ids=["DRaFT-2", "recomputed", "micro-batches", "DRaFT-LV", "DRaFT+"],
 )
-def test_direct_methods(tmp_path: Path, options: Any, queries: int, forwards: int, backwards: int) -> None:
-    """A sample and step; validation and the checks before training are left out."""
+def test_counts_of_direct_methods_equal_the_closed_form(
+    tmp_path: Path, options: Any, queries: int, forwards: int, backwards: int
+) -> None:
+    """Counts per sample and step, without validation and the checks before training."""
     monitor = fit(tmp_path, draft(**options))
     assert monitor.reward_queries == 2 * 2 * queries
     assert monitor.network_forwards == 2 * 2 * forwards
@@ -190,7 +192,9 @@ def test_direct_methods(tmp_path: Path, options: Any, queries: int, forwards: in
     ],
     ids=["PPO", "KL", "PRDP"],
 )
-def test_policy_gradients(tmp_path: Path, options: Any, forwards: int, backwards: int) -> None:
+def test_counts_of_policy_gradients_equal_the_closed_form(
+    tmp_path: Path, options: Any, forwards: int, backwards: int
+) -> None:
     """Five steps, four of them stochastic, and two updates from a rollout of two prompts with three samples each."""
     module = PolicyGradientModule(
         LinearModel(0.1),
@@ -208,7 +212,7 @@ def test_policy_gradients(tmp_path: Path, options: Any, forwards: int, backwards
     assert monitor.network_backwards == 6 * backwards
 
 
-def test_several_processes_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_multiplied_by_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = fit(tmp_path, draft(truncation=LastK(1)), 1)
     monkeypatch.setattr(L.Trainer, "world_size", property(lambda trainer: 2))
     two = fit(tmp_path, draft(truncation=LastK(1)), 1, use_distributed_sampler=False)
@@ -216,8 +220,8 @@ def test_several_processes_count_together(tmp_path: Path, monkeypatch: pytest.Mo
         assert getattr(two, name) == 2 * getattr(one, name) > 0
 
 
-def test_passes_of_other_callbacks_do_not_count(tmp_path: Path) -> None:
-    """Whatever their place in the list."""
+def test_passes_of_other_callbacks_are_not_counted(tmp_path: Path) -> None:
+    """At any position in the list of callbacks."""
 
     class Samples(Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -230,7 +234,7 @@ def test_passes_of_other_callbacks_do_not_count(tmp_path: Path) -> None:
     assert (monitor.network_forwards, monitor.network_backwards) == (2 * 5, 2)
 
 
-def test_a_resumed_run_continues_counting(tmp_path: Path) -> None:
+def test_resumed_run_continues_counting(tmp_path: Path) -> None:
     class Save(Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -243,8 +247,8 @@ def test_a_resumed_run_continues_counting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["between batches", "within a batch"])
-def test_an_interrupted_optimizer_step_counts_once(tmp_path: Path, moment: str) -> None:
-    """Interrupted in the third of four optimizer steps, each of two batches."""
+def test_interrupted_optimizer_step_is_counted_once(tmp_path: Path, moment: str) -> None:
+    """Interrupted in the third of four optimizer steps, which have two batches each."""
 
     class Interrupt(Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

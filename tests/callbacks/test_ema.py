@@ -10,7 +10,7 @@ from lightning_draft.errors import ConfigurationError
 
 
 class Trace(Callback):
-    """Records theta after each step, and what validation sees."""
+    """Records theta after each step, and the theta used in validation."""
 
     def __init__(self):
         self.trained, self.validated, self.averaged = [], [], []
@@ -36,21 +36,21 @@ def _expected(start, values, decay, warmup):
 
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("ema_first", [False, True])
-def test_is_the_recursion_whatever_the_order_of_callbacks(make_module, make_trainer, data, warmup, ema_first):
+def test_average_equals_the_recursion_for_any_order_of_callbacks(make_module, make_trainer, data, warmup, ema_first):
     trace, ema, module = Trace(), AdapterEMA(0.7, warmup), make_module()
     trainer = make_trainer(*([ema, trace] if ema_first else [trace, ema]), max_steps=5)
     trainer.fit(module, data)
     torch.testing.assert_close(trace.averaged, _expected(0.1, trace.trained, 0.7, warmup), rtol=1e-12, atol=0)
 
 
-def test_takes_in_a_step_once_under_accumulation(make_module, make_trainer, data):
+def test_average_is_updated_once_per_optimizer_step_under_accumulation(make_module, make_trainer, data):
     trace, ema = Trace(), AdapterEMA(0.5, warmup=False)
     make_trainer(ema, trace, max_steps=2, accumulate_grad_batches=3).fit(make_module(), data)
     ends = trace.trained[2::3]
     assert trace.averaged[2::3] == pytest.approx(_expected(0.1, ends, 0.5, False), rel=1e-12)
 
 
-def test_validation_sees_the_average_and_training_does_not(make_module, make_trainer, data):
+def test_validation_uses_the_average_and_training_does_not(make_module, make_trainer, data):
     trace, ema, module = Trace(), AdapterEMA(0.5, warmup=False), make_module()
     trainer = make_trainer(ema, trace, max_steps=3, val_check_interval=1, num_sanity_val_steps=1)
     trainer.fit(module, data)
@@ -60,7 +60,7 @@ def test_validation_sees_the_average_and_training_does_not(make_module, make_tra
     assert trace.validated == [0.1, *trace.averaged]
 
 
-def test_average_is_float32_at_least(make_module, make_trainer):
+def test_average_is_at_least_float32(make_module, make_trainer):
     trainer, module, ema = make_trainer(), make_module(), AdapterEMA(0.999, warmup=False)
     module.model.bfloat16()
     ema.on_train_start(trainer, module)
@@ -92,7 +92,7 @@ def test_validating_a_checkpoint_uses_its_average(make_module, make_trainer, dat
     assert trace.validated == [ema.average["model.theta"].item()]
 
 
-def test_interrupted_validation_puts_the_parameters_back(make_module, make_trainer, data):
+def test_interrupted_validation_restores_the_parameters(make_module, make_trainer, data):
     class Interrupt(Trace):
         def on_validation_batch_start(self, *_):
             raise RuntimeError("power cut")
@@ -104,14 +104,14 @@ def test_interrupted_validation_puts_the_parameters_back(make_module, make_train
     assert module.model.theta.item() == trace.trained[-1]
 
 
-def test_other_adapters_in_the_checkpoint_are_refused(make_module, make_trainer, data):
+def test_other_adapters_in_the_checkpoint_are_rejected(make_module, make_trainer, data):
     ema = AdapterEMA()
     ema.load_state_dict({"updates": 3, "average": {"model.other": torch.zeros(())}})
-    with pytest.raises(ConfigurationError, match="not those of this model"):
+    with pytest.raises(ConfigurationError, match="do not match the trained parameters of this model"):
         make_trainer(ema, num_sanity_val_steps=0).fit(make_module(), data)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_decay_is_checked(decay):
+def test_invalid_decay_is_rejected(decay):
     with pytest.raises(ConfigurationError, match="decay"):
         AdapterEMA(decay)

@@ -45,7 +45,7 @@ class Weights(Callback):
 
 
 def arriving(batch, theta=0.1, steps=4):
-    """The closed form: the mean pixel's gradient, times what later steps multiply the latent by."""
+    """The closed form: the gradient of the mean pixel times the factors of the later steps."""
     model = LinearModel(theta)
     chain = SamplingChain(model, DDIM(steps), model.encode(["x"]))
     state, latents = chain.start(torch.ones(1, 3, 4, 4, dtype=torch.float64)), []
@@ -88,7 +88,7 @@ def test_only_steps_with_gradient_are_logged(make_module, make_trainer, data, lo
     assert profile == pytest.approx({step: arriving(BATCH)[step] for step in (2, 3)}, rel=1e-5)
 
 
-def test_accumulated_batches_combine(make_module, make_trainer, data, logger):
+def test_profile_of_accumulated_batches_is_that_of_their_sum(make_module, make_trainer, data, logger):
     trainer = make_trainer(GradientNormMonitor(), logger=logger, max_steps=2, accumulate_grad_batches=3)
     trainer.fit(make_module(), data)
     calls = logger.of("gradient_norm/")
@@ -97,14 +97,14 @@ def test_accumulated_batches_combine(make_module, make_trainer, data, logger):
     assert profile_of(calls[0][1]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_copies_of_a_step_combine(make_module, make_trainer, data, logger):
+def test_norms_of_copies_of_a_step_are_combined(make_module, make_trainer, data, logger):
     module = make_module(truncation=LowVariance(copies=2))
     make_trainer(GradientNormMonitor(), logger=logger, max_steps=1).fit(module, data)
     profile = profile_of(logger.of("gradient_norm/")[0][1])
     assert profile == pytest.approx({3: math.sqrt(3) * arriving(BATCH)[3]}, rel=1e-5)
 
 
-def test_the_gradient_scaler_is_taken_out(make_module, make_trainer, data, logger):
+def test_profile_is_divided_by_the_gradient_scale(make_module, make_trainer, data, logger):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
     module = make_module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01))
     module.model.float()
@@ -115,14 +115,14 @@ def test_the_gradient_scaler_is_taken_out(make_module, make_trainer, data, logge
     assert metrics["gradient_norm/total"] == pytest.approx(abs(weights.gradients[0]), rel=1e-6)
 
 
-def test_intervals(make_module, make_trainer, data, logger):
+def test_scalars_and_figures_are_logged_at_their_intervals(make_module, make_trainer, data, logger):
     monitor = GradientNormMonitor(every_n_steps=2)
     make_trainer(monitor, logger=logger, max_steps=5).fit(make_module(), data)
     assert [step for step, _ in logger.of("gradient_norm/")] == [0, 2, 4]
     assert len(monitor.history) == 5
 
 
-def test_watching_changes_nothing_and_ends(make_module, make_trainer, data):
+def test_monitor_changes_no_gradient_and_removes_its_hooks(make_module, make_trainer, data):
     watched, plain = make_module(), make_module()
     make_trainer(GradientNormMonitor()).fit(watched, data)
     make_trainer().fit(plain, data)
@@ -130,7 +130,7 @@ def test_watching_changes_nothing_and_ends(make_module, make_trainer, data):
     assert watched.probes == []
 
 
-def test_median_needs_history_and_follows_a_new_scale():
+def test_median_needs_min_history_and_adapts_to_a_new_scale():
     monitor = GradientNormMonitor(factor=3, window=5, min_history=3)
     assert monitor.threshold == math.inf
     monitor.history.extend([1.0, 1.0])
@@ -154,7 +154,7 @@ def run_with_spike(make_module, make_trainer, data, logger, action, slopes=SPIKE
 
 
 def events(logger):
-    """Counters by the step at which they were logged."""
+    """Counts by the step at which they were logged."""
     counters = {f"gradient_norm/{name}": name for name in ("warned", "skipped", "clipped", "stopped", "nonfinite")}
     found = {
         step: {counters[name]: value for name, value in metrics.items() if name in counters}
@@ -163,7 +163,7 @@ def events(logger):
     return {step: counts for step, counts in found.items() if counts}
 
 
-def test_warn_lets_the_step_happen(make_module, make_trainer, data, logger):
+def test_warn_takes_the_step(make_module, make_trainer, data, logger):
     with pytest.warns(UserWarning, match=r"gradient norm .* at step 3 exceeds .*10 times the running median"):
         weights, monitor, after, _ = run_with_spike(make_module, make_trainer, data, logger, "warn")
     assert weights.gradients == after.gradients
@@ -173,7 +173,7 @@ def test_warn_lets_the_step_happen(make_module, make_trainer, data, logger):
 
 
 @pytest.mark.parametrize(("action", "slope"), [("skip", 1000.0), ("skip", math.nan), ("warn", math.inf)])
-def test_skip_leaves_parameters_and_optimizer_bitwise_alone(make_module, make_trainer, data, logger, action, slope):
+def test_skip_changes_neither_parameters_nor_optimizer_state(make_module, make_trainer, data, logger, action, slope):
     slopes = [1.0, 1.0, 1.0, slope, 1.0]
     with pytest.warns(UserWarning, match="the step is skipped"):
         weights, *_, trainer = run_with_spike(
@@ -187,7 +187,7 @@ def test_skip_leaves_parameters_and_optimizer_bitwise_alone(make_module, make_tr
     assert events(logger) == {3: expected}
 
 
-def test_clip_scales_to_the_threshold(make_module, make_trainer, data, logger):
+def test_clip_scales_the_gradient_to_the_threshold(make_module, make_trainer, data, logger):
     with pytest.warns(UserWarning, match="the gradient is clipped to it"):
         weights, _, after, _ = run_with_spike(make_module, make_trainer, data, logger, "clip")
     median = sorted(abs(gradient) for gradient in weights.gradients[:3])[1]
@@ -208,7 +208,7 @@ def test_stop_ends_training_with_an_error(make_module, make_trainer, data, logge
     assert events(logger) == {3: expected}
 
 
-def test_endless_nonfinite_gradients_end_training(make_module, make_trainer, data):
+def test_max_nonfinite_consecutive_steps_end_training(make_module, make_trainer, data):
     weights, monitor = Weights([1.0, math.nan, 1.0] + [math.nan] * 10), GradientNormMonitor(max_nonfinite=4)
     with pytest.raises(DivergenceError, match=r"4 in a row\): training stops"):
         make_trainer(weights, monitor, max_steps=13).fit(make_module(), data)
@@ -216,8 +216,8 @@ def test_endless_nonfinite_gradients_end_training(make_module, make_trainer, dat
     assert monitor.counts["nonfinite"] == 5
 
 
-def test_a_scaler_in_search_of_its_scale_does_not_end_training(make_module, make_trainer, data, logger):
-    """At the scaler's start fp16 gradients overflow; its own bookkeeping must go on."""
+def test_overflows_of_the_gradient_scaler_do_not_end_training(make_module, make_trainer, data, logger):
+    """The first fp16 gradients overflow, and the scaler must still update its scale."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     module = make_module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01))
     module.model.float()
@@ -234,7 +234,7 @@ def test_a_scaler_in_search_of_its_scale_does_not_end_training(make_module, make
     assert monitor.counts == {"warned": 0, "skipped": 1, "clipped": 0, "stopped": 0, "nonfinite": 1}
 
 
-def test_state_survives_a_checkpoint():
+def test_state_is_restored_from_a_checkpoint():
     monitor, other = GradientNormMonitor(window=20), GradientNormMonitor(window=20)
     monitor.history.extend(range(1, 15))
     monitor.counts["skipped"] = 2
@@ -242,7 +242,7 @@ def test_state_survives_a_checkpoint():
     assert (other.history, other.counts, other.threshold) == (monitor.history, monitor.counts, monitor.threshold)
 
 
-def test_resumed_history_decides_as_the_uninterrupted_one(make_module, make_trainer, data, tmp_path):
+def test_resumed_monitor_decides_as_the_uninterrupted_one(make_module, make_trainer, data, tmp_path):
     trainer = make_trainer(Weights([1.0] * 3), GradientNormMonitor(min_history=3), max_steps=3)
     trainer.fit(make_module(), data)
     trainer.save_checkpoint(tmp_path / "three.ckpt")
@@ -254,7 +254,7 @@ def test_resumed_history_decides_as_the_uninterrupted_one(make_module, make_trai
 
 
 class Figures:
-    """TensorBoard's writer, as far as it is used here."""
+    """The used part of TensorBoard's writer."""
 
     def __init__(self):
         self.calls = []
@@ -274,32 +274,32 @@ def test_figures_go_to_tensorboard(make_module, make_trainer, data, logger, monk
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(arriving(BATCH), rel=1e-5)
 
 
-def test_a_logger_without_figures_gets_a_picture(make_module, make_trainer, data, logger):
-    pictures = []
-    logger.log_image = lambda key, images, step: pictures.append((key, images[0], step))
+def test_logger_without_figures_receives_an_image(make_module, make_trainer, data, logger):
+    logged = []
+    logger.log_image = lambda key, images, step: logged.append((key, images[0], step))
     monitor = GradientNormMonitor(every_n_steps=100, figure_every_n_steps=2)
     make_trainer(monitor, logger=logger, max_steps=3).fit(make_module(), data)
-    assert [(key, step) for key, _, step in pictures] == [("gradient_norm/profile", 0), ("gradient_norm/profile", 2)]
-    assert pictures[0][1].mode == "RGB"
-    assert len(pictures[0][1].getcolors(maxcolors=2**24)) > 2
+    assert [(key, step) for key, _, step in logged] == [("gradient_norm/profile", 0), ("gradient_norm/profile", 2)]
+    assert logged[0][1].mode == "RGB"
+    assert len(logged[0][1].getcolors(maxcolors=2**24)) > 2
 
 
-def test_the_axis_is_logarithmic():
+def test_profile_has_a_logarithmic_axis():
     axes = profile_figure({0: 100.0, 1: 1.0}, step=7).axes[0]
     assert axes.get_yscale() == "log"
     assert axes.get_title() == "optimizer step 7"
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_profile_of_zeros_is_drawn_too():
-    """A flat loss sends no gradient anywhere, and 0 has no place on a logarithmic axis."""
+def test_profile_of_zeros_is_plotted():
+    """A constant loss has gradient 0, which a logarithmic axis cannot show."""
     figure = profile_figure({0: 0.0, 1: 0.0}, step=0)
     FigureCanvasAgg(figure).draw()
     assert figure.axes[0].get_yscale() == "linear"
 
 
 class WriteDown(Callback):
-    """Each process writes what it knows, since a forked process cannot hand anything back."""
+    """Each process writes its results to a file, because a forked process cannot return them."""
 
     def __init__(self, path, monitor):
         self.path, self.monitor = path, monitor
@@ -319,7 +319,7 @@ class WriteDown(Callback):
         (self.path / f"{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
-def test_processes_decide_alike_and_measure_the_global_batch(make_module, make_trainer, data, logger, tmp_path):
+def test_processes_take_the_same_action_and_measure_the_global_batch(make_module, make_trainer, data, logger, tmp_path):
     monitor = GradientNormMonitor(figure_every_n_steps=0)
     trainer = make_trainer(
         monitor, WriteDown(tmp_path, monitor), logger=logger, max_steps=4, strategy="ddp_fork", devices=2
@@ -346,6 +346,6 @@ def test_processes_decide_alike_and_measure_the_global_batch(make_module, make_t
         ({"max_nonfinite": 0}, "at least 1"),
     ],
 )
-def test_arguments_are_checked(options, message):
+def test_invalid_arguments_are_rejected(options, message):
     with pytest.raises(ConfigurationError, match=message):
         GradientNormMonitor(**options)

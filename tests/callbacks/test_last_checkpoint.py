@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and resumed equals the run that was never stopped, in every state and file."""
+"""A run that is stopped at any point and resumed equals the uninterrupted run in every state and file."""
 
 import copy
 import errno
@@ -34,14 +34,14 @@ PROMPTS = [f"prompt {i}" for i in range(8)]
 
 
 class Saving(LinearModel):
-    """A linear model that writes its parameter where adapters would be."""
+    """A linear model that saves its parameter as adapters."""
 
     def save_lora(self, path, metadata=None):
         save_file({"theta": self.theta.detach().clone()}, path, metadata=dict(metadata or {}))
 
 
 class Batches(StepState):
-    """Counts batches before their gradients, as a monitor does."""
+    """Counts batches before the backward pass, as a monitor does."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Batches(StepState):
 
 
 class Stop(Callback):
-    """Stops the run once, in a hook after a number of finished steps: by Ctrl-C, by SIGTERM, or by an error."""
+    """Stops the run once, in a given hook after a number of finished steps, by Ctrl-C, SIGTERM or an error."""
 
     def __init__(self, how, hook, step):
         self.how, self.step = how, step
@@ -88,7 +88,7 @@ def callbacks(folder, every=4):
 
 @pytest.fixture
 def train(make_module, make_trainer, logger):
-    """Train, or resume where there is a checkpoint; returns all that the run left."""
+    """Train, or resume from a checkpoint if there is one; return all states and files of the run."""
 
     def fit(folder, *extra, every=4, **options):
         torch.manual_seed(0)
@@ -118,7 +118,7 @@ def train(make_module, make_trainer, logger):
 
 
 def content(path):
-    """What a file holds; the order of metadata in a safetensors file is arbitrary."""
+    """Return the content of a file; the order of metadata in a safetensors file is arbitrary."""
     if path.suffix != ".safetensors":
         return path.read_bytes()
     with safe_open(path, "pt") as file:
@@ -126,7 +126,7 @@ def content(path):
 
 
 def _portable(state):
-    """A callback's state without the folder that it writes to."""
+    """Return a callback's state without the folder that it writes to."""
     return {name: value for name, value in state.items() if name != "folder"}
 
 
@@ -141,7 +141,7 @@ def equal(a, b):
 
 
 def differences(ours, theirs):
-    """The keys of a dictionary whose values differ."""
+    """Return the keys of a dictionary whose values differ."""
     if not isinstance(theirs, dict):
         return ours, theirs
     return [key for key in theirs if key not in ours or not equal(ours[key], theirs[key])]
@@ -172,7 +172,7 @@ def uninterrupted(train, tmp_path, logger):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("how", ["interrupted", "twice", "terminated", "error"])
-def test_a_run_stopped_at_any_moment_and_resumed_equals_the_uninterrupted_one(train, uninterrupted, tmp_path, how):
+def test_resumed_run_equals_uninterrupted_run(train, uninterrupted, tmp_path, how):
     whole = uninterrupted
     assert any(name.startswith("lora/guarded") for name in whole["files"])
     for hook, step in MOMENTS:
@@ -189,8 +189,8 @@ def test_a_run_stopped_at_any_moment_and_resumed_equals_the_uninterrupted_one(tr
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("limits", [{"max_epochs": 3, "max_steps": -1}, {"max_epochs": -1, "max_steps": 9}])
-def test_epochs_and_steps_are_counted_as_without_the_interruption(train, tmp_path, limits):
-    """Three batches an epoch; stopped after each of them."""
+def test_resumed_run_counts_epochs_and_steps_as_uninterrupted_run(train, tmp_path, limits):
+    """Epochs have three batches; the run is stopped after each of them."""
     whole = train(tmp_path / "whole", **limits)
     assert (whole["step"], whole["epoch"]) == (9, 3)
     for step in range(1, 9):
@@ -203,7 +203,7 @@ def test_epochs_and_steps_are_counted_as_without_the_interruption(train, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_callback_that_fails_while_the_run_is_stopped_does_not_prevent_the_checkpoint(train, tmp_path):
+def test_checkpoint_is_written_if_another_callback_fails_during_interruption(train, tmp_path):
     class Fails(Callback):
         def on_exception(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -214,7 +214,7 @@ def test_a_callback_that_fails_while_the_run_is_stopped_does_not_prevent_the_che
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(train, tmp_path, monkeypatch):
+def test_full_disk_is_a_configuration_error_and_keeps_the_previous_checkpoint(train, tmp_path, monkeypatch):
     saved = []
 
     def fsync(handle):
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(train, tm
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def without_exports(self, trainer, *_, **__):
-        """Leave the disk to the checkpoint."""
+        """Disable exports, so that only the checkpoint is written."""
 
     monkeypatch.setattr(LoRAExport, "export", without_exports)
     monkeypatch.setattr(SampleLogger, "sample", without_exports)
@@ -235,7 +235,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_checkpoint_stays(train, tm
 
 
 class Explode(Callback):
-    """Destroys the parameters after step 3; from then on no gradient is finite."""
+    """Sets the parameters to infinity after step 3, so that no later gradient is finite."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step >= 3:
@@ -247,7 +247,7 @@ class Explode(Callback):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_diverged_run_ends_with_an_error_and_keeps_the_last_good_checkpoint(
+def test_diverged_run_ends_with_an_error_and_keeps_the_last_finite_checkpoint(
     make_module, make_trainer, data, tmp_path
 ):
     last, monitor = LastCheckpoint(1, dirpath=str(tmp_path)), GradientNormMonitor(max_nonfinite=4)
@@ -281,6 +281,6 @@ def test_saving_needs_no_temporary_folder(make_module, make_trainer, data, tmp_p
     assert [path.name for path in Path(tmp_path / "run").iterdir()] == ["last.ckpt"]
 
 
-def test_the_number_of_steps_is_checked():
+def test_invalid_interval_is_rejected():
     with pytest.raises(ConfigurationError, match="every_n_steps=0 must be at least 1"):
         LastCheckpoint(0)

@@ -25,7 +25,7 @@ from lightning_draft.truncation import LastK
 
 
 class Saving(LinearModel):
-    """A linear model that writes its parameter where adapters would be."""
+    """A linear model that saves its parameter as adapters."""
 
     source = "linear"
 
@@ -49,7 +49,7 @@ def theta_of(path):
 
 
 class Thetas(Callback):
-    """Theta by the number of finished steps."""
+    """Records theta by the number of finished steps."""
 
     def __init__(self):
         self.at = {}
@@ -59,7 +59,7 @@ class Thetas(Callback):
 
 
 class Scripted(DraftModule):
-    """Validation logs what it is told, by the number of finished steps."""
+    """Validation logs given values, by the number of finished steps."""
 
     script: dict[int, float]
 
@@ -75,7 +75,7 @@ def scripted(script, **options):
 
 @pytest.fixture
 def run(make_trainer, make_module, data):
-    """Fit with a scripted validation every step; returns the callback and theta by step."""
+    """Fit with given validation values at every step; return the callback and theta by step."""
 
     def fit(scores, callback, *others, **options):
         thetas = Thetas()
@@ -88,9 +88,7 @@ def run(make_trainer, make_module, data):
     return fit
 
 
-def test_a_plain_diffusers_pipeline_draws_the_same_pictures(
-    make_diffusion_module, make_trainer, data, tiny_sd, tmp_path
-):
+def test_diffusers_pipeline_generates_the_same_images(make_diffusion_module, make_trainer, data, tiny_sd, tmp_path):
     module = make_diffusion_module()
     callback = LoRAExport()
     make_trainer(callback, max_steps=3).fit(module, data)
@@ -113,7 +111,7 @@ def test_a_plain_diffusers_pipeline_draws_the_same_pictures(
     assert (base - tuned.clamp(0, 1)).abs().max() > 1e-2
 
 
-def test_the_header_says_where_the_adapters_come_from(make_diffusion_module, make_trainer, data, tiny_sd):
+def test_header_contains_model_reward_method_step_and_scores(make_diffusion_module, make_trainer, data, tiny_sd):
     callback = LoRAExport()
     trainer = make_trainer(callback, max_steps=2, val_check_interval=2)
     trainer.fit(make_diffusion_module(truncation=LastK(2)), data)
@@ -128,7 +126,7 @@ def test_the_header_says_where_the_adapters_come_from(make_diffusion_module, mak
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
-def test_the_best_are_those_with_the_best_score(run, mode, best):
+def test_best_file_has_the_adapters_with_the_best_score(run, mode, best):
     scores = [0.1, 0.9, -0.5, 0.9, -0.5]
     callback, thetas = run(scores, LoRAExport(mode=mode))
     assert theta_of(callback.best_path) == thetas[best]
@@ -138,13 +136,13 @@ def test_the_best_are_those_with_the_best_score(run, mode, best):
     assert json.loads(header_of(callback.best_path)["scores"])["val/reward"] == scores[best - 1]
 
 
-def test_a_score_that_is_not_a_number_is_never_the_best(run):
+def test_nan_score_is_never_the_best(run):
     callback, thetas = run([math.nan, 0.2, math.nan], LoRAExport())
     assert theta_of(callback.best_path) == thetas[2]
     assert "val/reward" not in json.loads(header_of(callback.last_path)["scores"])
 
 
-def test_scores_of_other_adapters_are_left_out(make_trainer, make_module, data):
+def test_header_omits_scores_of_other_adapters(make_trainer, make_module, data):
     """Validated after step 2, written after step 3."""
     callback, module = LoRAExport(), scripted({2: 0.5}, reward=make_module().reward)
     make_trainer(callback, max_steps=3, val_check_interval=2, num_sanity_val_steps=0).fit(module, data)
@@ -162,9 +160,7 @@ def test_without_validation_there_is_no_best_file(make_saving_module, make_train
 
 
 @pytest.mark.parametrize("monitor", [None, "val/light", "val/reward"])
-def test_the_first_evaluation_reward_decides_unless_another_metric_is_named(
-    make_saving_module, make_trainer, data, monitor
-):
+def test_first_evaluation_reward_is_monitored_by_default(make_saving_module, make_trainer, data, monitor):
     class Score(Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
             step = trainer.global_step
@@ -181,15 +177,15 @@ def test_the_first_evaluation_reward_decides_unless_another_metric_is_named(
     assert theta_of(callback.best_path) == thetas.at[best]
 
 
-def test_a_metric_that_no_validation_logs_is_refused(make_saving_module, make_trainer, data):
+def test_metric_that_is_not_logged_is_rejected(make_saving_module, make_trainer, data):
     trainer = make_trainer(LoRAExport("val/taste"), max_steps=1, val_check_interval=1, num_sanity_val_steps=0)
     with pytest.raises(
-        ConfigurationError, match="export.monitor='val/taste' is not a metric.*write one of val/gain, val/"
+        ConfigurationError, match="LoRAExport: monitor='val/taste' is not a metric.*write one of val/gain, val/"
     ):
         trainer.fit(make_saving_module(), data)
 
 
-def test_the_header_holds_no_password_of_a_url():
+def test_header_contains_no_password_of_a_url():
     service = SimpleNamespace(url="https://me:secret@example.org:8000/score?key=secret", retries=3)
     assert "secret" not in describe(service)
 
@@ -203,8 +199,10 @@ def test_files_have_the_permissions_of_the_umask(make_saving_module, make_traine
 
 
 @pytest.mark.filterwarnings("ignore:cannot write")
-def test_a_full_disk_is_one_sentence_and_the_previous_file_stays(make_saving_module, make_trainer, data, monkeypatch):
-    """The error of the operating system when `last.safetensors` is written for the second time."""
+def test_full_disk_is_a_configuration_error_and_keeps_the_previous_file(
+    make_saving_module, make_trainer, data, monkeypatch
+):
+    """The operating system raises an error when `last.safetensors` is written for the second time."""
     callback, thetas = LoRAExport(every_n_steps=1), Thetas()
 
     def fsync(handle):
@@ -218,7 +216,7 @@ def test_a_full_disk_is_one_sentence_and_the_previous_file_stays(make_saving_mod
     assert [path.name for path in callback.last_path.parent.iterdir()] == ["last.safetensors"]
 
 
-def test_the_average_is_exported_where_the_run_keeps_one(run):
+def test_average_is_exported_if_the_run_has_one(run):
     ema = AdapterEMA(0.5, warmup=False)
     callback, thetas = run([0.1, 0.2, 0.3], LoRAExport(), ema)
     average = 0.1
@@ -228,7 +226,7 @@ def test_the_average_is_exported_where_the_run_keeps_one(run):
     assert theta_of(callback.last_path) != thetas[3]
 
 
-def test_an_interrupted_run_keeps_what_it_had_reached(make_saving_module, make_trainer, data):
+def test_interrupted_run_exports_its_last_adapters(make_saving_module, make_trainer, data):
     class Interrupt(Callback):
         def on_train_batch_start(self, trainer, *_):
             if trainer.global_step == 2:
@@ -253,8 +251,8 @@ def test_adapters_that_are_not_finite_are_not_written(make_saving_module, make_t
     assert theta_of(callback.last_path) == thetas.at[2]
 
 
-def test_a_resumed_run_compares_with_the_best_before(make_trainer, make_module, data, tmp_path):
-    """The best before the resume stays the best, and its file moves to the new folder."""
+def test_resumed_run_compares_with_the_best_score_before(make_trainer, make_module, data, tmp_path):
+    """The best adapters before the resume remain the best, and their file is copied to the new folder."""
 
     def fit(callback, thetas, saver, **options):
         module = scripted({1: 0.1, 2: 0.9, 3: 0.3, 4: 0.4}, reward=make_module().reward)
@@ -281,7 +279,7 @@ def test_a_resumed_run_compares_with_the_best_before(make_trainer, make_module, 
 
 
 class Rank(Saving):
-    """Notes which process wrote."""
+    """Records which process wrote."""
 
     rank = 0
 
@@ -295,7 +293,7 @@ class TellRank(Callback):
         pl_module.model.rank = trainer.global_rank
 
 
-def test_one_process_of_two_writes(make_saving_module, make_trainer, data, tmp_path):
+def test_only_one_of_two_processes_writes(make_saving_module, make_trainer, data, tmp_path):
     trainer = make_trainer(
         TellRank(), LoRAExport(dirpath=str(tmp_path / "lora")), max_steps=2, strategy="ddp_fork", devices=2
     )
@@ -306,12 +304,12 @@ def test_one_process_of_two_writes(make_saving_module, make_trainer, data, tmp_p
     assert names == ["best.safetensors", "last.safetensors", "written-by-0"]
 
 
-def test_a_model_that_cannot_save_is_refused(make_module, make_trainer, data):
+def test_model_without_save_lora_is_rejected(make_module, make_trainer, data):
     with pytest.raises(ConfigurationError, match="has no save_lora"):
         make_trainer(LoRAExport()).fit(make_module(), data)
 
 
-def test_arguments_are_checked():
+def test_invalid_arguments_are_rejected():
     with pytest.raises(ConfigurationError, match="write one of max, min"):
         LoRAExport(mode="best")
     with pytest.raises(ConfigurationError, match="at least 1"):

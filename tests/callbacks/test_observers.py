@@ -1,4 +1,4 @@
-"""All callbacks at once on a small Stable Diffusion: they change nothing, and resuming changes nothing either."""
+"""All callbacks at once with a small Stable Diffusion: neither the callbacks nor a resume change training."""
 
 import ast
 import copy
@@ -36,7 +36,7 @@ PROMPTS = ["red", "cat", "a cat", "red cat", "dog", "a dog", "bird"]
 
 
 class Trace(Callback):
-    """What training consists of: prompts, rewards, gradients, and what the global generators give."""
+    """Records prompts, rewards, gradients, and numbers of the global generators."""
 
     def __init__(self):
         self.prompts, self.rewards, self.gradients, self.drawn = [], [], [], []
@@ -73,7 +73,7 @@ def observers(folder):
 
 
 def equal(a, b):
-    """Bitwise equality of nested containers of tensors."""
+    """Return whether nested containers of tensors are bitwise equal."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -85,7 +85,7 @@ def equal(a, b):
 
 @pytest.fixture
 def train(make_diffusion_module, make_trainer):
-    """Train; returns the module, the trace, the optimizer's state and the generators' state afterwards."""
+    """Train; return the module, the trace, the optimizer's state and the generators' state."""
 
     def fit(extra, steps, ckpt_path=None, seed=0, validate=True, accumulate=1, logger=False, **options):
         random.seed(seed)
@@ -114,7 +114,7 @@ def train(make_diffusion_module, make_trainer):
     "options",
     [{"truncation": LowVariance(2), "sampler": DDIM(3, eta=1.0)}, {"truncation": RandomK(), "kl_weight": 0.1}],
 )
-def test_training_with_all_callbacks_is_bitwise_the_training_without(train, tmp_path, options):
+def test_training_with_all_callbacks_equals_training_without(train, tmp_path, options):
     logger = TensorBoardLogger(tmp_path, name="board", version="")
     watched, watched_trace, *watched_states = train(observers(tmp_path), 3, logger=logger, **options)
     plain, plain_trace, *plain_states = train([], 3, validate=False, **options)
@@ -126,8 +126,8 @@ def test_training_with_all_callbacks_is_bitwise_the_training_without(train, tmp_
     assert len(list((tmp_path / "samples").iterdir())) == 3
 
 
-def test_resumed_run_is_bitwise_the_uninterrupted_one(train, tmp_path):
-    """Interrupted within a pass over the prompts, with every callback on and every state compared."""
+def test_resumed_run_with_all_callbacks_equals_uninterrupted_run(train, tmp_path):
+    """Interrupted within an epoch, with all callbacks; all states are compared."""
 
     def saver():
         return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -152,7 +152,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(train, tmp_path):
 
 
 class Explosive(ColorTarget):
-    """Its slope grows by 100 000 while it is armed."""
+    """Its slope is multiplied by 100,000 while it is active."""
 
     armed = False
 
@@ -161,7 +161,7 @@ class Explosive(ColorTarget):
 
 
 class Arm(Callback):
-    """Arms the reward for the fourth optimization step."""
+    """Activates the reward's large slope in the fourth optimization step."""
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         pl_module.reward.armed = trainer.global_step == 3
@@ -192,8 +192,8 @@ def test_an_exploding_gradient_triggers_the_action(train, action):
         assert norm == pytest.approx(10 * sorted(list(monitor.history)[:3])[1], rel=1e-5)
 
 
-def test_the_core_imports_no_callback():
-    """The command line puts the parts together and is not the core."""
+def test_package_does_not_import_callbacks():
+    """The command line, which combines all parts, is excluded."""
     root = Path(lightning_draft.__file__).parent
     outside = ("callbacks", "configs", "cli", "__main__.py")
     files = [path for path in root.rglob("*.py") if path.relative_to(root).parts[0] not in outside]
@@ -206,5 +206,5 @@ def test_the_core_imports_no_callback():
             assert not (module == "lightning_draft" and "callbacks" in names), path
 
 
-def test_all_callbacks_are_observed_here(tmp_path):
+def test_list_covers_every_callback(tmp_path):
     assert {type(callback).__name__ for callback in observers(tmp_path)} == set(callbacks.__all__)

@@ -1,4 +1,4 @@
-"""The guard detects over-optimization, acts on it, keeps the best adapters, and does not change training."""
+"""The guard detects over-optimization, acts on it, saves the best adapters, and does not change training."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ GUARD = {"max_prompts": 2, "samples_per_prompt": 2}
 
 
 class Saving(LinearModel):
-    """A linear model that writes its parameter where adapters would be."""
+    """A linear model that saves its parameter as adapters."""
 
     def save_lora(self, path, metadata=None):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class Saving(LinearModel):
 
 
 class Scripted(DraftModule):
-    """Mean scores by the number of finished steps; over the base model's pictures `held` has standard deviation 2."""
+    """Mean scores by the number of finished steps; `held` has standard deviation 2 over the base model's images."""
 
     def __init__(self, script):
         super().__init__(
@@ -70,7 +70,7 @@ def scripted(rewards, held, sharp=None):
 
 @pytest.fixture
 def run(make_trainer, data):
-    """Fit, validating after every step; returns the trainer and theta by step."""
+    """Fit with a validation after every step; return the trainer and theta by step."""
 
     def fit(module, *callbacks, steps=None, **options):
         thetas = Thetas()
@@ -106,19 +106,19 @@ def test_a_degradation_above_the_margin_with_a_higher_reward_is_over_optimizatio
     assert [each.reward for each in guard.history.values()] == rewards
 
 
-def test_the_worst_evaluation_reward_decides(run):
+def test_largest_degradation_decides(run):
     guard = OverOptimizationGuard(**GUARD)
     with pytest.warns(
         UserWarning,
         match=r"over-optimized at step 2: the reward rose from 0 to 2 while sharp fell from 1 to -0.5, 0.75 standard "
-        r"deviations; training continues unchanged.*the best adapters before, of step 1, are in .*guarded.safetensors",
+        r"deviations; training continues unchanged.*best adapters before this \(step 1\) are in .*guarded.safetensors",
     ):
         run(scripted([0, 1, 2], [5, 6, 7], [1, 1, -0.5]), guard)
 
 
 @pytest.mark.filterwarnings("ignore:over-optimized")
-def test_the_file_holds_the_best_adapters_that_were_not_over_optimized(run, tmp_path):
-    """Step 3 has less reward, steps 4 and 5 more while the evaluation reward falls."""
+def test_file_contains_the_best_adapters_that_are_not_over_optimized(run, tmp_path):
+    """The reward is lower at step 3 and higher at steps 4 and 5, at which the evaluation reward falls."""
     guard = OverOptimizationGuard(**GUARD)
     _, thetas = run(scripted([0, 1, 3, 2, 4, 9], [5, 5, 4.5, 5, 0, 0]), guard)
     assert guard.best_path == tmp_path / "lora" / "guarded.safetensors"
@@ -131,7 +131,7 @@ def test_the_file_holds_the_best_adapters_that_were_not_over_optimized(run, tmp_
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_adapters_whose_reward_is_no_number_are_not_kept(run, broken):
+def test_adapters_with_a_nan_reward_are_not_saved(run, broken):
     guard = OverOptimizationGuard(**GUARD)
     _, thetas = run(scripted([0, broken, 1, broken], [5, 5, 5, 5]), guard)
     assert (guard.best_step, guard.best_reward) == (2, 1.0)
@@ -140,7 +140,7 @@ def test_adapters_whose_reward_is_no_number_are_not_kept(run, broken):
 
 def test_stop_ends_training(run, logger):
     guard = OverOptimizationGuard("stop", **GUARD)
-    with pytest.warns(UserWarning, match="over-optimized at step 2: .*; training stops; .* of step 1"):
+    with pytest.warns(UserWarning, match="over-optimized at step 2: .*; training stops; .* \\(step 1\\)"):
         trainer, _ = run(scripted([0, 1, 2, 3, 4, 5], [5, 5, 3, 2, 1, 0]), guard, logger=logger)
     assert trainer.global_step == 2
     assert guard.counts["stopped"] == 1
@@ -155,9 +155,9 @@ def test_stop_ends_training(run, logger):
     ].keys()
 
 
-def test_lost_diversity_is_over_optimization_only_below_min_diversity(run):
+def test_low_diversity_is_over_optimization_only_below_min_diversity(run):
     class Collapsing(Scripted):
-        """From step 2 on, all pictures of a prompt are alike."""
+        """From step 2 on, all images of a prompt are equal."""
 
         def generate(self, prompts, noise=None, seed=None):
             images = super().generate(prompts, noise, seed)
@@ -172,7 +172,7 @@ def test_lost_diversity_is_over_optimization_only_below_min_diversity(run):
     assert guard.counts["stopped"] == 0
 
 
-def test_an_evaluation_equals_the_measures_computed_directly(make_diffusion_module, make_trainer, data):
+def test_evaluation_equals_directly_computed_statistics(make_diffusion_module, make_trainer, data):
     module = make_diffusion_module(eval_rewards={"sharp": Sharpness()})
     guard = OverOptimizationGuard(samples_per_prompt=3, max_prompts=2, batch_size=4, seed=5)
     make_trainer(guard, max_steps=2, val_check_interval=2, num_sanity_val_steps=0).fit(module, data)
@@ -193,8 +193,8 @@ def test_an_evaluation_equals_the_measures_computed_directly(make_diffusion_modu
     assert end.image_drift > 0
 
 
-def test_shrinking_scales_the_update_and_nothing_else(make_diffusion_module, make_trainer, data):
-    """Once, at the start of the batch after the evaluation; the average of the adapters too."""
+def test_shrink_scales_only_the_lora_update(make_diffusion_module, make_trainer, data):
+    """It does so once, at the start of the batch after the evaluation, and scales the average of the adapters too."""
 
     class Scheduled(OverOptimizationGuard):
         def _compare(self, step, evaluation):
@@ -225,7 +225,7 @@ def test_shrinking_scales_the_update_and_nothing_else(make_diffusion_module, mak
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_shrunk_model_is_the_model_at_that_scale(make_diffusion_module, make_trainer, data):
+def test_shrunk_model_equals_the_model_at_that_lora_scale(make_diffusion_module, make_trainer, data):
     module = make_diffusion_module()
     trainer = make_trainer(max_steps=2)
     trainer.fit(module, data)
@@ -238,7 +238,7 @@ def test_a_shrunk_model_is_the_model_at_that_scale(make_diffusion_module, make_t
     assert (tuned - expected).abs().max() > 1e-3
 
 
-def test_training_with_the_guard_is_bitwise_the_training_without(make_diffusion_module, make_trainer):
+def test_training_with_the_guard_equals_training_without(make_diffusion_module, make_trainer):
     def train(*callbacks):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         module = make_diffusion_module(
@@ -257,8 +257,8 @@ def test_training_with_the_guard_is_bitwise_the_training_without(make_diffusion_
 
 
 @pytest.mark.filterwarnings("ignore:over-optimized")
-def test_a_resumed_guard_decides_as_the_uninterrupted_one(run, make_trainer, data, tmp_path):
-    """The history, the counts and the file are those of the uninterrupted run, the file in the new folder."""
+def test_resumed_guard_decides_as_the_uninterrupted_one(run, make_trainer, data, tmp_path):
+    """History, counts and file equal those of the uninterrupted run; the file is in the new folder."""
     script = [0, 1, 2, 3, 4, 5], [5, 8, 7.5, 5, 5, 5]
     whole = OverOptimizationGuard(patience=2, dirpath=str(tmp_path / "one"), **GUARD)
     options = {"monitor": "val/reward", "save_top_k": -1, "save_on_train_epoch_end": False}
@@ -281,11 +281,14 @@ def test_a_resumed_guard_decides_as_the_uninterrupted_one(run, make_trainer, dat
         ({"margin": -1.0}, "margin=-1.0 must be at least 0.0"),
         ({"shrink": 1.5}, "shrink=1.5 must be between 0.0 and 1.0"),
         ({"min_diversity": 2.0}, "min_diversity=2.0 must be between 0.0 and 1.0"),
-        ({"samples_per_prompt": 1}, "samples_per_prompt=1 must be at least 2; .*, between which diversity is measured"),
+        (
+            {"samples_per_prompt": 1},
+            "samples_per_prompt=1 must be at least 2; .* diversity is measured between samples",
+        ),
         ({"patience": 0}, "patience=0 must be at least 1"),
     ],
 )
-def test_wrong_settings_are_refused(options, message):
+def test_invalid_settings_are_rejected(options, message):
     with pytest.raises(ConfigurationError, match=message):
         OverOptimizationGuard(**options)
 
@@ -297,26 +300,28 @@ def test_wrong_settings_are_refused(options, message):
             Saving(),
             {},
             {},
-            "evaluation rewards, and the module has none; name rewards .* under model.eval_rewards",
+            "evaluation rewards, and the module has none; give it rewards .* such as eval_rewards=",
         ),
         (
             Saving(),
             {"held": Brightness()},
             {"eval_rewards": ["hps"]},
-            "has hps, .* write some of held",
+            "contains hps, .* write some of held",
         ),
         (Saving(), {"held": Brightness()}, {"eval_rewards": []}, "is empty; leave it out"),
         (Saving(), {"held": Brightness()}, {"action": "shrink"}, "scales LoRA adapters, and this model trains none"),
-        (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts, .*; write prompts: "),
+        (Saving(), {"held": Brightness()}, {"prompts": []}, "has no prompts, .*; set prompts="),
         (LinearModel(), {"held": Brightness()}, {}, "no save_lora.*, so OverOptimizationGuard cannot write"),
     ],
 )
-def test_a_run_that_cannot_be_evaluated_is_refused(make_module, make_trainer, data, model, watch, options, message):
+def test_run_without_eval_rewards_or_prompts_is_rejected(
+    make_module, make_trainer, data, model, watch, options, message
+):
     with pytest.raises(ConfigurationError, match=message):
         make_trainer(OverOptimizationGuard(**options)).fit(make_module(model=model, eval_rewards=watch), data)
 
 
-def test_a_trained_reward_with_running_statistics_is_warned_about(make_module, make_trainer, data):
+def test_reward_with_running_statistics_gives_a_warning(make_module, make_trainer, data):
     reward = ZScoreSum({"light": WeightedReward(Brightness())})
     module = make_module(model=Saving(), reward=reward, eval_rewards={"held": Brightness()})
     with pytest.warns(UserWarning, match="the scale of ZScoreSum changes with its statistics.*WeightedSum with fixed"):
@@ -324,7 +329,7 @@ def test_a_trained_reward_with_running_statistics_is_warned_about(make_module, m
 
 
 class Disagreeing(Scripted):
-    """On the second process no reward falls."""
+    """The reward does not fall in the second process."""
 
     def score(self, images, prompts):
         scores = super().score(images, prompts)
@@ -332,7 +337,7 @@ class Disagreeing(Scripted):
 
 
 class Note(Callback):
-    """Writes down what each process's guard did."""
+    """Records the actions of the guard in each process."""
 
     def __init__(self, guard, folder):
         self.guard, self.folder = guard, folder
@@ -342,7 +347,7 @@ class Note(Callback):
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(state))
 
 
-def test_two_processes_decide_the_same_and_one_writes(make_trainer, data, tmp_path):
+def test_two_processes_take_the_same_action_and_one_writes(make_trainer, data, tmp_path):
     module = Disagreeing(scripted([0, 1, 2, 3], [5, 5, 3, 2]).script)
     guard = OverOptimizationGuard("stop", **GUARD)
     trainer = make_trainer(

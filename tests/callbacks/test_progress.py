@@ -10,7 +10,7 @@ from lightning_draft.rewards import Sharpness
 
 
 class Work(Callback):
-    """Two seconds a batch, and thirty after each third step, on a clock that only it moves."""
+    """Advances a fake clock by two seconds per batch, and by thirty after each third step."""
 
     def __init__(self, clock):
         self.clock, self.now = clock, 0.0
@@ -34,8 +34,8 @@ def lines(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
 
 
-def test_plain_lines_have_reward_pace_and_time_left(make_module, make_trainer, data, capsys, work):
-    """What other callbacks do counts into the time left and not into the step, in whatever order they come."""
+def test_plain_lines_show_reward_seconds_per_step_and_time_left(make_module, make_trainer, data, capsys, work):
+    """The time of other callbacks is part of the time left but not of the seconds per step, in any order."""
     bar = ProgressBar(every_n_steps=2)
     trainer = make_trainer(work, bar, max_steps=6, enable_progress_bar=True, limit_val_batches=0)
     trainer.fit(make_module(), data)
@@ -48,13 +48,13 @@ def test_plain_lines_have_reward_pace_and_time_left(make_module, make_trainer, d
     ]
 
 
-def test_the_reward_is_the_last_step_s(make_module, make_trainer, data, capsys):
+def test_reward_is_that_of_the_last_step(make_module, make_trainer, data, capsys):
     trainer = make_trainer(ProgressBar(every_n_steps=1), max_steps=2, enable_progress_bar=True, limit_val_batches=0)
     trainer.fit(make_module(), data)
     assert f"reward {trainer.callback_metrics['train/reward']:.4g}  " in lines(capsys)[-1]
 
 
-def test_accumulated_batches_are_one_step(make_module, make_trainer, data, capsys, work):
+def test_accumulated_batches_count_as_one_step(make_module, make_trainer, data, capsys, work):
     trainer = make_trainer(
         ProgressBar(every_n_steps=1),
         work,
@@ -78,7 +78,7 @@ def test_validation_rewards_are_printed(make_module, make_trainer, data, capsys)
     assert f"val/gain {trainer.callback_metrics['val/gain']:.4g}" in line
 
 
-def test_a_terminal_gets_one_bar_over_all_steps(make_module, make_trainer, data, capsys, monkeypatch, work):
+def test_terminal_shows_one_bar_over_all_steps(make_module, make_trainer, data, capsys, monkeypatch, work):
     monkeypatch.setattr(ProgressBar, "is_plain", property(lambda self: False))
     bar = ProgressBar()
     trainer = make_trainer(bar, work, max_steps=6, enable_progress_bar=True, limit_val_batches=0)
@@ -89,7 +89,7 @@ def test_a_terminal_gets_one_bar_over_all_steps(make_module, make_trainer, data,
     assert re.search(r"Training: 100%\|.*\| 6/6, reward -?[\d.e+-]+, 2 s/step, 0:00 left", last), last
 
 
-def test_a_resumed_run_counts_on(make_module, make_trainer, data, capsys, tmp_path, work):
+def test_resumed_run_continues_counting(make_module, make_trainer, data, capsys, tmp_path, work):
     trainer = make_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(make_module(), data)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
@@ -108,14 +108,14 @@ def test_refresh_rate_0_shows_nothing(make_module, make_trainer, data, capsys):
     assert lines(capsys) == []
 
 
-def test_arguments_are_checked():
+def test_invalid_arguments_are_rejected():
     with pytest.raises(ConfigurationError, match="every_n_steps=0"):
         ProgressBar(every_n_steps=0)
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_trained_and_evaluation_rewards_are_both_logged(make_module, make_trainer, data, capsys, monkeypatch, plain):
-    """In plain lines, and above the bar of a terminal."""
+    """In plain lines and above the bar of a terminal."""
     monkeypatch.setattr(ProgressBar, "is_plain", plain)
     trainer = make_trainer(
         ProgressBar(), max_steps=2, val_check_interval=2, num_sanity_val_steps=0, enable_progress_bar=True

@@ -14,12 +14,12 @@ from lightning_draft.callbacks.random_state import get_random_state, set_random_
 
 
 def draws():
-    """One number from each global generator."""
+    """Return one number from each global generator."""
     return random.random(), float(np.random.rand()), float(torch.rand(())), random.gauss(0, 1), float(np.random.randn())
 
 
 class Drawing(L.LightningModule):
-    """Trains on numbers from the global generators, over data in an order from the global generator."""
+    """Uses numbers from the global generators in training, with data in random order."""
 
     def __init__(self):
         super().__init__()
@@ -37,8 +37,8 @@ class Drawing(L.LightningModule):
         return DataLoader(torch.arange(6), batch_size=2, shuffle=True)
 
 
-def test_resumed_run_draws_what_the_uninterrupted_one_draws(make_trainer, tmp_path):
-    """Resumes between two epochs of three batches each."""
+def test_resumed_run_uses_the_random_numbers_of_the_uninterrupted_run(make_trainer, tmp_path):
+    """The run is resumed between two epochs of three batches each."""
     L.seed_everything(1, verbose=False)
     whole = Drawing()
     make_trainer(RandomState(), max_steps=-1, max_epochs=3).fit(whole)
@@ -56,8 +56,8 @@ def test_resumed_run_draws_what_the_uninterrupted_one_draws(make_trainer, tmp_pa
     assert torch.equal(resumed.weight, whole.weight)
 
 
-def test_resumes_within_an_epoch(make_trainer, tmp_path):
-    """The order of the data is theirs to keep; what the steps draw is the same."""
+def test_resumed_epoch_uses_the_same_random_numbers(make_trainer, tmp_path):
+    """The data loader must restore its order itself; the random numbers of the steps are the same."""
     L.seed_everything(1, verbose=False)
     whole = Drawing()
     make_trainer(RandomState(), max_steps=3).fit(whole)
@@ -74,14 +74,14 @@ def test_resumes_within_an_epoch(make_trainer, tmp_path):
     assert [drawn for _, drawn in resumed.seen] == [drawn for _, drawn in whole.seen[2:]]
 
 
-def test_another_number_of_processes_is_a_warning(make_trainer):
+def test_another_number_of_processes_gives_a_warning(make_trainer):
     callback = RandomState()
     callback.load_state_dict({"processes": [get_random_state()] * 2, "between_epochs": False})
     with pytest.warns(UserWarning, match="2 processes and there are 1 now"):
         make_trainer(callback, max_steps=1).fit(Drawing())
 
 
-def test_states_survive_a_weights_only_load(tmp_path):
+def test_states_can_be_loaded_with_weights_only(tmp_path):
     random.gauss(0, 1)
     np.random.randn()
     torch.save(get_random_state(), tmp_path / "state.pt")
@@ -97,7 +97,7 @@ class Mixed(L.LightningModule):
         self.parts[0].eval()
 
 
-def test_observing_leaves_no_trace_even_on_error():
+def test_observing_restores_modes_and_random_states_on_error():
     module = Mixed()
     modes = [part.training for part in module.modules()]
     state = get_random_state()

@@ -1,4 +1,4 @@
-"""The cosine between rewards' gradients: by hand, where it is logged, and that it disturbs nothing."""
+"""The cosine between gradients of rewards equals hand computation, is logged, and does not change training."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_a_negative_weight_negates_the_gradient(make_module, make_trainer, data,
     assert logged(logger)[1]["conflict/cosine/up/down"] == pytest.approx(-1)
 
 
-def test_the_cosine_is_the_mean_over_pictures_of_the_batch(make_module, make_trainer, data, logger):
+def test_cosine_is_the_mean_over_the_images_of_the_batch(make_module, make_trainer, data, logger):
     module = make_module(
         reward=Brightness(0.2), eval_rewards={"red": ColorBalance(), "sharp": Sharpness()}, sampler=DDIM(4)
     )
@@ -60,7 +60,7 @@ def test_the_cosine_is_the_mean_over_pictures_of_the_batch(make_module, make_tra
     assert len(metrics) == 6
 
 
-def test_training_with_it_is_bitwise_the_training_without(make_diffusion_module, make_trainer, data):
+def test_training_with_the_callback_equals_training_without(make_diffusion_module, make_trainer, data):
     def train(*callbacks):
         torch.manual_seed(0)
         reward = summed(dark=(Brightness(0.0),), red=(ColorBalance(),))
@@ -73,8 +73,8 @@ def test_training_with_it_is_bitwise_the_training_without(make_diffusion_module,
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in watched.state_dict().items())
 
 
-def test_a_single_reward_is_refused(make_module, make_trainer, data):
-    with pytest.raises(ConfigurationError, match="there is only reward; train on a WeightedSum, or name others"):
+def test_single_reward_is_rejected(make_module, make_trainer, data):
+    with pytest.raises(ConfigurationError, match="there is only reward; train on a WeightedSum, or add rewards"):
         make_trainer(RewardConflict()).fit(make_module(model=LinearModel(), eval_rewards={"size": JPEGSize()}), data)
     with pytest.raises(ConfigurationError, match="every_n_steps=0 must be at least 1"):
         RewardConflict(0)

@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_draft.callbacks import AdapterEMA, SampleLogger
-from lightning_draft.callbacks.pictures import comparison, log_picture, to_picture
+from lightning_draft.callbacks.image_grid import comparison, log_image, to_pil_image
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.samplers import DDIM
@@ -19,15 +19,15 @@ SIZE = 16
 
 
 def pixels(image):
-    """An image `(3, H, W)` as 8-bit pixels, enlarged to 16 a side."""
+    """Convert an image `(3, H, W)` to 8-bit pixels, enlarged to sides of 16."""
     small = (image.clamp(0, 1) * 255).round().byte()
     factor = SIZE // small.shape[-1]
     return small.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0).numpy()
 
 
-def contains(picture, part):
-    """Whether `part` is somewhere in `picture`, exactly."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(picture), part.shape)
+def contains(image, part):
+    """Return whether `part` occurs exactly somewhere in `image`."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(image), part.shape)
     return bool((windows == part).all(axis=(-3, -2, -1)).any())
 
 
@@ -37,7 +37,7 @@ def expected(module, prompts, seed):
     return images, module.score(images, prompts)["reward"]
 
 
-def test_the_files_hold_base_and_tuned_pictures(make_module, make_trainer, data, tmp_path):
+def test_files_contain_base_and_fine_tuned_images(make_module, make_trainer, data, tmp_path):
     prompts = ["a cat", "a dog"]
     callback = SampleLogger(every_n_steps=3, prompts=prompts, seed=5, min_size=SIZE)
     module = make_module(model=LinearModel(0.9))
@@ -54,7 +54,7 @@ def test_the_files_hold_base_and_tuned_pictures(make_module, make_trainer, data,
         assert not contains(start, pixels(tuned[i]))
 
 
-def test_rewards_are_logged_of_the_same_noise(make_module, make_trainer, data, logger):
+def test_logged_rewards_use_the_same_noise(make_module, make_trainer, data, logger):
     prompts = ["a cat", "a dog", "a bird"]
     callback, module = SampleLogger(every_n_steps=2, prompts=prompts, seed=3, to_files=False), make_module()
     make_trainer(callback, logger=logger, max_steps=5).fit(module, data)
@@ -67,7 +67,7 @@ def test_rewards_are_logged_of_the_same_noise(make_module, make_trainer, data, l
     assert calls[-1][1]["samples/reward"] == tuned.float().mean().item()
 
 
-def test_tuned_is_the_average_where_the_run_keeps_one(make_module, make_trainer, data, logger):
+def test_fine_tuned_images_use_the_average_if_there_is_one(make_module, make_trainer, data, logger):
     ema, module = AdapterEMA(0.5, warmup=False), make_module()
     make_trainer(SampleLogger(prompts=["a cat"], to_files=False), ema, logger=logger).fit(module, data)
     trained = module.model.theta.item()
@@ -78,7 +78,7 @@ def test_tuned_is_the_average_where_the_run_keeps_one(make_module, make_trainer,
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_batches_do_not_change_the_pictures(make_diffusion_module, make_trainer, data, tmp_path, batch_size):
+def test_batch_size_does_not_change_the_images(make_diffusion_module, make_trainer, data, tmp_path, batch_size):
     prompts = ["red cat", "cat", "red"]
     for name, size in (("whole", None), ("parts", batch_size)):
         callback = SampleLogger(prompts=prompts, batch_size=size, dirpath=str(tmp_path / name))
@@ -88,7 +88,7 @@ def test_batches_do_not_change_the_pictures(make_diffusion_module, make_trainer,
     assert (np.abs(whole.astype(int) - parts.astype(int)) > 1).mean() < 0.01
 
 
-def test_tensorboard_gets_the_picture_of_the_file(make_module, make_trainer, data, tmp_path):
+def test_tensorboard_receives_the_image_of_the_file(make_module, make_trainer, data, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run", version="0")
     make_trainer(SampleLogger(every_n_steps=2, prompts=["a cat"]), logger=logger, max_steps=2).fit(make_module(), data)
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
@@ -109,15 +109,15 @@ def test_default_prompts_are_the_held_out_ones(make_module, make_trainer, logger
     assert not (tmp_path / "samples").exists()
 
 
-def test_without_prompts_it_says_what_to_write(make_module, make_trainer):
+def test_error_without_prompts_says_what_to_write(make_module, make_trainer):
     data = PromptDataModule(["x", "y"], val_size=0)
-    with pytest.raises(ConfigurationError, match="has no prompts, .*; write prompts: "):
+    with pytest.raises(ConfigurationError, match="has no prompts, .*; set prompts="):
         make_trainer(SampleLogger()).fit(make_module(), data)
 
 
 @pytest.mark.parametrize("sampler", [DDIM(4), DDIM(4, eta=1.0)])
-def test_training_with_it_is_bitwise_the_training_without_it(make_module, make_trainer, data, sampler):
-    """The global generators and the mode, too, are what they would have been."""
+def test_training_with_the_callback_equals_training_without(make_module, make_trainer, data, sampler):
+    """The states of the global generators and the mode are compared too."""
 
     class Draw(Callback):
         def __init__(self):
@@ -136,8 +136,8 @@ def test_training_with_it_is_bitwise_the_training_without_it(make_module, make_t
     assert traces[0] == traces[1]
 
 
-class Pictures:
-    """Takes pictures the way a tracker's client does, and keeps the call."""
+class ImageClient:
+    """Accepts images as an experiment tracker's client does, and records the call."""
 
     def __init__(self):
         self.calls = []
@@ -146,39 +146,39 @@ class Pictures:
         self.calls.append((args, options))
 
 
-PICTURE = Image.new("RGB", (2, 2))
+IMAGE = Image.new("RGB", (2, 2))
 
 
 def test_a_logger_with_log_image_is_used(logger):
     """As `WandbLogger.log_image(key, images, step)`."""
-    logger.log_image = (taker := Pictures()).log_image
-    assert log_picture(logger, "samples", PICTURE, 7)
-    assert taker.calls == [((), {"key": "samples", "images": [PICTURE], "step": 7})]
+    logger.log_image = (taker := ImageClient()).log_image
+    assert log_image(logger, "samples", IMAGE, 7)
+    assert taker.calls == [((), {"key": "samples", "images": [IMAGE], "step": 7})]
 
 
 def test_an_mlflow_client_is_used(logger, monkeypatch):
     """As `MlflowClient.log_image(run_id, image, key=, step=)`."""
-    monkeypatch.setattr(type(logger), "experiment", taker := Pictures())
+    monkeypatch.setattr(type(logger), "experiment", taker := ImageClient())
     logger.run_id = "run"
-    assert log_picture(logger, "samples", PICTURE, 7)
-    assert taker.calls == [(("run", PICTURE), {"key": "samples", "step": 7})]
+    assert log_image(logger, "samples", IMAGE, 7)
+    assert taker.calls == [(("run", IMAGE), {"key": "samples", "step": 7})]
 
 
 def test_a_comet_experiment_is_used(logger, monkeypatch):
     """As `Experiment.log_image(image_data, name=, step=)`."""
-    monkeypatch.setattr(type(logger), "experiment", taker := Pictures())
-    assert log_picture(logger, "samples", PICTURE, 7)
-    assert taker.calls == [((PICTURE,), {"name": "samples", "step": 7})]
+    monkeypatch.setattr(type(logger), "experiment", taker := ImageClient())
+    assert log_image(logger, "samples", IMAGE, 7)
+    assert taker.calls == [((IMAGE,), {"name": "samples", "step": 7})]
 
 
-def test_pictures_that_no_logger_accepts_are_warned_about_once(make_module, make_trainer, data, logger):
+def test_images_that_no_logger_accepts_give_one_warning(make_module, make_trainer, data, logger):
     callback = SampleLogger(every_n_steps=1, prompts=["a cat"], to_files=False)
-    with pytest.warns(UserWarning, match="images are not kept") as caught:
+    with pytest.warns(UserWarning, match="images are not saved") as caught:
         make_trainer(callback, logger=logger).fit(make_module(), data)
-    assert sum("are not kept" in str(warning.message) for warning in caught) == 1
+    assert sum("are not saved" in str(warning.message) for warning in caught) == 1
 
 
-def test_a_logger_that_accepts_no_pictures_is_named_with_the_folder_of_the_files(
+def test_logger_that_accepts_no_images_is_named_with_the_folder(
     make_module, make_trainer, data, logger, caplog, tmp_path
 ):
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
@@ -187,20 +187,20 @@ def test_a_logger_that_accepts_no_pictures_is_named_with_the_folder_of_the_files
     assert lines == [f"SampleLogger: RecordingLogger accepts no images; they are in {tmp_path / 'samples'}"]
 
 
-def test_small_images_grow_by_whole_factors():
+def test_small_images_are_enlarged_by_integer_factors():
     image = torch.rand(3, 5, 7)
-    assert to_picture(image, 16).size == (28, 20)
-    assert to_picture(image, 5).size == (7, 5)
-    grown = np.asarray(to_picture(image, 16))
-    assert np.array_equal(grown[::4, ::4], np.asarray(to_picture(image, 5)))
+    assert to_pil_image(image, 16).size == (28, 20)
+    assert to_pil_image(image, 5).size == (7, 5)
+    grown = np.asarray(to_pil_image(image, 16))
+    assert np.array_equal(grown[::4, ::4], np.asarray(to_pil_image(image, 5)))
 
 
 def test_out_of_range_pixels_are_clamped():
-    assert to_picture(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1), 1).getpixel((0, 0)) == (0, 128, 255)
+    assert to_pil_image(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1), 1).getpixel((0, 0)) == (0, 128, 255)
 
 
 def test_every_panel_has_its_prompt_and_captions():
-    """Ink above the pictures and below each; a long prompt is cut to its panel."""
+    """There is text above the images and below each; a long prompt is truncated to the width of its panel."""
     images = {label: torch.ones(3, 3, 8, 8) for label in ("base", "tuned")}
     scores = {label: torch.tensor([0.5, -0.25, 1.0]) for label in images}
     prompts = ["a cat", "word " * 100, "a bird"]
@@ -220,8 +220,8 @@ def test_every_panel_has_its_prompt_and_captions():
     assert panels[3][10:, 10:].min() == 255
 
 
-def test_accents_and_other_alphabets_are_drawn():
-    """A missing letter would be the same box for all of them."""
+def test_accents_and_other_alphabets_are_rendered():
+    """Missing characters would all be rendered as the same box."""
     image = {"base": torch.ones(1, 3, 8, 8)}
     drawn = {
         comparison([text], image, {"base": torch.zeros(1)}, min_size=64).tobytes() for text in "\u00fc\u03c9\u0436"
@@ -230,6 +230,6 @@ def test_accents_and_other_alphabets_are_drawn():
 
 
 @pytest.mark.parametrize("option", ["every_n_steps", "max_samples", "min_size", "per_row", "batch_size"])
-def test_arguments_are_checked(option):
+def test_invalid_arguments_are_rejected(option):
     with pytest.raises(ConfigurationError, match=f"{option}=0 must be at least 1"):
         SampleLogger(**{option: 0})

@@ -1,4 +1,4 @@
-"""Draw images with captions in a grid, and log them with Lightning's loggers."""
+"""Image grids with captions, and logging of images with Lightning's loggers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _PAPER = (255, 255, 255)
 _SHADE = (240, 240, 240)
 
 
-def to_picture(image: Tensor, min_size: int = 128) -> Image.Image:
-    """Convert a tensor `(3, H, W)` in [0, 1] to a PIL image; a small one is enlarged by a whole factor.
+def to_pil_image(image: Tensor, min_size: int = 128) -> Image.Image:
+    """Convert a tensor `(3, H, W)` in [0, 1] to a PIL image; small images are enlarged by an integer factor.
 
     Args:
         image: Values outside [0, 1] are clamped.
-        min_size: The shorter side is at least this long, in pixels.
+        min_size: Least length of the shorter side, in pixels.
     """
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
-    factor = -(-min_size // min(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    pil_image = Image.fromarray(pixels)
+    factor = -(-min_size // min(pil_image.size))
+    return pil_image.resize((pil_image.width * factor, pil_image.height * factor), Image.Resampling.NEAREST)
 
 
 def comparison(
@@ -45,20 +45,20 @@ def comparison(
     per_row: int = 4,
     title: str = "",
 ) -> Image.Image:
-    """Draw a panel for each prompt: the prompt, its images side by side, and label and score under each.
+    """Return a grid with a panel for each prompt: the prompt, its images side by side, and label and score under each.
 
     Args:
         prompts: `N` prompts.
         images: By label (such as `base` and `tuned`), `(N, 3, H, W)` each, in [0, 1].
-        scores: By label, `(N,)` each; without them only the labels are drawn.
-        min_size: The shorter side of a picture is at least this long, in pixels.
+        scores: By label, `(N,)` each; by default only the labels are shown.
+        min_size: Least length of the shorter side of an image in the grid, in pixels.
         per_row: Panels in a row.
         title: A line above all panels.
     """
     panels = [
         _panel(
             prompt,
-            [to_picture(batch[i], min_size) for batch in images.values()],
+            [to_pil_image(batch[i], min_size) for batch in images.values()],
             [label if scores is None else f"{label}  {float(scores[label][i]):.4g}" for label in images],
         )
         for i, prompt in enumerate(prompts)
@@ -74,58 +74,58 @@ def comparison(
     return grid
 
 
-def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> bool:
-    """Give a picture to a logger through its documented interface.
+def log_image(logger: Logger, key: str, image: Image.Image, step: int) -> bool:
+    """Log an image with a logger through its documented interface.
 
     Supported are TensorBoard (`experiment.add_image`), Weights & Biases and other loggers with a method `log_image`,
     MLflow (`experiment.log_image` with a run id) and Comet (`experiment.log_image`).
 
     Args:
         logger: Any Lightning logger.
-        key: The name of the picture in the logger.
-        picture: The picture.
+        key: Name of the image in the logger.
+        image: The image.
         step: Number of finished optimization steps.
 
     Returns:
-        Whether the logger accepts pictures.
+        Whether the logger accepts images.
     """
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):
-        logger.log_image(key=key, images=[picture], step=step)
+        logger.log_image(key=key, images=[image], step=step)
     elif hasattr(experiment, "add_image"):
-        experiment.add_image(key, np.asarray(picture), step, dataformats="HWC")
+        experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
     elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
-        experiment.log_image(logger.run_id, picture, key=key, step=step)
+        experiment.log_image(logger.run_id, image, key=key, step=step)
     elif hasattr(experiment, "log_image"):
-        experiment.log_image(picture, name=key, step=step)
+        experiment.log_image(image, name=key, step=step)
     else:
         return False
     return True
 
 
-def _panel(prompt: str, pictures: list[Image.Image], captions: list[str]) -> Image.Image:
-    width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) + 1)
-    height = pictures[0].height + 2 * _LINE + 2 * _GAP
+def _panel(prompt: str, images: list[Image.Image], captions: list[str]) -> Image.Image:
+    width = sum(image.width for image in images) + _GAP * (len(images) + 1)
+    height = images[0].height + 2 * _LINE + 2 * _GAP
     panel = Image.new("RGB", (width, height), _SHADE)
-    draw = ImageDraw.Draw(panel)
-    _write(draw, (_GAP, _GAP // 2), prompt, width - 2 * _GAP)
+    canvas = ImageDraw.Draw(panel)
+    _write(canvas, (_GAP, _GAP // 2), prompt, width - 2 * _GAP)
     left = _GAP
-    for picture, caption in zip(pictures, captions, strict=True):
-        panel.paste(picture, (left, _GAP + _LINE))
-        _write(draw, (left, _GAP + _LINE + picture.height + _GAP // 2), caption, picture.width)
-        left += picture.width + _GAP
+    for image, caption in zip(images, captions, strict=True):
+        panel.paste(image, (left, _GAP + _LINE))
+        _write(canvas, (left, _GAP + _LINE + image.height + _GAP // 2), caption, image.width)
+        left += image.width + _GAP
     return panel
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """Draw one line of text, shortened to `width` pixels."""
+def _write(canvas: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
+    """Write one line of text, shortened to `width` pixels."""
     font = _font()
-    draw.text(place, _shorten(text, font, width), fill=_INK, font=font)
+    canvas.text(place, _shorten(text, font, width), fill=_INK, font=font)
 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """The font in matplotlib: Pillow's own has no accents, Greek or Cyrillic."""
+    """Return matplotlib's font, because Pillow's has no accents, Greek or Cyrillic."""
     import matplotlib
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)

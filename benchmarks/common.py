@@ -18,6 +18,20 @@ from lightning_draft.assets import FOLDER
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "unet": {
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        "vae": {"block_out_channels": (8, 8), "norm_num_groups": 4},
+        "text": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    },
     "small": {
         "unet": {
             "sample_size": 32,
@@ -37,7 +51,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "text": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     },
 }
-"""Architectures with random weights: one for two cores, and that of Stable Diffusion 1.5."""
+"""Architectures with random weights: one for tests, one for two cores, and that of Stable Diffusion 1.5."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> None:
@@ -60,8 +74,18 @@ def open_model(arguments: argparse.Namespace, **options: Any) -> StableDiffusion
     if arguments.model not in SIZES:
         return StableDiffusion(arguments.model, lora=lora, **options)
     with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), **SIZES[arguments.model])
+        write_pipeline(Path(folder), arguments.model)
         return StableDiffusion(folder, lora=lora, **options)
+
+
+def write_pipeline(folder: Path, size: str) -> None:
+    """Write a Stable Diffusion pipeline with random weights to a folder.
+
+    Args:
+        folder: The folder.
+        size: One of `SIZES`.
+    """
+    _write(folder, **SIZES[size])
 
 
 def _write(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -13,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-_PATIENCE = 45.0  # seconds
+PATIENCE_S = 45.0
 
 
 class Interruption:
@@ -21,20 +23,24 @@ class Interruption:
 
     With one process, Ctrl-C takes effect at once, except between `hold` and `release`: then `release` raises it. With
     several processes, Ctrl-C and SIGTERM to any process take effect in `agree`, in all processes at the same step,
-    because the others would wait forever for a process that stops alone. A second signal, or 45 seconds without
-    `agree`, ends the process at once.
+    because the others would wait forever for a process that stops alone. A second signal, or `patience` seconds without
+    `agree`, ends the process at once, also while it waits for another process.
+
+    Args:
+        patience: In seconds.
 
     Attributes:
         agreed: Whether all processes have agreed to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = PATIENCE_S) -> None:
+        self.patience = patience
         self.agreed = False
         self._held = False
         self._several = False
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
-        self._timer: threading.Timer | None = None
+        self._deadline = Deadline(patience)
 
     def install(self, trainer: L.Trainer) -> None:
         """Install the signal handlers, which is possible only in the main thread."""
@@ -48,10 +54,16 @@ class Interruption:
             if before not in (signal.SIG_IGN, self._handle):
                 self._previous[number] = before
                 signal.signal(number, self._handle)
+        if signal.SIGTERM in self._previous:
+            # Lightning's own handler waits for the other processes, wherever they are.
+            originals = trainer._signal_connector._original_handlers
+            self._previous[signal.SIGTERM] = originals.get(signal.SIGTERM, signal.SIG_DFL)
+        if self._several:
+            self._deadline.start(tuple(self._previous))
 
     def uninstall(self) -> None:
-        """Restore the previous handlers."""
-        self._cancel()
+        """Restore the previous handlers; in several processes, not Lightning's for SIGTERM."""
+        self._deadline.stop()
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
@@ -79,15 +91,10 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None or not (self._held or self._several):
-            self._cancel()
             self._interrupt(number, frame)
             return
         self._received = number
         rank_zero_info("Stopping at the end of this optimization step; press Ctrl-C again to stop at once.")
-        if self._several:
-            self._timer = threading.Timer(_PATIENCE, signal.raise_signal, [number])
-            self._timer.daemon = True
-            self._timer.start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         previous: Callable[[int, FrameType | None], Any] | int | None = self._previous.get(number)
@@ -96,11 +103,53 @@ class Interruption:
         self._raise(number)
 
     def _raise(self, number: int) -> None:
-        self._cancel()
+        self._deadline.stop()
         self._received = None
         raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
 
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+
+class Deadline:
+    """End this process a while after a signal, unless `stop` is called before.
+
+    A thread does it: a Python handler does not run while the main thread waits for another process in C++ code.
+
+    Args:
+        seconds: Between the signal and the end.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._stopped = threading.Event()
+        self._wakeup: int | None = None  # where the interpreter writes the numbers of signals as they arrive
+        self._previous = -1
+
+    def start(self, signals: tuple[int, ...]) -> None:
+        """Wait for these signals from now on; call it in the main thread."""
+        self.stop()
+        reading, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, args=(reading, signals, self._stopped), daemon=True).start()
+
+    def stop(self) -> None:
+        """Wait no longer."""
+        self._stopped.set()
+        if self._wakeup is not None:
+            if threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(self._previous)
+            os.close(self._wakeup)
+            self._wakeup = None
+
+    def _watch(self, reading: int, signals: tuple[int, ...], stopped: threading.Event) -> None:
+        with os.fdopen(reading, "rb", buffering=0) as numbers:
+            number = next((each[0] for each in iter(lambda: numbers.read(1), b"") if each[0] in signals), None)
+        if number is None or stopped.wait(self.seconds):
+            return
+        name = signal.Signals(number).name
+        print(
+            f"the processes did not stop together within {self.seconds:g} s after {name}; exiting",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + number)

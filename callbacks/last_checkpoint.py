@@ -21,7 +21,16 @@ from lightning_draft.callbacks.checkpoint_io import AtomicCheckpointIO, recover_
 from lightning_draft.callbacks.common import run_folder
 from lightning_draft.callbacks.ema import restore_trained
 from lightning_draft.callbacks.interruption import Interruption
-from lightning_draft.callbacks.position import hold_validation, next_epoch, raise_limits, set_limits, validation_is_due
+from lightning_draft.callbacks.logged_values import StepLog, save_loggers
+from lightning_draft.callbacks.position import (
+    get_position,
+    hold_validation,
+    next_epoch,
+    raise_limits,
+    set_limits,
+    validation_is_due,
+)
+from lightning_draft.callbacks.step_state import callback_states
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.files import remove_partial_files
 from lightning_draft.parameter_gradients import gradient_scaler
@@ -39,6 +48,8 @@ class _FinishedStep:
         validation_due: Whether the validation of this step has not been run yet.
         metrics: The Trainer's `callback_metrics`.
         loss: The loss of the step's last batch.
+        log: What the loggers get of this step.
+        callbacks: States of the callbacks before the validation of this step, while that is due.
     """
 
     step: int
@@ -46,6 +57,8 @@ class _FinishedStep:
     validation_due: bool
     metrics: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
+    log: StepLog = field(default_factory=StepLog)
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def epoch(self) -> int:
@@ -121,10 +134,11 @@ class LastCheckpoint(Checkpoint):
             metrics = {name: torch.tensor(value) for name, value in loaded["metrics"].items()}
             trainer.callback_metrics.update(metrics)
             due = loaded["validation_due"] and trainer.enable_validation
-            self._finished = _FinishedStep(trainer.global_step, loaded["position"], due, metrics)
+            log = StepLog(*loaded["log"])
+            log.repeat(trainer)
+            self._finished = _FinishedStep(trainer.global_step, loaded["position"], due, metrics, log=log)
             if due:
                 hold_validation(trainer, self._finished.epoch)
-        self._interruption.install(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop at the end of this step if a process received a signal."""
@@ -143,10 +157,11 @@ class LastCheckpoint(Checkpoint):
             loss = outputs.get("loss") if isinstance(outputs, dict) else None
             self._finished = _FinishedStep(
                 trainer.global_step,
-                deepcopy(trainer.fit_loop.state_dict()),
+                get_position(trainer),
                 validation_is_due(trainer),
                 _metrics(trainer),
                 loss,
+                StepLog.current(trainer),
             )
         self._updating = False
         if trainer.global_step % self.every_n_steps == 0:
@@ -158,10 +173,16 @@ class LastCheckpoint(Checkpoint):
         finished = self._finished
         if trainer.state.fn != "fit" or finished is None or finished.step != trainer.global_step:
             return
-        self._finished = replace(finished, validation_due=False, metrics=_metrics(trainer))
+        self._finished = replace(finished, validation_due=False, metrics=_metrics(trainer), callbacks={})
         if finished.validation_due and self._saved == trainer.global_step:
             self._saved = -1
             self.save(trainer)
+
+    def keep_callback_states(self, trainer: L.Trainer) -> None:
+        """Keep the states before a validation; when that is interrupted, some callbacks have seen it and some not."""
+        finished = self._finished
+        if trainer.state.fn == "fit" and finished is not None and finished.step == trainer.global_step:
+            self._finished = replace(finished, callbacks=callback_states(trainer, self))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the state at the end of training."""
@@ -170,17 +191,20 @@ class LastCheckpoint(Checkpoint):
         self._saved = -1
         self.save(trainer)
 
-    def restore_limits(self, trainer: L.Trainer) -> None:
-        """Restore `max_steps` and `max_epochs`, which were raised so that Lightning starts and ends training again.
+    def begin(self, trainer: L.Trainer) -> None:
+        """Install the signal handlers, and restore `max_steps` and `max_epochs`.
 
-        A run that was interrupted after its last step must still validate, sample and write its files.
+        The limits were raised so that Lightning starts and ends training again: a run that was interrupted after its
+        last step must still validate, sample and write its files.
         """
         if self._limits is not None:
             set_limits(trainer, *self._limits)
         self._limits = None
+        self._interruption.install(trainer)
 
     def save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
         """Save the last finished step when training is interrupted, if no other process is needed for it."""
+        self._interruption.uninstall()
         unfinished = self._updating or self._finished is None or self._finished.step != trainer.global_step
         alone = trainer.world_size == 1 or self._interruption.agreed
         if unfinished or not alone or isinstance(exception, DivergenceError):
@@ -200,6 +224,7 @@ class LastCheckpoint(Checkpoint):
             "step": finished.step,
             "validation_due": finished.validation_due,
             "metrics": metrics,
+            "log": finished.log.state(),
             "ended": self._ended,
         }
 
@@ -212,6 +237,7 @@ class LastCheckpoint(Checkpoint):
         if not self._saving or self._finished is None:
             checkpoint["callbacks"].pop(self.state_key, None)
         else:
+            checkpoint["callbacks"].update(self._finished.callbacks)
             checkpoint["loops"]["fit_loop"] = self._finished.position
             checkpoint["epoch"] = self._finished.epoch
 
@@ -238,6 +264,7 @@ class LastCheckpoint(Checkpoint):
             return
         self._saving = True
         try:
+            save_loggers(trainer)
             write_checkpoint(trainer, self._path)
         finally:
             self._saving = False
@@ -251,8 +278,12 @@ class _SaveFirst(Callback):
         self.checkpoint = checkpoint
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the limits of training."""
-        self.checkpoint.restore_limits(trainer)
+        """Begin, before other callbacks evaluate the base model."""
+        self.checkpoint.begin(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the callbacks' states."""
+        self.checkpoint.keep_callback_states(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save a checkpoint with the trained parameters instead of their average."""

@@ -140,18 +140,21 @@ class LoRAExport(Callback):
             pl_module: Its module.
             validated: Whether the current metrics are those of a validation of these adapters.
         """
-        module = reward_module(pl_module, self)
-        self._last_step = trainer.global_step
+        module, step = reward_module(pl_module, self), trainer.global_step
         with averaged(trainer, module):
             values = gather_full(module)
             if not all(bool(value.isfinite().all()) for value in values.values()):
-                rank_zero_warn(f"the adapters are not finite at step {trainer.global_step}: they are not exported")
+                rank_zero_warn(f"the adapters are not finite at step {step}: they are not exported")
+                self._last_step = step
                 return
-            best = validated and self._is_best(trainer)
+            score = self._better_score(trainer) if validated else None
             if trainer.is_global_zero:
                 metadata = header(trainer, module, validated)
-                for path in [self.last_path, self.best_path][: 1 + best]:
+                for path in [self.last_path] if score is None else [self.last_path, self.best_path]:
                     write(trainer, module, path, metadata, values)
+        self._last_step = step  # only now: an export that failed or was interrupted is repeated
+        if score is not None:
+            self.best_score, self.best_step = score, step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score, the steps of both files, and their folder."""
@@ -171,8 +174,8 @@ class LoRAExport(Callback):
             self.best_score = state_dict["best_score"]
             self.best_step = state_dict["best_step"]
 
-    def _is_best(self, trainer: L.Trainer) -> bool:
-        """Compare with the best score so far, and store the better one."""
+    def _better_score(self, trainer: L.Trainer) -> float | None:
+        """Return the score of this validation if it is better than the best so far."""
         value = trainer.callback_metrics.get(str(self.best_metric))
         if value is None:
             known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
@@ -182,9 +185,8 @@ class LoRAExport(Callback):
             )
         score, sign = float(value), -1 if self.mode == "min" else 1
         if not math.isfinite(score) or (self.best_score is not None and sign * (score - self.best_score) <= 0):
-            return False
-        self.best_score, self.best_step = score, trainer.global_step
-        return True
+            return None
+        return score
 
     def _path(self, name: str) -> Path:
         if self._folder is None:

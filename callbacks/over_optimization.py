@@ -171,11 +171,11 @@ class OverOptimizationGuard(Callback):
             evaluation = self.evaluator.evaluate(trainer, module)
             violation = self._compare(step, evaluation)
             if violation is None and self._is_best(evaluation.reward):
-                self.best_reward, self.best_step = evaluation.reward, step
                 values = gather_full(module)
                 if trainer.is_global_zero:
                     metadata = {**header(trainer, module), "guard": json.dumps(evaluation.metrics())}
                     write(trainer, module, self.best_path, metadata, values)
+                self.best_reward, self.best_step = evaluation.reward, step
         self._consecutive_violations = 0 if violation is None else self._consecutive_violations + 1
         if violation is not None and self._consecutive_violations >= self.patience:
             self._act(trainer, violation)

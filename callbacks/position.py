@@ -14,6 +14,19 @@ def validation_is_due(trainer: L.Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def get_position(trainer: L.Trainer) -> dict[str, Any]:
+    """Return a copy of the training loop's state, without counts of validation batches.
+
+    Lightning needs these only to continue an interrupted validation, which is repeated as a whole.
+    """
+    position = deepcopy(trainer.fit_loop.state_dict())
+    progress = position["epoch_loop.val_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    for counts in (progress["total"], progress["current"]):
+        counts.update(dict.fromkeys(counts, 0))
+    return position
+
+
 def set_limits(trainer: L.Trainer, max_steps: int, max_epochs: int | None) -> None:
     """Set the number of optimization steps and epochs of training."""
     trainer.fit_loop.epoch_loop.max_steps = max_steps
@@ -21,12 +34,19 @@ def set_limits(trainer: L.Trainer, max_steps: int, max_epochs: int | None) -> No
 
 
 def hold_validation(trainer: L.Trainer, epoch: int) -> None:
-    """Run the validation that Lightning runs after a training step of `epoch`, which may be the previous epoch."""
-    progress = trainer.fit_loop.epoch_progress.current
+    """Run the validation that Lightning runs after a training step of `epoch`, which may be the previous epoch.
+
+    Lightning itself counts the validation of the step that it resumes from, so its batches are not counted here.
+    """
+    progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
     current, progress.completed = progress.completed, epoch
+    counted = loop.batch_progress.state_dict()
+    restarting, loop.restarting = loop.restarting, False  # else the batches of the last validation are left out
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
+    loop.run()
     trainer.training = True
+    loop.restarting = restarting
+    loop.batch_progress.load_state_dict(counted)
     progress.completed = current
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from torch.utils._pytree import tree_map
 
 
 class StepState(Callback):
@@ -55,3 +56,10 @@ class StepState(Callback):
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the content of `state_dict` from this process's `own_state`; all processes call it together."""
         return state
+
+
+def callback_states(trainer: L.Trainer, left_out: Callback) -> dict[str, Any]:
+    """Return what a checkpoint holds of the callbacks, by key; tensors are not copied."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    states = {each.state_key: each.state_dict() for each in callbacks if each is not left_out}
+    return {key: tree_map(lambda leaf: leaf, state) for key, state in states.items() if state}

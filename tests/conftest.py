@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs in the background ignore it
 
 WIDTH = 16
 TOKENS = 12

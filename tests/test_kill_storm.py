@@ -1,0 +1,31 @@
+"""A short kill storm; `python -m benchmarks.kill_storm --kills 200` is a long one."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.kill_storm import storm
+from benchmarks.run_differences import differences
+
+
+def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    outcome = storm(tmp_path, kills=6, seed=3)
+    assert outcome.faults == []
+    assert outcome.kills.total() == 6
+
+
+def test_a_difference_in_any_file_is_found(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder, value in ((ours, 1.0), (theirs, 1.0 + 2**-23)):
+        folder.mkdir()
+        save_file({"weight": torch.tensor([value])}, folder / "last.safetensors")
+        torch.save({"state": [torch.tensor(value)], "seconds": value, "epoch": 3}, folder / "last.ckpt")
+        (folder / "same.png").write_bytes(b"image")
+    (ours / ".last.17.partial.ckpt").touch()
+    assert differences(ours, theirs) == [
+        ".last.17.partial.ckpt should not be there",
+        "last.ckpt[state][0]",
+        "last.safetensors[weight]",
+    ]
+    assert differences(theirs, theirs) == []

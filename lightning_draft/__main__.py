@@ -15,7 +15,7 @@ from lightning_draft.errors import ConfigurationError, DivergenceError
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 is success, 1 a fault in training, 2 invalid input, 130 Ctrl-C and 143 a termination signal.
+    The status is 0 for success, 1 for an error in training, 2 for invalid input, 130 for Ctrl-C and 143 for SIGTERM.
 
     Args:
         args: The arguments after the command's name; by default those of the process.

@@ -1,7 +1,7 @@
 """Advantages: how much better than expected the rewards of a rollout are.
 
-Rewards are `(N,)`, and each `group` in a row are of samples of one prompt. In a distributed run an estimator receives
-the rewards of all processes, in the same order on each, so that its state is the same on each.
+Rewards are `(N,)`; each `group` consecutive rewards belong to samples of the same prompt. In a distributed run an
+estimator receives the rewards of all processes, in the same order on each, so that its state is the same on each.
 
 References:
     Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301 (per-prompt statistics).
@@ -26,7 +26,7 @@ class AdvantageEstimator(ABC):
     """Compute advantages from rewards.
 
     Attributes:
-        min_group: The least number of samples per prompt.
+        min_group: Smallest valid number of samples per prompt.
     """
 
     min_group: int = 1
@@ -39,22 +39,22 @@ class AdvantageEstimator(ABC):
         Args:
             rewards: `(N,)`.
             prompts: `N` prompts, one per sample.
-            group: How many samples in a row share a prompt.
+            group: Number of consecutive samples with the same prompt.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state in plain types, which later rewards do not change."""
+        """Return a copy of the state as plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (most have no state)
-        """Continue from a saved state."""
+        """Restore a saved state."""
 
     def mark(self) -> None:
-        """Note the state before an optimizer step, to which a checkpoint of an interrupted step returns."""
+        """Mark the state before an optimizer step; a checkpoint of an interrupted step saves this state."""
         self._marked = self.state_dict()
 
     def marked_state(self) -> dict[str, Any]:
-        """Return what `state_dict` was when `mark` was last called."""
+        """Return the state dict at the last call of `mark`."""
         return dict(self._marked)
 
 
@@ -62,7 +62,7 @@ class GroupRelative(AdvantageEstimator):
     """`A_i = r_i - mean(r)` over the samples of the prompt, or `A_i = (r_i - mean(r)) / (std(r) + epsilon)` (GRPO).
 
     Args:
-        divide_by_std: Divide by the standard deviation of the population.
+        divide_by_std: Divide by the (population) standard deviation of the prompt's rewards.
         epsilon: Positive; avoids a division by 0 in groups of equal rewards.
     """
 
@@ -86,26 +86,26 @@ class LeaveOneOut(AdvantageEstimator):
     min_group = 2
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
-        """Compute `K / (K - 1) (r - mean)`, which is equal."""
+        """Compute the equal expression `K / (K - 1) (r - mean)`."""
         return (group / (group - 1) * _centered(rewards, group)).flatten()
 
 
 class PerPromptStatistics(AdvantageEstimator):
-    """`A_i = (r_i - mean) / (std + 1e-6)`, by the last rewards of the prompt (DDPO).
+    """`A_i = (r_i - mean) / (std + 1e-6)`, with mean and std of the last rewards of the prompt (DDPO).
 
-    The statistics are those of the prompt's last `buffer_size` rewards, these ones included. A prompt with fewer than
-    `min_count` takes the mean and standard deviation of the whole rollout instead.
+    The statistics are those of the prompt's last `buffer_size` rewards, including the current ones. For a prompt with
+    fewer than `min_count` rewards, the mean and standard deviation of the whole rollout are used instead.
 
     Args:
-        buffer_size: How many rewards of each prompt are kept.
-        min_count: From how many on they are used, in `2..buffer_size`.
+        buffer_size: Number of rewards that are stored for each prompt.
+        min_count: Number of stored rewards that are needed to use them, in `2..buffer_size`.
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
         self.buffer_size = at_least("buffer_size", buffer_size, 2)
         self.min_count = in_range("min_count", min_count, 2, buffer_size)
         self._rewards: dict[str, Rewards] = {}
-        self._before_mark: dict[str, Rewards] = {}  # of the prompts that changed since the mark; empty for new ones
+        self._before_mark: dict[str, Rewards] = {}  # arrays that have changed since the mark
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
         """Store the rewards, then standardize them."""
@@ -119,16 +119,16 @@ class PerPromptStatistics(AdvantageEstimator):
         return (rewards - mean) / (std + 1e-6)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `seen`: the kept rewards of each prompt."""
+        """Return `seen`: the stored rewards of each prompt."""
         return {"seen": {prompt: list(rewards) for prompt, rewards in self._rewards.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the kept rewards; the state of another estimator has none."""
+        """Restore the stored rewards; the state of another estimator has none."""
         self._rewards = {prompt: array("f", rewards) for prompt, rewards in state.get("seen", {}).items()}
         self.mark()
 
     def mark(self) -> None:
-        """Note the state in constant time: what changes from now on is kept as it was before."""
+        """Mark the state in constant time: old values are stored only when they change."""
         self._before_mark = {}
 
     def marked_state(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class PerPromptStatistics(AdvantageEstimator):
         return {"seen": {prompt: list(rewards) for prompt, rewards in then.items() if len(rewards)}}
 
     def _append(self, prompt: str, reward: float) -> None:
-        """Add a reward to a new array, as an old one may be in use as the state at the mark."""
+        """Add a reward in a new array, because the old array may be part of the state at the mark."""
         rewards = self._rewards.get(prompt, ())
         self._before_mark.setdefault(prompt, rewards)
         self._rewards[prompt] = array("f", [*rewards, reward][-self.buffer_size :])

@@ -18,12 +18,12 @@ def at_least(name: str, value: Number, minimum: Number, hint: str = "") -> Numbe
 
     Args:
         name: The option as the user writes it.
-        value: What was given; NaN is refused.
-        minimum: The least valid value.
+        value: The given value; NaN is rejected.
+        minimum: Smallest valid value.
         hint: What to write instead; by default `write {minimum} or more`.
 
     Raises:
-        ConfigurationError: `value` is not a number, or too small.
+        ConfigurationError: `value` is not a number, or is too small.
     """
     if not _is_number(value) or not value >= minimum:
         raise ConfigurationError(f"{name}={value!r} must be at least {minimum}; {hint or f'write {minimum} or more'}")
@@ -34,7 +34,7 @@ def positive(name: str, value: float, hint: str = "") -> float:
     """Return `value` if it is finite and greater than 0.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It is not a positive number.
     """
     if not _is_number(value) or not 0 < value < math.inf:
         raise ConfigurationError(
@@ -47,7 +47,7 @@ def in_range(name: str, value: Number, low: Number, high: Number, hint: str = ""
     """Return `value` if `low <= value <= high`.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It is outside this range.
     """
     if not _is_number(value) or not low <= value <= high:
         raise ConfigurationError(
@@ -60,7 +60,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`.
 
     Raises:
-        ConfigurationError: It is not; the message suggests the most similar choice.
+        ConfigurationError: `value` is another; the message suggests the most similar choice.
     """
     known = list(choices)
     if value not in known:
@@ -74,7 +74,7 @@ def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
     """Return the prompts as a list if they are a non-empty sequence of strings.
 
     Raises:
-        ConfigurationError: A single string, or anything that is not a sequence of strings.
+        ConfigurationError: `prompts` is a single string, or not a non-empty sequence of strings.
     """
     if isinstance(prompts, str):
         raise ConfigurationError(f"{name}={prompts!r} is one string; write a list of strings, such as [{prompts!r}]")

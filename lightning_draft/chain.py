@@ -13,7 +13,7 @@ from lightning_draft.models.base import Conditioning, DiffusionModel
 from lightning_draft.samplers import Grid, Sampler, Transition
 
 Probe = Callable[[int, Tensor], None]
-"""Called with (step, latent) for every latent that a step returns and that requires a gradient."""
+"""Called with (step, latent) for every latent that a step returns with a graph."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class State:
     Attributes:
         x: The latent, `(B, ...)`.
         step: Number of steps taken: 0 at the start, `num_steps` at the end.
-        solver_state: What the sampler returned at the previous step; `None` for single-step samplers.
+        solver_state: Solver state that the sampler returned at the previous step; `None` for single-step samplers.
     """
 
     x: Tensor
@@ -33,12 +33,12 @@ class State:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Activations that the backward pass recomputes instead of keeping them in memory. No option changes a gradient.
+    """Activations that the backward pass recomputes instead of storing them. No option changes a gradient.
 
     Args:
-        steps: Recompute the network call of each step: one step's activations are kept at a time.
-        blocks: Recompute each block of the network: one block's activations are kept at a time.
-        micro_batch_size: Run steps with gradient on slices of this many samples and recompute each slice on its own;
+        steps: Recompute the network call of each step, so that the activations of one step are stored at a time.
+        blocks: Recompute each block of the network, so that the activations of one block are stored at a time.
+        micro_batch_size: Run steps with gradient on slices of this many samples and recompute each slice separately;
             `None` for the whole batch.
 
     Raises:
@@ -60,12 +60,12 @@ class Recompute:
 
 
 class PredictionDrift:
-    """Accumulates how far the noise prediction is from the base model's, over the steps with gradient.
+    """Accumulate the distance of the noise prediction from the base model's over the steps with gradient.
 
         drift = mean over steps of mean (eps_theta - eps_base)^2
 
-    `eps_base` is a constant, as in NeMo-Aligner's code: the gradient flows through `eps_theta` alone. Each step with
-    gradient costs one more network call. Where the gradient of a step is scaled, so is that of its drift.
+    `eps_base` is a constant, as in NeMo-Aligner's code: the gradient flows only through `eps_theta`. Each step with
+    gradient costs one more network call. If the gradient of a step is scaled, the gradient of its drift is scaled too.
 
     References:
         Clark et al., arXiv:2309.17400 (DRaFT+, as NVIDIA's NeMo-Aligner implements it).
@@ -76,7 +76,7 @@ class PredictionDrift:
 
     @property
     def mean(self) -> Tensor | None:
-        """The mean over steps and samples, scalar with a graph; `None` before the first step with gradient."""
+        """The mean over steps and samples, a scalar with a graph; `None` before the first step with gradient."""
         return torch.stack(self._steps).mean() if self._steps else None
 
     def add(self, drifts: Tensor) -> None:
@@ -87,14 +87,14 @@ class PredictionDrift:
         """Return `(eps_theta - eps_base)^2` averaged over each latent, `(B,)`.
 
         Args:
-            model: The model, which is run once more with its adapters off.
+            model: The model, which is called once more without its adapters.
             x: The latent at time `t`, `(B, ...)`.
             x0: The model's estimate of the clean latent.
             t: Time in the schedule's units.
-            conditioning: Of the same samples.
+            conditioning: Conditioning of the samples.
         """
         alpha, sigma = model.schedule.coefficients(t)
-        # With the network's output detached, but not the conversion to x_0, the latent cancels out of the difference.
+        # If only the network's output is detached, and not the conversion to x_0, the latent cancels out.
         with model.base():
             base = model.denoise(x, t, conditioning, output_gain=0.0)
         return (alpha / sigma * (x0 - base)).square().flatten(1).mean(1)
@@ -104,16 +104,16 @@ class PredictionDrift:
 class SamplingChain:
     """Sampling from noise to image latents, with control over where gradient flows.
 
-    A chain holds no position: `advance` and `leap` take a `State` and return the next one.
+    A chain stores no position: `advance` and `leap` take a `State` and return the next one.
 
     Args:
-        model: Predicts `x_0`; owns the schedule.
-        sampler: Arithmetic of a step, and the time grid.
+        model: The model that predicts `x_0`, with its schedule.
+        sampler: The sampler, which computes a step and the time grid.
         conditioning: Conditioning of the whole batch.
-        recompute: What the backward pass computes again.
-        generator: Source of the truncation's random choices; every process must hold the same.
-        drift: Where steps with gradient add their distance from the base model.
-        probes: Called with every latent that a step returns and that requires a gradient.
+        recompute: Activations that the backward pass recomputes.
+        generator: Generator of the truncation's random choices; its state must be the same on every process.
+        drift: Accumulates the distance from the base model over the steps with gradient.
+        probes: Called with every latent that a step returns with a graph.
 
     Attributes:
         grid: One `(t, s)` pair per step.
@@ -148,10 +148,11 @@ class SamplingChain:
     ) -> State:
         """Take sampling steps.
 
-        The gains act on gradients only, through the network; the latent's own path through the sampler stays attached.
+        The gains change only gradients through the network; the gradient of the latent through the sampler is not
+        changed.
 
         Args:
-            state: Where to start.
+            state: State to start from.
             steps: Number of steps; by default all that remain.
             input_gain: Factor on the gradient of the network's input: 1 attached, 0 detached.
             output_gain: Factor on the gradient of the network's output; with 0 the network builds no graph.
@@ -167,7 +168,7 @@ class SamplingChain:
         """Take one sampler step, with one network call, over several steps of the grid.
 
         Args:
-            state: Where to start.
+            state: State to start from.
             steps: Number of grid steps, at least 1.
             input_gain: As in `advance`.
             output_gain: As in `advance`.
@@ -180,10 +181,10 @@ class SamplingChain:
         return State(self._observed(end - 1, transition.rsample()), end, solver_state)
 
     def sample_steps(self, noise: Tensor, step_noise: Iterable[Tensor]) -> Iterator[tuple[Transition, Tensor]]:
-        """Sample with given noise; yield each step's distribution and the latent drawn from it.
+        """Sample with given noise; yield the distribution of each step and the latent sampled from it.
 
         Args:
-            noise: Where to start, `(B, ...)`.
+            noise: Starting noise, `(B, ...)`.
             step_noise: `num_steps` tensors `(B, ...)`; those of deterministic steps are not used.
         """
         state = self.start(noise)
@@ -197,7 +198,7 @@ class SamplingChain:
 
         Args:
             latents: The trajectory, `(num_steps + 1, B, ...)`.
-            steps: Which steps.
+            steps: Numbers of the steps.
         """
         for step in steps:
             yield self.transition(State(latents[step], step))
@@ -211,12 +212,12 @@ class SamplingChain:
         return self._observed(state.step, self._denoise(state, input_gain, output_gain))
 
     def renoise(self, x0: Tensor, steps_left: int, noise: Tensor | None = None) -> State:
-        """Diffuse `x0` to where `steps_left` steps remain: `x_t = alpha_t x_0 + sigma_t noise`.
+        """Diffuse `x0` to the time at which `steps_left` steps remain: `x_t = alpha_t x_0 + sigma_t noise`.
 
         Args:
             x0: Clean latents, `(B, ...)`.
             steps_left: From 1 to `num_steps`.
-            noise: Standard Gaussian, `(B, ...)`; drawn here by default.
+            noise: Standard Gaussian noise, `(B, ...)`; by default it is sampled.
 
         Raises:
             ValueError: `steps_left` is out of range.
@@ -232,15 +233,15 @@ class SamplingChain:
         return replace(self, conditioning=self.conditioning.repeat(copies))
 
     def randint(self, low: int, high: int) -> int:
-        """Draw an integer in `low..high`, both included, the same on every process."""
+        """Return a random integer in `low..high`, both included, the same on every process."""
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def rand(self) -> float:
-        """Draw a number in [0, 1), the same on every process."""
+        """Return a random number in [0, 1), the same on every process."""
         return float(torch.rand((), generator=self.generator))
 
     def choose(self, weights: Sequence[float], count: int) -> list[int]:
-        """Draw `count` distinct indices with probability proportional to `weights`, the same on every process."""
+        """Return `count` distinct random indices with probability proportional to `weights`, equal on every process."""
         table = torch.tensor(weights, dtype=torch.float64)
         return sorted(torch.multinomial(table, count, generator=self.generator).tolist())
 
@@ -252,7 +253,7 @@ class SamplingChain:
         return steps
 
     def _step(self, state: State, end: int, input_gain: float, output_gain: float) -> tuple[Transition, Any]:
-        """One sampler step from `state` to grid position `end`."""
+        """Return the transition of one sampler step from `state` to grid position `end`."""
         x0 = self._denoise(state, input_gain, output_gain)
         t, s = self.grid[state.step][0], self.grid[end - 1][1]
         return self.sampler.step(self.model.schedule, state.x, x0, t, s, state.solver_state)
@@ -277,7 +278,7 @@ class SamplingChain:
         return outputs[0][0] if len(outputs) == 1 else torch.cat([x0 for x0, _ in outputs])
 
     def _drift(self, x: Tensor, x0: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """Each sample's drift, `(B,)`; empty unless it is measured."""
+        """Return the drift of each sample, `(B,)`; empty if it is not measured."""
         if self.drift is None:
             return x.new_empty(0)
         return self.drift.measure(self.model, x, x0, t, conditioning)

@@ -21,21 +21,21 @@ DEFAULT_VAL_SIZE = 8
 class PromptLoader:
     """Endless batches of shuffled prompts, in an order that depends only on the seed and the position.
 
-    A checkpoint holds the position, so that a resumed run sees the prompts that the uninterrupted run would have seen.
-    Each process of a distributed run takes its own slice of every global batch. The cost of a batch does not depend on
-    the number of prompts: the permutation of a pass is drawn once.
+    The position is saved in checkpoints, so that a resumed run uses the same prompts as an uninterrupted one. Each
+    process of a distributed run takes its own slice of every global batch. The cost of a batch does not depend on the
+    number of prompts, because the permutation of an epoch is computed once.
 
     Args:
         prompts: All training prompts.
         batch_size: Prompts per process and step.
-        shuffle: Draw a new order for each pass; else keep the given order.
-        seed: Seed of the order; pass `e` uses `seed + e`.
+        shuffle: Use a new random order in each epoch; else the given order.
+        seed: Seed of the order; epoch `e` uses `seed + e`.
         rank: Number of this process.
         world_size: Number of processes.
         repeats: Yield every batch this many times in a row, for methods that train on a batch for several steps.
-        multiple: Round the length of a pass up to a multiple of this number of batches: the number over which the
-            Trainer accumulates gradients, since it ends an optimizer step at the end of a pass.
-        distinct: Yield only the first so many batches again and again (`Trainer(overfit_batches=...)`); None for all.
+        multiple: Round the length of an epoch up to a multiple of this number of batches. Use the number of batches
+            over which the Trainer accumulates gradients, because it ends an optimizer step at the end of an epoch.
+        distinct: Number of batches, the first ones, that are repeated (`Trainer(overfit_batches=...)`); None for all.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class PromptLoader:
         self._orders: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        """Return the number of batches in one pass; a remainder of prompts is carried into the next pass."""
+        """Return the number of batches in one epoch; remaining prompts are used in the next epoch."""
         batches = self.repeats * max(1, len(self.prompts) // (self.batch_size * self.world_size))
         return -(-batches // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        """Yield one pass of batches, starting where the previous pass ended."""
+        """Yield the batches of one epoch, starting where the previous one ended."""
         for _ in range(len(self) - self.position % len(self)):
             self.position += 1
             yield self.batch(self.position - 1)
@@ -86,7 +86,7 @@ class PromptLoader:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a saved position."""
+        """Restore a saved position."""
         self.position = state["position"]
 
     def _prompt(self, place: int) -> Prompt:
@@ -95,7 +95,7 @@ class PromptLoader:
         return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
 
     def _order(self, epoch: int) -> Tensor:
-        """Return the permutation of a pass; the last two are kept, because a batch may lie across their border."""
+        """Return the permutation of an epoch; the last two are cached, because a batch may contain prompts of both."""
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self._orders = dict([*self._orders.items()][-1:])
@@ -130,10 +130,10 @@ class FixedPrompts:
 
 @runtime_checkable
 class RepeatsBatches(Protocol):
-    """A module that trains on each batch for several training steps in a row."""
+    """A module that trains on each batch for several consecutive training steps."""
 
     def training_steps_per_batch(self, batch_size: int) -> int:
-        """Return for how many."""
+        """Return the number of training steps per batch."""
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -147,7 +147,7 @@ class PromptDataModule(L.LightningDataModule):
         val_prompts: Held-out prompts in the same forms; by default `val_size` prompts are held out of `prompts`.
         batch_size: Prompts per process and training step.
         val_batch_size: Prompts per process and validation batch; by default `batch_size`.
-        val_size: Number of prompts to hold out, chosen by the seed, where `val_prompts` is not given; 0 for none. By
+        val_size: Number of prompts to hold out, chosen by the seed, if `val_prompts` is not given; 0 for none. By
             default 8, or half of the prompts if there are fewer than 16.
         column: The prompt's column in files and data sets that have columns.
         split: The split of a data set.
@@ -181,7 +181,7 @@ class PromptDataModule(L.LightningDataModule):
             self.train_prompts, self.val_prompts = everything, read_prompts(val_prompts, column, split)
 
     def train_dataloader(self) -> PromptLoader:
-        """Return shuffled batches; reloaded within a training, the order continues where it was."""
+        """Return shuffled batches; a loader that is recreated during training continues the order."""
         rank, size = self._process()
         module = None if self.trainer is None else self.trainer.lightning_module
         loader = PromptLoader(
@@ -208,8 +208,8 @@ class PromptDataModule(L.LightningDataModule):
         rank, size = self._process()
         if 0 < len(self.val_prompts) < size:
             raise ConfigurationError(
-                f"{len(self.val_prompts)} held-out prompts are fewer than the {size} processes, and each needs one; "
-                f"write --data.val_size {size} or more"
+                f"there are {len(self.val_prompts)} held-out prompts and {size} processes, and each process needs "
+                f"one; set val_size to {size} or more"
             )
         return FixedPrompts(self.val_prompts, self.val_batch_size, rank=rank, world_size=size)
 
@@ -218,7 +218,7 @@ class PromptDataModule(L.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _overfit_batches(self, batches: int) -> int | None:
-        """Return the number of batches of `Trainer(overfit_batches=...)`; a float is a fraction of a pass."""
+        """Return the number of batches of `Trainer(overfit_batches=...)`; a float is a fraction of an epoch."""
         limit: int | float = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
         if not limit:
             return None
@@ -228,7 +228,7 @@ class PromptDataModule(L.LightningDataModule):
 def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str], Sequence[str]]:
     """Split prompts into training and held-out prompts; both keep their order.
 
-    A text that is held out is not trained on: its further copies are left out with a warning.
+    Copies of held-out prompts are excluded from the training prompts, with a warning.
 
     Args:
         prompts: All prompts.
@@ -236,7 +236,7 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str
         seed: Seed of the choice.
 
     Raises:
-        ConfigurationError: The size is negative, or leaves nothing to train on.
+        ConfigurationError: The size is negative, or no prompts would be left for training.
     """
     at_least("val_size", size, 0, hint="write 0 to hold out nothing")
     if size == 0:
@@ -254,13 +254,13 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str
     if not train or len(held) < size:
         raise ConfigurationError(
             f"val_size={size} leaves nothing to train on: there are {len({text.strip() for text in texts})} different "
-            f"prompts; write --data.val_size with a smaller number, or give --data.val_prompts"
+            f"prompts; set val_size to a smaller number, or give val_prompts"
         )
     copies = len(prompts) - len(train) - len(held)
     if copies:
         rank_zero_warn(
-            f"{copies} copies of held-out prompts are left out of training, so that validation measures prompts that "
-            "were not trained on"
+            f"{copies} copies of held-out prompts are excluded from training, so that validation prompts are not "
+            "trained on"
         )
     return _select(prompts, train), _select(prompts, sorted(held))
 
@@ -273,7 +273,7 @@ def _default_val_size(prompts: Sequence[Any]) -> int:
     size = min(DEFAULT_VAL_SIZE, len(prompts) // 2)
     if size < DEFAULT_VAL_SIZE:
         rank_zero_info(
-            f"{size} of {len(prompts)} prompts are held out for validation; set --data.val_size or --data.val_prompts "
-            "for another split"
+            f"{size} of {len(prompts)} prompts are held out for validation; set val_size or val_prompts for another "
+            "split"
         )
     return size

@@ -1,8 +1,8 @@
 """Denoisers whose parameters are sharded over processes: Lightning's FSDP2, FSDP and DeepSpeed strategies.
 
-Only the denoiser is sharded: gathering its parameters takes all processes, and it is called equally often on each.
-Embeddings are cached, so a text encoder may be called on one process and not on another; text encoders, autoencoder
-and rewards are therefore replicated.
+Only the denoiser is sharded. All processes must take part in gathering parameters, and the denoiser is called equally
+often on each. A text encoder may be called on one process and not on another, because embeddings are cached; text
+encoders, autoencoder and rewards are therefore replicated.
 
 References:
     Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv:2304.11277. Rajbhandari et
@@ -39,14 +39,14 @@ def uses_fsdp(trainer: L.Trainer | None) -> bool:
 
 
 def uses_deepspeed(trainer: L.Trainer | None) -> bool:
-    """Return whether DeepSpeed's optimizer owns the gradients, of which each process holds only a shard."""
+    """Return whether DeepSpeed's optimizer holds the gradients, sharded over the processes."""
     return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def shard(module: L.LightningModule, model: nn.Module, denoiser: nn.Module) -> None:
     """Shard the denoiser over the processes if the Trainer's strategy shards; otherwise do nothing.
 
-    Call it in `configure_model`, after adapters were added. A denoiser that is already sharded stays as it is.
+    Call it in `configure_model`, after adapters were added. A denoiser that is already sharded is not changed.
 
     Args:
         module: The module that the Trainer trains.
@@ -54,7 +54,7 @@ def shard(module: L.LightningModule, model: nn.Module, denoiser: nn.Module) -> N
         denoiser: The model's network, which is sharded block by block.
 
     Raises:
-        ConfigurationError: The strategy does not support fine-tuning on rewards, or not with these settings.
+        ConfigurationError: The strategy, or one of its settings, is not supported.
     """
     strategy = None if module._trainer is None else module.trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy):
@@ -68,7 +68,7 @@ def shard(module: L.LightningModule, model: nn.Module, denoiser: nn.Module) -> N
     if isinstance(strategy, ModelParallelStrategy):
         _check_mesh(strategy)
         mesh = strategy.device_mesh["data_parallel"]
-        for part in [*blocks(denoiser), denoiser]:  # the outermost last, resharded like the others
+        for part in [*blocks(denoiser), denoiser]:  # the whole network last; it is resharded like its blocks
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return
     _check_casts(strategy, model, "bf16-mixed")
@@ -76,13 +76,13 @@ def shard(module: L.LightningModule, model: nn.Module, denoiser: nn.Module) -> N
     for part in _others(module, model, denoiser):
         part.to(strategy.root_device)
     policy = CustomPolicy(lambda part: part in units)
-    # The other arguments are from the context that Lightning calls `configure_model` in. Its precision is left out, so
-    # that autocast decides, as it does under other strategies.
+    # The other arguments come from the context in which Lightning calls `configure_model`. Its precision is not used,
+    # so that autocast applies as with other strategies.
     setattr(model, name, wrap(denoiser, auto_wrap_policy=policy, mixed_precision=strategy.mixed_precision))
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """Return the units that are gathered: the denoiser's blocks, and children that have lists of blocks."""
+    """Return the units that are gathered one at a time: the denoiser's blocks, and children with lists of blocks."""
     found: list[nn.Module] = []
     for child in denoiser.children():
         if isinstance(child, nn.ModuleList):
@@ -95,7 +95,7 @@ def blocks(denoiser: nn.Module) -> list[nn.Module]:
 def adapters(denoiser: nn.Module) -> list[nn.Module]:
     """Return the trained layers within a frozen denoiser.
 
-    FSDP flattens a unit into one parameter, which has one dtype, and a gradient of its size if any of it is trained.
+    FSDP flattens a unit into one parameter with one dtype; if any part of it is trained, the whole has a gradient.
     """
     if all(parameter.requires_grad for parameter in denoiser.parameters()):
         return []
@@ -104,7 +104,7 @@ def adapters(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return this process's shards of the trainable parameters, by the names that they have without sharding."""
+    """Return this process's shards of the trainable parameters, by their names without sharding."""
     return {
         name.replace(_WRAPPED, ""): parameter
         for name, parameter in module.named_parameters()
@@ -131,7 +131,7 @@ def clip_gradients(denoiser: nn.Module, limit: float) -> None:
 
 @contextmanager
 def _gathered(module: nn.Module) -> Iterator[None]:
-    """Gather the parameters that FSDP trains within this context; frozen ones stay sharded."""
+    """Gather the trained parameters of FSDP within this context; frozen parameters stay sharded."""
     with ExitStack() as stack:
         for unit in FullyShardedDataParallel.fsdp_modules(module):
             own = [p for name, p in unit.named_parameters() if name.count(_WRAPPED) == 1]
@@ -148,13 +148,13 @@ def _child_name(model: nn.Module, denoiser: nn.Module, strategy: str) -> str:
     """Return the name of the denoiser in the model.
 
     Raises:
-        ConfigurationError: It is no child of the model.
+        ConfigurationError: The denoiser is not a child of the model.
     """
     names = [name for name, child in model.named_children() if child is denoiser]
     if not names:
         raise ConfigurationError(
-            f"{strategy} shards the denoiser, and {type(model).__name__} does not say which of its modules that is; "
-            "give it a property `denoiser`, or train with strategy: ddp"
+            f"{strategy} shards the denoiser, and {type(model).__name__} has no child module that is its denoiser; add "
+            "a property `denoiser` to the class, or set the Trainer's strategy to ddp"
         )
     return names[0]
 
@@ -166,24 +166,24 @@ def _others(module: nn.Module, model: nn.Module, denoiser: nn.Module) -> Iterabl
 
 
 def _check_mesh(strategy: ModelParallelStrategy) -> None:
-    """Refuse tensor parallelism, and sharded checkpoints."""
+    """Raise for tensor parallelism and for sharded checkpoints."""
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ConfigurationError(
-            "ModelParallelStrategy would split single layers over processes (tensor parallelism), for which diffusion "
-            f"models have no plan; write {_FSDP2}"
+            "ModelParallelStrategy would split single layers over processes (tensor parallelism), which is not "
+            f"supported; write {_FSDP2}"
         )
     if strategy._save_distributed_checkpoint:
         raise ConfigurationError(
-            "ModelParallelStrategy would look for frozen parameters in checkpoints, which hold only trained ones; "
+            "ModelParallelStrategy would look for frozen parameters in checkpoints, which contain only trained ones; "
             "write save_distributed_checkpoint: false"
         )
 
 
 def _check_deepspeed(strategy: DeepSpeedStrategy, model: nn.Module) -> None:
-    """Accept ZeRO-1 and 2 in float32; refuse ZeRO-3.
+    """Raise unless DeepSpeed runs ZeRO-1 or ZeRO-2 in float32.
 
-    Under ZeRO-3 the parameters of every module are empty between its calls. Text encoders read the shapes of theirs
-    before they are called, and may be called on one process and not on another.
+    Under ZeRO-3 the parameters of every module are empty between its calls. Text encoders read the shapes of their
+    parameters before they are called, and may be called on one process and not on another.
     """
     strategy._init_config_if_needed()
     if strategy.zero_stage_3:
@@ -194,14 +194,14 @@ def _check_deepspeed(strategy: DeepSpeedStrategy, model: nn.Module) -> None:
     precision = strategy.precision_plugin.precision
     if "true" not in precision:
         raise ConfigurationError(
-            f"DeepSpeed casts everything to precision={precision}, rewards and adapters included; write precision: "
+            f"DeepSpeed casts all modules to precision={precision}, including rewards and adapters; write precision: "
             "32-true, or strategy: ddp"
         )
     _check_casts(strategy, model)
 
 
 def _check_casts(strategy: FSDPStrategy | DeepSpeedStrategy, model: nn.Module, cure: str | None = None) -> None:
-    """Refuse a `true` precision that would cast frozen parameters of another dtype."""
+    """Raise for a `true` precision that would cast frozen parameters of another dtype."""
     plugin: Any = strategy.precision_plugin
     if "true" not in plugin.precision:
         return
@@ -211,13 +211,13 @@ def _check_casts(strategy: FSDPStrategy | DeepSpeedStrategy, model: nn.Module, c
         name = str(odd.pop()).removeprefix("torch.")
         advice = "dtype: float32 on the model" if cure is None else f"precision: {cure}"
         raise ConfigurationError(
-            f"{type(strategy).__name__} casts everything to precision={plugin.precision}, also what the model holds in "
-            f"{name}; write {advice}"
+            f"{type(strategy).__name__} casts all parameters to precision={plugin.precision}, including those of the "
+            f"model in {name}; write {advice}"
         )
 
 
 def all_gather_objects(own: Any) -> list[Any]:
-    """Return what every process passed, by rank; all processes must call it together."""
+    """Return the objects of all processes, by rank; all processes must call it together."""
     gathered = [own] * world_size()
     if len(gathered) > 1:
         dist.all_gather_object(gathered, own)

@@ -2,7 +2,7 @@
 
 
 class ConfigurationError(ValueError):
-    """A setting cannot work; the message names the option, the value, the reason, and a value that works."""
+    """A setting is not valid; the message names the option, the value, the reason, and a valid value."""
 
 
 class DivergenceError(ConfigurationError):

@@ -1,4 +1,4 @@
-"""Write files atomically: a reader finds the previous file or the whole new one, never a part."""
+"""Write files atomically: a reader finds either the previous file or the complete new one."""
 
 import errno
 import os
@@ -23,11 +23,11 @@ _HINTS = {
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, which replaces `path` when the context ends without an error.
 
-    The data reach the disk before the replacement, and file permissions follow the umask. After an error the temporary
-    file is removed and the previous file stays as it was.
+    The data are on the disk before the replacement, and file permissions follow the umask. After an error the temporary
+    file is removed and the previous file is unchanged.
 
     Args:
-        path: The file to write; folders on the way are made.
+        path: The file to write; missing folders are created.
 
     Raises:
         ConfigurationError: The disk is full, or the folder cannot be written to.
@@ -50,10 +50,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within this context a failure to write becomes a `ConfigurationError` with the reason.
+    """Within this context, convert errors of writing to a `ConfigurationError` with the reason.
 
     Args:
-        path: What is being written, for the message.
+        path: The file, for the message.
     """
     try:
         yield
@@ -82,14 +82,14 @@ def write_stream(write: Callable[[IO[bytes]], Any], path: str | os.PathLike[str]
         try:
             write(recorder)  # type: ignore[arg-type]
         except RuntimeError:
-            # torch's writer replaces the file's own error by one about its position.
+            # torch's writer replaces the error of the file by one about its position.
             if recorder.error is not None:
                 raise recorder.error from None
             raise
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in a folder."""
+    """Remove temporary files and folders of killed processes from a folder."""
     for path in folder.glob(f".*{_MARK}*") if folder.is_dir() else ():
         owner = path.name.split(_MARK)[0].rpartition(".")[2]
         if owner.isdigit() and int(owner) != os.getpid() and not _is_running(int(owner)):
@@ -97,7 +97,7 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with everything in it; nothing happens where there is none."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         for child in path.iterdir():
             remove(child)
@@ -107,14 +107,14 @@ def remove(path: Path) -> None:
 
 
 class _Recorder:
-    """A binary file that keeps the first error of its writes."""
+    """A binary file that stores the first error of its writes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Write, and keep the error if there is one."""
+        """Write data, and store the error if there is one."""
         try:
             return self.file.write(data)
         except OSError as error:

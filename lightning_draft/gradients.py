@@ -30,7 +30,7 @@ def _scaled(x: Tensor, gain: float | Tensor) -> Tensor:
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """A function of its own, because `x.detach() + gain * (x - x.detach())` turns infinities into NaN."""
+    """Autograd function, because `x.detach() + gain * (x - x.detach())` turns infinities into NaN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: float | Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """A function of its own, because `estimate + (value - estimate).detach()` rounds the value."""
+    """Autograd function, because `estimate + (value - estimate).detach()` rounds the value."""
 
     @staticmethod
     def forward(ctx: Any, estimate: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find the prompts of images in a folder: in sidecar files, in the images' metadata, in their names or a table."""
+"""Find the prompts of images in a folder: in sidecar files, image metadata, file names or a table."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,9 @@ def list_images(folder: Path) -> list[str]:
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
     )
     if not files:
-        raise ConfigurationError(f"there are no images in {str(folder)!r}; they end in {', '.join(sorted(SUFFIXES))}")
+        raise ConfigurationError(
+            f"there are no images in {str(folder)!r}; supported suffixes are {', '.join(sorted(SUFFIXES))}"
+        )
     return files
 
 
@@ -46,7 +48,7 @@ def find_prompts(folder: Path, files: Sequence[str], source: PromptSource | str 
             (CSV, JSON, Parquet, ...) with the columns `file` and `prompt`.
 
     Raises:
-        ConfigurationError: An image has no prompt there.
+        ConfigurationError: An image has no prompt in the given source.
     """
     if source in ("auto", "sidecar", "metadata", "names"):
         prompts = {file: _prompt(folder / file, source) for file in files}
@@ -89,7 +91,7 @@ def _metadata(path: Path) -> str | None:
 
 
 def _clean(text: Any) -> str | None:
-    """Return the prompt in a metadata text: what stands before the settings that web interfaces append."""
+    """Return the prompt in a metadata text, without the settings that web interfaces append."""
     if isinstance(text, bytes):
         text = (
             text.removeprefix(b"ASCII\0\0\0").removeprefix(b"UNICODE\0").replace(b"\0", b"").decode("utf-8", "replace")

@@ -42,7 +42,7 @@ class Hinge(RewardLoss):
     """`loss = scale * max(0, threshold - r)`: images that score above the threshold have no gradient.
 
     Args:
-        threshold: The reward from which on the loss is 0.
+        threshold: Reward at and above which the loss is 0.
         scale: Positive factor; ReFL's code uses 1e-3.
 
     Raises:
@@ -59,12 +59,12 @@ class Hinge(RewardLoss):
 
 
 class SoftHinge(RewardLoss):
-    """`loss = scale * width * softplus((threshold - r) / width)`: a hinge whose slope falls off smoothly.
+    """`loss = scale * width * softplus((threshold - r) / width)`: a hinge with a smooth corner.
 
     The slope is `-scale * sigmoid((threshold - r) / width)`.
 
     Args:
-        threshold: The reward at which the slope is half of the largest.
+        threshold: Reward at which the slope is half of the maximum.
         width: Width of the transition, in units of the reward; towards 0 the loss becomes `Hinge`.
         scale: Positive factor.
 

@@ -1,8 +1,8 @@
 """Image metrics besides the mean reward: diversity, drift, saturated pixels, and distances between sets of images.
 
-Means of scores and their reduction over processes are Lightning's (`self.log`); pairwise and set distances are
-torchmetrics'. Its Inception features need weights that are not shipped, so sets are compared by features of any CLIP,
-which follows people's judgement more closely (Jayasumana et al.).
+Lightning's `self.log` computes means of scores and reduces them over processes; torchmetrics computes pairwise and set
+distances. Its Inception features need weights that are not shipped, so sets are compared by features of any CLIP, which
+agree better with human judgment (Jayasumana et al.).
 
 References:
     Binkowski et al., "Demystifying MMD GANs", arXiv:1801.01401 (the kernel distance, KID).
@@ -22,12 +22,13 @@ from lightning_draft.errors import ConfigurationError
 
 
 def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Mean over prompts of the mean distance between two samples of the same prompt, scalar; 0 is collapse.
+    """Return the mean over prompts of the mean distance between two samples of the prompt, scalar; 0 is collapse.
 
     Args:
-        samples: Images `(N, 3, H, W)`, clamped to [0, 1], whose distance is the root mean square difference of pixels,
-            in [0, 1]; or features `(N, D)`, such as `CLIPEncoder.images` gives, whose distance is `1 - cos`, in [0, 2].
-        prompts: `N` prompts; those with a single sample do not count.
+        samples: Images `(N, 3, H, W)`, clamped to [0, 1]; their distance is the root mean square difference of pixels,
+            in [0, 1]. Or features `(N, D)`, such as those of `CLIPEncoder.images`; their distance is `1 - cos`, in [0,
+            2].
+        prompts: `N` prompts; those with a single sample are ignored.
 
     Raises:
         ConfigurationError: No prompt has two samples.
@@ -43,9 +44,9 @@ def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def saturated_pixel_fraction(images: Tensor) -> Tensor:
-    """Fraction of values that are at the end of the range or beyond, `(B,)` in [0, 1].
+    """Return the fraction of values that are at most 0 or at least 1, `(B,)` in [0, 1].
 
-    Clamping does not change it. White paper counts, so compare it with the base model's.
+    Clamping does not change it. White backgrounds count as saturated, so compare it with the base model's.
 
     Args:
         images: `(B, 3, H, W)`, in [0, 1] by convention.
@@ -54,21 +55,20 @@ def saturated_pixel_fraction(images: Tensor) -> Tensor:
 
 
 def image_drift(images: Tensor, base: Tensor) -> Tensor:
-    """Root mean square difference of pixels between two models' images from the same noise, `(B,)` in [0, 1].
+    """Return the root mean square pixel difference of two models' images from the same noise, `(B,)` in [0, 1].
 
     Args:
         images: `(B, 3, H, W)`, clamped to [0, 1].
-        base: The same prompts and noise, drawn by the base model.
+        base: Images of the base model for the same prompts and noise.
     """
     return (images.float().clamp(0, 1) - base.float().clamp(0, 1)).square().flatten(1).mean(1).sqrt()
 
 
 def kernel_distance(features: Tensor, others: Tensor) -> Tensor:
-    """KID's squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, scalar; without bias, so around 0
-    for samples of one distribution, and sometimes negative.
+    """Return KID's squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3`, scalar.
 
     Args:
-        features: `(N, D)`, at least 2; where `N` and `M` differ, subsets of the smaller size are averaged over.
+        features: `(N, D)`, at least 2; if `N` and `M` differ, the result is averaged over subsets of the smaller size.
         others: `(M, D)`.
     """
     size = min(len(features), len(others))
@@ -79,15 +79,14 @@ def kernel_distance(features: Tensor, others: Tensor) -> Tensor:
         )
     metric.update(features, real=True)
     metric.update(others.to(features), real=False)
-    # The subsets are drawn from the global generator.
+    # torchmetrics chooses the subsets with the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return metric.compute()[0]
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> Tensor:
-    """FID's squared Frechet distance between Gaussians fitted to the sets, scalar, at least 0; biased upwards where the
-    sets are not much larger than `D`: there, use `kernel_distance`.
+    """Return FID's squared Frechet distance between Gaussians fitted to the sets, scalar, at least 0.
 
     Args:
         features: `(N, D)`, at least 2.
@@ -100,7 +99,7 @@ def frechet_distance(features: Tensor, others: Tensor) -> Tensor:
 
 
 class _Features(nn.Identity):
-    """Tells torchmetrics that what it is given is features already."""
+    """Identity, because the input of torchmetrics already consists of features."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -118,6 +117,6 @@ def _cosine_distances(features: Tensor) -> Tensor:
 
 
 def _mean_pair(distances: Tensor) -> Tensor:
-    """Mean off the diagonal of `(n, n)`."""
+    """Return the mean of the off-diagonal elements of `(n, n)`."""
     count = len(distances)
     return (distances.sum() - distances.diagonal().sum()) / (count * (count - 1))

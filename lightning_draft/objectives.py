@@ -1,6 +1,6 @@
 """Objectives of policy gradients: losses of the log-probabilities of the sampling steps of a rollout.
 
-Shapes: `S` stochastic steps, `B` samples, of which every `group` in a row share a prompt.
+Shapes: `S` stochastic steps, `B` samples; each `group` consecutive samples have the same prompt.
 
 References:
     Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301 (DDPO).
@@ -31,9 +31,9 @@ class PolicyBatch:
     Args:
         log_probs: Log-probabilities of the steps under the current model, `(S, B)`, float32.
         old_log_probs: The same under the model that sampled them.
-        advantages: Of the samples, `(B,)`.
-        group: How many samples in a row share a prompt.
-        ref_log_probs: The same as `log_probs` under the base model, where the objective `needs_reference`.
+        advantages: Advantages of the samples, `(B,)`.
+        group: Number of consecutive samples with the same prompt.
+        ref_log_probs: The same as `log_probs` under the base model, if the objective `needs_reference`.
     """
 
     log_probs: Tensor
@@ -47,10 +47,10 @@ class RolloutObjective(ABC):
     """A loss of a minibatch of a rollout.
 
     Attributes:
-        on_policy: Whether the gradient is only right for the parameters that sampled the rollout.
+        on_policy: Whether the gradient is correct only for the parameters that sampled the rollout.
         separable: Whether the loss is a mean over minibatches, so that their losses add up to it. Otherwise it is
             computed on whole rollouts, in two passes.
-        min_group: The least number of samples per prompt.
+        min_group: Smallest valid number of samples per prompt.
     """
 
     on_policy: bool = False
@@ -67,7 +67,7 @@ class Objective(RolloutObjective):
             weight.
 
     Attributes:
-        needs_reference: Whether it compares with the base model.
+        needs_reference: Whether the loss needs log-probabilities under the base model.
 
     Raises:
         ConfigurationError: The reduction is unknown.
@@ -87,7 +87,7 @@ class Objective(RolloutObjective):
         return torch.zeros_like(batch.log_probs, dtype=torch.bool)
 
     def reduce(self, total: Tensor, elements: int) -> Tensor:
-        """Return a sum over `elements` latent dimensions, divided by them where `reduction` is `mean`."""
+        """Return a sum over `elements` latent dimensions, divided by `elements` if `reduction` is `mean`."""
         return total / elements if self.reduction == "mean" else total
 
 
@@ -119,11 +119,11 @@ class PPO(Objective):
     With `LeaveOneOut` it is LOOP, with `GroupRelative(divide_by_std=True)` GRPO.
 
     Args:
-        clip: Distance of the ratio from 1 beyond which a step has no gradient; DDPO's 1e-4 is for `mean`.
+        clip: Largest distance of the ratio from 1 at which a step has a gradient; DDPO's 1e-4 is for `mean`.
         reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions.
         advantage_clip: Advantages are clipped to `-advantage_clip..advantage_clip`; `null` does not clip them.
         form: `min` is the pessimistic form above; `clip_only` is `-A clip(rho, ...)`, which also has no gradient for
-            steps that moved the wrong way.
+            steps that moved in the wrong direction.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -168,15 +168,15 @@ class PRDP(Objective):
 
     `L = mean_{(i,j)} max((rhat_i - rhat_j - (A_i - A_j) / beta)^2, (rclip_i - rclip_j - (A_i - A_j) / beta)^2)`,
 
-    where `rclip` is `rhat` with the log-ratio of every step kept within `clip` of its old value. With `GroupRelative`
-    advantages `A_i - A_j = r_i - r_j`, as in the paper. The loss couples all steps, so it takes two passes: one without
-    a graph for its gradient with respect to the log-probabilities, and one that back-propagates that minibatch by
-    minibatch, in memory that does not grow with the number of steps.
+    where `rclip` is `rhat` with the log-ratio of every step clipped to `clip` around its old value. With
+    `GroupRelative` advantages `A_i - A_j = r_i - r_j`, as in the paper. The loss couples all steps, so it is computed
+    in two passes. The first computes its gradient with respect to the log-probabilities, without a network graph; the
+    second back-propagates this gradient minibatch by minibatch, so that memory does not grow with the number of steps.
 
     Args:
         beta: Strength of the regularization towards the base model, in units of the reward per unit of log-ratio; the
             optimum is `p = p_ref exp(r / beta) / Z`. Its scale depends on `reduction`.
-        clip: How far the log-ratio of a step may move in the updates from one rollout.
+        clip: Largest change of the log-ratio of a step in the updates from one rollout.
         reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions.
 
     Raises:
@@ -196,7 +196,7 @@ class PRDP(Objective):
         self.clip = positive("clip", clip)
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        """Return the mean over pairs; `log_probs` must hold every step of whole groups."""
+        """Return the mean over pairs; `log_probs` must contain all steps of complete groups."""
         assert batch.ref_log_probs is not None
         ratio, old = batch.log_probs - batch.ref_log_probs, batch.old_log_probs - batch.ref_log_probs
         proximal = torch.minimum(torch.maximum(ratio, old - self.clip), old + self.clip)

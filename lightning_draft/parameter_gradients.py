@@ -1,4 +1,4 @@
-"""Gradients of parameters, also where a strategy spreads them over processes."""
+"""Gradients of parameters, also if a strategy shards them over processes."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,8 @@ from lightning_draft.distributed import trainable_parameters, uses_deepspeed, us
 def gradient(parameter: nn.Parameter) -> Tensor | None:
     """Return this process's shard of a gradient.
 
-    Under DeepSpeed, whose optimizer holds the gradients, it is the full gradient, and all processes must call together.
+    Under DeepSpeed, whose optimizer holds the gradients, this is the full gradient, and all processes must call
+    together.
     """
     if not _in_deepspeed(parameter):
         return parameter.grad
@@ -39,7 +40,7 @@ def gradient_scaler(trainer: L.Trainer) -> GradScaler | None:
 
 
 def multiply_gradient(parameter: nn.Parameter, factor: float) -> None:
-    """Multiply a gradient in place; with 0 it becomes 0 even where it was not finite.
+    """Multiply a gradient in place; a factor of 0 also replaces values that are not finite.
 
     Under DeepSpeed all processes must call together.
     """
@@ -56,9 +57,9 @@ def multiply_gradient(parameter: nn.Parameter, factor: float) -> None:
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Remove gradients, so that the optimizer leaves parameters, moments, weight decay and step counts alone.
+    """Remove gradients, so that the optimizer changes neither parameters nor its state.
 
-    DeepSpeed's optimizer always takes a step; there the gradient becomes 0.
+    DeepSpeed's optimizer always takes a step; its gradient is set to 0.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -69,7 +70,7 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def parameters_with_gradients(
     trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer
 ) -> list[nn.Parameter]:
-    """Return the parameters that have a gradient, on at least one process."""
+    """Return the parameters that have a gradient on at least one process."""
     if uses_deepspeed(trainer):  # its optimizer holds flat copies
         return list(trainable_parameters(module).values())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -79,7 +80,7 @@ def parameters_with_gradients(
 def gradient_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> float:
     """Return the 2-norm of the gradient over all parameters and shards; infinite if it is not finite.
 
-    All processes must call it together, and get the same value.
+    All processes must call it together; they receive the same value.
     """
     gradients = [value for value in map(gradient, parameters) if value is not None]
     full: list[Tensor] = [value for value in gradients if not isinstance(value, DTensor)]
@@ -92,7 +93,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> flo
     if shards:
         norm = get_total_norm(shards)
         square = square + (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
-    # Replicas hold the same gradients; the maximum makes sure that all processes decide alike.
+    # Replicas have the same gradients; the maximum ensures that all processes take the same decision.
     square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
     return float(square.sqrt())
 

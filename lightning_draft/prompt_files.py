@@ -19,10 +19,10 @@ def read_file(path: Path, column: str) -> PromptTable:
 
     Args:
         path: The file, in UTF-8 with or without a byte order mark.
-        column: Name of the prompt's column, where the file has columns; the others become metadata.
+        column: Name of the prompt's column, if the file has columns; the others become metadata.
 
     Raises:
-        ConfigurationError: It cannot be read or holds something else; the message names the line.
+        ConfigurationError: The file cannot be read or has another content; the message names the line.
     """
     try:
         return _READERS[path.suffix.lower()](path, column)
@@ -55,7 +55,7 @@ def _read_json_lines(path: Path, column: str) -> PromptTable:
 
 
 def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each line that is not blank; `json.loads` alone would take twice as long."""
+    """Yield the number and the value of each line that is not blank, in half the time of `json.loads`."""
     scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
     for number, line in enumerate(file, 1):
         if text := line.strip():
@@ -100,7 +100,7 @@ def _read_table(path: Path, column: str, delimiter: str) -> PromptTable:
 
 
 def _repair(fields: list[str], names: list[str], lines: list[str], where: Place) -> list[str]:
-    """Return the fields of a row with commas in its only column, or with empty fields at its end.
+    """Return the fields of a row, repaired if its only column contains commas or it ends with empty fields.
 
     Raises:
         ConfigurationError: The row has another number of fields than the header.
@@ -179,7 +179,7 @@ def _read_parquet(path: Path, column: str) -> PromptTable:
 
 
 class _ArrowColumn(Sequence[Any]):
-    """The values of a column of an Arrow table as Python objects, made when they are asked for."""
+    """The values of a column of an Arrow table as Python objects, created on access."""
 
     def __init__(self, column: Any) -> None:
         self.column = column

@@ -10,7 +10,7 @@ _ROWS_AT_ONCE = 1024
 
 
 class Place(NamedTuple):
-    """Where a row stands, for messages; its text is only made for one."""
+    """Position of a row, for messages; the text is created only if it is needed."""
 
     source: Any
     kind: str
@@ -31,7 +31,7 @@ def to_prompts(rows: Iterable[Any], column: str, source: Any, kind: str = "row")
 
 
 def numbered_prompts(rows: Iterable[tuple[int, Any]], column: str, source: Any, kind: str) -> PromptTable:
-    """Return the prompts of rows as `to_prompts` does, with the number of each row for messages."""
+    """Return the prompts of numbered rows as `to_prompts` does; messages contain the numbers."""
     collector = RowCollector(column, source, kind)
     for number, row in rows:
         if isinstance(row, dict):
@@ -50,8 +50,8 @@ class RowCollector:
 
     Args:
         column: The prompt's column.
-        source: What is read, for messages.
-        kind: What its rows are called in messages.
+        source: Name of the source, for messages.
+        kind: Name of a row in messages, such as `line`.
         strip: Remove white space around the prompts.
     """
 
@@ -95,7 +95,7 @@ def check_texts(texts: Sequence[Any], numbers: Iterable[int], column: str, sourc
     """Check that prompts are strings.
 
     Raises:
-        ConfigurationError: One is not; the message names its row.
+        ConfigurationError: A prompt is not a string; the message names its row.
     """
     if set(map(type, texts)) == {str}:
         return
@@ -108,10 +108,10 @@ def check_texts(texts: Sequence[Any], numbers: Iterable[int], column: str, sourc
 
 
 def check_column(names: list[Any], column: str, where: Any) -> None:
-    """Check that the columns hold the prompt's.
+    """Check that the prompt's column is among the columns.
 
     Raises:
-        ConfigurationError: They do not; the message lists them.
+        ConfigurationError: It is missing; the message lists the columns.
     """
     if column in names:
         return
@@ -119,6 +119,6 @@ def check_column(names: list[Any], column: str, where: Any) -> None:
     same = [name for name in names if str(name).strip().lower() == column.lower()]
     example = same[0] if same else names[0] if names else "NAME"
     raise ConfigurationError(
-        f"{where} has no column {column!r}; it has {known}: set data.column to the prompt's, such as "
-        f"--data.column {example}; a list without columns belongs into a .txt file"
+        f"{where} has no column {column!r}; it has {known}: set column to the prompt's column, such as "
+        f"column={example}; write a list without columns to a .txt file"
     )

@@ -26,7 +26,7 @@ def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> S
             `datasets.Dataset`, a pandas `DataFrame`; or, as a string, the path of a file (`.txt`, `.csv`, `.tsv`,
             `.json`, `.jsonl`, `.ndjson`, `.parquet`), the name of a shipped list, or the folder or hub id of a data
             set.
-        column: The prompt's column, where there are columns. The other columns become metadata.
+        column: The prompt's column, if there are columns. The other columns become metadata.
         split: Split of a data set that is read by its folder or hub id.
 
     Returns:
@@ -34,7 +34,7 @@ def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> S
         `Prompt` objects.
 
     Raises:
-        ConfigurationError: Nothing is there, or something that holds no prompts.
+        ConfigurationError: The source does not exist or contains no prompts.
     """
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
@@ -101,7 +101,7 @@ def _shipped() -> dict[str, Path]:
 
 
 def _refuse_mistakes(source: str) -> None:
-    """Raise if a source cannot be the name of a data set, and name what was probably meant."""
+    """Raise if a source cannot be the name of a data set; the message suggests what was probably meant."""
     near = difflib.get_close_matches(source, shipped_lists(), n=1, cutoff=0.75)
     if near:
         raise ConfigurationError(f"there is no prompt list {source!r}; did you mean {near[0]}")

@@ -1,4 +1,4 @@
-"""A sequence of prompts that keeps their metadata in columns, so that a million rows fit in memory."""
+"""A sequence of prompts that stores metadata by column, so that a million rows need little memory."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +13,8 @@ _MOST_SHARED = 1000
 class PromptTable(Sequence[str]):
     """Prompts as plain strings, and their metadata by column.
 
-    An element with metadata is made when it is asked for. Rows that share their column names share one block of
-    columns; where the values of a column are few, equal strings are stored once.
+    An element with metadata is created on access. Rows with the same column names are stored in one block of columns;
+    if a column has few different values, equal strings are stored once.
 
     Args:
         texts: The prompts so far.
@@ -32,7 +32,7 @@ class PromptTable(Sequence[str]):
     def from_columns(
         cls, texts: Iterable[str], names: tuple[str, ...], columns: Sequence[Sequence[Any]]
     ) -> "PromptTable":
-        """Return prompts with metadata whose columns are given whole.
+        """Return prompts with metadata from complete columns.
 
         Args:
             texts: The prompts.
@@ -74,7 +74,7 @@ class PromptTable(Sequence[str]):
             column.extend(_share(values, self._shared.setdefault((names, name), {})))
 
     def select(self, rows: Sequence[int]) -> "PromptTable":
-        """Return the prompts at some places, in that order; the columns are shared."""
+        """Return the prompts of some rows in the given order; the columns are shared."""
         part = PromptTable()
         part._blocks = self._blocks
         part.texts = [self.texts[row] for row in rows]
@@ -83,7 +83,7 @@ class PromptTable(Sequence[str]):
         return part
 
     def without_blanks(self) -> "PromptTable":
-        """Return the prompts that hold more than white space."""
+        """Return the prompts that contain more than white space."""
         rows = [row for row, text in enumerate(self.texts) if text and not text.isspace()]
         return self if len(rows) == len(self) else self.select(rows)
 
@@ -103,7 +103,7 @@ class PromptTable(Sequence[str]):
     def __getitem__(self, index: slice) -> "PromptTable": ...
 
     def __getitem__(self, index: int | slice) -> "str | PromptTable":
-        """Return one prompt, a `Prompt` where it has metadata, or a part of the table."""
+        """Return one prompt, a `Prompt` if it has metadata, or a slice of the table."""
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         block, text = self._block_of[index], self.texts[index]
@@ -127,7 +127,7 @@ class PromptTable(Sequence[str]):
 
 
 def _share(values: Sequence[Any], known: dict[str, str]) -> Sequence[Any]:
-    """Replace strings by equal ones that were stored before, until there are a thousand different ones."""
+    """Replace strings by equal stored strings, for at most a thousand different strings."""
     if len(known) > _MOST_SHARED or type(values[0]) is not str:
         return values
     return [known.setdefault(value, value) if type(value) is str else value for value in values]

@@ -1,4 +1,4 @@
-"""Remove secrets from what is written to files and to the screen."""
+"""Remove secrets from text that is written to files or printed."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def redact(value: Any, name: str = "") -> Any:
     """Return `value` with secrets replaced by `REDACTED`, in mappings and lists too.
 
     Secrets are texts under names such as `api_key`, `token` and `password`, and in URLs the user part and parameters
-    of such names.
+    with such names.
 
     Args:
         value: Anything; only texts are changed.

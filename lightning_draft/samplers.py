@@ -1,4 +1,4 @@
-"""Samplers: the arithmetic of one denoising step, as a Gaussian `Transition`, and the time grid.
+"""Samplers: one denoising step, as a Gaussian `Transition`, and the time grid.
 
 A sampler holds hyper-parameters only. It takes `x_t` and the network's estimate of `x_0`, and never calls the network:
 the loop over steps is in `lightning_draft.chain`.
@@ -23,7 +23,7 @@ Grid = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Transition:
-    """The distribution of the next latent, `N(mean, std^2 I)`; a single point where `std` is 0.
+    """The distribution of the next latent, `N(mean, std^2 I)`; a single point if `std` is 0.
 
     Args:
         mean: `(B, ...)`.
@@ -34,7 +34,7 @@ class Transition:
     std: float
 
     def rsample(self, noise: Tensor | None = None) -> Tensor:
-        """Sample by reparametrization, `mean + std * noise`; `noise` is drawn here unless it is given."""
+        """Sample with the reparameterization trick, `mean + std * noise`; by default `noise` is sampled."""
         if self.std == 0:
             return self.mean
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
@@ -77,7 +77,7 @@ class Sampler(ABC):
 
     Args:
         num_steps: Number of network evaluations in a chain.
-        spacing: Timestep grid: `leading`, `trailing` or `linspace`; by default that of the model's own scheduler.
+        spacing: Timestep grid: `leading`, `trailing` or `linspace`; by default that of the model's scheduler.
 
     Raises:
         ConfigurationError: `num_steps` is less than 1, or `spacing` is not a timestep grid.
@@ -94,7 +94,7 @@ class Sampler(ABC):
         """Return `num_steps` pairs `(t, s)`, from the most to the least noise.
 
         Raises:
-            ConfigurationError: The schedule is of another kind, or has no grid of this many steps.
+            ConfigurationError: The schedule is of another kind, or has no grid with this number of steps.
         """
 
     @abstractmethod
@@ -109,13 +109,13 @@ class Sampler(ABC):
             x0: The network's estimate of the clean latent, `(B, ...)`.
             t: Time of `x`.
             s: Time to go to; negative for the end of the chain.
-            solver_state: What the previous step returned; `None` at the start and for single-step samplers.
+            solver_state: Solver state returned by the previous step; `None` at the start and for single-step samplers.
         """
 
     def final_coefficient(self, schedule: Schedule) -> float:
         """Return `d x_final / d eps` of the last step, with `eps` the network's noise prediction.
 
-        Where it is 0, training the last step alone has no effect. It is infinite for a step that starts from pure noise
+        If it is 0, training only the last step has no effect. It is infinite for a step that starts from pure noise
         (`alpha_t` = 0) and uses the network.
         """
         t, s = self.grid(schedule)[-1]
@@ -136,7 +136,7 @@ class DDIM(Sampler):
     Args:
         num_steps: Number of network evaluations.
         eta: Factor on the standard deviation of DDPM's (fixed-small) noise, in [0, 1].
-        spacing: Timestep grid; by default that of the model's own scheduler.
+        spacing: Timestep grid; by default that of the model's scheduler.
 
     Raises:
         ConfigurationError: `eta` is out of range.
@@ -150,7 +150,7 @@ class DDIM(Sampler):
         self.eta = in_range("eta", eta, 0, 1, "write 0 for DDIM or 1 for DDPM")
 
     def grid(self, schedule: Schedule) -> Grid:
-        """Return the grid of diffusers' `DDIMScheduler`, which always steps by `num_train_timesteps // num_steps`."""
+        """Return the grid of diffusers' `DDIMScheduler`, whose step is always `num_train_timesteps // num_steps`."""
         table = _variance_preserving(schedule, self)
         stride = table.num_train_timesteps // self.num_steps
         times = ddim_timesteps(table, self.num_steps, self.spacing)
@@ -179,7 +179,7 @@ class DPMSolverPlusPlus(Sampler):
 
     Args:
         num_steps: Number of network evaluations.
-        spacing: Timestep grid; by default that of the model's own scheduler.
+        spacing: Timestep grid; by default that of the model's scheduler.
 
     References:
         Lu et al., "DPM-Solver++", arXiv:2211.01095, algorithm 2.
@@ -248,8 +248,8 @@ class FlowSDE(FlowEuler):
         x_s = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) (s - t) + sigma_t sqrt(t - s) z
         sigma_t = noise_level sqrt(t / (1 - t)),  z ~ N(0, I)
 
-    The last step, to 0, is Euler's. At `t` = 1, where `sigma_t` is infinite, `1 - t` in it is replaced by `1 - s` as in
-    the authors' code.
+    The last step, to 0, is an Euler step. At `t` = 1, where `sigma_t` is infinite, `1 - t` in `sigma_t` is replaced by
+    `1 - s`, as in the authors' code.
 
     Args:
         num_steps: Number of network evaluations.

@@ -30,7 +30,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def network_time(self, t: float) -> float:
-        """Return the time `t` as the network takes it."""
+        """Return the time `t` in the units of the network's input."""
 
     def log_snr(self, t: float) -> float:
         """Return `lambda_t = log(alpha_t / sigma_t)`; infinity without noise, minus infinity without signal."""
@@ -42,7 +42,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class VariancePreserving(Schedule):
-    """A discrete schedule, as DDPM and Stable Diffusion 1 and 2 use.
+    """A discrete schedule, as used by DDPM and Stable Diffusion 1 and 2.
 
         alpha_t = sqrt(alphas_cumprod[t]),  sigma_t = sqrt(1 - alphas_cumprod[t])
 
@@ -51,7 +51,7 @@ class VariancePreserving(Schedule):
         final_alpha_cumprod: `alpha^2` after the last step: 1, or the table's first entry
             (diffusers' `set_alpha_to_one=False`).
         spacing: The timestep grid that samplers use by default: `leading`, `trailing` or `linspace`.
-        steps_offset: What diffusers adds to every timestep of a leading grid.
+        steps_offset: Offset that diffusers adds to every timestep of a leading grid.
 
     Raises:
         ConfigurationError: `spacing` is not a timestep grid.
@@ -84,19 +84,19 @@ class VariancePreserving(Schedule):
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def network_time(self, t: float) -> float:
-        """Return `t`: discrete networks take the timestep itself."""
+        """Return `t`, because the input of discrete networks is the timestep itself."""
         return t
 
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """The linear path from sample to noise, as Stable Diffusion 3 and FLUX use.
+    """The linear path from sample to noise, as used by Stable Diffusion 3 and FLUX.
 
         alpha_t = 1 - t,  sigma_t = t,  t in [0, 1]
 
     Args:
         shift: Moves the time grid towards high noise: `t -> shift t / (1 + (shift - 1) t)` (SD3, eq. 23).
-        num_train_timesteps: The network takes `t` times this number.
+        num_train_timesteps: Factor of `t` in the network's input.
     """
 
     shift: float = 1.0

@@ -102,11 +102,11 @@ def report(comparisons: Sequence[Comparison], first: str, second: str) -> str:
 def contact_sheet(
     folder: str | Path, rows: Sequence[ScoredImage], reward: str, most: int = 64, side: int = 128, per_row: int = 8
 ) -> Image.Image:
-    """Draw images sorted by one score, best first, with the score under each.
+    """Return a sheet of images sorted by one score, best first, with the score under each image.
 
     Args:
         folder: Folder of the images.
-        rows: Scored images; if there are more than `most`, the best and the worst halves of that number are shown.
+        rows: Scored images; if there are more than `most`, the best `most / 2` and the worst `most / 2` are shown.
         reward: Name of the score to sort by.
         most: Number of images on the sheet.
         side: Longest side of an image, in pixels.
@@ -139,8 +139,8 @@ def _pairs(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> list[
     pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
     if not pairs:
         raise ConfigurationError(
-            "the two folders have no images in common, neither by file name and prompt nor by prompt; name the files "
-            "alike, or give the prompts with --prompts"
+            "the two folders have no images in common, neither by file name and prompt nor by prompt; give the files "
+            "of both folders the same names, or give the prompts"
         )
     return pairs
 

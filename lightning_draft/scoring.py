@@ -56,19 +56,19 @@ def score_folder(
         output: Folder for `scores.csv`; None to write nothing.
         prompts: Where the prompts come from; see `find_prompts`.
         batch_size: Images per call of a reward, at least 1.
-        device: Where the rewards compute, such as `cuda`.
+        device: Device of the rewards, such as `cuda`.
         progress: Called with the number of images scored and the number of all images after each batch.
 
     Returns:
         The images in the order of their file names.
 
     Raises:
-        ConfigurationError: There are no images, an image or a prompt cannot be read, or `scores.csv` holds the
-            scores of other rewards.
+        ConfigurationError: There are no images, an image or a prompt cannot be read, or `scores.csv` contains scores of
+            other rewards.
     """
     at_least("batch_size", batch_size, 1)
     if not rewards:
-        raise ConfigurationError("there are no rewards; name at least one, such as --reward AestheticScore")
+        raise ConfigurationError("there are no rewards; give at least one, such as AestheticScore")
     root = Path(folder)
     files = list_images(root)
     texts = find_prompts(root, files, prompts)
@@ -103,7 +103,7 @@ def write_parquet(rows: Iterable[ScoredImage], path: str | Path) -> None:
 
 
 def _describe(rewards: Mapping[str, Reward]) -> dict[str, str]:
-    """Describe each reward by its classes and plain settings, so that another one is recognized."""
+    """Describe each reward by its classes and plain settings, so that a change of rewards is detected."""
     return {
         name: "; ".join(
             f"{type(part).__name__} {_settings(part)}" for part in reward.modules() if isinstance(part, Reward)
@@ -151,7 +151,7 @@ def _score(
 
 
 class _Table:
-    """The file `scores.csv` of a folder, and `rewards.json` with what computed it."""
+    """The file `scores.csv` of a folder, and `rewards.json` with the settings of the rewards."""
 
     def __init__(self, folder: Path, names: list[str], described: dict[str, str]) -> None:
         self.path = folder / "scores.csv"
@@ -160,7 +160,8 @@ class _Table:
         about = folder / "rewards.json"
         if self.path.exists() and about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
             raise ConfigurationError(
-                f"{self.path} holds the scores of other rewards or settings; choose another --output, or delete it"
+                f"{self.path} contains scores of other rewards or settings; choose another output folder, or delete "
+                "the file"
             )
         about.write_text(json.dumps(described, indent=1), encoding="utf-8")
 
@@ -176,7 +177,7 @@ class _Table:
             self.path.write_bytes(complete.encode())
         rows = list(csv.reader(io.StringIO(complete, newline="")))
         if not rows or rows[0] != ["file", "prompt", *self.names]:
-            raise ConfigurationError(f"{self.path} has other columns than these rewards; choose another --output")
+            raise ConfigurationError(f"{self.path} has other columns than these rewards; choose another output folder")
         try:
             scored = [
                 ScoredImage(file, prompt, dict(zip(self.names, map(float, scores), strict=True)))

@@ -1,4 +1,4 @@
-"""Truncations whose gradient follows a surrogate of the sampled trajectory: the value is sampled, the path is shorter.
+"""Truncations that return the sampled latents, with the gradient of a shorter surrogate trajectory.
 
 The notation is that of `lightning_draft.truncation`.
 """
@@ -22,12 +22,12 @@ class FlowBPBridge(DRTune):
 
     Args:
         k: Number of trained steps, at least 2.
-        late_bias: The steps are drawn with probability proportional to `(i + 1)^late_bias`.
+        late_bias: Step `i` is chosen with probability proportional to `(i + 1)^late_bias`.
         rescale: As in `DRTune`.
         bridge: Factor on the gradient of the network's input at `j`, in [0, 1]; with 0 it is FlowBP-Sparse.
 
     References:
-        FlowBP, arXiv:2606.11075 (FlowBP-Bridge). How the authors draw `j` is not known here.
+        FlowBP, arXiv:2606.11075 (FlowBP-Bridge). The authors' distribution of `j` is not known.
     """
 
     def __init__(self, k: int = 5, late_bias: float = 4.0, rescale: float = 0.5, bridge: float = 0.5) -> None:
@@ -48,18 +48,18 @@ class FlowBPBridge(DRTune):
 
 
 class LeapAlign(Truncation):
-    """Back-propagate through two sampler steps that leap over the trajectory: from step `k` to `j`, and on to the end.
+    """Back-propagate through two large sampler steps: from step `k` to step `j`, and from `j` to the end.
 
         y_j = A_{kj} sg(x_k) + B_{kj} f(sg(x_k)),          x_j = sg(x_j) + y_j - sg(y_j)
         y_T = A_{jT} x_j + B_{jT} f(x_j; discount),        returned latent = x_T with the gradient w y_T
         w = 1 / (d(y_j, x_j) + d(y_T, x_T)),               d(a, b) = max(min_distance, mean |a - b|) of each sample
 
     `k < j` are two distinct random steps; `discount` scales the gradient of the network's input at `j`. Trajectories
-    that two leaps approximate well have the larger weight.
+    that two large steps approximate well have a larger weight.
 
     Args:
         discount: Factor on the gradient through the second network call, in [0, 1].
-        min_distance: Lower bound of a leap's distance, positive.
+        min_distance: Lower bound of the distance `d`, positive.
 
     References:
         LeapAlign, arXiv:2604.15311.
@@ -70,7 +70,7 @@ class LeapAlign(Truncation):
         self.min_distance = positive("min_distance", min_distance)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample without a graph, then leap with one."""
+        """Sample without a graph, then take the two large steps with one."""
         _check_two_steps(chain, self)
         k, j = chain.choose([1.0] * chain.num_steps, 2)
         with torch.no_grad():
@@ -92,15 +92,16 @@ class LeapAlign(Truncation):
 
 
 class DirectAlign(Truncation):
-    """Renoise the sample with the noise that it was drawn from, take one step with gradient, and remove that noise.
+    """Renoise the sample with its own starting noise, take one step with gradient, and remove the noise.
 
         x_t = alpha_t sg(x_T) + sigma_t e,   x_s = A_t x_t + B_t f(x_t),   returned latent = (x_s - sigma_s e) / alpha_s
 
     with `e` the starting noise and `t` a random step. This is the gradient of SRPO without its relative reward.
 
     Args:
-        low: Fewest steps that remain at the renoised latent, at least 1.
-        high: Most steps that remain; by default all but the first, at which `x_t` is nearly pure noise.
+        low: Smallest number of steps that remain at the renoised latent, at least 1.
+        high: Largest number of remaining steps; by default one less than all, because `x_t` is nearly pure noise at the
+            first.
 
     References:
         SRPO, arXiv:2509.06942 (Direct-Align).

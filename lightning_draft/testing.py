@@ -1,4 +1,4 @@
-"""Models and rewards whose samples and gradients are known in closed form, for your own tests.
+"""Models and rewards whose samples and gradients are known in closed form, for tests.
 
 >>> import torch
 >>> from lightning_draft.chain import SamplingChain
@@ -37,12 +37,12 @@ def scaled_linear(
 
     Args:
         num_train_timesteps: Length of the table. The betas are divided by `num_train_timesteps / 1000`, so that a
-            longer table is a finer sampling of the same process.
+            longer table discretizes the same process more finely.
         beta_start: First beta of a table of 1000.
         beta_end: Last beta of a table of 1000.
         final_alpha_cumprod: `alpha^2` after the last step; `None` for the table's first entry.
         spacing: Timestep grid.
-        steps_offset: Added to every timestep of a leading grid.
+        steps_offset: Offset added to every timestep of a leading grid.
     """
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
     table = tuple((1 - betas * 1000 / num_train_timesteps).cumprod(0).tolist())
@@ -61,12 +61,12 @@ class _Double(DiffusionModel):
         self.shape = tuple(shape)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return `weight`, `(B,)` in float64: each prompt's metadata of that name, 1 by default."""
+        """Return the metadata `weight` of each prompt, `(B,)` in float64; 1 by default."""
         weights = [metadata_of(prompt).get("weight", 1.0) for prompt in prompts]
         return Conditioning({"weight": torch.tensor(weights, dtype=torch.float64)})
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw standard Gaussian latents, float32 `(batch_size, *shape)`."""
+        """Sample standard Gaussian latents, float32 `(batch_size, *shape)`."""
         return torch.randn(batch_size, *self.shape, generator=generator, dtype=torch.float32)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -81,14 +81,14 @@ class LinearModel(_Double):
 
     Args:
         theta: Initial value of the only parameter, a float64 scalar.
-        prediction: What the output stands for.
+        prediction: Kind of prediction of the network.
         schedule: By default `scaled_linear()`.
-        shape: Of one latent; keep the default's three channels where a reward expects images.
+        shape: Shape of one latent; three channels, as by default, if a reward expects images.
 
     Attributes:
         theta: The parameter.
-        calls_with_gradient: Network calls made with gradients enabled, recomputed ones included.
-        calls_without_gradient: The others.
+        calls_with_gradient: Number of network calls with gradients enabled, including recomputed ones.
+        calls_without_gradient: Number of other network calls.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class GaussianModel(_Double):
     """The exact denoiser of data `N(mean, std^2)`, element by element; nothing is trained.
 
     Args:
-        mean: Of the data.
-        std: Of the data; 0 is a single point, whose `x_0` is known exactly.
-        schedule: By default `scaled_linear()`; any schedule will do.
+        mean: Mean of the data.
+        std: Standard deviation of the data; 0 is a single point, so that `x_0` is known exactly.
+        schedule: Any schedule; by default `scaled_linear()`.
         shape: Of one latent.
     """
 
@@ -153,7 +153,7 @@ class GaussianModel(_Double):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Nothing changes: the model is never trained."""
+        """Do nothing, because the model is never trained."""
         yield
 
     def marginal(self, t: float) -> tuple[float, float]:
@@ -162,7 +162,7 @@ class GaussianModel(_Double):
         return alpha * self.mean, math.sqrt(alpha**2 * self.std**2 + sigma**2)
 
     def transport(self, x: Tensor, t: float, s: float) -> Tensor:
-        """Return where the probability-flow ODE takes `x` from `t` to `s`; deterministic samplers converge to it."""
+        """Solve the probability-flow ODE from `x` at `t` to `s`; deterministic samplers converge to it."""
         (mean_t, std_t), (mean_s, std_s) = self.marginal(t), self.marginal(s)
         return mean_s + std_s / std_t * (x - mean_t)
 

@@ -17,7 +17,7 @@ def ddim_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | Non
 
     Args:
         table: The model's schedule.
-        steps: How many.
+        steps: Number of timesteps.
         spacing: By default that of the schedule.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Truncations: where along the chain the gradient flows. Each reads like the algorithm box of its paper.
+"""Truncations: where along the chain the gradient flows. Each is written like the algorithm in its paper.
 
-A truncation maps starting noise `(B, ...)` to the latents that the reward sees, `(m B, ...)`: `m` is 1 unless the
-truncation makes copies, and then row `c * B + b` is copy `c` of sample `b`. Copy 0 is the sample itself.
+A truncation maps starting noise `(B, ...)` to the latents that are decoded and rewarded, `(m B, ...)`. `m` is 1 unless
+the truncation makes copies; then row `c * B + b` is copy `c` of sample `b`, and copy 0 is the sample itself.
 
 The equations below write step `i` of `T` as `x_{i+1} = A_i x_i + B_i f(x_i)`, with `f` the network and `A_i`, `B_i` the
 sampler's coefficients, and `sg` for a value without gradient.
@@ -19,14 +19,14 @@ from lightning_draft.errors import ConfigurationError
 
 
 class Truncation(ABC):
-    """Decides at which sampling steps, and along which paths, gradient flows."""
+    """Decide at which sampling steps, and along which paths, the gradient flows."""
 
     @abstractmethod
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample from `noise` and return the latents that are decoded and rewarded, with a graph."""
 
     def gradient_steps(self, num_steps: int) -> int:
-        """Return how many steps of one chain have a gradient at most; it decides on step checkpointing."""
+        """Return the largest number of steps with gradient; the default of step checkpointing depends on it."""
         return num_steps
 
     def trains_only_last_step(self, num_steps: int) -> bool:
@@ -54,7 +54,7 @@ class LastK(Truncation):
         x_{T-k} = sg(x_{T-k}); gradient as `Full` over the steps i >= T - k
 
     Args:
-        k: Number of steps with gradient, at least 1; 1 is cheapest and often learns fastest.
+        k: Number of steps with gradient, at least 1; 1 is the cheapest and often improves the reward fastest.
 
     References:
         Clark et al., arXiv:2309.17400 (DRaFT-K).
@@ -77,7 +77,7 @@ class LastK(Truncation):
 
 
 class LowVariance(Truncation):
-    """Back-propagate through the last step, and through it again from `copies` renoised copies of the sample.
+    """Back-propagate through the last step of the sample, and of `copies` renoised copies of it.
 
         x' = alpha sg(x_T) + sigma e,  e ~ N(0, I),  with alpha and sigma of the last step; each copy takes that step
 
@@ -99,7 +99,7 @@ class LowVariance(Truncation):
         return torch.cat([x0, clones.advance(renoised).x])
 
     def gradient_steps(self, num_steps: int) -> int:
-        """Return 1: each copy is denoised in one step of its own."""
+        """Return 1, because each copy is denoised in one step."""
         return 1
 
     def trains_only_last_step(self, num_steps: int) -> bool:
@@ -113,7 +113,7 @@ class ReFL(Truncation):
         returned latent = x_0(sg(x_i), f),  i ~ uniform{T - m, ..., T - 1}
 
     Args:
-        m: The stop is uniform over the last `m` steps, at least 1.
+        m: Number of last steps, at least 1, from which the stop is chosen uniformly.
 
     References:
         Xu et al., "ImageReward", arXiv:2304.05977, algorithm 1 (reward feedback learning).
@@ -135,7 +135,7 @@ class ReFL(Truncation):
 
 
 class RandomK(Truncation):
-    """Back-propagate through the last `K` steps, `K` uniform over `1..max_k` and drawn anew for every batch.
+    """Back-propagate through the last `K` steps, with `K` random for every batch.
 
         gradient as `LastK(K)`,  K ~ uniform{1, ..., max_k}
 
@@ -151,7 +151,7 @@ class RandomK(Truncation):
         self.max_k = None if max_k is None else at_least("max_k", max_k, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Draw `K` and sample as `LastK(K)` does."""
+        """Choose `K` at random and sample as `LastK(K)` does."""
         highest = chain.num_steps if self.max_k is None else _within(self.max_k, chain, "max_k")
         return _last_k(chain, noise, chain.randint(1, highest))
 
@@ -169,14 +169,14 @@ class RandomSteps(Truncation):
 
         d x_T / d theta = sum_{i in S} B_i df_i/d theta prod_{j > i} (A_j + [j in S] B_j df_j/dx)
 
-    Step `i` of `T` (from 0) is in `S` with probability `(i + 1) / (T + 1)`; the last step is if no other one is.
+    Step `i` of `T` (from 0) is in `S` with probability `(i + 1) / (T + 1)`; if `S` is empty, it contains the last step.
 
     References:
         The public code of AlignProp, arXiv:2310.03739, and TRL's `AlignPropTrainer`.
     """
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample with the latent attached throughout, and the network at the drawn steps."""
+        """Sample with the latent attached at all steps, and the network attached at the chosen steps."""
         steps = chain.num_steps
         drawn = [chain.rand() < (i + 1) / (steps + 1) for i in range(steps)]
         drawn[-1] = drawn[-1] or not any(drawn)
@@ -199,15 +199,15 @@ class DRTune(Truncation):
     FlowBP-Sparse.
 
     Args:
-        k: Number of trained steps, at least 1; all of them where fewer are left before the stop.
-        m: The stop is uniform over the last `m` steps; 0 for no early stop.
-        coverage: How evenly spaced steps are placed: `uniform` makes every placement up to the stop equally likely;
-            `end` leaves less than one spacing between the last trained step and the stop, so that the first steps of a
-            chain are rarely trained.
-        late_bias: Draw `k` distinct steps with probability proportional to `(i + 1)^late_bias` instead of evenly
-            spaced ones; 0 is uniform.
+        k: Number of trained steps, at least 1; if fewer steps come before the stop, all are trained.
+        m: Number of last steps from which the stop is chosen uniformly; 0 for no early stop.
+        coverage: Position of the `k` evenly spaced trained steps. `uniform`: all positions before the stop are equally
+            likely. `end`: the last of them is less than one spacing before the stop, so that the first steps of a chain
+            are rarely trained. Not used with `late_bias`.
+        late_bias: Choose `k` distinct steps at random instead, step `i` with probability proportional to
+            `(i + 1)^late_bias`; 0 is uniform.
         rescale: `rho` in `g = 1 + rho (sum_i |dt_i| / sum_{i in S} |dt_i| - 1)`, the factor on the gradient of trained
-            steps that makes up for the untrained ones; `dt_i` is the time between step `i` and the next.
+            steps that compensates for the untrained ones; `dt_i` is the time between step `i` and the next.
 
     References:
         Wu et al., "Deep Reward Supervisions for Tuning Text-to-Image Diffusion Models", arXiv:2405.00760, algorithm 1.
@@ -249,7 +249,7 @@ class DRTune(Truncation):
         _within(self.k, chain, "k")
 
     def trained_steps(self, chain: SamplingChain, length: int) -> set[int]:
-        """Draw which of the first `length` steps are trained."""
+        """Choose which of the first `length` steps are trained."""
         k = min(self.k, length)
         if self.late_bias is not None:
             return set(chain.choose([(i + 1) ** self.late_bias for i in range(length)], k))

@@ -188,7 +188,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         "the reward Infinite returned nan for an image of '.'; every score must be a finite number",
     ),
     ("detached", {"reward": Detached()}, "Detached returned a score without a gradient.*no .item"),
-    ("numpy", {"reward": Numpy()}, "Numpy left the graph .*numpy.*keep to tensor operations"),
+    ("numpy", {"reward": Numpy()}, "Numpy cuts the gradient .*numpy.*use only tensor operations"),
     ("elsewhere", {"reward": Elsewhere()}, "Elsewhere returned a score without a gradient"),
     ("rounded", {"reward": Rounded()}, "reward Rounded with respect to the images is exactly zero.*a clamp, a round"),
     ("constant", {"reward": ConstantReward()}, "ConstantReward with respect to the images is exactly zero"),
@@ -200,8 +200,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("list", {"reward": Listed()}, r"^Listed.forward returned a list for 1 images; return a tensor of shape \(1,\)"),
     ("one score", {"reward": OneForAll()}, r"OneForAll.forward returned shape \(\) for 1 images; return one score"),
     ("cut", {"truncation": CutByTheUser()}, "CutByTheUser returned latents without a gradient.*output_gain=0"),
-    ("white noise", {"model": Undecodable()}, "^decoding gave images that are not finite; use a wider dtype"),
-    ("overflow", {"model": Overflowing()}, "sampling gave latents that are not finite; use a wider dtype"),
+    ("white noise", {"model": Undecodable()}, "^the decoded images are not finite; use a wider dtype"),
+    ("overflow", {"model": Overflowing()}, "the sampled latents are not finite; use a wider dtype"),
     ("unused", {"model": Unused()}, "reaches none of the trainable parameters: .*train the denoiser's adapters"),
     ("explosion", {"model": Exploding()}, "with respect to the trainable parameters is not finite; use a wider dtype"),
 ]
@@ -269,7 +269,7 @@ def test_errors_of_the_reward_itself_are_raised_unchanged() -> None:
 
 def test_a_loss_with_zero_gradient_is_a_warning() -> None:
     """Or a run whose images have come to pass the hinge could not be resumed."""
-    with pytest.warns(UserWarning, match="gradient of Hinge is 0 at the first prompt's reward .*change its threshold"):
+    with pytest.warns(UserWarning, match="gradient of Hinge is 0 at the first prompt's reward .*change the threshold"):
         make(loss=Hinge(threshold=-1e6)).check_first_step(["a"])
 
 

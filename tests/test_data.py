@@ -164,9 +164,9 @@ BAD_FILES = {
     ),
     "JSON lines, a number": ("p.jsonl", b'{"prompt": 3}\n', r"line 1 holds 3 \(int\) in the column 'prompt'"),
     "JSON lines, null": ("p.jsonl", b'{"prompt": null}\n', "line 1 holds None"),
-    "CSV, no column": ("p.csv", b"text\na cat\n", "has no column 'prompt'; it has text: .*--data.column text"),
-    "CSV, upper case": ("p.csv", b"a,Prompt\n1,a cat\n", "--data.column Prompt"),
-    "CSV, no header": ("p.csv", b"a cat, sitting\na dog\n", "a list without columns belongs into a .txt file"),
+    "CSV, no column": ("p.csv", b"text\na cat\n", "has no column 'prompt'; it has text: .*column='text'"),
+    "CSV, upper case": ("p.csv", b"a,Prompt\n1,a cat\n", "column='Prompt'"),
+    "CSV, no header": ("p.csv", b"a cat, sitting\na dog\n", "write a list without columns to a .txt file"),
     "CSV, too many fields": ("p.csv", b"prompt,n\na,1\na cat, sitting,1\n", "line 3 has 3 fields and the header has 2"),
     "CSV, too few fields": ("p.csv", b"prompt,n\na cat\n", "line 2 has 1 fields and the header has 2"),
     "CSV, open quote": ("p.csv", b'prompt,n\na,1\n"a cat,1\nb,2\n', "line 3: a double quote is not closed"),
@@ -257,7 +257,7 @@ def test_hold_out_splits_without_loss_and_keeps_the_order() -> None:
     assert hold_out(PROMPTS, 0, seed=0) == (PROMPTS, [])
     with pytest.raises(
         ConfigurationError,
-        match="val_size=10 leaves nothing .* 10 different prompts; write --data.val_size",
+        match="val_size=10 leaves nothing .* 10 different prompts; set val_size",
     ):
         hold_out(PROMPTS, 10, seed=0)
     with pytest.raises(ConfigurationError, match="val_size=-1 must be at least 0; write 0 to hold out nothing"):
@@ -328,7 +328,7 @@ def test_each_process_needs_a_held_out_prompt() -> None:
     data.trainer = SimpleNamespace(global_rank=1, world_size=2)
     assert list(data.val_dataloader()) == [["e"]]
     data.trainer = SimpleNamespace(global_rank=1, world_size=3)
-    with pytest.raises(ConfigurationError, match="2 held-out prompts are fewer than the 3 .*--data.val_size 3"):
+    with pytest.raises(ConfigurationError, match="2 held-out prompts and 3 processes.*set val_size to 3"):
         data.val_dataloader()
 
 

@@ -380,7 +380,7 @@ def half(folder: Path) -> DraftModule:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], Callable[[], Any], dict[str, Any]]] = {
-    "does not say which of its modules that is; give it a property": (no_denoiser, fsdp2, {}),
+    "has no child module that is its denoiser; add a property": (no_denoiser, fsdp2, {}),
     "tensor_parallel_size: 1": (draft, lambda: fsdp2(data_parallel_size=1, tensor_parallel_size=2), {}),
     "write save_distributed_checkpoint: false": (draft, lambda: fsdp2(save_distributed_checkpoint=True), {}),
     "write precision: bf16-mixed": (half, CPUFSDP, {}),

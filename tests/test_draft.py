@@ -444,7 +444,7 @@ def test_a_checkpoint_holds_what_is_trained_and_loads_under_weights_only(tiny_sd
     assert saved.keys() == trained.keys()
     assert all(torch.equal(saved[name], value) for name, value in trained.items())
     other = make(tiny_sd, model={"lora": LoRA(rank=4, target_modules=["to_q"])})
-    with pytest.raises(ConfigurationError, match="other trainable parameters than this model .*the run saved beside"):
+    with pytest.raises(ConfigurationError, match="other trainable parameters than this model .*the folder of that run"):
         trainer_of(tmp_path, max_steps=2).fit(other, data(), ckpt_path=str(tmp_path / "run.ckpt"))
     wider = make(tiny_sd, model={"lora": LoRA(rank=6, target_modules=TARGETS)})
     message = r"^the checkpoint's '\S+lora_A\S+' has shape \(4, \d+.*\) and this model's \(6, \d+.*LoRA ranks differ"

@@ -101,7 +101,7 @@ def test_an_interrupted_scoring_continues_after_its_last_row(tmp_path: Path) -> 
     assert score_folder(tmp_path / "in", {"mean": again}, tmp_path / "out", batch_size=2) == whole
     assert sum(map(len, again.seen)) == 3
     assert path.read_text().splitlines()[1:] == (tmp_path / "whole" / "scores.csv").read_text().splitlines()[1:]
-    with pytest.raises(ConfigurationError, match="holds the scores of other rewards or settings"):
+    with pytest.raises(ConfigurationError, match="contains scores of other rewards or settings"):
         score_folder(tmp_path / "in", {"mean": Brightness()}, tmp_path / "out")
 
 
@@ -114,7 +114,7 @@ def test_an_interrupted_scoring_continues_after_its_last_row(tmp_path: Path) -> 
         ({"123.png": None}, {}, "1 images have no prompt from prompts='auto'"),
         ({"a.png": None}, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"a.png": None}, {"prompts": "nowhere.csv"}, "there is no file 'nowhere.csv'"),
-        ({"a.png": None}, {"rewards": {}}, "there are no rewards; name at least one"),
+        ({"a.png": None}, {"rewards": {}}, "there are no rewards; give at least one"),
     ],
 )
 def test_what_cannot_be_scored_is_named(tmp_path: Path, content: dict, options: dict, message: str) -> None:

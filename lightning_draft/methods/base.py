@@ -48,7 +48,7 @@ class RewardModule(EvaluationModule, ABC):
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase.
         sampler: The sampler in training and in validation; `DDIM(50)` by default.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
             validation.
@@ -57,9 +57,9 @@ class RewardModule(EvaluationModule, ABC):
     Attributes:
         reward_queries: Number of images that the reward has scored in training.
         has_running_statistics: Whether the reward has statistics that training updates.
-        probes: Called with every latent that a method builds a graph through.
+        probes: Called with every latent of a sampling step that has a graph.
         nonfinite_gradients: Drops gradients that are not finite, and stops training after `limit` in a row.
-        lr: Learning rate in place of the optimizer's own, where set; Lightning's `LearningRateFinder` sets it.
+        lr: Learning rate that replaces the optimizer's, if set; Lightning's `LearningRateFinder` sets it.
 
     Raises:
         ConfigurationError: An evaluation reward has the name of another log key, or the seed is out of range.
@@ -89,14 +89,14 @@ class RewardModule(EvaluationModule, ABC):
     @property
     @abstractmethod
     def method(self) -> object:
-        """The strategy that distinguishes this method, for messages and file headers."""
+        """The strategy that defines this method, for messages and file headers."""
 
     def strategies(self) -> dict[str, object]:
-        """Return what the run consists of, by name, for file headers."""
+        """Return the strategies of the run by name, for file headers."""
         return {"method": self.method, "sampler": self.sampler, "reward": self.reward}
 
     def setup(self, stage: str) -> None:
-        """Check the configuration before a fit."""
+        """Check the configuration before training."""
         super().setup(stage)
         self._marked_step = -1
         if stage == "fit":
@@ -126,10 +126,10 @@ class RewardModule(EvaluationModule, ABC):
 
     @abstractmethod
     def check_first_step(self, prompts: Sequence[str]) -> None:
-        """Check on some prompts that the method's gradient reaches what is trained.
+        """Check on some prompts that the method's gradient reaches the trainable parameters.
 
         Raises:
-            ConfigurationError: It does not.
+            ConfigurationError: It does not reach them.
         """
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -137,7 +137,7 @@ class RewardModule(EvaluationModule, ABC):
         return trainable_parameters(self)
 
     def training_steps_per_batch(self, batch_size: int) -> int:
-        """Return how many training steps in a row need the same batch of prompts."""
+        """Return the number of consecutive training steps that need the same batch of prompts."""
         return 1
 
     @stop_iteration_is_error
@@ -147,7 +147,7 @@ class RewardModule(EvaluationModule, ABC):
 
     @abstractmethod
     def training_loss(self, prompts: list[str]) -> Tensor:
-        """Return the loss of a training step on a batch of prompts, a scalar with a graph, and log its figures."""
+        """Return the loss of a training step, a scalar with a graph, and log metrics."""
 
     @stop_iteration_is_error
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -155,7 +155,7 @@ class RewardModule(EvaluationModule, ABC):
         super().backward(loss, *args, **kwargs)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer of the trainable parameters, and its learning-rate schedule."""
+        """Build the optimizer of the trainable parameters and its learning-rate schedule."""
         optimizer = build_optimizer(self.optimizer, self.trainable_parameters().values(), self.lr)
         if self.lr_scheduler is None:
             return optimizer
@@ -175,7 +175,7 @@ class RewardModule(EvaluationModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer is configured; Lightning does not clip by norm under `FSDPStrategy`."""
+        """Clip gradients as configured in the Trainer; Lightning does not clip by norm under `FSDPStrategy`."""
         by_norm = gradient_clip_algorithm in (None, "norm")
         if gradient_clip_val and by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
             clip_gradients(self.model.denoiser, gradient_clip_val)
@@ -189,7 +189,7 @@ class RewardModule(EvaluationModule, ABC):
 
     @stop_iteration_is_error
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Note the state before each optimizer step, and calibrate a reward that needs it on the first prompts."""
+        """Mark the state before each optimizer step, and calibrate a reward that needs it on the first prompts."""
         if self._marked_step != self.trainer.global_step:
             self.mark_step()
         if not self.reward.needs_calibration:
@@ -205,7 +205,7 @@ class RewardModule(EvaluationModule, ABC):
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Update the reward's running statistics with the scores of training images of all processes.
 
-        Scores that are not finite leave them as they are.
+        Scores that are not finite do not change the statistics.
 
         Args:
             scores: The components of `reward.breakdown` by name, of this process's images.
@@ -219,9 +219,9 @@ class RewardModule(EvaluationModule, ABC):
             self.clear_base_scores()
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what training changes besides parameters: `reward`, the rewards' states by their state dict keys.
+        """Return the training state besides parameters: `reward`, the rewards' states by their state dict keys.
 
-        Later training steps do not change what was returned.
+        Later training steps do not change the returned values.
         """
         modules = self.reward.named_modules(prefix="reward") if self.has_running_statistics else ()
         plain = nn.Module.get_extra_state
@@ -229,37 +229,37 @@ class RewardModule(EvaluationModule, ABC):
         return {"reward": {f"{name}._extra_state": deepcopy(state) for name, state in states.items()}}
 
     def mark_step(self) -> None:
-        """Keep the state after the last optimizer step, to which a checkpoint of an interrupted step returns."""
+        """Mark the state after the last optimizer step; a checkpoint of an interrupted step saves this state."""
         self._marked_step = self.trainer.global_step
         self._marked_state = self.extra_state()
 
     @property
     def is_within_step(self) -> bool:
-        """Whether training steps were made since the last optimizer step, which a checkpoint does not include."""
+        """Whether there were training steps since the last optimizer step; checkpoints do not include them."""
         return self._marked_step == self.trainer.global_step
 
     def last_step_state(self) -> dict[str, Any]:
-        """Return what `extra_state` was after the last optimizer step, to which a checkpoint's parameters belong."""
+        """Return the `extra_state` after the last optimizer step, which belongs to the parameters in a checkpoint."""
         return self._marked_state if self.is_within_step else self.extra_state()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state dict; of a sharded model only what a checkpoint keeps, to gather no frozen parameters."""
+        """Return the state dict; for a sharded model without frozen parameters, so that they are not gathered."""
         if args or kwargs or not uses_fsdp(self._trainer):
             return super().state_dict(*args, **kwargs)
         reward = self.reward.state_dict(prefix="reward.")
         return {**gather_full(self), **{key: value for key, value in reward.items() if is_reward_state(key)}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only the trained parameters and the rewards' states."""
+        """Reduce the checkpoint to the trained parameters and the rewards' states."""
         keep_trained(checkpoint, self.trainable_parameters(), self.last_step_state()["reward"])
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of other trainable parameters."""
+        """Check that the checkpoint has the same trainable parameters."""
         check_checkpoint(checkpoint, self.trainable_parameters(), compare_shapes=not uses_fsdp(self._trainer))
 
     @property
     def gradients_are_whole(self) -> bool:
-        """Whether plain `torch.autograd.grad` gives the gradients of the trainable parameters, unscaled."""
+        """Whether `torch.autograd.grad` returns the full, unscaled gradients of the trainable parameters."""
         trainer = self._trainer
         if trainer is None:
             return True
@@ -267,7 +267,7 @@ class RewardModule(EvaluationModule, ABC):
 
     @contextmanager
     def first_step_context(self) -> Iterator[None]:
-        """Enable gradients in the Trainer's precision, with seeded random generators that are restored afterwards."""
+        """Enable gradients in the Trainer's precision with seeded generators; their states are restored afterwards."""
         precision = nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
         with self._random_state(self.seed), torch.enable_grad(), precision:
             yield

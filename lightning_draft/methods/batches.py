@@ -17,10 +17,10 @@ def to_prompts(batch: Any) -> list[str]:
 
     Args:
         batch: A sequence of strings; a sequence of rows (mappings) with a `prompt` column; or a mapping of columns, as
-            torch's default collate function makes of rows. Other columns become the metadata of each `Prompt`.
+            created by torch's default collate function. Other columns become the metadata of each `Prompt`.
 
     Raises:
-        ConfigurationError: It is none of these.
+        ConfigurationError: The batch is none of these.
     """
     if isinstance(batch, Mapping):
         return prompt_list([_row_to_prompt(row) for row in _rows(batch)], "the batch's prompts")
@@ -30,7 +30,7 @@ def to_prompts(batch: Any) -> list[str]:
 
 
 def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a mapping from column names to sequences or tensors of equal length."""
+    """Return the rows of a mapping from column names to sequences or tensors of equal length."""
     prompts = columns.get(COLUMN)
     if not isinstance(prompts, Sequence) or isinstance(prompts, str):
         raise ConfigurationError(
@@ -56,5 +56,5 @@ def _row_to_prompt(row: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A number for a tensor of one number, which is what the default collate function makes of numbers."""
+    """Return a tensor with one element as a number; torch's default collate function converts numbers to tensors."""
     return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value

@@ -7,23 +7,23 @@ from torch import nn
 
 from lightning_draft.errors import ConfigurationError
 
-_ADVICE = "use the config that the run saved beside it"
+_ADVICE = "use the config.yaml in the folder of that run"
 
 
 def is_reward_state(key: str) -> bool:
-    """Return whether a key of a module's state dict is the state of a reward that training updates."""
+    """Return whether a key of a module's state dict is the state of a reward with running statistics."""
     return key.startswith("reward.") and key.endswith("_extra_state")
 
 
 def keep_trained(
     checkpoint: dict[str, Any], parameters: Mapping[str, nn.Parameter], reward_state: Mapping[str, Any]
 ) -> None:
-    """Reduce a checkpoint to the trained parameters and the rewards' states; frozen parts are loaded from their source.
+    """Reduce a checkpoint to the trained parameters and the rewards' states.
 
     Args:
-        checkpoint: As Lightning made it; changed in place.
+        checkpoint: Lightning's checkpoint, which is changed in place.
         parameters: The trainable parameters by name.
-        reward_state: The rewards' states by key, in place of those in the checkpoint.
+        reward_state: The rewards' states by key, which replace those in the checkpoint.
     """
     state = checkpoint["state_dict"]
     kept = {key: value for key, value in state.items() if key in parameters or is_reward_state(key)}
@@ -34,12 +34,13 @@ def keep_trained(
 def check_checkpoint(
     checkpoint: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], compare_shapes: bool
 ) -> None:
-    """Raise if a checkpoint does not hold the parameters that this run trains.
+    """Raise if a checkpoint does not contain the trainable parameters of this run.
 
     Args:
-        checkpoint: From `keep_trained`; strategies that shard have already loaded the values and pass only the names.
+        checkpoint: Checkpoint from `keep_trained`; sharding strategies have already loaded the values and pass only
+            names.
         parameters: The trainable parameters by name.
-        compare_shapes: Whether the parameters have their full shapes here.
+        compare_shapes: Whether `parameters` have their full shapes.
 
     Raises:
         ConfigurationError: Names or shapes differ.
@@ -48,7 +49,7 @@ def check_checkpoint(
     different = sorted(parameters.keys() ^ set(checkpoint.get("trained", saved)))
     if different:
         raise ConfigurationError(
-            f"the checkpoint holds other trainable parameters than this model ({len(different)} differ, such as "
+            f"the checkpoint contains other trainable parameters than this model ({len(different)} differ, such as "
             f"{different[0]!r}); {_ADVICE}"
         )
     for name, value in parameters.items() if compare_shapes else ():

@@ -1,6 +1,6 @@
-"""Checks before the first training step: a run that cannot learn stops with the reason and what to change.
+"""Checks before the first training step, which stop a run that cannot improve the reward.
 
-Each check takes the strategies, tensors or parameters that it looks at and raises `ConfigurationError`.
+Each check takes strategies, tensors or parameters and raises `ConfigurationError`; the message says what to change.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +19,11 @@ from lightning_draft.schedules import Schedule
 from lightning_draft.truncation import Truncation
 
 _KEEP_GRADIENT = (
-    "keep to tensor operations (no .item(), .detach(), numpy, PIL or no_grad), or set `differentiable = False` on it "
-    "and list it under `eval_rewards`"
+    "use only tensor operations (no .item(), .detach(), numpy, PIL or no_grad), or set `differentiable = False` on "
+    "the class and use it in `eval_rewards`"
 )
-_MORE_STEPS = "set the sampler's spacing to trailing where it has one, or train more steps, e.g. LastK(k=2)"
-_SMALL_COEFFICIENT = 0.02  # of the coefficients in use, that of DRaFT's own grid of 50 steps is -0.134
+_MORE_STEPS = "set the sampler's spacing to trailing if it has this option, or train more steps, such as LastK(k=2)"
+_SMALL_COEFFICIENT = 0.02  # for comparison: the coefficient of DRaFT's grid of 50 steps is -0.134
 
 
 def check_differentiable(reward: Reward, method: str) -> None:
@@ -37,15 +37,15 @@ def check_differentiable(reward: Reward, method: str) -> None:
     if not reward.differentiable:
         raise ConfigurationError(
             f"the reward {name} is not differentiable, and {method} back-propagates through it; choose a "
-            f"differentiable reward for training and list {name} under `eval_rewards`, or train with the "
-            f"policy-gradient method, which needs no gradient: PolicyGradientModule instead of {method}"
+            f"differentiable reward for training and use {name} in `eval_rewards`, or train with "
+            "PolicyGradientModule, which needs no gradient"
         )
 
 
 def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise if nothing is trained."""
     if not parameters:
-        raise ConfigurationError("the model has no trainable parameters; give it adapters, e.g. lora.rank=8")
+        raise ConfigurationError("the model has no trainable parameters; give it adapters, such as lora=LoRA(rank=8)")
 
 
 def check_sampler(sampler: Sampler, schedule: Schedule) -> None:
@@ -57,7 +57,7 @@ def check_sampler(sampler: Sampler, schedule: Schedule) -> None:
 
 
 def check_final_step(truncation: Truncation, sampler: Sampler, schedule: Schedule) -> None:
-    """Raise if only the last step is trained and it ignores the network's output; warn if it nearly does."""
+    """Raise if only the last step is trained and it does not depend on the network's output; warn if it hardly does."""
     if not truncation.trains_only_last_step(sampler.num_steps):
         return
     name, coefficient = type(truncation).__name__, abs(sampler.final_coefficient(schedule))
@@ -74,27 +74,27 @@ def check_final_step(truncation: Truncation, sampler: Sampler, schedule: Schedul
 
 
 def check_dtype(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise if a trainable parameter is coarser than float32: an update at usual learning rates would round to 0."""
+    """Raise if a trainable parameter is not at least float32, because usual updates would round to 0."""
     coarse = {value.dtype for value in parameters.values()} & {torch.bfloat16, torch.float16}
     if coarse:
         name = str(coarse.pop()).removeprefix("torch.")
         raise ConfigurationError(
-            f"the trainable parameters are in {name}, in which small updates round to zero; set the Trainer's "
+            f"the trainable parameters have dtype {name}, in which small updates round to zero; set the Trainer's "
             f'precision to "bf16-mixed" or "32-true", and dtype={name} on the model for its frozen parts'
         )
 
 
 def check_latents(latents: Tensor, truncation: Truncation) -> None:
-    """Raise if the latents of a truncation are not finite or carry no gradient."""
+    """Raise if the latents of a truncation are not finite or have no gradient."""
     if not latents.requires_grad:
         raise ConfigurationError(
             f"the truncation {type(truncation).__name__} returned latents without a gradient: a step under "
-            "torch.no_grad() after the steps with gradient cuts the whole graph; to skip a step's network use "
-            "chain.advance(..., output_gain=0)"
+            "torch.no_grad() after the steps with gradient cuts the whole graph; to detach only the network of a step "
+            "use chain.advance(..., output_gain=0)"
         )
     if not latents.isfinite().all():
         raise ConfigurationError(
-            "sampling gave latents that are not finite; use a wider dtype for the model (bfloat16 or float32)"
+            "the sampled latents are not finite; use a wider dtype for the model (bfloat16 or float32)"
         )
 
 
@@ -109,7 +109,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     name = type(reward).__name__
     if not images.isfinite().all():
         raise ConfigurationError(
-            "decoding gave images that are not finite; use a wider dtype for the model (bfloat16 or float32)"
+            "the decoded images are not finite; use a wider dtype for the model (bfloat16 or float32)"
         )
     images = images.detach().requires_grad_()
     try:
@@ -117,7 +117,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     except RuntimeError as error:
         if "requires grad" not in str(error):
             raise
-        raise ConfigurationError(f"the reward {name} left the graph ({error}); {_KEEP_GRADIENT}") from error
+        raise ConfigurationError(f"the reward {name} cuts the gradient ({error}); {_KEEP_GRADIENT}") from error
     if not scores.isfinite().all():
         raise ConfigurationError(
             f"the reward {name} returned {scores[~scores.isfinite()][0].item()} for an image of {str(prompts[0])!r}; "
@@ -137,13 +137,14 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
 
 
 def check_loss(loss: RewardLoss, scores: Tensor) -> None:
-    """Warn if the loss is constant around the scores; a resumed run may rightly be there."""
+    """Warn if the loss is constant around the scores, which can be right in a resumed run."""
     scores = scores.detach().requires_grad_()
     (slope,) = torch.autograd.grad(loss(scores).sum(), scores)
     if not slope.any():
         rank_zero_warn(
             f"the gradient of {type(loss).__name__} is 0 at the first prompt's reward ({scores[0].item():.4g}), so "
-            "images with such a reward train nothing; if most have one, change its threshold"
+            "images with such a reward have no effect on training; if most images have such a reward, change the "
+            "threshold"
         )
 
 
@@ -152,8 +153,8 @@ def check_gradient(value: Tensor, parameters: Iterable[nn.Parameter], name: str)
 
     Args:
         value: Scalar with a graph.
-        parameters: The trainable parameters; their `grad` is left as it is.
-        name: What the scalar is, for the message.
+        parameters: The trainable parameters; their `grad` is not changed.
+        name: Name of the scalar, for the message.
     """
     gradients = torch.autograd.grad(value, list(parameters), allow_unused=True) if value.requires_grad else ()
     reached = [gradient for gradient in gradients if gradient is not None]
@@ -170,11 +171,11 @@ def check_gradient(value: Tensor, parameters: Iterable[nn.Parameter], name: str)
 
 
 def check_stochastic(sampler: Sampler, stochastic_steps: Sequence[int]) -> None:
-    """Raise if no step of the sampler adds noise, so that none has a log-probability."""
+    """Raise if no step of the sampler adds noise, because only such steps have a log-probability."""
     if not stochastic_steps:
         raise ConfigurationError(
-            f"{type(sampler).__name__} adds no noise here, and a policy gradient needs steps with a log-probability; "
-            "use a stochastic sampler: DDIM(eta=1), or FlowSDE for a rectified flow"
+            f"{type(sampler).__name__} adds no noise, and a policy gradient needs steps with a log-probability; use a "
+            "stochastic sampler: DDIM(eta=1), or FlowSDE for a rectified flow"
         )
 
 
@@ -189,33 +190,33 @@ def check_group_size(samples_per_prompt: int, users: Iterable[RolloutObjective |
 
 
 def check_accumulation(objective: RolloutObjective, accumulate: int, minibatches: int, inner_epochs: int) -> None:
-    """Raise if optimizer steps do not end where minibatches, epochs or rollouts do, as the objective needs.
+    """Raise if optimizer steps do not end with minibatches, epochs or rollouts as the objective requires.
 
     Args:
         objective: The objective.
         accumulate: The Trainer's `accumulate_grad_batches`.
-        minibatches: Into how many minibatches a rollout is split.
-        inner_epochs: How often each minibatch is trained on.
+        minibatches: Number of minibatches of a rollout.
+        inner_epochs: Number of epochs on each rollout.
     """
     name, steps = type(objective).__name__, minibatches * inner_epochs
-    found = f"accumulate_grad_batches={accumulate} and a rollout is trained on in {steps} training steps"
+    found = f"accumulate_grad_batches={accumulate} and a rollout is used in {steps} training steps"
     if inner_epochs > 1:
         found += f" ({inner_epochs} inner epochs of {minibatches})"
     if objective.on_policy and accumulate % steps:
         once = "" if inner_epochs == 1 else "inner_epochs to 1 and "
         raise ConfigurationError(
-            f"{name} is on-policy: its gradient is only right for the parameters that sampled the rollout, and there "
-            f"would be more than one optimizer step for each rollout, as {found}; set {once}"
+            f"{name} is on-policy: its gradient is correct only for the parameters that sampled the rollout, and "
+            f"there would be more than one optimizer step per rollout, because {found}; set {once}"
             f"trainer.accumulate_grad_batches to {minibatches}, or use PPO, which corrects for reuse"
         )
     if not objective.separable and accumulate != minibatches and (inner_epochs > 1 or accumulate % minibatches):
         raise ConfigurationError(
-            f"{name} couples all minibatches of a rollout, and an optimizer step would not use each of them once, as "
-            f"{found}; set trainer.accumulate_grad_batches to {minibatches}"
+            f"{name} couples all minibatches of a rollout, and an optimizer step would not use each of them once, "
+            f"because {found}; set trainer.accumulate_grad_batches to {minibatches}"
         )
     if steps % accumulate and accumulate % steps:
         raise ConfigurationError(
-            f"optimizer steps would not end where rollouts end, as {found}; set trainer.accumulate_grad_batches to "
+            f"optimizer steps would not end with rollouts, because {found}; set trainer.accumulate_grad_batches to "
             f"{minibatches}, or to a number that divides it"
         )
 
@@ -225,6 +226,6 @@ def _check_gradient(gradient: Tensor, name: str, advice: str) -> None:
         raise ConfigurationError(f"{name} is not finite; {advice}")
     if not gradient.any():
         raise ConfigurationError(
-            f"{name} is exactly zero, so nothing can be learned; look for a clamp, a round or a threshold on the "
-            "gradient's path"
+            f"{name} is exactly zero, so training has no effect; look for a clamp, a rounding or a threshold in the "
+            "reward or the truncation"
         )

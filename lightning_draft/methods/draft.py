@@ -39,7 +39,8 @@ Checkpointing = Literal["auto", "none", "step", "block", "both"]
 class DraftModule(RewardModule):
     """Back-propagate a differentiable reward through the sampler; the truncation decides where the gradient flows.
 
-    With the latents `x_0 = truncation(noise)`, of which DRaFT-LV makes `c` for each of `B` prompts, the loss is
+    With the latents `x_0 = truncation(noise)`, `c` per prompt for DRaFT-LV and one otherwise, and `B` prompts, the loss
+    is
 
         L = 1/B sum_b sum_c loss(r(decode(x_0[c, b]), prompt_b)) + kl_weight * mean (eps_theta - eps_base)^2.
 
@@ -47,17 +48,17 @@ class DraftModule(RewardModule):
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase; it must be differentiable.
         sampler: The sampler in training and in validation; `DDIM(50)` by default.
-        truncation: Which steps have a gradient; `LastK(1)` by default, which is DRaFT-1.
+        truncation: Which steps have a gradient; by default `LastK(1)`, which is DRaFT-1.
         loss: Map from reward to loss; `Maximize()` by default.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
             validation.
         kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+), at least 0; each of
             those steps then costs one more network call.
         checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
-            network, `both` or `none`; `auto` is `step` where more than one step has a gradient, else `none`.
-        micro_batch_size: Number of samples that a graph is built for at a time; by default the whole batch. Memory is
+            network, `both` or `none`; `auto` is `step` if more than one step has a gradient, else `none`.
+        micro_batch_size: Number of samples for which a graph is built at a time; by default the whole batch. Memory is
             proportional to it, and activations are recomputed.
         seed: Seed of the starting noise and of the truncation's random choices, in `0..2^63 - 1`.
 
@@ -97,7 +98,7 @@ class DraftModule(RewardModule):
         return self.truncation
 
     def strategies(self) -> dict[str, object]:
-        """What the run consists of, with the loss."""
+        """Return the strategies of the run, including the loss."""
         return {**super().strategies(), "loss": self.loss}
 
     def setup(self, stage: str) -> None:
@@ -110,16 +111,16 @@ class DraftModule(RewardModule):
         """Check that the reward has a gradient, something is trained, and the sampler and the truncation fit the model.
 
         Raises:
-            ConfigurationError: One of them does not hold.
+            ConfigurationError: One of these is not the case.
         """
         check_differentiable(self.reward, type(self).__name__)
         super().check_configuration()
         check_final_step(self.truncation, self.sampler, self.model.schedule)
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
-        """Run the method on some prompts and check the gradient from the reward back to what is trained.
+        """Run the method on some prompts and check the gradient from the reward to the trainable parameters.
 
-        The random state, the parameters and their gradients are left as they were.
+        The random state, the parameters and their gradients are not changed.
 
         Raises:
             ConfigurationError: The gradient is missing, zero or not finite; the message says where.
@@ -143,7 +144,7 @@ class DraftModule(RewardModule):
             self.probes = probes
 
     def training_loss(self, prompts: list[str]) -> Tensor:
-        """Sample with gradient, reward, and return the loss."""
+        """Sample with gradient, compute the rewards, and return the loss."""
         with self._random_state(derive_seed(self.seed, self.batches, self.global_rank)):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.batches))
             loss, logs = self.loss_and_logs(prompts, generator)
@@ -153,27 +154,27 @@ class DraftModule(RewardModule):
         return loss
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what training changes besides parameters: also `batches`, the number of training steps."""
+        """Return the training state besides parameters, including `batches`, the number of training steps."""
         return {**super().extra_state(), "batches": self.batches}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained parameters, the rewards' states and the number of training steps."""
+        """Save the trained parameters, the rewards' states and the number of training steps."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["batches"] = self.last_step_state()["batches"]
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue counting; the checkpoint of another method has no count."""
+        """Restore the number of training steps; the checkpoint of another method has none."""
         super().on_load_checkpoint(checkpoint)
         self.batches = checkpoint.get("batches", 0)
 
     def loss_and_logs(
         self, prompts: Sequence[str], generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch, a scalar with a graph, and what to log, detached.
+        """Return the loss of a batch, a scalar with a graph, and detached metrics.
 
         Args:
             prompts: The batch.
-            generator: Source of the truncation's random choices, equal on every process.
+            generator: Generator of the truncation's random choices, the same on every process.
         """
         drift = PredictionDrift() if self.kl_weight > 0 else None
         chain = self.chain(prompts, generator, drift)
@@ -181,7 +182,7 @@ class DraftModule(RewardModule):
         copies = len(latents) // len(prompts)
         rewards, components, out_of_range = self._rewards(latents, list(prompts) * copies)
         self.update_statistics(components)
-        # The copies of DRaFT-LV add up; the batch is averaged.
+        # The losses of DRaFT-LV's copies are added; those of the batch are averaged.
         loss = self.loss(rewards).view(copies, -1).sum(0).mean() * _nan_unless_finite(rewards)
         logs = {
             "train/reward": rewards[: len(prompts)].mean(),
@@ -196,7 +197,7 @@ class DraftModule(RewardModule):
 
     @property
     def recompute(self) -> Recompute:
-        """What the backward pass of a training step recomputes."""
+        """Activations that the backward pass of a training step recomputes."""
         several = self.truncation.gradient_steps(self.sampler.num_steps) > 1
         steps = self.checkpointing in ("step", "both") or (self.checkpointing == "auto" and several)
         return Recompute(steps, self.checkpointing in ("block", "both"), self.micro_batch_size)
@@ -219,7 +220,7 @@ class DraftModule(RewardModule):
         )
 
     def _rewards(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return scores `(B,)`, those of the components, and each image's fraction of values outside [0, 1]."""
+        """Return scores `(B,)`, those of the components, and the fraction of values outside [0, 1] of each image."""
 
         def reward(latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
             images = self.model.decode(latents).float()
@@ -241,5 +242,5 @@ class DraftModule(RewardModule):
 
 
 def _nan_unless_finite(values: Tensor) -> Tensor:
-    """Return 1, or NaN if a value is not finite: an infinite reward may have a finite gradient."""
+    """Return 1, or NaN if a value is not finite, because an infinite reward may have a finite gradient."""
     return torch.where(values.detach().isfinite().all(), 1.0, float("nan"))

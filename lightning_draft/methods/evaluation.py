@@ -19,11 +19,11 @@ from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
 from lightning_draft.seeds import check_seed, derive_seed
 
-_STEP_NOISE = 1  # keeps the noise of a sampler's steps apart from the starting noise of the same seed
+_STEP_NOISE = 1  # makes the noise of a sampler's steps differ from the starting noise of the same seed
 
 
 class EvaluationModule(L.LightningModule):
-    """Sample images of prompts and score them.
+    """Generate images for prompts and score them.
 
     A batch is a list of prompts, a list of rows with a `prompt` column, or a mapping of such columns.
 
@@ -68,11 +68,11 @@ class EvaluationModule(L.LightningModule):
         self.clear_base_scores()
 
     def configure_model(self) -> None:
-        """Shard the denoiser over the processes if the Trainer's strategy does so."""
+        """Shard the denoiser over the processes if the Trainer's strategy shards."""
         shard(self, self.model, self.model.denoiser)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, except for rewards: dropout would add noise to their scores."""
+        """Set the training mode of all parts except rewards, whose scores would be changed by dropout."""
         super().train(mode)
         self.reward.eval()
         self.eval_rewards.eval()
@@ -81,13 +81,11 @@ class EvaluationModule(L.LightningModule):
     @stop_iteration_is_error
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """Sample images, float32 `(B, 3, H, W)`, not clamped.
-
-        The caller's random state is left as it was.
+        """Generate images, float32 `(B, 3, H, W)`, not clamped; the caller's random state is not changed.
 
         Args:
             prompts: `B` prompts.
-            noise: Starting latents `(B, ...)`; by default drawn with `seed`.
+            noise: Starting latents `(B, ...)`; by default sampled with `seed`.
             seed: Seed of the starting noise and, separately, of a stochastic sampler's noise; by default the module's.
         """
         prompts = prompt_list(prompts)
@@ -118,9 +116,9 @@ class EvaluationModule(L.LightningModule):
 
     @stop_iteration_is_error
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score validation prompts from fixed noise; `val/gain` is the reward minus the base model's on the same noise.
+        """Score images of validation prompts from fixed noise; `val/gain` is the reward minus that of the base model.
 
-        Keys of the first data loader start with `val/`, those of the next ones with `val_1/`, `val_2/` and so on.
+        Log keys of the first data loader start with `val/`, those of further loaders with `val_1/`, `val_2/` and so on.
         """
         prompts = to_prompts(batch)
         seed = derive_seed(self.seed, dataloader_idx, batch_idx, self.global_rank)

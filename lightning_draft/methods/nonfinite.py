@@ -14,18 +14,18 @@ from lightning_draft.parameter_gradients import (
     parameters_with_gradients,
 )
 
-_SCALER_SEARCH = 40  # steps that a gradient scaler may take to find a scale without an overflow
+_SCALER_SEARCH = 40  # number of steps in which a gradient scaler finds a scale without overflow
 
 
 class NonFiniteGradients:
     """Drop gradients that are NaN or infinite, so that the optimizer changes nothing in that step.
 
-    All processes decide alike. A finite gradient is left as it is, bit by bit.
+    All processes take the same decision. Finite gradients are not changed.
 
     Attributes:
-        limit: Raise an error after this many in a row.
-        total: How many there were.
-        in_a_row: How many there were since the last finite one.
+        limit: Number of consecutive non-finite gradients that is an error.
+        total: Number of non-finite gradients.
+        in_a_row: Number of non-finite gradients since the last finite one.
     """
 
     def __init__(self, limit: int = 10) -> None:
@@ -37,7 +37,7 @@ class NonFiniteGradients:
         """Check the gradients before the optimizer's step, and drop them if they are not finite.
 
         Raises:
-            DivergenceError: It is the last of `limit` in a row.
+            DivergenceError: There were `limit` non-finite gradients in a row.
         """
         parameters = parameters_with_gradients(trainer, module, optimizer)
         if not parameters or math.isfinite(gradient_norm(parameters, trainer)):
@@ -50,7 +50,8 @@ class NonFiniteGradients:
         if self.in_a_row >= limit:
             raise DivergenceError(
                 f"the gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step "
-                f"{trainer.global_step}; the parameters are as they were before; lower the learning rate or the number "
+                f"{trainer.global_step}; the parameters have not been changed by them; lower the learning rate or the "
+                "number "
                 "of steps with gradient, or look for NaN in the reward"
             )
         rank_zero_warn(

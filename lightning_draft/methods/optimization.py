@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule, built from the callables that a user gives."""
+"""Build the optimizer and its learning-rate schedule from the user's callables."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ def build_optimizer(make: OptimizerCallable, parameters: Iterable[nn.Parameter],
     Args:
         make: Called with the parameters.
         parameters: The trainable parameters.
-        lr: Learning rate in place of the optimizer's own, where given.
+        lr: Learning rate that replaces the optimizer's, if given.
 
     Raises:
         ConfigurationError: The optimizer rejects its options, its learning rate is not positive, or it needs the loss
@@ -29,10 +29,11 @@ def build_optimizer(make: OptimizerCallable, parameters: Iterable[nn.Parameter],
     try:
         optimizer = make(parameters)
     except ValueError as error:
-        raise ConfigurationError(f"the optimizer refuses its options: {error}; write for example lr: 1e-4") from error
+        raise ConfigurationError(f"the optimizer rejects its options: {error}; write for example lr: 1e-4") from error
     if isinstance(optimizer, LBFGS):
         raise ConfigurationError(
-            "LBFGS evaluates the loss several times per step, which draws new noise each time; use another optimizer, "
+            "LBFGS evaluates the loss several times per step, each time with new noise, and is not supported; use "
+            "another optimizer, "
             "such as torch.optim.AdamW"
         )
     for group in optimizer.param_groups:
@@ -45,8 +46,8 @@ def build_optimizer(make: OptimizerCallable, parameters: Iterable[nn.Parameter],
 def scheduler_config(make: LRSchedulerCallable, optimizer: Optimizer, validates: bool) -> dict[str, Any]:
     """Return Lightning's description of a learning-rate schedule.
 
-    A schedule steps once per optimizer step. `ReduceLROnPlateau` steps after each validation, which
-    `RewardModule.on_validation_end` does: Lightning's own interval is set so long that it never does.
+    A schedule steps once per optimizer step. `ReduceLROnPlateau` is stepped by `RewardModule.on_validation_end` after
+    each validation; the interval for Lightning is so long that Lightning never steps it.
 
     Args:
         make: Called with the optimizer.
@@ -66,8 +67,8 @@ def scheduler_config(make: LRSchedulerCallable, optimizer: Optimizer, validates:
         )
     if not validates:
         raise ConfigurationError(
-            "ReduceLROnPlateau steps after each validation, and this run has none; set trainer.limit_val_batches above "
-            "0 and give validation prompts, or use another schedule"
+            "ReduceLROnPlateau steps after each validation, and this run has none; set the Trainer's "
+            "limit_val_batches above 0 and give validation prompts, or use another schedule"
         )
     never = {"interval": "epoch", "frequency": sys.maxsize}
     return {"scheduler": scheduler, "monitor": scheduler.monitor, **never}
@@ -78,7 +79,7 @@ def step_on_plateau(configs: Iterable[LRSchedulerConfig], metrics: Mapping[str, 
 
     Args:
         configs: The Trainer's schedules.
-        metrics: What was logged, by key.
+        metrics: Logged values by key.
 
     Raises:
         ConfigurationError: The metric was not logged.

@@ -23,9 +23,9 @@ class Policy:
     Args:
         model: The diffusion model.
         sampler: The sampler.
-        reduce: Called with a log-probability summed over a number of latent dimensions, and that number.
-        micro_batch_size: How many samples are handled at a time; by default all.
-        recompute: What the backward pass computes again.
+        reduce: Called with a log-probability summed over latent dimensions, and the number of these dimensions.
+        micro_batch_size: Number of samples per network call; by default all.
+        recompute: Activations that the backward pass recomputes.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Policy:
     def evaluate(
         self, prompts: Sequence[str], latents: Tensor, steps: Sequence[int], with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the log-probabilities of some steps, and if asked for their mean KL divergence from the base model.
+        """Return the log-probabilities of some steps, and optionally their mean KL divergence from the base model.
 
         Args:
             prompts: `B` prompts.
@@ -90,7 +90,7 @@ class Policy:
 
     def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         chain = self._chain(prompts)
-        # One generator per sample: its noise does not depend on the samples beside it.
+        # One generator per sample, so that its noise does not depend on the other samples.
         each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
         noise = torch.stack(each, 1)
         latents, log_probs = [noise[0]], []
@@ -105,10 +105,10 @@ class Policy:
 
 
 def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:
-    """Return the steps that add noise, and so have a log-probability.
+    """Return the steps that add noise and therefore have a log-probability.
 
     Raises:
-        ConfigurationError: A stochastic step depends on earlier ones, which a rollout does not hold.
+        ConfigurationError: A stochastic step depends on earlier steps, which a rollout does not store.
     """
     probe = torch.zeros(1, 1, dtype=torch.float64)
     found = []

@@ -39,29 +39,29 @@ from lightning_draft.samplers import DDIM, Sampler
 class PolicyGradientModule(RolloutModule):
     """Increase any reward, differentiable or not, by making the sampling steps of highly rewarded samples more likely.
 
-    A rollout is collected for each batch of prompts and trained on in minibatches, one per training step: of
-    `micro_batch_size` samples and `timesteps_per_minibatch` stochastic steps, the whole rollout `inner_epochs` times.
-    The Trainer's `accumulate_grad_batches` is the number of minibatches of an optimizer step; usually it is the number
-    of minibatches of a rollout. With an objective `L` of the log-probabilities of the rollout, the loss is
+    A rollout is collected for each batch of prompts. A training step uses one minibatch of it, with `micro_batch_size`
+    samples and `timesteps_per_minibatch` stochastic steps; the whole rollout is used `inner_epochs` times. The
+    Trainer's `accumulate_grad_batches` is the number of minibatches per optimizer step, usually that of a whole
+    rollout. With an objective `L` of the log-probabilities of the rollout, the loss is
 
         L(log p_theta(x_{t-1} | x_t)) + kl_weight * mean KL(p_theta || p_base).
 
-    Images are clamped to [0, 1] before they are rewarded. Steps without noise are not trained.
+    Images are clamped to [0, 1] before their rewards are computed. Steps without noise are not trained.
 
     Args:
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase.
         sampler: The sampler in training and in validation; it must be stochastic, `DDIM(50, eta=1)` by default.
         objective: The loss of log-probabilities; `PPO()` by default.
-        advantage_estimator: From rewards to advantages; `PerPromptStatistics()` by default.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        advantage_estimator: Map from rewards to advantages; `PerPromptStatistics()` by default.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
             validation.
         samples_per_prompt: Number of samples for each prompt of a batch.
-        inner_epochs: How often a rollout is trained on.
-        kl_weight: Weight of the KL divergence of each step from the base model's, at least 0, reduced like the
-            objective's log-probabilities; it costs one more network call per step.
+        inner_epochs: Number of epochs on each rollout.
+        kl_weight: Weight of the KL divergence of each step from that of the base model, at least 0, with the reduction
+            of the objective's log-probabilities; it costs one more network call per step.
         micro_batch_size: Number of samples that are sampled and trained on at a time; by default all. It does not
             change the rollout.
         timesteps_per_minibatch: Number of stochastic steps that are trained on at a time; by default all. Memory is
@@ -118,19 +118,19 @@ class PolicyGradientModule(RolloutModule):
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute)
 
     def check_configuration(self) -> None:
-        """Check that the sampler has log-probabilities, and that groups and optimizer steps fit the objective.
+        """Check that the sampler has log-probabilities, and that groups and optimizer steps suit the objective.
 
         Raises:
-            ConfigurationError: One of them does not hold.
+            ConfigurationError: One of these is not the case.
         """
         check_sampler(self.sampler, self.model.schedule)
         check_stochastic(self.sampler, self.policy.steps)
         super().check_configuration()
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
-        """Check on one sampling step that the gradient of its log-probability reaches what is trained.
+        """Check on one sampling step that the gradient of its log-probability reaches the trainable parameters.
 
-        The random state, the parameters and their gradients are left as they were.
+        The random state, the parameters and their gradients are not changed.
 
         Raises:
             ConfigurationError: The gradient is missing, zero or not finite.
@@ -164,7 +164,7 @@ class PolicyGradientModule(RolloutModule):
     def minibatch_loss(
         self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a minibatch of the current rollout, and what to log."""
+        """Return the loss of a minibatch of the current rollout, and metrics."""
         gradients, step = None, self.trainer.global_step
         if not self.objective.separable:
             gradients = self.buffer.log_prob_gradients(
@@ -179,13 +179,13 @@ class PolicyGradientModule(RolloutModule):
         minibatch: Minibatch,
         gradients: LogProbGradients | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss averaged over a minibatch of a rollout, a scalar with a graph, and what to log, detached.
+        """Return the loss averaged over a minibatch of a rollout, a scalar with a graph, and detached metrics.
 
         Args:
             prompts: The batch that the rollout was collected for.
             rollout: From `collect_rollout`.
             minibatch: One of `minibatches`.
-            gradients: From `log_prob_gradients`, where the objective is not separable.
+            gradients: From `log_prob_gradients`, if the objective is not separable.
         """
         some = repeat_prompts(prompts, self.samples_per_prompt)[minibatch.samples]
         steps = self.policy.steps[minibatch.steps]

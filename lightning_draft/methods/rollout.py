@@ -1,4 +1,4 @@
-"""Rollouts: trajectories of a stochastic sampler with their rewards, and the buffer that they are trained on from.
+"""Rollouts: trajectories of a stochastic sampler with their rewards, and the buffer of the current rollout.
 
 Shapes: `T` sampling steps, `S` of them stochastic, `N` samples.
 """
@@ -20,11 +20,11 @@ class Rollout:
         step: Number of optimizer steps before it was collected.
         prompts: One per sample; samples of one prompt are next to each other.
         latents: `(T + 1, N, ...)`, from noise to sample.
-        log_probs: Of the stochastic steps, under the model that made them, `(S, N)`.
+        log_probs: Log-probabilities of the stochastic steps under the model that sampled them, `(S, N)`.
         rewards: `(N,)`.
         advantages: `(N,)`.
-        summary: Figures to log.
-        ref_log_probs: As `log_probs`, under the base model, if the objective needs it.
+        summary: Metrics to log.
+        ref_log_probs: As `log_probs`, under the base model, if the objective needs them.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Rollout:
     ref_log_probs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """Return a copy on another device, or the rollout itself if it is there."""
+        """Return the rollout on a device; it is copied only if it is on another."""
         if self.latents.device == torch.device(device):
             return self
         state: dict[str, Any] = {
@@ -47,7 +47,7 @@ class Rollout:
         return Rollout(**state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the fields, in types that a checkpoint can hold under `weights_only=True`."""
+        """Return the fields as types that can be loaded with `weights_only=True`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -80,14 +80,14 @@ class Minibatch:
 
 
 class RolloutBuffer:
-    """The current rollout, the position in it, and the values that its training steps share.
+    """The current rollout, the position in it, and the values that are shared by its training steps.
 
-    A rollout is used in a number of training steps, one minibatch each. The buffer counts rollouts and training steps
-    itself, so that a run depends on nothing but what a checkpoint holds.
+    A rollout is used in several training steps, one minibatch each. The buffer counts rollouts and training steps
+    itself, so that a resumed run depends only on the checkpoint.
 
     Attributes:
-        number: Number of the current rollout, from 0; its noise is derived from it.
-        index: Number of the next training step on it, from 0.
+        number: Number of the current rollout, from 0, from which its noise is derived.
+        index: Number of the next training step on this rollout, from 0.
         rollout: The rollout that was collected last, if any.
     """
 
@@ -113,7 +113,7 @@ class RolloutBuffer:
         return self._gradients[1]
 
     def averages(self, values: Mapping[str, Tensor], fraction: float, step: int) -> dict[str, Tensor]:
-        """Return the means over the minibatches of an optimizer step so far, weighted by their fractions."""
+        """Return the means over the minibatches of the current optimizer step, weighted by their fractions."""
         if self._sums_step != step:
             self._sums, self._sums_step = {}, step
         for name, value in {"fraction": torch.ones(()), **values}.items():
@@ -121,13 +121,13 @@ class RolloutBuffer:
         return {name: self._sums[name] / self._sums["fraction"] for name in values}
 
     def advance(self, training_steps: int) -> None:
-        """Go to the next of the rollout's training steps, and after the last one to the next rollout."""
+        """Move to the next training step of the rollout, or after the last one to the next rollout."""
         self.index += 1
         if self.index >= training_steps:
             self.number, self.index = self.number + 1, 0
 
     def drop_rollout(self) -> None:
-        """Drop the rollout and the averages of its step; it is collected again, and the position stays."""
+        """Drop the rollout and the averages of its step; the rollout is collected again and the position is kept."""
         self.rollout = self._gradients = None
         self._sums_step = -1
 
@@ -137,17 +137,17 @@ class RolloutBuffer:
         self.number = self.index = 0
 
     def extra_state(self) -> dict[str, Any]:
-        """Return the position, and the rollout if there are training steps left on it; nothing is copied."""
+        """Return the position, and the rollout if training steps on it remain; nothing is copied."""
         return {"number": self.number, "index": self.index, "rollout": self.rollout if self.index else None}
 
     @staticmethod
     def state_dict(extra_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert an `extra_state` to types that a checkpoint can hold under `weights_only=True`, on the CPU."""
+        """Convert an `extra_state` to types that can be loaded with `weights_only=True`, on the CPU."""
         rollout = extra_state["rollout"]
         return {**extra_state, "rollout": None if rollout is None else rollout.to("cpu").state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.number, self.index = state["number"], state["index"]
         rollout = state["rollout"]
         self.rollout = None if rollout is None else Rollout(**rollout)
@@ -156,7 +156,7 @@ class RolloutBuffer:
 def minibatches(
     samples: int, steps: int, micro_batch_size: int | None, timesteps_per_minibatch: int | None
 ) -> list[Minibatch]:
-    """Split a rollout of `samples` by `steps` into minibatches: all steps of some samples before the next samples."""
+    """Split a rollout of `samples` by `steps` into minibatches, all steps of some samples before the next ones."""
     return [
         Minibatch(some, few, (some.stop - some.start) * (few.stop - few.start) / (samples * steps))
         for some in slices(samples, micro_batch_size)
@@ -165,18 +165,18 @@ def minibatches(
 
 
 def slices(length: int, size: int | None) -> list[slice]:
-    """Split `0..length` into slices of `size`, the last one possibly shorter; `None` makes one slice."""
+    """Split `0..length` into slices of `size`, of which the last may be shorter; `None` gives one slice."""
     size = length if size is None else size
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def summarize(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, float]:
-    """Return what is logged of a rollout.
+    """Return the logged metrics of a rollout.
 
     Args:
         rewards: `(N,)`.
         advantages: `(N,)`.
-        group: How many samples in a row share a prompt.
+        group: Number of consecutive samples with the same prompt.
 
     Returns:
         `train/reward`: mean. `train/reward_within_prompts`: mean of the standard deviations by prompt.
@@ -195,5 +195,5 @@ def summarize(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, floa
 
 
 def repeat_prompts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
-    """Return every prompt `samples_per_prompt` times in a row."""
+    """Repeat every prompt `samples_per_prompt` times in a row."""
     return [prompt for prompt in prompts for _ in range(samples_per_prompt)]

@@ -35,22 +35,22 @@ from lightning_draft.seeds import derive_seed
 class RolloutModule(RewardModule, ABC):
     """Base class of the methods that collect rollouts and train on each for several steps.
 
-    A rollout is collected for each batch of prompts and trained on in minibatches, one per training step: of
-    `micro_batch_size` samples and `timesteps_per_minibatch` timesteps, the whole rollout `inner_epochs` times. The
-    Trainer's `accumulate_grad_batches` is the number of minibatches of an optimizer step.
+    A rollout is collected for each batch of prompts. A training step uses one minibatch of it, with `micro_batch_size`
+    samples and `timesteps_per_minibatch` timesteps; the whole rollout is used `inner_epochs` times. The Trainer's
+    `accumulate_grad_batches` is the number of minibatches per optimizer step.
 
     Args:
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase.
         sampler: The sampler in training and in validation.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer.
         seed: Seed of all noise.
         objective: The loss of a minibatch.
-        advantage_estimator: From rewards to advantages.
+        advantage_estimator: Map from rewards to advantages.
         samples_per_prompt: Number of samples for each prompt of a batch.
-        inner_epochs: How often a rollout is trained on.
+        inner_epochs: Number of epochs on each rollout.
         micro_batch_size: Number of samples that are sampled and trained on at a time; by default all.
         timesteps_per_minibatch: Number of timesteps that are trained on at a time; by default all.
 
@@ -91,7 +91,7 @@ class RolloutModule(RewardModule, ABC):
 
     @abstractmethod
     def rollout_timesteps(self) -> int:
-        """Return how many timesteps of each sample are trained on."""
+        """Return the number of trained timesteps of each sample."""
 
     @abstractmethod
     def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -102,14 +102,14 @@ class RolloutModule(RewardModule, ABC):
             seeds: `N` seeds, one for all noise of a sample.
 
         Returns:
-            Latents `(L, N, ...)`, of which the last are the samples, and log-probabilities `(S, N)`.
+            Latents `(L, N, ...)`, the last of which are the samples, and log-probabilities `(S, N)`.
         """
 
     @abstractmethod
     def minibatch_loss(
         self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss averaged over a minibatch of the current rollout, with a graph, and what to log, detached."""
+        """Return the loss averaged over a minibatch of the current rollout, with a graph, and detached metrics."""
 
     @property
     def method(self) -> RolloutObjective:
@@ -117,7 +117,7 @@ class RolloutModule(RewardModule, ABC):
         return self.objective
 
     def setup(self, stage: str) -> None:
-        """Check the configuration before a fit, and start at the first rollout in a new run."""
+        """Check the configuration before training, and start a new run at the first rollout."""
         super().setup(stage)
         if stage == "fit":
             self.buffer.drop_rollout()
@@ -125,11 +125,11 @@ class RolloutModule(RewardModule, ABC):
                 self.buffer.reset()
 
     def strategies(self) -> dict[str, object]:
-        """Return what the run consists of, with the advantage estimator."""
+        """Return the strategies of the run, including the advantage estimator."""
         return {**super().strategies(), "advantage_estimator": self.advantage_estimator}
 
     def check_configuration(self) -> None:
-        """Check that groups and optimizer steps fit the objective.
+        """Check that groups and optimizer steps suit the objective.
 
         Raises:
             ConfigurationError: One of them does not.
@@ -140,10 +140,10 @@ class RolloutModule(RewardModule, ABC):
             self.check_accumulation(data.batch_size)
 
     def check_accumulation(self, batch_size: int) -> None:
-        """Check that the Trainer's optimizer steps end where minibatches, epochs or rollouts do.
+        """Check that the Trainer's optimizer steps end with minibatches, epochs or rollouts as the objective requires.
 
         Raises:
-            ConfigurationError: They do not, as the objective needs it.
+            ConfigurationError: They do not.
         """
         number = len(self.minibatches(batch_size))
         check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)
@@ -154,11 +154,11 @@ class RolloutModule(RewardModule, ABC):
         return minibatches(samples, self.rollout_timesteps(), self.micro_batch_size, self.timesteps_per_minibatch)
 
     def training_steps_per_batch(self, batch_size: int) -> int:
-        """Return how many training steps in a row need the same batch: those on its rollout."""
+        """Return the number of consecutive training steps that need the same batch, which is that on a rollout."""
         return self.inner_epochs * len(self.minibatches(batch_size))
 
     def training_loss(self, prompts: list[str]) -> Tensor:
-        """Collect a rollout where none is left, and return the loss of its next minibatch."""
+        """Return the loss of the next minibatch of the rollout, which is collected if there is none."""
         step = self.trainer.global_step
         every = self.minibatches(len(prompts))
         minibatch = every[self.buffer.index % len(every)]
@@ -173,13 +173,13 @@ class RolloutModule(RewardModule, ABC):
 
     @torch.no_grad()
     def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
-        """Sample `samples_per_prompt` images per prompt and reward them.
+        """Generate `samples_per_prompt` images per prompt and compute their rewards.
 
         Args:
             prompts: The batch.
             number: Number of the rollout in the run; the noise depends only on it, the seed, the process and the
                 sample.
-            step: Number of optimizer steps before.
+            step: Number of finished optimizer steps.
         """
         every = repeat_prompts(prompts, self.samples_per_prompt)
         seeds = [derive_seed(self.seed, number, self.global_rank, i) for i in range(len(every))]
@@ -227,23 +227,23 @@ class RolloutModule(RewardModule, ABC):
         return advantages[start : start + len(prompts)].to(rewards)
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what training changes besides parameters: also `rollout`, the position in the rollout."""
+        """Return the training state besides parameters, including `rollout`, the position in the rollout."""
         return {**super().extra_state(), "rollout": self.buffer.extra_state()}
 
     def mark_step(self) -> None:
-        """Keep the state after the last optimizer step, that of the advantage estimator too."""
+        """Mark the state after the last optimizer step, including that of the advantage estimator."""
         super().mark_step()
         self.advantage_estimator.mark()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, the advantage estimator, and each process's rollout if it is not used up."""
+        """Save the trained parameters, the advantage estimator's state, and each process's rollout if it is needed."""
         super().on_save_checkpoint(checkpoint)
         estimator = self.advantage_estimator
         checkpoint["advantage_estimator"] = estimator.marked_state() if self.is_within_step else estimator.state_dict()
         checkpoint["rollouts"] = all_gather_objects(RolloutBuffer.state_dict(self.last_step_state()["rollout"]))
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue with the rollout that was not used up; another number of processes collects it again."""
+        """Restore the rollout that is still needed; with another number of processes it is collected again."""
         super().on_load_checkpoint(checkpoint)
         self.advantage_estimator.load_state_dict(checkpoint.get("advantage_estimator", {}))
         saved, size = checkpoint.get("rollouts"), world_size()
@@ -255,14 +255,14 @@ class RolloutModule(RewardModule, ABC):
         self.buffer.load_state_dict({**saved[0], "rollout": None})
         rank_zero_warn(
             f"the checkpoint is of {len(saved)} processes and there are {size} now: the rollout is collected again, "
-            "and this run will differ from the uninterrupted one"
+            "and this run will differ from an uninterrupted one"
         )
 
     def _current_rollout(self, prompts: Sequence[str], step: int) -> Rollout:
         """Return the rollout to train on.
 
         Raises:
-            ConfigurationError: It is of other prompts, or must not be used any more.
+            ConfigurationError: The rollout is of other prompts, or must not be used for another optimizer step.
         """
 
         def collect(number: int) -> Rollout:
@@ -272,12 +272,13 @@ class RolloutModule(RewardModule, ABC):
         rollout = self.buffer.current(self.device, collect)
         if rollout.prompts != [str(prompt) for prompt in repeat_prompts(prompts, self.samples_per_prompt)]:
             raise ConfigurationError(
-                f"a rollout is trained on for {self.training_steps_per_batch(len(prompts))} training steps, and the "
+                f"a rollout is used for {self.training_steps_per_batch(len(prompts))} training steps, and the "
                 "prompts changed before that; use PromptDataModule, or a loader that repeats each batch that often"
             )
         if self.objective.on_policy and self.buffer.index and rollout.step < step:
             raise ConfigurationError(
-                f"the Trainer made an optimizer step before a rollout was used up, and {type(self.objective).__name__}"
+                f"the Trainer made an optimizer step before all minibatches of a rollout were used, and "
+                f"{type(self.objective).__name__}"
                 " is on-policy; leave out limit_train_batches, or make it a multiple of accumulate_grad_batches"
             )
         return rollout

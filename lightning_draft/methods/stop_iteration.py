@@ -1,4 +1,4 @@
-"""Keep a `StopIteration` of user code apart from the end of an epoch."""
+"""Distinguish a `StopIteration` of user code from the end of an epoch."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,10 +9,10 @@ _Result = TypeVar("_Result")
 
 
 def stop_iteration_is_error(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a function, so that a `StopIteration` or `StopAsyncIteration` leaves it as a `RuntimeError`.
+    """Decorate a function, so that a `StopIteration` or `StopAsyncIteration` in it becomes a `RuntimeError`.
 
-    Lightning's loops take one that leaves a training or validation step for the end of the data: training would begin
-    the next epoch, without ever taking a step, and a validation would end early without a message.
+    Lightning's loops interpret these exceptions in a training or validation step as the end of the data: training would
+    start the next epoch without ever taking a step, and a validation would end early without a message.
     """
 
     @wraps(function)
@@ -22,8 +22,8 @@ def stop_iteration_is_error(function: Callable[_Arguments, _Result]) -> Callable
         except (StopIteration, StopAsyncIteration) as error:
             raise RuntimeError(
                 f"{function.__name__} ended with the {type(error).__name__} above, raised by the reward, the "
-                "truncation or the model, which would look like the end of the data; write next(iterator, default) "
-                "where an iterator may be empty"
+                "truncation or the model, which Lightning would interpret as the end of the data; write "
+                "next(iterator, default) if an iterator may be empty"
             ) from error
 
     return checked

@@ -28,8 +28,12 @@ def test_commands_are_found() -> None:
     assert len(COMMANDS) >= 6
 
 
-def test_python_code_of_the_readme_runs() -> None:
+def test_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for block in PYTHON:
+        block = block.replace("max_steps=28", "max_steps=1, limit_val_batches=1").replace(
+            "batch_size=8", "batch_size=2"
+        )
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 

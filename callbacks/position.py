@@ -1,7 +1,12 @@
-"""Read and set the position of Lightning's training loop."""
+"""Read and set the position of Lightning's training loop.
+
+Lightning documents neither the attributes of its loops nor what a checkpoint holds of them; `tests/callbacks/
+test_position.py` compares everything that is assumed here with what the Trainer does.
+"""
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -9,9 +14,26 @@ import lightning as L
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:
-    """Whether Lightning will validate after the batch that has just ended."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    """Return whether Lightning will validate after the batch that has just ended.
+
+    With a time as `val_check_interval` nobody can know, and the answer is true.
+    """
+    loop, interval, epochs = trainer.fit_loop.epoch_loop, trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
+        return False
+    if interval is None or (trainer.should_stop and _may_stop(trainer)):
+        return True
+    if interval < math.inf:
+        batch = loop.total_batch_idx if epochs is None else loop.batch_idx
+        return (batch + 1) % interval == 0
+    limit = trainer.limit_train_batches
+    return loop.batch_progress.is_last_batch or (isinstance(limit, int) and (loop.batch_idx + 1) % limit == 0)
+
+
+def _may_stop(trainer: L.Trainer) -> bool:
+    """Return whether the least number of steps and epochs is trained."""
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return trainer.global_step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
 
 
 def get_position(trainer: L.Trainer) -> dict[str, Any]:

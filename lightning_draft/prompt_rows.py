@@ -120,5 +120,5 @@ def check_column(names: list[Any], column: str, where: Any) -> None:
     example = same[0] if same else names[0] if names else "NAME"
     raise ConfigurationError(
         f"{where} has no column {column!r}; it has {known}: set column to the prompt's column, such as "
-        f"column={example}; write a list without columns to a .txt file"
+        f"column={example!r}; write a list without columns to a .txt file"
     )

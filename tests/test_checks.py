@@ -158,7 +158,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "black box",
         {"reward": BlackBox()},
-        "BlackBox is not differentiable, and DraftModule .*list BlackBox under `eval_rewards`.*policy-gradient",
+        "BlackBox is not differentiable, and DraftModule .*use BlackBox in `eval_rewards`.*PolicyGradientModule",
     ),
     ("nothing trained", {"model": GaussianModel()}, "no trainable parameters; give it adapters"),
     ("wrong sampler", {"sampler": FlowEuler(4)}, "the sampler does not fit the model: .*use DDIM or DPMSolver"),
@@ -281,7 +281,7 @@ def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path
     module().check_first_step(["a red cat"])
     module(dtype="bfloat16").check_first_step(["a red cat"])
     with pytest.raises(
-        ConfigurationError, match='trainable parameters are in bfloat16.*"bf16-mixed" or "32-true".*dtype=bfloat16'
+        ConfigurationError, match='trainable parameters have dtype bfloat16.*"bf16-mixed" or "32-true".*dtype=bfloat16'
     ):
         fit(module(), tmp_path, precision="bf16-true")
 

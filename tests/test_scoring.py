@@ -189,7 +189,7 @@ def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pyt
     ("arguments", "message"),
     [
         ([], "the following arguments are required: FOLDER"),
-        (["a"], "name a reward: --reward NAME"),
+        (["a"], "there are no rewards; write --reward NAME"),
         (["a", "--reward", "HPSv3"], "the rewards cannot be built"),
         (["a", "--reward", "Sharpness"], "there is no folder 'a'"),
         (["a", "b", "c", "--reward", "Sharpness"], "3 folders were given; give one, or two to compare"),

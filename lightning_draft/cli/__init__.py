@@ -1,1 +1,1 @@
-"""The command line; `lightning_draft.__main__` imports what a verb needs, when it needs it."""
+"""The command line; `lightning_draft.__main__` imports the modules of a command only when it runs."""

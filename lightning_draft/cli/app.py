@@ -39,11 +39,11 @@ def run(verb: Literal["fit", "validate"], args: Sequence[str]) -> int:
     """Run `fit` or `validate` and return the exit status.
 
     Args:
-        verb: Which.
-        args: The arguments after it; configs are files by now.
+        verb: `fit` or `validate`.
+        args: The arguments after the verb, with configs as files.
 
     Raises:
-        ConfigurationError: The configuration cannot work.
+        ConfigurationError: The configuration is not valid.
     """
     options = ["--help" if arg == "--help_all" else arg for arg in args]
     with process_arguments([verb, *options]), full_option_names(options):
@@ -51,13 +51,13 @@ def run(verb: Literal["fit", "validate"], args: Sequence[str]) -> int:
 
 
 class DraftCLI(LightningCLI):
-    """Parse the process's arguments, build what they describe, and run it.
+    """Parse the process's arguments, build the objects, and run the command.
 
     Args:
         verb: `fit` or `validate`.
 
     Attributes:
-        status: The exit status of what was run.
+        status: The exit status.
         run: The run's folder and the checkpoint that it continues from.
     """
 
@@ -95,7 +95,7 @@ class DraftCLI(LightningCLI):
             self._discard_unused_folder()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the Trainer's method that is run, and which of its arguments are no options."""
+        """Return the Trainer's method, and which of its arguments are not options."""
         options = {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule", "verbose"},
@@ -107,7 +107,7 @@ class DraftCLI(LightningCLI):
         add_run_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and report what is wrong in one message."""
+        """Parse the arguments; report an error in one message."""
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
@@ -123,10 +123,10 @@ class DraftCLI(LightningCLI):
             raise ConfigurationError(message) from error
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the options as written: those saved in a checkpoint never override them."""
+        """Do nothing, so that options saved in a checkpoint never override the given ones."""
 
     def before_instantiate_classes(self) -> None:
-        """Check values, and decide the run's folder and checkpoint before anything is loaded."""
+        """Check values, and choose the run's folder and checkpoint before anything is loaded."""
         config = self.config[self.verb]
         configs = [Path(str(path)) for path in config.get("config") or []]
         config["name"] = config["name"] or run_folder.default_name(configs)
@@ -138,7 +138,7 @@ class DraftCLI(LightningCLI):
         place_loggers(config["trainer"]["logger"], self.run.path, root)
 
     def _choose_folder(self, root: Path, configs: list[Path]) -> RunFolder:
-        """Return where this run writes; create it if it is new and this is the first process."""
+        """Return the folder of this run; the first process creates it if it is new."""
         config = self.config[self.verb]
         name, checkpoint = run_folder.check_name(config["name"]), config["ckpt_path"]
         saved = [path.parent for path in configs if path.name == "config.yaml"][-1:]
@@ -158,7 +158,7 @@ class DraftCLI(LightningCLI):
         return RunFolder(run_folder.create(root, name).path, file, created=True)
 
     def instantiate_classes(self) -> None:
-        """Build everything; an error of a constructor comes without the parser's own exceptions around it."""
+        """Build all objects; an error of a constructor is raised without the parser's exceptions around it."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -182,7 +182,7 @@ class DraftCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, config: Any) -> list[Callback]:
-        """Return the callbacks of `trainer.callbacks`, those of `CALLBACK_OPTIONS` that are on, and the run's own."""
+        """Return the callbacks of `trainer.callbacks`, the enabled `CALLBACK_OPTIONS`, and the command line's own."""
         assert self.run is not None
         given = config["callbacks"] or []
         chosen = list(given) if isinstance(given, Sequence) else [given]
@@ -201,7 +201,7 @@ class DraftCLI(LightningCLI):
         return chosen + [callback for callback in named if callback is not None]
 
     def before_fit(self) -> None:
-        """Print what is trained, where it writes, and what it continues from."""
+        """Print the method, the run's folder, and the checkpoint that the run continues from."""
         assert self.run is not None
         if self.trainer.is_global_zero:
             print(messages.printable(summary.headline(self.model)), flush=True)
@@ -211,7 +211,7 @@ class DraftCLI(LightningCLI):
                 print(f"continuing from {self.run.checkpoint}", flush=True)
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; Ctrl-C, SIGTERM or the scheduler's SIGUSR1 ends it after the last checkpoint is written."""
+        """Train; after Ctrl-C, SIGTERM or the scheduler's SIGUSR1, training ends with a checkpoint."""
         try:
             with self.preemption.handle_signal():
                 self.trainer.fit(**kwargs)
@@ -226,7 +226,7 @@ class DraftCLI(LightningCLI):
             self._report_interruption()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; in the run's folder, process 0 trains alone."""
+        """Run the command; process 0 locks the run's folder for training."""
         writes = subcommand == "fit" and self.trainer.is_global_zero and self.run is not None and self.run.path.is_dir()
         with run_folder.locked(self.run.path) if writes and self.run is not None else nullcontext():
             super()._run_subcommand(subcommand)
@@ -241,7 +241,7 @@ class DraftCLI(LightningCLI):
             print("the job was requeued", flush=True)
 
     def after_fit(self) -> None:
-        """Print which files there are and how to use them."""
+        """Print the written files and how to use them."""
         assert self.run is not None
         if not self.trainer.is_global_zero or self.trainer.global_step == 0:
             return
@@ -251,7 +251,7 @@ class DraftCLI(LightningCLI):
             print("\n".join(summary.closing_lines(self.trainer, self.model, self.run.path)), flush=True)
 
     def validate(self, **kwargs: Any) -> None:
-        """Score held-out prompts and print the means."""
+        """Validate on the held-out prompts and print the mean scores."""
         if self.trainer.is_global_zero and kwargs.get("ckpt_path") is None:
             print("no --ckpt_path: these are the scores of the base model", flush=True)
         (scores,) = self.trainer.validate(verbose=False, **kwargs)
@@ -260,7 +260,7 @@ class DraftCLI(LightningCLI):
             print("\n".join(f"{name:{width}}  {value:.6g}" for name, value in sorted(scores.items())))
 
     def _discard_unused_folder(self) -> None:
-        """Remove the folder of a run that was refused or interrupted before its first step."""
+        """Remove the folder of a run that failed or was interrupted before its first step."""
         trainer = getattr(self, "trainer", None)
         if self.run is not None and (trainer is None or trainer.global_step == 0):
             run_folder.discard(self.run)

@@ -1,4 +1,4 @@
-"""The callbacks that every run can have, one option each; the command line and its help page read this table."""
+"""The callbacks that have their own option; the table is used by the command line and its help page."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class CallbackOption:
         key: The option's name, without dashes.
         class_name: The callback's class in `lightning_draft.callbacks`.
         enabled: Whether a run has it by default.
-        help: What it does, in a few words.
+        help: Short description.
         writes_files: Whether it writes files, which a run with `fast_dev_run` does not.
     """
 

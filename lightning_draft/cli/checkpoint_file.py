@@ -1,4 +1,4 @@
-"""Find the checkpoint that a path names, and check that it is one."""
+"""Find the checkpoint that a path names, and check that it is valid."""
 
 import zipfile
 from pathlib import Path
@@ -9,15 +9,15 @@ _SHARDED = ("meta.pt", ".metadata", "checkpoint", "latest")
 
 
 def find_checkpoint(path: str) -> Path:
-    """Return the checkpoint that `--ckpt_path` names: a file, a sharded folder, or the newest of a run's folder.
+    """Return the checkpoint that `--ckpt_path` names: a file, a sharded folder, or the newest one in a run's folder.
 
     Raises:
-        ConfigurationError: It is remote, does not exist, or is something else.
+        ConfigurationError: The path is remote, does not exist, or is not a checkpoint.
     """
     if "://" in path or path == "registry":
         raise ConfigurationError(
             f"--ckpt_path={path!r} is remote, and loading a checkpoint can run code from it; download a checkpoint "
-            "that you trust and give its file"
+            "that you trust and give the local file"
         )
     if path == "hpc":
         raise ConfigurationError("--ckpt_path=hpc is not supported; use --resume auto, see docs/cluster.md")
@@ -64,11 +64,11 @@ def _fault(path: Path) -> str | None:
                 return "is not a checkpoint: it is another kind of zip file"
     except zipfile.BadZipFile:
         return "is not a checkpoint, or only part of one"
-    return None if _has_training_state(path) else "is not a checkpoint of a training run: it has no training step"
+    return None if _has_training_state(path) else "is not a checkpoint of a training run: it contains no training step"
 
 
 def _has_training_state(path: Path) -> bool:
-    """Whether the file holds a training step, as far as it can be read without running code."""
+    """Whether the file contains a training step, as far as it can be read without running code."""
     import pickle
 
     import torch
@@ -76,7 +76,7 @@ def _has_training_state(path: Path) -> bool:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        return True  # objects of other classes: loading says which option allows them
+        return True  # contains objects of other classes; the error on loading names the option that allows them
     except RuntimeError:
         return False
     return isinstance(content, dict) and "global_step" in content and "state_dict" in content

@@ -1,4 +1,4 @@
-"""One message for a configuration that the parser refused, derived from the parser's own exceptions.
+"""Convert the parser's exceptions for an invalid configuration to one message.
 
 The parser raises one exception for each level of the configuration. The keys on the way name the option, the class of
 the last level gives the known options and types, and the innermost exception gives the reason.
@@ -26,11 +26,11 @@ class Problem:
     """Location and reason of a parser error.
 
     Args:
-        path: Names of the options from the outermost to the one that was refused.
+        path: Names of the options from the outermost to the invalid one.
         owner: The class that has the last option of `path`; `None` at the top level.
-        kind: The class that was given for the last option of `path`, or its import path where there is none.
+        kind: The class that was given for the last option of `path`, or the import path if it cannot be imported.
         reason: The innermost exception.
-        value: The refused value as the parser shows it, or `None`.
+        value: The invalid value as the parser shows it, or `None`.
     """
 
     path: tuple[str, ...]
@@ -49,14 +49,14 @@ class Problem:
 
 
 def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
-    """Return one message that names the option, what is wrong with it, and what to write.
+    """Return one message that names the option, the problem, and what to write.
 
     Args:
-        error: What the parser raised.
+        error: The parser's exception.
         groups: The type of each top-level option.
 
     Raises:
-        Exception: Importing a module of the user's failed; its own exception, without the parser's.
+        Exception: Importing a user's module failed; this is the exception of the module, without the parser's.
     """
     problem = locate(error)
     if not isinstance(problem.reason, (ValueError, TypeError, KeyError, argparse.ArgumentError)) and not _is_missing(
@@ -107,7 +107,7 @@ def _text(error: BaseException) -> str:
 
 
 def _is_missing(problem: Problem) -> bool:
-    """Whether a module or class that the configuration names does not exist; else importing it failed on its own."""
+    """Whether a module or class in the configuration does not exist, rather than raising an error when imported."""
     reason = problem.reason
     if isinstance(reason, ModuleNotFoundError):
         return isinstance(problem.kind, str) and f"{problem.kind}.".startswith(f"{reason.name}.")
@@ -165,7 +165,7 @@ def _unknown_class(problem: Problem, groups: Mapping[str, Any], name: str) -> st
     if not bases:
         return _wrong_type(problem, groups)
     everything = [kind.__name__ for kind in hints.subclasses(bases)]
-    listed = f"; write {_known(bases)}, or a class of your own as module.Class"
+    listed = f"; write {_known(bases)}, or your own class as module.Class"
     return f"{_option(problem.path)}: there is no {_names(bases)} {name!r}{nearest(name, everything) or listed}"
 
 
@@ -199,8 +199,8 @@ def _wrong_base(problem: Problem, groups: Mapping[str, Any], path: str, base: st
 
 def _no_module(problem: Problem, groups: Mapping[str, Any], module: str) -> str:
     return (
-        f"{_option(problem.path)}: {problem.kind!r} was not found: there is no module {module!r}, neither {module}.py "
-        f"in the current folder ({Path.cwd()}) nor installed"
+        f"{_option(problem.path)}: {problem.kind!r} was not found: there is no module {module!r}, neither as "
+        f"{module}.py in the current folder ({Path.cwd()}) nor installed"
     )
 
 
@@ -246,7 +246,7 @@ def _known(bases: tuple[type, ...]) -> str:
 
 
 def _shown(problem: Problem) -> str:
-    """Return the refused value as a user would write it."""
+    """Return the invalid value as a user would write it."""
     value = problem.value
     if value is None or value == "None":
         return "null"

@@ -21,7 +21,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def classes(hint: Any) -> tuple[type, ...]:
-    """Return the classes that are instantiated for a hint: its own, those of elements, and what a factory returns."""
+    """Return the classes that are instantiated for a hint: its own, those of elements, and of a factory's result."""
     found: list[type] = []
     for part in alternatives(hint):
         arguments = get_args(part)
@@ -33,7 +33,7 @@ def classes(hint: Any) -> tuple[type, ...]:
 
 
 def subclasses(bases: tuple[type, ...]) -> list[type]:
-    """Return the public, concrete classes among `bases` and their subclasses that are imported by now."""
+    """Return the public, concrete classes among `bases` and their imported subclasses."""
     found: dict[type, None] = {}
     queue = list(bases)
     while queue:
@@ -52,14 +52,14 @@ def subclasses(bases: tuple[type, ...]) -> list[type]:
 
 
 def class_names(bases: tuple[type, ...]) -> list[str]:
-    """Return the names that can be written for `bases`: this package's classes, or all where it has none."""
+    """Return the class names that can be written for `bases`: those of this package, or all if it has none."""
     known = subclasses(bases)
     own = [kind for kind in known if kind.__module__.startswith("lightning_draft.")]
     return sorted({kind.__name__ for kind in own or known})
 
 
 def parameters(kind: type) -> dict[str, Any]:
-    """Return the type hint of each argument of a constructor, through `**kwargs` to those of its base classes."""
+    """Return the type hint of each argument of a constructor, including base classes for `**kwargs`."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if base in (object, nn.Module) or "__init__" not in vars(base):

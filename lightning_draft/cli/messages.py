@@ -36,11 +36,11 @@ def printable(text: str) -> str:
 
 @contextmanager
 def as_configuration_error() -> Iterator[None]:
-    """Raise what a library says of its options, and file system errors, as `ConfigurationError`; others pass unchanged.
+    """Convert errors of libraries about their options, and file system errors, to `ConfigurationError`.
 
-    A library's exceptions are Lightning's `MisconfigurationException`, and a `ValueError` or `ImportError` that the
-    Trainer, a callback or logger of Lightning's, an optimizer or this package raises. Those of the user's code keep
-    their traceback.
+    These are Lightning's `MisconfigurationException`, and a `ValueError` or `ImportError` raised by the Trainer, a
+    callback or logger of Lightning, an optimizer or this package. Other exceptions, such as those of the user's code,
+    are not changed and keep their traceback.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -56,8 +56,8 @@ def as_configuration_error() -> Iterator[None]:
         raise ConfigurationError(" ".join(str(error).split())) from error
     except UnpicklingError as error:
         raise ConfigurationError(
-            f"the checkpoint holds objects other than tensors and plain values ({str(error).splitlines()[0]}); "
-            "--weights_only false loads them, which runs code from the file: only for a file that you trust"
+            f"the checkpoint contains objects other than tensors and plain values ({str(error).splitlines()[0]}); "
+            "--weights_only false loads them, which runs code from the file: use it only for a file that you trust"
         ) from error
     except OSError as error:
         if error.errno not in _FILE_SYSTEM_ERRORS:
@@ -80,7 +80,7 @@ def with_option_name(message: str, options: Mapping[str, Any]) -> str:
     """Replace the argument's name at the start of a message by the option's full name, if only one option has it.
 
     Args:
-        message: Such as `val_size=8 must be ...`, or `SampleLogger: every_n_steps=0 must be ...`.
+        message: For example `val_size=8 must be ...`, or `SampleLogger: every_n_steps=0 must be ...`.
         options: All options by full name, such as `data.val_size`, with their values.
     """
     match = re.match(r"(?:(\w+): )?(\w+)=", message)
@@ -96,7 +96,7 @@ def with_option_name(message: str, options: Mapping[str, Any]) -> str:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted name, as options are written: without `init_args`."""
+    """Return the leaves of nested mappings by dotted option name, that is, without `init_args`."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         "--resume",
         type=Literal["auto"] | None,
         default=None,
-        help="`auto`: continue from the last checkpoint in runs/NAME if there is one, else start there.",
+        help="`auto`: continue from the last checkpoint in runs/NAME if there is one, else start a new run there.",
     )
     for option in CALLBACK_OPTIONS:
         kind = getattr(callbacks, option.class_name)
@@ -51,7 +51,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
 
 
 def explain_parser_error(error: BaseException) -> str:
-    """Return one message for what the parser of a verb raised."""
+    """Return one message for an exception of the parser."""
     groups = {option.key: getattr(callbacks, option.class_name) for option in CALLBACK_OPTIONS}
     plain = {"seed_everything": bool | int, "name": str | None, "ckpt_path": str | None}
     named = {"resume": Literal["auto"] | None, "weights_only": bool | None}

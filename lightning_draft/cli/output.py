@@ -1,4 +1,4 @@
-"""What Lightning, torch and Python print during a command: fewer notices, one line per warning, no terminal codes."""
+"""Filter the output of Lightning, torch and Python: fewer notices, one line per warning, no terminal codes."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ _WARNINGS = (".*treespec.*", ".*does not have many workers.*", ".*in eval mode a
 
 @contextmanager
 def quiet_output() -> Iterator[None]:
-    """Within this context notices that ask for nothing are left out, and warnings are one line each.
+    """Within this context, omit notices that need no action, and print warnings in one line each.
 
     The environment variable `LIGHTNING_DRAFT_VERBOSE=1`, or `--verbose`, turns this off. Everything is restored at the
     end.

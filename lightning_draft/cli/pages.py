@@ -6,7 +6,7 @@ MAIN = """\
 lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-propagating through its sampler
 
   lightning-draft fit --config quickstart          train; the config is a shipped name or a YAML file
-  lightning-draft sample runs/quickstart           draw images with the base and the trained model side by side
+  lightning-draft sample runs/quickstart           generate images with the base and the trained model, side by side
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
@@ -14,8 +14,8 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft configs show NAME                print one, to copy and change
   lightning-draft --version                        print the version
 
-Each command has a help page: lightning-draft fit --help. With --verbose a command also prints the notices of Lightning
-and torch that are left out otherwise, and so does the environment variable LIGHTNING_DRAFT_VERBOSE=1."""
+Each command has a help page: lightning-draft fit --help. With --verbose, or the environment variable
+LIGHTNING_DRAFT_VERBOSE=1, a command also prints the notices of Lightning and torch."""
 
 FIT = (
     """\
@@ -28,9 +28,9 @@ lightning-draft fit: train
 
 Run
   --config NAME|FILE    a shipped config, a YAML file, or a run's folder
-  --name NAME           write to runs/NAME; by default the config's name; a second run of it writes to runs/NAME-2
+  --name NAME           write to runs/NAME; by default the config's name; a second run writes to runs/NAME-2
   --ckpt_path PATH|last continue from a checkpoint, a run's folder, or the newest run of this name
-  --resume auto         continue from the checkpoint in runs/NAME if there is one, else start there (for clusters)
+  --resume auto         continue from the checkpoint in runs/NAME if there is one, else start a new run (for clusters)
   --print_config        print the whole configuration and stop
 
 Options of classes
@@ -43,7 +43,7 @@ Callbacks: --samples.every_n_steps 50 sets an option of one, --samples null remo
     + "\n".join(help_lines())
     + """
 
-A class is written by name (LastK, DDIM, CLIPScore, WeightedSum), one of your own by module and name: my_rewards.Redness
+Write a class by name (LastK, DDIM, CLIPScore, WeightedSum), and your own class by module and name: my_rewards.Redness
 is the class Redness in my_rewards.py in the current folder. Importing it runs the code of that module.
 
 More help
@@ -68,7 +68,7 @@ lightning-draft configs list         list the shipped configs
 lightning-draft configs show NAME    print one, to copy and change"""
 
 SAMPLE = """\
-lightning-draft sample: draw the same prompts from the same noise with the base model and with a LoRA file
+lightning-draft sample: generate images of the same prompts and noise with the base model and with a LoRA file
 
   lightning-draft sample runs/quickstart
   lightning-draft sample lora.safetensors --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt "a cat"
@@ -80,7 +80,7 @@ lightning-draft sample: draw the same prompts from the same noise with the base 
   --prompt P [P ...]    prompts; by default the held-out prompts of the config
   --prompts FILE|NAME   or a prompt file, or a shipped list of prompts
   --seed N [N ...]      seeds of the starting noise; by default 0
-  --max N               draw at most N prompts; by default 8
+  --max N               use at most N prompts; by default 8
   --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
   --output FILE         the image file; by default sample.png
   --device NAME         cpu, cuda, ...; by default cuda where available"""
@@ -88,10 +88,10 @@ lightning-draft sample: draw the same prompts from the same noise with the base 
 SCORE = """\
 lightning-draft score: score folders of existing images with rewards, without a diffusion model
 
-  lightning-draft score pictures --reward AestheticScore
+  lightning-draft score images --reward AestheticScore
   lightning-draft score base tuned --rewards rewards.yaml       compare two folders, image by image
 
-  FOLDER [FOLDER]       pictures (.png, .jpg, .jpeg, .webp, .bmp), also in subfolders
+  FOLDER [FOLDER]       images (.png, .jpg, .jpeg, .webp, .bmp), also in subfolders
   --reward NAME ...     rewards with their default arguments: HPSv2, PickScore, ImageReward, AestheticScore, ...
   --rewards FILE        or a YAML file that maps names to rewards: hps: {class_path: HPSv2, init_args: {...}}
   --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, or a table with the columns file and prompt
@@ -103,6 +103,6 @@ lightning-draft score: score folders of existing images with rewards, without a 
 VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE}
 INSTEAD = {
     "test": "score held-out prompts with `lightning-draft validate`",
-    "predict": "draw images with `lightning-draft sample`",
+    "predict": "generate images with `lightning-draft sample`",
     "train": "train with `lightning-draft fit`",
 }

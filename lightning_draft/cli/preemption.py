@@ -1,4 +1,4 @@
-"""Stop training when the cluster's scheduler warns of the end of a job, and ask for the job to be started again."""
+"""Stop training when the cluster's scheduler announces the end of a job, and requeue the job."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ _LIMIT_S = 60
 
 
 class Preemption(Callback):
-    """End training after the current step when SIGUSR1 arrives, so that the last checkpoint is written.
+    """End training after the current step on SIGUSR1, so that the last checkpoint is written.
 
     SLURM sends the signal with `#SBATCH --signal=USR1@120`. The same command line with `--resume auto` continues.
 
@@ -32,7 +32,7 @@ class Preemption(Callback):
 
     @contextmanager
     def handle_signal(self) -> Iterator[None]:
-        """Within this context SIGUSR1 ends training after a step; Lightning's handler would save within a step."""
+        """Within this context, SIGUSR1 ends training after a step; Lightning's handler would save within a step."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -43,13 +43,13 @@ class Preemption(Callback):
             signal.signal(signal.SIGUSR1, before)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after the first step if the signal came before it."""
+        """Stop after the first step if the signal arrived before training."""
         self._trainer = trainer
         if self.requested:
             self._stop(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the trainer."""
+        """Drop the reference to the trainer."""
         self._trainer = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -64,9 +64,9 @@ class Preemption(Callback):
 
 
 def requeue() -> bool:
-    """Ask SLURM to start this job again; return whether it will.
+    """Requeue this job with SLURM; return whether that succeeded.
 
-    A job of an array is named by the array and its task, such as `12_3`.
+    The id of a job in an array consists of the array and the task, such as `12_3`.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

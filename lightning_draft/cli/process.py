@@ -9,16 +9,16 @@ from contextlib import contextmanager, redirect_stdout
 
 
 def import_from_current_folder() -> None:
-    """Let classes of the user's be imported from the current folder, after installed packages."""
+    """Allow imports of the user's classes from the current folder, which is searched after installed packages."""
     here = os.getcwd()
-    if sys.path and sys.path[0] in ("", here):  # as `python -m` puts it: a file there would replace a package
+    if sys.path and sys.path[0] in ("", here):  # put there by `python -m`
         sys.path.pop(0)
     if here not in sys.path:
         sys.path.append(here)
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes files, by the variables of torchrun, Lightning's launcher and SLURM."""
+    """Return whether this is process 0, from the variables of torchrun, Lightning's launcher and SLURM."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
@@ -31,7 +31,7 @@ def option_values(args: Sequence[str], option: str) -> list[str]:
 
 @contextmanager
 def process_arguments(args: list[str]) -> Iterator[None]:
-    """Within this context the process's arguments are `args`, with which Lightning starts further processes."""
+    """Within this context, `sys.argv` contains `args`, with which Lightning starts further processes."""
     before = sys.argv
     sys.argv = [before[0], *args]
     try:
@@ -42,7 +42,7 @@ def process_arguments(args: list[str]) -> Iterator[None]:
 
 @contextmanager
 def full_option_names(args: Sequence[str]) -> Iterator[None]:
-    """Within this context the help of a nested class, such as `--model.model.help`, shows options by their full names.
+    """Within this context, the help of a nested class, such as `--model.model.help`, shows full option names.
 
     The parser prints them as options of the class that holds them: `--model.pretrained` for `--model.model.pretrained`.
     """

@@ -32,7 +32,7 @@ class RunFolder:
 
 
 def default_name(configs: Iterable[Path]) -> str:
-    """Return the name of a run without `--name`: that of its last config, or of the run folder that holds it."""
+    """Return the default name of a run: that of its last config, or of the run folder that contains the config."""
     stems = [path.resolve().parent.name if path.name == "config.yaml" else path.stem for path in configs]
     return stems[-1] if stems else "draft"
 
@@ -41,7 +41,8 @@ def check_name(name: str) -> str:
     """Return the name of a run if it names a folder inside `runs`.
 
     Raises:
-        ConfigurationError: It is absolute, contains `..`, or has characters that do not belong in a folder's name.
+        ConfigurationError: The name is absolute, contains `..`, or has characters that are not allowed in a folder
+            name.
     """
     reason = next(filter(None, map(_fault, name.split("/"))), None)
     if reason is not None:
@@ -59,7 +60,7 @@ def existing(root: Path, name: str) -> list[Path]:
 
 
 def create(root: Path, name: str) -> RunFolder:
-    """Create the folder of a new run, which no other process can have.
+    """Create the folder of a new run; no other process gets the same folder.
 
     Raises:
         ConfigurationError: The name is not valid, or the folder cannot be created.
@@ -133,7 +134,7 @@ def start_or_resume(folder: Path, checkpoints: Path | None = None) -> RunFolder:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within this context no other process trains in `folder`; file systems without locks are not guarded.
+    """Within this context, no other process can train in `folder`, unless the file system has no locks.
 
     Raises:
         ConfigurationError: Another process trains there.
@@ -155,7 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def discard(run: RunFolder) -> None:
-    """Remove the folder that this process created for a run that made no step, unless there are results in it."""
+    """Remove the folder that this process created for a run without a step, unless it contains results."""
     if not run.created or not run.path.is_dir():
         return
     files = list(run.path.iterdir())
@@ -168,10 +169,10 @@ def discard(run: RunFolder) -> None:
 
 
 def adapters(folder: Path) -> Path:
-    """Return the LoRA file of a run: the best, or the last where there is no best.
+    """Return the LoRA file of a run: the best, or the last if there is no best.
 
     Raises:
-        ConfigurationError: It has none.
+        ConfigurationError: The run has no LoRA file.
     """
     for name in ("best", "last"):
         file = folder / "lora" / f"{name}.safetensors"
@@ -185,13 +186,13 @@ def _fault(part: str) -> str | None:
     if part in ("", ".", "..") or part.startswith("~"):
         return "must be a name inside the folder runs: not absolute, without .. and without empty parts"
     if printable(part) != part or "\n" in part or "\t" in part or "\\" in part or part != part.strip():
-        return "contains characters that do not belong in a folder's name"
+        return "contains characters that are not allowed in a folder name"
     if part.startswith("-"):
         return "must not start with a dash"
     return f"is longer than {_MAX_BYTES} bytes" if len(part.encode()) > _MAX_BYTES else None
 
 
 def _number(folder: str, name: str) -> int:
-    """Return which run of `name` a folder is, counted from 1; 0 if it is not one."""
+    """Return the number of a folder among the runs of `name`, from 1; 0 if it is not one of them."""
     match = re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder)
     return 0 if match is None else int(match[1] or 1)

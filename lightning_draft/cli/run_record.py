@@ -28,11 +28,11 @@ _OPTIMIZER = "model.optimizer."
 
 
 class RunRecord(Callback):
-    """Write `config.yaml` when training starts, and what a resume changed into `config-resume-N.yaml`.
+    """Write `config.yaml` when training starts, and the changes of a resumed run to `config-resume-N.yaml`.
 
-    `config.yaml` is never replaced. The configuration is part of every checkpoint, so a resumed run is compared with
-    the run that wrote the checkpoint: changes of the model, its adapters or the class of the optimizer are refused;
-    changed options of the optimizer are applied; other changes take effect and are printed.
+    `config.yaml` is never replaced. The configuration is part of every checkpoint, so that a resumed run can be
+    compared with the run that wrote the checkpoint. Changes of the model, its adapters or the class of the optimizer
+    are errors; changed options of the optimizer are applied; other changes take effect and are printed.
 
     Args:
         config: The configuration of this run; secrets are removed.
@@ -52,7 +52,7 @@ class RunRecord(Callback):
         """Compare with the configuration of the run that wrote the checkpoint.
 
         Raises:
-            ConfigurationError: Something was changed that a resumed run must keep.
+            ConfigurationError: An option was changed that must stay the same in a resumed run.
         """
         self.changes = changed_options(yaml.safe_load(state_dict["config"]), self.config)
         check_changes(self.changes, self.config)
@@ -92,7 +92,7 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], config: Mapping[str, A
     """Check that a resumed run can have these changes.
 
     Raises:
-        ConfigurationError: It cannot; the message names the option and both values.
+        ConfigurationError: A change is not possible; the message names the option and both values.
     """
     for key, (old, new) in changes.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
@@ -103,13 +103,13 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], config: Mapping[str, A
     if f"{_OPTIMIZER}lr" in changes and flatten(config).get("model.lr_scheduler.class_path"):
         old, new = changes[f"{_OPTIMIZER}lr"]
         raise ConfigurationError(
-            f"--{_OPTIMIZER}lr: changed from {old!r} to {new!r}, but the learning rate of this run follows its "
+            f"--{_OPTIMIZER}lr: changed from {old!r} to {new!r}, but the learning rate of this run is set by its "
             f"lr_scheduler, whose state is in the checkpoint; write --{_OPTIMIZER}lr {old}, or start a new run"
         )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole: under another name in the same folder first, then renamed."""
+    """Write a file atomically: first under another name in the same folder, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -12,19 +12,19 @@ _DEFAULT_DIRS = ("", ".", "./mlruns", "mlruns")
 
 
 class RunTrainer(Trainer):
-    """Lightning's Trainer, whose `log_dir` is the run's folder whatever the loggers are."""
+    """Lightning's Trainer, whose `log_dir` is the run's folder with any loggers."""
 
     @property
     def log_dir(self) -> str:
-        """Return the run's folder, which process 0 decides; all processes must ask for it."""
+        """Return the run's folder, which process 0 chooses; all processes must call this together."""
         return str(self.strategy.broadcast(self.default_root_dir))
 
 
 def _read_integers_as_counts() -> None:
-    """Let the parser try `int` before `float` for options such as `limit_val_batches`: 1 is one batch, 1.0 all of them.
+    """Let the parser try `int` before `float` for options such as `limit_val_batches`: 1 is one batch, 1.0 is all.
 
-    Lightning writes them so, but `typing` caches optional unions under a key that ignores order, and may return one
-    that was written the other way round elsewhere.
+    Lightning declares them in this order, but `typing` caches optional unions regardless of order and may return one
+    that was declared in the other order elsewhere.
     """
     annotations = Trainer.__init__.__annotations__
     annotations.update(
@@ -40,14 +40,14 @@ _read_integers_as_counts()
 
 
 class StepNumber(Callback):
-    """Log everything at the number of completed optimization steps, as the progress lines and images count them."""
+    """Log all values at the number of completed optimization steps, as in progress lines and images."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Number the values of this step, from 1."""
+        """Set the step number of the values of this step, from 1."""
         pl_module.log("step", float(trainer.global_step))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Number the values of this validation by the steps before it."""
+        """Set the step number of this validation to the number of steps before it."""
         if trainer.state.fn == "fit":
             pl_module.log("step", float(trainer.global_step))
 
@@ -58,7 +58,7 @@ def run_logger(folder: Path) -> TensorBoardLogger:
 
 
 def place_loggers(loggers: Any, folder: Path, root: Path) -> None:
-    """Let configured loggers write into the run's folder, unless their `save_dir` is a folder of the user's.
+    """Let configured loggers write to the run's folder, unless the user has set their `save_dir`.
 
     Args:
         loggers: The configuration `trainer.logger`, changed in place.

@@ -36,10 +36,10 @@ BATCH = 8
 
 
 def main(args: Sequence[str]) -> int:
-    """Parse the arguments, draw the images, write one image file; return the exit status.
+    """Parse the arguments, generate the images, write one image file, and return the exit status.
 
     Raises:
-        ConfigurationError: The arguments cannot work.
+        ConfigurationError: The arguments are not valid.
     """
     options = _parse(args)
     with as_configuration_error():
@@ -102,7 +102,7 @@ def _generate(model: PipelineModel, sampler: Sampler, prompts: list[str], seed: 
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     images = []
     for start in range(0, len(prompts), BATCH):
-        torch.manual_seed(derive_seed(seed, start))  # else the steps would draw the starting noise again
+        torch.manual_seed(derive_seed(seed, start))  # else the starting noise is used again
         chain = SamplingChain(model, sampler, model.encode(prompts[start : start + BATCH]))
         state = chain.start(noise[start : start + BATCH])
         if model.lora is None:
@@ -165,7 +165,7 @@ def _build(config: Path) -> tuple[RewardModule, list[str]]:
         raise root_cause(error) from None
     if not isinstance(built.model.model, PipelineModel):
         kind = type(built.model.model).__name__
-        raise ConfigurationError(f"{config}: sample cannot draw from a {kind}; its model must be a diffusers pipeline")
+        raise ConfigurationError(f"{config}: sample does not support a {kind}; the model must be a diffusers pipeline")
     return built.model, list(built.data.val_prompts or built.data.train_prompts)
 
 

@@ -16,10 +16,10 @@ from lightning_draft.scoring import ScoredImage, score_folder, write_parquet
 
 
 def main(args: Sequence[str]) -> int:
-    """Score one folder, or score and compare two; return the exit status.
+    """Score one folder, or score and compare two folders; return the exit status.
 
     Raises:
-        ConfigurationError: The arguments cannot work.
+        ConfigurationError: The arguments are not valid.
     """
     options = parser().parse_args(args)
     if len(options.folders) > 2:
@@ -60,7 +60,7 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     """Build rewards from class names and from a YAML file.
 
     Raises:
-        ConfigurationError: There are none, or they cannot be built.
+        ConfigurationError: There are no rewards, or they cannot be built.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -69,7 +69,7 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
         config.update(_read(Path(file)))
     if not config:
         raise ConfigurationError(
-            f"name a reward: --reward NAME or --rewards FILE; the rewards are {', '.join(_reward_names())}"
+            f"there are no rewards; write --reward NAME or --rewards FILE; the rewards are {', '.join(_reward_names())}"
         )
     build = ArgumentParser(exit_on_error=False)
     build.add_argument("--rewards", type=dict[str, Reward])

@@ -84,7 +84,7 @@ def expand(verb: str, args: Sequence[str]) -> list[str]:
 
     Args:
         verb: The command, for messages.
-        args: What follows it.
+        args: The arguments after the command.
 
     Raises:
         ConfigurationError: A config cannot be read, or an option is misspelled.
@@ -107,10 +107,10 @@ def expand(verb: str, args: Sequence[str]) -> list[str]:
 
 
 def _check_spelling(verb: str, argument: str, args: Sequence[str]) -> None:
-    """Find a misspelled option, or a config without `--config`, before anything heavy is imported.
+    """Find a misspelled option, or a config without `--config`, before heavy packages are imported.
 
     Raises:
-        ConfigurationError: Found one; the message has the right spelling.
+        ConfigurationError: There is one; the message has the correct spelling.
     """
     if argument is args[0] and not argument.startswith("-"):
         config = argument if argument in names() or Path(argument).exists() else "NAME"

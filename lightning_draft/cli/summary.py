@@ -24,13 +24,13 @@ def headline(module: RewardModule) -> str:
 
 
 def folder_line(trainer: Trainer, folder: Path) -> str:
-    """Return where the run writes, and the command that shows its curves."""
+    """Return a line with the run's folder and the command that shows its curves."""
     hint = f"    (curves: tensorboard --logdir {folder.parent})"
     return f"run folder: {folder}{hint if any(isinstance(each, TensorBoardLogger) for each in trainer.loggers) else ''}"
 
 
 def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Iterator[str]:
-    """Yield which LoRA files there are, the command that draws from them, and code that loads the first."""
+    """Yield the LoRA files, the command that samples from them, and code that loads the first."""
     files = lora_files(trainer)
     if not files:
         return

@@ -21,9 +21,9 @@ class Conditioning:
     """The conditioning of the network for a batch of prompts.
 
     Args:
-        tensors: Embeddings and masks by name, each with the batch first.
-        ragged: By name, one tensor per prompt, where the prompts' shapes differ.
-        negative: The same for the negative prompt of classifier-free guidance, where the model uses one.
+        tensors: Embeddings and masks by name, with the batch as first dimension.
+        ragged: Tensors whose shape differs between prompts, by name: one per prompt.
+        negative: The conditioning of the negative prompt of classifier-free guidance, if the model uses one.
     """
 
     tensors: Mapping[str, Tensor]
@@ -57,7 +57,7 @@ class Conditioning:
         return repeated if self.negative is None else replace(repeated, negative=self.negative.repeat(copies))
 
     def to(self, dtype: torch.dtype) -> "Conditioning":
-        """Return the same with floating-point tensors in another dtype; masks and `negative` are left as they are."""
+        """Return a copy with floating-point tensors in another dtype; masks and `negative` are not changed."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -94,7 +94,7 @@ class DiffusionModel(nn.Module, ABC):
 
     @abstractmethod
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw standard Gaussian starting latents, float32 `(batch_size, ...)`, on the model's device."""
+        """Sample standard Gaussian starting latents, float32 `(batch_size, ...)`, on the model's device."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
@@ -106,7 +106,7 @@ class DiffusionModel(nn.Module, ABC):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network whose passes are counted; the model itself where it wraps no other network."""
+        """The network that is called at each step; the model itself if it wraps no other network."""
         return self
 
     def checkpoint_blocks(self, enabled: bool = True) -> None:
@@ -124,7 +124,7 @@ class DiffusionModel(nn.Module, ABC):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the model has its original weights, those before any training."""
+        """Within this context, use the original weights of the model, before any training."""
         raise NotImplementedError(f"{type(self).__name__} does not implement base(), its original weights")
         yield
 
@@ -133,7 +133,7 @@ class DiffusionModel(nn.Module, ABC):
     ) -> Tensor:
         """Estimate `x_0`, `(B, ...)`.
 
-        The gains act on gradients only, through the network; the conversion to `x_0` keeps `x` attached.
+        The gains change only gradients through the network; the conversion to `x_0` keeps `x` attached.
 
         Args:
             x: The latent at time `t`.

@@ -1,4 +1,4 @@
-"""Find the fault in a pipeline that cannot be opened or used."""
+"""Find the damage in a pipeline that cannot be opened or used."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from lightning_draft.models.family import Family
 
 
 def describe_damage(folder: Path) -> str | None:
-    """Name the first damaged file of a pipeline folder and its fault; `None` if all can be read.
+    """Describe the first damaged file of a pipeline folder; `None` if all files can be read.
 
     Args:
-        folder: With `model_index.json`.
+        folder: Folder with `model_index.json`.
     """
     for file in sorted(folder.rglob("*.json")):
         try:
@@ -36,10 +36,9 @@ def describe_damage(folder: Path) -> str | None:
 
 
 def check_complete(pipeline: Any, family: Family, folder: Path) -> None:
-    """Check that the files of the denoiser hold all of its weights; diffusers would draw the others at random.
+    """Check that the files of the denoiser contain all of its weights; diffusers would initialize others at random.
 
-    Raises:
-        ConfigurationError: Some are missing.
+    Raises: ConfigurationError: Some are missing.
     """
     stored: set[str] = set()
     for file in (folder / family.denoiser).glob("*.safetensors"):

@@ -19,7 +19,7 @@ class Memory:
     Args:
         decode_chunk: Decode this many images at a time; by default all at once.
         checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk.
-        vae_dtype: Precision of the autoencoder's weights and activations, whatever the Trainer's precision is; by
+        vae_dtype: Precision of the autoencoder's weights and activations, independent of the Trainer's precision; by
             default the model's `dtype`.
     """
 
@@ -33,12 +33,12 @@ class Memory:
 
 
 def decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
-    """Decode latents: images `vae(z / scaling_factor + shift_factor) / 2 + 1/2`.
+    """Decode latents `z` to images `vae(z / scaling_factor + shift_factor) / 2 + 1/2`.
 
     Args:
         vae: The autoencoder, whose config gives the two factors.
         latents: `(B, C, h, w)`.
-        memory: How many at a time, and whether activations are recomputed.
+        memory: Options for chunks and recomputation.
 
     Returns:
         Images `(B, 3, H, W)` in the latents' dtype, in [0, 1] by convention and not clamped.

@@ -1,15 +1,15 @@
-"""The table of all model families: a new one is its own file and one entry here. This module imports none of them."""
+"""The table of all model families. A new family is a file and an entry here; this module imports none of them."""
 
 from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """What is known about a model class before it is imported.
+    """Properties of a model class that are needed before it is imported.
 
     Attributes:
-        module: Where the class is defined.
+        module: Module that defines the class.
         pipelines: Names of the classes of diffusers' pipelines that it opens.
-        layouts: Beginnings of diffusers' names for the architectures of single files that belong to it.
+        layouts: Prefixes of diffusers' names for the architectures of single files of the family.
     """
 
     module: str
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Entry] = {
         ("sd3",),
     ),
 }
-"""By class name. A package with a family of its own may add an entry when it is imported."""
+"""Entries by class name. A package with its own family can add an entry when it is imported."""
 
 
 def class_for_pipeline(pipeline: str) -> str | None:
@@ -43,5 +43,5 @@ def class_for_pipeline(pipeline: str) -> str | None:
 
 
 def class_for_layout(layout: str) -> str | None:
-    """Return the name of the model class for single files with an architecture that diffusers calls so."""
+    """Return the name of the model class for single files of this architecture, by diffusers' name."""
     return next((name for name, entry in FAMILIES.items() if layout.startswith(entry.layouts)), None)

@@ -13,19 +13,19 @@ class Family:
     """A family of diffusers' text-to-image pipelines.
 
     Args:
-        pipeline: Name of the class of diffusers that opens them, or the full path of another package's.
-        title: Their name in messages, such as `Stable Diffusion 3 and 3.5`.
-        example: Hub id of one of them.
+        pipeline: Name of the pipeline class in diffusers, or the full path of a class in another package.
+        title: Name of the family in messages, such as `Stable Diffusion 3 and 3.5`.
+        example: Hub id of a model of the family.
         denoiser: Name of the denoiser among the pipeline's components.
         text_encoders: Names of the text encoders.
-        guidance_scale: Default scale of classifier-free guidance, the published one.
-        text_length: Tokens that the last text encoder reads by default; `None` if its tokenizer says it.
-        max_text_length: The largest `text.max_length`.
-        clip_skip: Whether `text.clip_skip` applies.
+        guidance_scale: Default (published) scale of classifier-free guidance.
+        text_length: Number of tokens that the last text encoder reads by default; `None` for that of its tokenizer.
+        max_text_length: Largest valid `text.max_length`.
+        clip_skip: Whether `text.clip_skip` is supported.
         lora_targets: Layers that are adapted by default: the attention's projections.
         unused: Components that are not loaded, as arguments of `from_pretrained`.
-        single_file: The same as arguments of `from_single_file`; `None` if single files lack components.
-        upcast_vae: Run autoencoders in float32 whose config says `force_upcast`, unless `memory.vae_dtype` is given.
+        single_file: The same for `from_single_file`; `None` if single files of the family lack components.
+        upcast_vae: Run an autoencoder with `force_upcast` in its config in float32, unless `memory.vae_dtype` is given.
     """
 
     pipeline: str
@@ -44,16 +44,16 @@ class Family:
 
     @property
     def pipeline_class(self) -> Any:
-        """The class that opens them."""
+        """The pipeline class."""
         module, _, name = self.pipeline.rpartition(".")
         return getattr(import_module(module or "diffusers"), name)
 
     @property
     def pipeline_name(self) -> str:
-        """The class's name."""
+        """The name of the pipeline class."""
         return self.pipeline.rpartition(".")[2]
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Names of the components that are networks."""
+        """The names of the components that are networks."""
         return (self.denoiser, "vae", *self.text_encoders)

@@ -25,8 +25,8 @@ class Guidance:
     """Classifier-free guidance: `e = e_u + w (e_c - e_u)`, with `e_c` given the prompt and `e_u` the negative prompt.
 
     Args:
-        scale: `w`, at least 0; with 1, `e_u` is not evaluated. By default the value that the model family was
-            published with, such as 7.5 for Stable Diffusion 1.x.
+        scale: `w`, at least 0; with 1, `e_u` is not evaluated. By default the published value of the model family, such
+            as 7.5 for Stable Diffusion 1.x.
         negative_prompt: The prompt of `e_u`.
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
     """
@@ -48,7 +48,7 @@ class Guidance:
         return self.scale != 1
 
     def or_default(self, scale: float) -> "Guidance":
-        """Return the same with this scale, if none was given."""
+        """Return a copy with this scale if no scale was given."""
         return replace(self, scale=scale) if self.scale is None else self
 
     def apply(self, network: Network, x: Tensor, conditioning: Conditioning) -> Tensor:
@@ -57,7 +57,7 @@ class Guidance:
         Args:
             network: Called with latents and conditioning of the same batch size.
             x: The latents, `(B, ...)`.
-            conditioning: Of `B` prompts, with that of the negative prompt as its `negative`.
+            conditioning: Conditioning of `B` prompts, with that of the negative prompt as `negative`.
         """
         if not self.enabled:
             return network(x, conditioning)

@@ -8,7 +8,7 @@ from lightning_draft.errors import ConfigurationError
 
 
 def scale_factor(vae: Any) -> int:
-    """Return how many pixels a latent's cell is high and wide."""
+    """Return the number of image pixels per latent pixel, along each side."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
@@ -18,8 +18,8 @@ def latent_size(vae: nn.Module, denoiser: Any, height: int | None, width: int | 
     Args:
         vae: The autoencoder.
         denoiser: The network, whose config gives the default size, the patch size and the largest size.
-        height: Of the images, in pixels; by default the size that the denoiser was trained for.
-        width: Likewise.
+        height: Height of the images in pixels; by default the size that the denoiser was trained for.
+        width: Width of the images in pixels, likewise.
 
     Raises:
         ConfigurationError: Only one is given, or the networks do not accept the size.
@@ -28,8 +28,8 @@ def latent_size(vae: nn.Module, denoiser: Any, height: int | None, width: int | 
     if height is None and width is None:
         if config.get("sample_size") is None:
             raise ConfigurationError(
-                "the pipeline's denoiser does not say its image size (sample_size is null); write height and width, "
-                "such as height: 512 and width: 512"
+                "the config of the pipeline's denoiser has no image size (sample_size is null); set height and width, "
+                "such as height=512 and width=512"
             )
         size = config.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])

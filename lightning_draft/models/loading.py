@@ -29,7 +29,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return the dtype of that name.
 
     Raises:
-        ConfigurationError: Frozen networks cannot have it.
+        ConfigurationError: The dtype is not supported for frozen networks.
     """
     dtype: torch.dtype = getattr(torch, one_of("dtype", name, ("float32", "bfloat16", "float16")))
     return dtype
@@ -44,17 +44,17 @@ def load_pipeline(
 ) -> Any:
     """Open a text-to-image pipeline of a family.
 
-    Safetensors are preferred; pickles are read with `weights_only`; code from a repository is never run.
+    Safetensors files are preferred; pickles are read with `weights_only=True`; code from a repository is never run.
 
     Args:
-        family: Which pipelines these are.
+        family: The family.
         pretrained: A shipped name, a folder, a `.safetensors` file in the original layout, or a hub id.
-        dtypes: Of each network's weights, by its name.
+        dtypes: Dtype of the weights of each network, by name.
         config: For a single file: the folder or hub id of a pipeline with the same architecture.
         omit: Components that are not loaded.
 
     Raises:
-        ConfigurationError: It cannot be found, is damaged, or is of another kind.
+        ConfigurationError: The pipeline cannot be found, is damaged, or is of another kind.
     """
     path = _local(pretrained)
     options = {**family.unused, **dict.fromkeys(omit)}
@@ -77,13 +77,12 @@ def load_pipeline(
 def save_pipeline(
     pipeline: Any, folder: Path, family: Family, trained: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a pipeline with other weights in its denoiser, complete before it replaces what is at the same place.
+    """Write a pipeline with new weights in its denoiser; an existing folder is replaced when the new one is complete.
 
     Args:
         pipeline: From `load_pipeline`; its denoiser is changed.
-        folder: Where to write.
-        family: Of the pipeline.
-        trained: Weights of the denoiser, by name.
+        folder: Folder to write.
+        family: Of the pipeline. trained: Weights of the denoiser, by name.
         metadata: Text for `training.json`.
     """
     own = dict(getattr(pipeline, family.denoiser).named_parameters())
@@ -102,7 +101,7 @@ def save_pipeline(
 
 
 def opener(pretrained: str) -> str | None:
-    """Return the name of the model class that opens a pipeline; `None` if its family cannot be told.
+    """Return the name of the model class that opens a pipeline; `None` if its family is not known.
 
     Args:
         pretrained: As for `load_pipeline`.
@@ -156,7 +155,7 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
             return _from_pretrained(family, name, dtypes, "fp16", options)
     except OSError as error:
         raise ConfigurationError(
-            f"{name!r} is neither a folder here nor the shipped {' or '.join(_SHIPPED)}, and could not be "
+            f"{name!r} is neither a local folder nor the shipped {' or '.join(_SHIPPED)}, and could not be "
             f"downloaded from the hub ({_first_line(error)}); check the spelling and the connection, log in with "
             "`hf auth login` if it is private, or give a local folder"
         ) from error
@@ -165,8 +164,8 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
 def _single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
     if family.single_file is None:
         raise ConfigurationError(
-            f"{file} is a single file, and those of {family.title} seldom hold the text encoders; give a diffusers "
-            f"pipeline folder, or a hub id such as {family.example}"
+            f"{file} is a single file, and single files of {family.title} usually lack the text encoders; give a "
+            f"diffusers pipeline folder, or a hub id such as {family.example}"
         )
     if file.suffix != ".safetensors":
         raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
@@ -174,15 +173,15 @@ def _single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], 
     other = class_for_layout(layout)
     if other != class_for_pipeline(family.pipeline_name):
         advice = "give a file of a supported family" if other is None else f"open it with {other}"
-        raise ConfigurationError(f"{file} is a {layout} checkpoint, and not one of {family.title}; {advice}")
+        raise ConfigurationError(f"{file} is a {layout} checkpoint and not one of {family.title}; {advice}")
     arguments = {**family.single_file, **({} if config is None else {"config": config})}
     common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
     try:
         pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
     except (*_FAILURES, SingleFileComponentError) as error:
         raise ConfigurationError(
-            f"{file} could not be opened as a {family.title} checkpoint ({_first_line(error)}); without a "
-            "connection, name the folder of a pipeline with the same architecture as pretrained_config"
+            f"{file} could not be opened as a {family.title} checkpoint ({_first_line(error)}); without a connection, "
+            "set pretrained_config to the folder of a pipeline with the same architecture"
         ) from error
     for name, dtype in dtypes.items():
         nn.Module.to(getattr(pipeline, name), dtype)
@@ -209,17 +208,17 @@ def _from_pretrained(
 
 
 def _variant(denoiser: Path) -> str | None:
-    """Return `fp16`, or the like, if all weight files in the folder have that infix."""
+    """Return the infix of the weight files in the folder, such as `fp16`, if all have it."""
     names = [file.name for file in sorted(denoiser.glob("diffusion_pytorch_model*")) if not file.name.endswith(".json")]
     infixes = [name.split(".")[1].split("-")[0] if name.count(".") > 1 else None for name in names]
     return None if None in infixes else next(iter(infixes), None)
 
 
 def _absent(family: Family, source: str) -> dict[str, None]:
-    """Return the components that a pipeline was saved without, which diffusers wants to be told.
+    """Return the components without which a pipeline was saved; diffusers needs them as arguments.
 
     Raises:
-        ConfigurationError: It is of another family.
+        ConfigurationError: The pipeline is of another family.
     """
     index = family.pipeline_class.load_config(source)
     name = index.get("_class_name")
@@ -227,7 +226,7 @@ def _absent(family: Family, source: str) -> dict[str, None]:
     if name == family.pipeline_name or (other and other == class_for_pipeline(family.pipeline_name)):
         return {part: None for part, kind in index.items() if kind == [None, None]}
     advice = f"open it with {other}" if other else f"use such a pipeline, for example {family.example}"
-    raise ConfigurationError(f"{source} is a {name}, and not a {family.pipeline_name} ({family.title}); {advice}")
+    raise ConfigurationError(f"{source} is a {name} and not a {family.pipeline_name} ({family.title}); {advice}")
 
 
 def _is_path(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: `W + (alpha / rank) B A`, with `B = 0` at the start, in float32 whatever the base's precision is.
+"""Low-rank adapters: `W + (alpha / rank) B A`, with `B = 0` at the start, in float32 for any precision of the base.
 
 References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -31,7 +31,7 @@ class LoRA:
         rank: Rank of the update, at least 1.
         alpha: The update is scaled by `alpha / rank`; by default `rank`, a scale of 1.
         target_modules: Layers, by the end of their names; by default the projections of the model's attention.
-        seed: Of the initial values of `A`; by default they come from torch's global generator.
+        seed: Seed of the initial values of `A`; by default torch's global generator is used.
     """
 
     rank: int = 8
@@ -50,11 +50,11 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor of `B A`, `alpha / rank`."""
+        """The factor `alpha / rank` of `B A`."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def config(self, default: Sequence[str] = ATTENTION) -> LoraConfig:
-        """Return the same for peft, on the layers of `default` if none are named."""
+        """Return the configuration for peft, with the layers of `default` if none are named."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.rank if self.alpha is None else self.alpha,
@@ -63,7 +63,7 @@ class LoRA:
         )
 
     def attach(self, network: nn.Module, default: Sequence[str] = ATTENTION) -> None:
-        """Add trainable float32 adapters to a network, whose function does not change.
+        """Add trainable float32 adapters to a network; its output does not change.
 
         Args:
             network: The denoiser.
@@ -76,7 +76,7 @@ class LoRA:
             if self.seed is not None:
                 torch.manual_seed(self.seed)
             self._inject(network, self.config(default))
-            # peft casts to the base's dtype, which would round A: draw it again in float32.
+            # peft casts to the base's dtype, which would round A: initialize it again in float32.
             for layer in layers(network):
                 layer.lora_A[ADAPTER].float()
                 layer.lora_B[ADAPTER].float()
@@ -99,7 +99,7 @@ class LoRA:
 
 
 def shortened(names: Sequence[str], count: int = 4) -> str:
-    """Return the first names and how many more there are."""
+    """Return the first names and the number of further ones."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
@@ -111,7 +111,7 @@ def layers(network: nn.Module) -> list[LoraLayer]:
 
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
-    """Within this context adapters are not evaluated, and their `requires_grad` does not change."""
+    """Within this context, adapters are not evaluated; their `requires_grad` does not change."""
     before = [(layer, layer.disable_adapters) for layer in layers(network)]
     try:
         for layer, _ in before:
@@ -124,7 +124,7 @@ def disabled(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def scaled(network: nn.Module, scale: float) -> Iterator[None]:
-    """Within this context the network's weights are `theta + scale dW`; contexts inside each other multiply."""
+    """Within this context, the network's weights are `theta + scale dW`; scales of nested contexts are multiplied."""
     before = [(layer, layer.scaling[ADAPTER]) for layer in layers(network)]
     try:
         for layer, value in before:

@@ -15,21 +15,21 @@ def check_layers(network: nn.Module, file: LoRAFile) -> None:
     """Check that a network has the layers of a file.
 
     Raises:
-        ConfigurationError: It lacks some of them.
+        ConfigurationError: Some layers are missing.
     """
     foreign = [layer for layer in file.layers if not _is_layer(network, layer)]
     if foreign:
         raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(foreign)} of its {len(file.layers)} layers are not in this "
-            f"one, such as {shortened(foreign, 2)}; give a file that was trained on this model"
+            f"{file.path} is a LoRA for another model: {len(foreign)} of its {len(file.layers)} layers are not in "
+            f"this model, such as {shortened(foreign, 2)}; give a file that was trained on this model"
         )
 
 
 @torch.no_grad()
 def copy_into(network: nn.Module, file: LoRAFile) -> None:
-    """Copy a file's factors into the adapters of a network, in place; `B` is rescaled so that the update is the file's.
+    """Copy a file's factors into the adapters of a network, in place; `B` is rescaled so that the update is the same.
 
-    A layer of lower rank than the adapters' fills their first rows and columns; the rest of `B` becomes 0.
+    If a layer has a lower rank than the adapters, it fills their first rows and columns; the rest of `B` becomes 0.
 
     Raises:
         ConfigurationError: The layers or the largest rank are not those of the adapters.
@@ -52,7 +52,7 @@ def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) ->
         if not mismatched:
             return
         raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(mismatched)} layers have other shapes here, such "
+            f"{file.path} is a LoRA for another model: {len(mismatched)} layers have other shapes in this model, such "
             f"as {shortened(mismatched, 2)}; give a file that was trained on this model"
         )
     targets = _targets(network, file.layers)
@@ -60,7 +60,7 @@ def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) ->
     raise ConfigurationError(
         f"{file.path} does not fit this model's adapters, which have rank {rank} on {len(names)} layers: it has rank "
         f"{file.rank} on {shortened(targets)} ({len(file.layers)} layers); build the model with "
-        f"lora=LoRA(rank={file.rank}{hint}), or with lora=None to take the file's"
+        f"lora=LoRA(rank={file.rank}{hint}), or with lora=None to use those of the file"
     )
 
 
@@ -79,7 +79,7 @@ def _shapes_fit(own: Mapping[str, Tensor], layer: str, file: LoRAFile) -> bool:
 
 
 def _targets(network: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Return the shortest `target_modules` that name these layers of a network, and no others."""
+    """Return the shortest `target_modules` that select exactly these layers of a network."""
     known = {name for name, _ in network.named_modules()}
 
     def shortest(layer: str) -> str:

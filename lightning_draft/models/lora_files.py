@@ -1,4 +1,4 @@
-"""LoRA files: written as diffusers writes them, and read in the formats of diffusers, peft and kohya's scripts."""
+"""LoRA files: written in the format of diffusers, and read in the formats of diffusers, peft and kohya's scripts."""
 
 import json
 import math
@@ -37,9 +37,9 @@ class LoRAFile:
     """The content of a LoRA file for one network.
 
     Args:
-        path: Where it was read.
-        factors: By layer, `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, or those of convolutions.
-        scales: By layer, the factor of `B A`.
+        path: The file.
+        factors: `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, or those of convolutions, by layer.
+        scales: The factor of `B A`, by layer.
     """
 
     path: Path
@@ -64,21 +64,21 @@ def save(
     family: Family,
     values: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a file that the pipeline's `load_lora_weights` opens, in diffusers' own format.
+    """Write a file in diffusers' format, which the pipeline's `load_lora_weights` opens.
 
     Args:
-        network: With adapters.
+        network: Network with adapters.
         path: Ends in `.safetensors`; missing folders are created.
         metadata: Text for the file's header.
         family: Of the pipeline.
-        values: The adapters by their names in the network, where it holds only a part of them.
+        values: The adapters by their names in the network, if the network holds only a shard of them.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ConfigurationError(f"{path} must end in .safetensors, or diffusers does not find it")
     if values is None:
         state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    else:  # peft would look for their names in a network whose modules FSDP has renamed
+    else:  # peft would look for these names in a network whose modules FSDP has renamed
         state = {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
     tensors = {f"{family.denoiser}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
     config = {f"{family.denoiser}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
@@ -105,8 +105,8 @@ def read(path: str | os.PathLike[str], family: Family, network: Any) -> LoRAFile
         network: The denoiser.
 
     Raises:
-        ConfigurationError: There is no such file; it is damaged, not finite, of another kind (DoRA, LoKr), or adapts
-            something other than the denoiser.
+        ConfigurationError: The file does not exist, is damaged, has values that are not finite, is of another kind
+            (DoRA, LoKr), or adapts something other than the denoiser.
     """
     file = Path(path)
     keys, metadata = check(file)
@@ -131,7 +131,7 @@ def check(file: Path) -> tuple[list[str], dict[str, Any]]:
     """Return the names of a LoRA file's tensors and peft's settings from its header.
 
     Raises:
-        ConfigurationError: There is no such file, it is not a safetensors file, or holds no LoRA of a supported kind.
+        ConfigurationError: The file does not exist, is not a safetensors file, or contains no LoRA of a supported kind.
     """
     if not file.is_file():
         raise ConfigurationError(f"there is no LoRA file {file}; give the path of a .safetensors file")
@@ -145,7 +145,7 @@ def check(file: Path) -> tuple[list[str], dict[str, Any]]:
     if kind is not None:
         raise _unsupported(file, kind)
     if not any("lora" in key for key in keys):
-        raise ConfigurationError(f"{file} holds no LoRA: none of its tensors has lora in its name; give a LoRA file")
+        raise ConfigurationError(f"{file} contains no LoRA: none of its tensors has lora in its name; give a LoRA file")
     settings: dict[str, Any] = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     return keys, settings
 
@@ -162,10 +162,10 @@ def _convert(
     reader = getattr(family.pipeline_class, "lora_state_dict", None)
     if reader is None:
         raise ConfigurationError(
-            f"{file} is not in diffusers' format, and {family.pipeline_name} converts no other; give a file "
-            f"whose tensors are called {family.denoiser}.<layer>.lora_A.weight"
+            f"{file} is not in diffusers' format, and {family.pipeline_name} converts no other format; give a file "
+            f"whose tensors have names such as {family.denoiser}.<layer>.lora_A.weight"
         )
-    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # whose blocks kohya numbers otherwise
+    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # kohya numbers its blocks differently
     options = {"unet_config": network.config} if is_sdxl else {}
     try:
         state, *alphas, metadata = reader(
@@ -180,7 +180,7 @@ def _convert(
 
 
 def _split_alphas(state: Mapping[str, Any], alphas: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Separate alphas from factors, and name the former by their layers.
+    """Separate alphas from factors, and name the alphas by layer.
 
     diffusers' reader names the alphas of attention layers `attn1.processor.to_k_lora.down.weight.alpha`.
     """
@@ -198,8 +198,8 @@ def _of_denoiser(state: Mapping[str, Tensor], file: Path, denoiser: str) -> dict
     others = sorted(key for key in state if not key.startswith(f"{denoiser}."))
     if others:
         raise ConfigurationError(
-            f"{file} also adapts something other than the denoiser ({others[0]}), which is frozen here; give a LoRA "
-            "file of the denoiser alone"
+            f"{file} also adapts something other than the denoiser ({others[0]}), which is not supported; give a LoRA "
+            "file of the denoiser only"
         )
     return {key.removeprefix(f"{denoiser}.").replace(".processor.", "."): value for key, value in state.items()}
 
@@ -213,7 +213,7 @@ def _factors(state: Mapping[str, Tensor], layer: str, file: Path) -> tuple[Tenso
         ) from error
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ConfigurationError(
-            f"{file} has values that are not finite, the first in {layer}: training diverged; use an earlier file"
+            f"{file} has values that are not finite, first in {layer}, because training diverged; use an earlier file"
         )
     return a, b
 
@@ -229,6 +229,6 @@ def _scale(layer: str, rank: int, alphas: Mapping[str, float], settings: Mapping
 
 def _unsupported(file: Path, kind: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{file} is {kind}, which is not supported; give a plain LoRA file, or merge it into its base with the tool "
-        "that made it and give that pipeline as pretrained"
+        f"{file} is {kind}, which is not supported; give a plain LoRA file, or merge it into its base model with the "
+        "tool that created it, and give that pipeline as pretrained"
     )

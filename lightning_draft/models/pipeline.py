@@ -1,4 +1,4 @@
-"""The base class of all models that are diffusers' text-to-image pipelines."""
+"""The base class of all models that use diffusers' text-to-image pipelines."""
 
 import os
 from abc import abstractmethod
@@ -36,22 +36,23 @@ class PipelineModel(PromptEmbedding):
     Args:
         pretrained: A shipped name (`emoji64`), a diffusers pipeline folder, a hub id, or, for families that support it,
             a `.safetensors` file in the original layout.
-        lora: The adapters. `None` for none: then nothing is trained, until `load_lora` adds those of a file.
-        trainable: `lora` trains adapters; `full` trains all weights of the denoiser, and a list of names those whose
-            dotted names contain one of them, such as `[attn2, conv_out]`. `lora` has no effect with the latter two.
+        lora: The adapters; `None` for no adapters, so that nothing is trained until `load_lora` adds those of a file.
+        trainable: `lora` trains adapters; `full` trains all weights of the denoiser; a list trains the weights whose
+            dotted names contain one of its names, such as `[attn2, conv_out]`. The argument `lora` is used only with
+            `lora`.
         dtype: Precision of the frozen networks. Adapters, a denoiser whose own weights are trained, and latents are
             float32.
         guidance: Classifier-free guidance.
         text: How prompts are embedded.
         memory: Options that lower the decoder's peak memory.
-        height: Of the images in pixels, with `width`; by default the size that the denoiser was trained for.
-        width: Of the images in pixels.
+        height: Of the images in pixels, with `width`; by default the size that the denoiser was trained for. width: Of
+            the images in pixels.
         pretrained_config: For a single file: the folder or hub id of a pipeline with the same architecture; by default
             it is recognized, and its configuration comes from the hub.
-        omit: Names of components that are not loaded; a text encoder's tokenizer is left out with it.
+        omit: Names of components that are not loaded; the tokenizer of an omitted text encoder is omitted too.
 
     Attributes:
-        family: What distinguishes its pipelines.
+        family: The description of its pipelines.
         pipeline: The pipeline of diffusers, which shares this model's networks.
         vae: The autoencoder.
     """
@@ -100,7 +101,7 @@ class PipelineModel(PromptEmbedding):
 
     @property
     def denoiser(self) -> Any:
-        """The network that is trained."""
+        """The denoising network, which is trained."""
         return getattr(self, self.family.denoiser)
 
     @property
@@ -130,13 +131,13 @@ class PipelineModel(PromptEmbedding):
         self.block_checkpointing = enabled
 
     def train(self, mode: bool = True) -> Self:
-        """Keep every network in eval mode: the dropout of frozen networks stays off in training."""
+        """Keep every network in eval mode, so that frozen networks have no dropout in training."""
         super().train(False)
         self.training = mode
         return self
 
     def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw standard Gaussian latents, float32 `(batch_size, C, H, W)`, on the generator's device, and move them."""
+        """Sample standard Gaussian latents, float32 `(batch_size, C, H, W)`, on the generator's device."""
         device = self.device if generator is None else generator.device
         shape = (batch_size, *self.latent_shape)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.device)
@@ -151,13 +152,13 @@ class PipelineModel(PromptEmbedding):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the model is the pipeline as it was loaded, bit for bit."""
+        """Within this context, the model is bitwise the pipeline that was loaded."""
         with adapters.disabled(self.denoiser) if self._original is None else self._original.scaled(0.0):
             yield
 
     @contextmanager
     def adapter_scale(self, scale: float) -> Iterator[None]:
-        """Within this context the weights are `theta_0 + scale dW`; 0 is the base, 1 the tuned model. For sampling."""
+        """Within this context, the weights are `theta_0 + scale dW` for sampling; 0 is the base model."""
         if self._original is not None:
             with self._original.scaled(scale):
                 yield
@@ -172,7 +173,7 @@ class PipelineModel(PromptEmbedding):
         return str(self.pretrained)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return names and values of what is trained."""
+        """Return the trainable parameters by name."""
         return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
 
     def save_lora(
@@ -192,18 +193,19 @@ class PipelineModel(PromptEmbedding):
         lora_files.save(self.denoiser, path, metadata or {}, self.family, self._denoiser_names(values))
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
-        """Copy a LoRA file into the adapters; a model without any gets those of the file.
+        """Copy a LoRA file into the adapters; a model without adapters gets those of the file.
 
         Args:
             path: A `.safetensors` file written by this package, diffusers, peft or kohya's scripts.
 
         Raises:
-            ConfigurationError: There is no such file, it is damaged or of another kind, or its rank or layers differ.
+            ConfigurationError: The file does not exist, is damaged or of another kind, or has another rank or other
+                layers.
         """
         if self._original is not None:
             raise ConfigurationError(
-                f"load_lora needs adapters, and this model trains its own weights (trainable: {self.trainable}); build "
-                "it with trainable: lora"
+                f"load_lora needs adapters, and this model trains its own weights (trainable={self.trainable!r}); "
+                "build it with trainable='lora'"
             )
         file = lora_files.read(path, self.family, self.denoiser)
         lora_copy.check_layers(self.denoiser, file)
@@ -222,14 +224,14 @@ class PipelineModel(PromptEmbedding):
         """Write the whole pipeline with its trained denoiser as a folder that `from_pretrained` opens.
 
         Args:
-            folder: Created, or replaced once the new one is complete.
+            folder: Folder to write; an existing one is replaced when the new one is complete.
             metadata: Text for its `training.json`.
             values: The full trained weights by their names in this model, for sharded models.
         """
         if self._original is None:
             raise ConfigurationError(
-                "save_pipeline writes a denoiser whose own weights were trained; build the model with trainable: full, "
-                "or write the adapters with save_lora"
+                "save_pipeline needs a denoiser whose own weights were trained; build the model with "
+                "trainable='full', or write the adapters with save_lora"
             )
         trained = self._denoiser_names(values or dict(self.trainable_parameters()))
         pipeline = load_pipeline(self.family, self.pretrained, self._dtypes, self.pretrained_config, self._omit)
@@ -240,7 +242,7 @@ class PipelineModel(PromptEmbedding):
         """Set `schedule`, `prediction` and tokenizers from the pipeline; the networks are attributes already.
 
         Raises:
-            ConfigurationError: The pipeline does something that this family does not support.
+            ConfigurationError: The pipeline has a property that this family does not support.
         """
 
     @abstractmethod
@@ -268,9 +270,9 @@ class PipelineModel(PromptEmbedding):
 
     @property
     def _weight(self) -> Tensor:
-        """One of the denoiser's own weights, whose device and dtype are the denoiser's.
+        """One of the denoiser's weights; its device and dtype are those of the denoiser.
 
-        It is found by name, because FSDP leaves a denoiser without parameters of its own between its calls.
+        It is found by name, because under FSDP a denoiser has no parameters of its own between its calls.
         """
         weight: Tensor = attrgetter(self._weight_name)(self.denoiser)
         return weight

@@ -1,4 +1,4 @@
-"""Prompts to conditioning, through a pipeline's text encoders and a cache of their embeddings."""
+"""Convert prompts to conditioning with a pipeline's text encoders, and cache the embeddings."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +19,9 @@ class PromptEmbedding(DiffusionModel):
     """Base class for the prompt embedding of pipelines; each prompt is embedded once and separately.
 
     Attributes:
-        family: Names the text encoders.
-        guidance: Gives the negative prompt.
-        text: How prompts are embedded.
-        device: Where conditioning is needed.
+        family: The family, which names the text encoders.
+        guidance: The guidance, with the negative prompt.
+        text: How prompts are embedded. device: Device of the conditioning.
         pipeline: The pipeline of diffusers, whose `encode_prompt` reads prompts.
     """
 
@@ -41,10 +40,10 @@ class PromptEmbedding(DiffusionModel):
         """The denoiser's device."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts, and the negative prompt where guidance needs it; each is embedded once and then kept.
+        """Embed prompts, and the negative prompt if guidance needs it; each is embedded once and cached.
 
         Raises:
-            RuntimeError: The text encoder was released and a prompt is not among those that were precomputed.
+            RuntimeError: The text encoder was released and a prompt was not precomputed.
         """
         conditioning = self._collate([self._embedding(str(prompt)) for prompt in prompts])
         if not self.guidance.enabled:
@@ -52,13 +51,13 @@ class PromptEmbedding(DiffusionModel):
         return replace(conditioning, negative=self._collate([self._negative_embedding()] * len(prompts)))
 
     def precompute(self, prompts: Iterable[str]) -> None:
-        """Embed prompts, and the negative prompt, ahead of time and keep all of them."""
+        """Embed prompts and the negative prompt ahead of time, and cache all of them."""
         self._negative_embedding(keep=True)
         for prompt in dict.fromkeys(map(str, prompts)):
             self._embedding(prompt, keep=True)
 
     def release_text_encoder(self) -> None:
-        """Free the text encoders' memory; from then on only prompts whose embeddings are kept can be used."""
+        """Free the text encoders' memory; afterwards only prompts with cached embeddings can be used."""
         self._negative_embedding(keep=True)
         for name in self.family.text_encoders:
             setattr(self, name, None)
@@ -66,7 +65,7 @@ class PromptEmbedding(DiffusionModel):
 
     @abstractmethod
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
-        """Embed one prompt: what `_network` is given, by name and without a batch dimension.
+        """Embed one prompt; return the inputs of `_network` by name, without a batch dimension.
 
         Args:
             prompt: The text.
@@ -81,19 +80,19 @@ class PromptEmbedding(DiffusionModel):
 
     @property
     def _text_device(self) -> torch.device:
-        """Where the text encoders are."""
+        """The device of the text encoders."""
         encoder = self._last_encoder
         device: torch.device = self.device if encoder is None else next(encoder[1].parameters()).device
         return device
 
     @property
     def _text_length(self) -> int:
-        """Number of tokens that the last text encoder reads, where it can be chosen."""
+        """Number of tokens that the last text encoder reads, if it can be chosen."""
         return self.text.max_length or self.family.text_length or 0
 
     @property
     def _last_encoder(self) -> tuple[str, Any] | None:
-        """Name and network of the last text encoder that is there."""
+        """Name and network of the last loaded text encoder."""
         present = [(name, each) for name in self.family.text_encoders if (each := getattr(self, name)) is not None]
         return present[-1] if present else None
 
@@ -109,8 +108,8 @@ class PromptEmbedding(DiffusionModel):
         if key not in self._cache:
             if encoder is None:
                 raise RuntimeError(
-                    f"the text encoder was released and {key[1]!r} has no embedding; pass every prompt, those of "
-                    "validation and of the sample logger too, to precompute() before release_text_encoder()"
+                    f"the text encoder was released and {key[1]!r} has no embedding; pass all prompts, including "
+                    "those of validation and of the sample logger, to precompute() before release_text_encoder()"
                 )
             self._warn_if_cut(encoder[0].replace("text_encoder", "tokenizer"), key[1])
         with quiet_diffusers():

@@ -20,7 +20,7 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
     """Return the schedule and prediction type of a pipeline trained with noise levels `alpha^2 + sigma^2 = 1`.
 
     Raises:
-        ConfigurationError: The scheduler thresholds samples, cannot be trained through, or is of another family.
+        ConfigurationError: The scheduler thresholds samples, has no gradient, or is of another family.
     """
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
@@ -31,18 +31,19 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
         )
     if config.get("thresholding"):
         raise ConfigurationError(
-            f"the pipeline's {name} has thresholding=True, which is made for pixels: on latents it distorts the sample "
-            "and cuts the gradient; set it to false in scheduler/scheduler_config.json"
+            f"the pipeline's {name} has thresholding=True, which is meant for pixels; with latents it distorts the "
+            "sample and cuts the gradient; set it to false in scheduler/scheduler_config.json"
         )
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ConfigurationError(
             f"prediction_type={prediction!r} of the pipeline's {name} is not supported; it must be epsilon, "
             "v_prediction or sample"
         )
-    if prediction == "epsilon" and float(table.min()) < 1e-6:  # some schedulers put 2^-24 in place of 0
+    if prediction == "epsilon" and float(table.min()) < 1e-6:  # some schedulers have 2^-24 instead of 0
         raise ConfigurationError(
-            f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: at zero signal the "
-            "noise says nothing about the image; set rescale_betas_zero_snr to false, or use a v_prediction model"
+            f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: without signal, a "
+            "prediction of the noise does not determine the image; set rescale_betas_zero_snr to false, or use a "
+            "v_prediction model"
         )
     schedule = VariancePreserving.from_table(
         table,
@@ -57,7 +58,7 @@ def rectified_flow(scheduler: Any) -> RectifiedFlow:
     """Return the schedule of a pipeline trained with a rectified flow.
 
     Raises:
-        ConfigurationError: The scheduler is of another family, or its grid is more than a constant shift.
+        ConfigurationError: The scheduler is of another family, or its grid is not a constant shift.
     """
     config, name = scheduler.config, type(scheduler).__name__
     if not name.startswith("FlowMatch"):
@@ -68,8 +69,8 @@ def rectified_flow(scheduler: Any) -> RectifiedFlow:
     others = [key for key in _OTHER_GRIDS if config.get(key)]
     if others:
         raise ConfigurationError(
-            f"the pipeline's {name} has {others[0]}={config[others[0]]}, and the samplers here support a constant "
-            f"shift alone; remove {others[0]} from scheduler/scheduler_config.json and set shift, 3.0 in the published "
-            "models"
+            f"the pipeline's {name} has {others[0]}={config[others[0]]}, and the samplers support only a constant "
+            f"shift; remove {others[0]} from scheduler/scheduler_config.json and set shift, which is 3.0 in the "
+            "published models"
         )
     return RectifiedFlow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000))

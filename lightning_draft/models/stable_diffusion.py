@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, SD-Turbo included.
+"""Stable Diffusion 1.x and 2.x, including SD-Turbo.
 
 References:
     Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
@@ -17,7 +17,7 @@ from lightning_draft.models.scheduler_config import variance_preserving
 
 
 class StableDiffusion(PipelineModel):
-    """A Stable Diffusion 1.x or 2.x pipeline; arguments as of `PipelineModel`.
+    """A Stable Diffusion 1.x or 2.x pipeline; for the arguments see `PipelineModel`.
 
     Attributes:
         unet: The denoiser.

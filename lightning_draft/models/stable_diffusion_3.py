@@ -18,11 +18,11 @@ from lightning_draft.models.scheduler_config import rectified_flow
 
 
 class StableDiffusion3(PipelineModel):
-    """A Stable Diffusion 3 or 3.5 pipeline, for `FlowEuler` and `FlowSDE`; arguments as of `PipelineModel`.
+    """A Stable Diffusion 3 or 3.5 pipeline, for `FlowEuler` and `FlowSDE`; for the arguments see `PipelineModel`.
 
-    `omit: [text_encoder_3]` leaves out the T5, the largest network; its tokens are then zeros, as in training.
+    `omit: [text_encoder_3]` omits the T5, the largest network; its tokens are then zeros, as in training.
 
-    With the published shift, 99.1 % of the latent is signal at the start of the last step: train several steps, since
+    With the published shift, 99.1 % of the latent is signal at the start of the last step. Train several steps, because
     the last one alone hardly changes the image.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, SDXL-Turbo and Lightning-type checkpoints included.
+"""Stable Diffusion XL, including SDXL-Turbo and Lightning-type checkpoints.
 
 References:
     Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", arXiv:2307.01952.
@@ -19,11 +19,11 @@ from lightning_draft.models.scheduler_config import variance_preserving
 
 
 class StableDiffusionXL(PipelineModel):
-    """A Stable Diffusion XL pipeline; arguments as of `PipelineModel`.
+    """A Stable Diffusion XL pipeline; for the arguments see `PipelineModel`.
 
-    The network is told that images have the size that is sampled and are not cropped. An autoencoder whose config says
-    `force_upcast` runs in float32 unless `memory.vae_dtype` says otherwise. An empty negative prompt is embedded as
-    zeros where the pipeline's config says so, as in diffusers.
+    The size conditioning of the network is the sampled size, without a crop. An autoencoder with `force_upcast` in its
+    config runs in float32, unless `memory.vae_dtype` is given. An empty negative prompt is embedded as zeros if the
+    pipeline's config requires it, as in diffusers.
 
     Attributes:
         unet: The denoiser.
@@ -49,13 +49,13 @@ class StableDiffusionXL(PipelineModel):
         check_unet(self, addition_embed_type=("text_time",))
         if self.text_encoder is None:
             raise ConfigurationError(
-                f"{self.pretrained} has no first text encoder, as the SDXL refiner; use a base model such as "
+                f"{self.pretrained} has no first text encoder (the SDXL refiner?); use a base model such as "
                 f"{self.family.example}"
             )
         self.schedule, self.prediction = variance_preserving(pipeline.scheduler)
 
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
-        """Return both CLIPs' hidden states, `(tokens, width)`, and the second one's pooled embedding."""
+        """Return the hidden states of both CLIPs, `(tokens, width)`, and the pooled embedding of the second."""
         skip = None if negative else self.text.clip_skip or None
         text, _, pooled, _ = self.pipeline.encode_prompt(
             prompt, device=self._text_device, do_classifier_free_guidance=False, clip_skip=skip

@@ -1,4 +1,4 @@
-"""Embeddings of prompts, computed once and kept on the CPU."""
+"""A cache of prompt embeddings on the CPU."""
 
 from collections.abc import Callable, Hashable, Mapping
 
@@ -8,16 +8,16 @@ from torch import Tensor
 Embedding = Mapping[str, Tensor]
 
 CAPACITY = 4 * 2**30
-"""Bytes of embeddings that are kept without being asked for."""
+"""Bytes of embeddings that are cached without a request."""
 
 
 class TextCache:
     """A cache of prompt embeddings.
 
-    Each prompt is embedded on its own, so that its embedding does not depend on the batch in which it is first seen.
+    Each prompt is embedded separately, so that its embedding does not depend on the other prompts of a batch.
 
     Args:
-        capacity: Bytes; once they are used, new embeddings are only kept on request.
+        capacity: Size in bytes; beyond it, new embeddings are cached only on request.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
@@ -26,21 +26,21 @@ class TextCache:
         self._embeddings: dict[Hashable, Embedding] = {}
 
     def __contains__(self, key: Hashable) -> bool:
-        """Whether the embedding is kept."""
+        """Whether the embedding is cached."""
         return key in self._embeddings
 
     def get(self, key: Hashable, embed: Callable[[], Embedding], device: str, keep: bool = False) -> Embedding:
-        """Return an embedding, computed if it is not kept.
+        """Return an embedding, which is computed if it is not cached.
 
         Args:
-            key: Of the prompt.
+            key: Key of the prompt.
             embed: Computes the embedding.
-            device: Type of the device that `embed` computes on.
-            keep: Keep it even beyond the capacity.
+            device: Device type on which `embed` runs.
+            keep: Cache it even beyond the capacity.
         """
         if key in self._embeddings:
             return self._embeddings[key]
-        # An embedding made in inference mode could not be used in training later; one under autocast would be rounded.
+        # An embedding computed in inference mode could not be used in training; one under autocast would be rounded.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             embedding = {name: tensor.cpu() for name, tensor in embed().items()}
         size = sum(tensor.nbytes for tensor in embedding.values())

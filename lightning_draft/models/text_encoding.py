@@ -1,4 +1,4 @@
-"""How prompts are read by text encoders."""
+"""Options of the text encoders."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ class TextEncoding:
     """How prompts are embedded.
 
     Args:
-        max_length: Number of tokens that the last text encoder (a T5 or a language model) reads; longer prompts are cut
-            with a warning. By default the published number. CLIP alone always reads its 77.
+        max_length: Number of tokens that the last text encoder (a T5 or a language model) reads; longer prompts are
+            truncated with a warning. By default the published number. A CLIP always reads 77.
         clip_skip: Number of CLIP's last layers to skip, for prompts and not for the negative prompt, as in diffusers.
     """
 
@@ -52,16 +52,16 @@ class TextEncoding:
 
 
 def warn_if_cut(tokenizer: Any, prompt: str, length: int) -> None:
-    """Warn that a prompt has more tokens than are read."""
-    # A textual inversion of several vectors is as many tokens.
+    """Warn if a prompt has more tokens than the text encoder reads."""
+    # A textual inversion of several vectors has as many tokens.
     converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
     if len(tokenizer(converted, truncation=False, verbose=False)["input_ids"]) > length:
-        warnings.warn(f"the model reads {length} tokens and cuts: {prompt}", stacklevel=6)
+        warnings.warn(f"the model reads {length} tokens and truncates the prompt: {prompt}", stacklevel=6)
 
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Within this context diffusers logs errors alone: it would report each prompt that is cut once per encoder."""
+    """Within this context, diffusers logs only errors; it would report each truncated prompt once per encoder."""
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:

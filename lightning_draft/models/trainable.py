@@ -1,4 +1,4 @@
-"""Training of the denoiser's own weights, all of them or some by name, with a copy of what they were."""
+"""Training of all or some of the denoiser's own weights, with a copy of the original weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ class OriginalWeights:
 
     Args:
         network: The denoiser.
-        names: Of the parameters that will be trained.
+        names: Names of the parameters that will be trained.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
@@ -30,9 +30,9 @@ class OriginalWeights:
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """Within this context the weights are `theta_0 + scale (theta - theta_0)`, without gradient; 0 is the original.
+        """Within this context, the weights are `theta_0 + scale (theta - theta_0)`, without gradient.
 
-        The parameters themselves are replaced and put back, not overwritten, so that a graph through them stays valid.
+        The parameters are replaced and restored, not overwritten, so that a graph through them stays valid.
         """
         trained = [(module, name, getattr(module, name)) for module, name, _ in self._owners]
         try:
@@ -49,11 +49,11 @@ def unfreeze(network: nn.Module, trainable: Literal["full"] | Sequence[str]) -> 
 
     Args:
         network: The denoiser, in float32.
-        trainable: `full` for all weights, or names: a parameter is trained if one of them is a run of whole parts of
-            its dotted name, such as `attn2` or `attn2.to_k` for `mid_block.attn2.to_k.weight`.
+        trainable: `full` for all weights, or names: a parameter is trained if one of the names is a sequence of
+            complete parts of its dotted name, such as `attn2` or `attn2.to_k` for `mid_block.attn2.to_k.weight`.
 
     Raises:
-        ConfigurationError: A name that fits no parameter, one name without a list, or an empty list.
+        ConfigurationError: A name matches no parameter, a name is not in a list, or the list is empty.
     """
     if trainable != "full" and (isinstance(trainable, str) or not trainable):
         raise ConfigurationError(f"trainable: {trainable!r} must be lora, full, or a list of names such as [attn2]")
@@ -78,8 +78,8 @@ def _names(name: str, full_name: str) -> bool:
 def _interpolated(original: Tensor, parameter: Tensor, scale: float) -> Tensor:
     if isinstance(parameter, DTensor) or parameter.shape != original.shape:
         raise ConfigurationError(
-            "the original weights of a fully trained model are not available where parameters are sharded over "
-            "processes; write strategy: ddp, or trainable: lora"
+            "the original weights of a model with trainable='full' are not available if parameters are sharded over "
+            "processes; set the Trainer's strategy to ddp, or trainable='lora'"
         )
     value = original.to(parameter.device, parameter.dtype)
     return value if scale == 0 else torch.lerp(value, parameter.detach(), scale)

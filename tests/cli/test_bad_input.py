@@ -162,7 +162,7 @@ COMMANDS = [
     (["fti"], "did you mean fit"),
     (["train"], "train with `lightning-draft fit`"),
     (["test"], "score held-out prompts with `lightning-draft validate`"),
-    (["predict"], "draw images with `lightning-draft sample`"),
+    (["predict"], "generate images with `lightning-draft sample`"),
     (["configs", "show", "draft_kk"], "did you mean draft_k"),
     (["configs", "shw"], "write `configs list`"),
     (["sample"], "give a LoRA file"),
@@ -262,7 +262,7 @@ CHECKPOINTS = [
     ("text.ckpt", "is not a checkpoint"),
     ("cut.ckpt", "only part of one"),
     ("foreign.ckpt", "another kind of zip file"),
-    ("weights.ckpt", "has no training step"),
+    ("weights.ckpt", "contains no training step"),
     ("folder", "has no checkpoint"),
 ]
 

@@ -141,7 +141,7 @@ def test_changes_that_a_resumed_run_can_have() -> None:
     assert changes == {"model.kl_weight": (0.0, 0.5), "model.optimizer.lr": (1e-3, 1e-4)}
     check_changes(changes, new)
     new["model"]["init_args"]["lr_scheduler"] = {"class_path": "StepLR"}
-    with pytest.raises(ConfigurationError, match="follows its lr_scheduler"):
+    with pytest.raises(ConfigurationError, match="is set by its lr_scheduler"):
         check_changes(changes, new)
 
 

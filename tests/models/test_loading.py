@@ -237,7 +237,7 @@ def test_single_file_without_a_connection(tiny_sd: Path, tmp_path: Path) -> None
     """Where the architecture would have to come from the hub, the message names the way out."""
     state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="could not be opened .* without a connection, name .* pretrained_config"):
+    with pytest.raises(ValueError, match="could not be opened .* without a connection, set pretrained_config"):
         StableDiffusion(str(tmp_path / "model.safetensors"))
 
 
@@ -313,7 +313,7 @@ def test_a_small_autoencoder_in_the_place_of_the_vae_decodes_as_in_diffusers(tin
 
 def test_a_denoiser_without_a_size_needs_height_and_width(tiny_sd: Path, tmp_path: Path) -> None:
     folder = edited(tiny_sd, tmp_path / "pipeline", "unet/config.json", sample_size=None)
-    with pytest.raises(ConfigurationError, match=r"sample_size is null\); write height and width"):
+    with pytest.raises(ConfigurationError, match=r"sample_size is null\); set height and width"):
         StableDiffusion(str(folder))
     assert StableDiffusion(str(folder), height=16, width=24).latent_shape == (4, 8, 12)
 

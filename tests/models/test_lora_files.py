@@ -150,7 +150,7 @@ def test_damaged_files_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is damaged or not a safetensors file"):
         model.load_lora(file)
     save_file({"weight": torch.ones(1)}, file)
-    with pytest.raises(ConfigurationError, match="holds no LoRA"):
+    with pytest.raises(ConfigurationError, match="contains no LoRA"):
         model.load_lora(file)
 
 

@@ -331,7 +331,7 @@ def test_text_encoder_can_be_released(tiny_sd: Path) -> None:
     after = model.encode(PROMPTS)
     assert all(torch.equal(after.tensors[name], value) for name, value in before.tensors.items())
     assert not any(name.startswith("text_encoder") for name in model.state_dict())
-    with pytest.raises(RuntimeError, match="'a new one' has no embedding; pass every prompt.* to precompute"):
+    with pytest.raises(RuntimeError, match="'a new one' has no embedding; pass all prompts.* to precompute"):
         model.encode(["a new one"])
 
 

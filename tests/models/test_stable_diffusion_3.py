@@ -232,7 +232,7 @@ def test_text_encoders_can_be_released(tiny_sd3: Path) -> None:
     model.release_text_encoder()
     assert not any(name.startswith("text_encoder") for name in model.state_dict())
     assert torch.equal(pictures(model), before)
-    with pytest.raises(RuntimeError, match="'a new one' has no embedding; pass every prompt.* to precompute"):
+    with pytest.raises(RuntimeError, match="'a new one' has no embedding; pass all prompts.* to precompute"):
         model.encode(["a new one"])
 
 
@@ -532,7 +532,7 @@ def test_invalid_components_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
     pipeline.scheduler = scheduler
     pipeline.transformer = SD3Transformer2DModel.from_config({**pipeline.transformer.config, "in_channels": 32})
     pipeline.save_pretrained(tmp_path / "wide")
-    with pytest.raises(ValueError, match="its network takes 32 channels and the autoencoder makes 16"):
+    with pytest.raises(ValueError, match="its network needs 32 channels and the autoencoder has 16"):
         StableDiffusion3(str(tmp_path / "wide"))
 
 

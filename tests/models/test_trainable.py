@@ -131,7 +131,7 @@ def test_saved_pipeline_gives_our_pictures_in_diffusers(tiny_sd: Path, tmp_path:
 
 
 def test_the_wrong_export_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="save_pipeline writes .*trainable: full, or write the adapters"):
+    with pytest.raises(ConfigurationError, match="save_pipeline needs .*trainable='full', or write the adapters"):
         StableDiffusion(str(tiny_sd), lora=LoRA(2)).save_pipeline(tmp_path / "tuned")
     with pytest.raises(ConfigurationError, match="save_lora needs adapters"):
         StableDiffusion(str(tiny_sd), trainable="full").save_lora(tmp_path / "lora.safetensors")

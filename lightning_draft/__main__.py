@@ -48,9 +48,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb == "configs":
         return _configs(rest)
+    if verb == "completion":
+        return _completion(rest)
     if verb in pages.VERBS:
         return _run(verb, rest)
-    known = [*pages.VERBS, "configs", "--help", "--version"]
+    known = [*pages.VERBS, "configs", "completion", "--help", "--version"]
     hint = f": {pages.INSTEAD[verb]}" if verb in pages.INSTEAD else shipped.nearest(verb, known)
     raise ConfigurationError(f"there is no command {verb!r}{hint}; see lightning-draft --help")
 
@@ -87,6 +89,16 @@ def _configs(rest: list[str]) -> int:
         raise ConfigurationError(
             f"there is no command `configs {' '.join(rest)}`; write `configs list` or `configs show NAME`"
         )
+    return 0
+
+
+def _completion(rest: list[str]) -> int:
+    if len(rest) != 1 or rest[0] in ("-h", "--help"):
+        print(pages.COMPLETION)
+        return 0 if rest else USAGE
+    from lightning_draft.cli.completion import script
+
+    print(script(rest[0]), end="")
     return 0
 
 

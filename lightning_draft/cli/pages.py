@@ -12,6 +12,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft score FOLDER --reward NAME       score existing images
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, to copy and change
+  lightning-draft completion bash                  print the tab completion of bash or zsh
   lightning-draft --version                        print the version
 
 Each command has a help page: lightning-draft fit --help. With --verbose, or the environment variable
@@ -66,6 +67,10 @@ lightning-draft validate: score held-out prompts; prints the mean of each reward
 CONFIGS = """\
 lightning-draft configs list         list the shipped configs
 lightning-draft configs show NAME    print one, to copy and change"""
+
+COMPLETION = """\
+lightning-draft completion bash|zsh    print the tab completion; load it in each shell with
+  eval "$(lightning-draft completion bash)"    in ~/.bashrc, or with zsh in ~/.zshrc"""
 
 SAMPLE = """\
 lightning-draft sample: generate images of the same prompts and noise with the base model and with a LoRA file

@@ -1,0 +1,68 @@
+"""Tab completion for bash and zsh: a static script, so that completing a word starts no Python."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from lightning_draft.arguments import one_of
+from lightning_draft.cli import pages, shipped
+
+_SCRIPT = """\
+_lightning_draft() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=""
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{verbs}"
+    elif [ "$previous" = --config ] || [ "$previous" = show ]; then
+        words="{configs}"
+    else
+        case ${{COMP_WORDS[1]}} in
+{cases}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _lightning_draft lightning-draft
+"""
+_ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
+
+
+def script(shell: str) -> str:
+    """Return the script that defines the completion.
+
+    It completes commands, shipped configs, options, and the values of none of them; other words are completed as files.
+
+    Args:
+        shell: `bash` or `zsh`.
+
+    Raises:
+        ConfigurationError: The shell is not supported.
+    """
+    one_of("completion", shell, ("bash", "zsh"))
+    subcommands = {"configs": ["list", "show"], "completion": ["bash", "zsh"]}
+    words = {verb: sorted(_options(verb)) for verb in pages.VERBS} | subcommands
+    cases = "\n".join(f'            {verb}) words="{" ".join(some)}" ;;' for verb, some in words.items())
+    text = _SCRIPT.format(
+        verbs=" ".join([*words, "--help", "--version"]), configs=" ".join(shipped.names()), cases=cases
+    )
+    return (_ZSH if shell == "zsh" else "") + text
+
+
+def _options(verb: str) -> set[str]:
+    """Return the options that the help page of a verb names and, where it takes a config, those of shipped configs."""
+    named = set(re.findall(r"--[a-z][a-z_]*(?:\.[a-z_]+)*(?![.\w])", pages.VERBS[verb])) | {"--help"}
+    if verb not in ("fit", "validate"):
+        return named
+    contents = (yaml.safe_load(shipped.locate(name).read_text(encoding="utf-8")) for name in shipped.names())
+    return named | {f"--{key}" for content in contents for key in _keys(content)}
+
+
+def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of a config's options as the command line has them, without `init_args`."""
+    for key, value in content.items():
+        name = prefix.rstrip(".") if key in ("class_path", "init_args") else f"{prefix}{key}"
+        if name and key != "init_args":
+            yield name
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{name}." if name else "")

@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
     from lightning_draft.data import PromptDataModule
     from lightning_draft.errors import ConfigurationError
+    from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
+    from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
     from lightning_draft.methods.base import RewardModule
     from lightning_draft.methods.draft import DraftModule
+    from lightning_draft.methods.forward_process import ForwardProcessModule
+    from lightning_draft.methods.old_policy import OldPolicy
     from lightning_draft.methods.policy_gradient import PolicyGradientModule
     from lightning_draft.models.base import DiffusionModel
     from lightning_draft.models.decoder import Memory
@@ -33,8 +37,12 @@ _MODULES = {
     "advantages": ("AdvantageEstimator", "GroupRelative", "LeaveOneOut", "PerPromptStatistics"),
     "data": ("PromptDataModule",),
     "errors": ("ConfigurationError",),
+    "forward_objectives": ("AWM", "DiffusionNFT", "ForwardObjective", "RWR"),
+    "group_objectives": ("CRD", "DGPO", "OnlineDPO"),
     "methods.base": ("RewardModule",),
     "methods.draft": ("DraftModule",),
+    "methods.forward_process": ("ForwardProcessModule",),
+    "methods.old_policy": ("OldPolicy",),
     "methods.policy_gradient": ("PolicyGradientModule",),
     "models.base": ("DiffusionModel",),
     "models.decoder": ("Memory",),
@@ -89,6 +97,15 @@ __all__ = [
     "Truncation",
     "WeightedReward",
     "WeightedSum",
+    "AWM",
+    "DiffusionNFT",
+    "ForwardObjective",
+    "RWR",
+    "CRD",
+    "DGPO",
+    "OnlineDPO",
+    "ForwardProcessModule",
+    "OldPolicy",
     *FAMILIES,
 ]
 

@@ -14,11 +14,8 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.schedules import RectifiedFlow, Schedule, Spacing, VariancePreserving
+from lightning_draft.schedules import Grid, RectifiedFlow, Schedule, Spacing, VariancePreserving
 from lightning_draft.timesteps import ddim_timesteps, dpm_timesteps
-
-Grid = tuple[tuple[float, float], ...]
-"""One `(t, s)` pair per step: the network is called at `t`, and the step ends at `s`; a negative `s` is the end."""
 
 
 @dataclass(frozen=True)

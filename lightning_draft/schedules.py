@@ -18,6 +18,9 @@ from lightning_draft.arguments import one_of
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
+Grid = tuple[tuple[float, float], ...]
+"""One `(t, s)` pair per step: the network is called at `t`, and the step ends at `s`; a negative `s` is the end."""
+
 
 class Schedule(ABC):
     """The forward process of a model family."""
@@ -31,6 +34,10 @@ class Schedule(ABC):
     @abstractmethod
     def network_time(self, t: float) -> float:
         """Return the time `t` in the units of the network's input."""
+
+    @abstractmethod
+    def time_at(self, fraction: float) -> float:
+        """Return the time at a fraction in [0, 1) of the way from sample to noise."""
 
     def log_snr(self, t: float) -> float:
         """Return `lambda_t = log(alpha_t / sigma_t)`; infinity without noise, minus infinity without signal."""
@@ -87,6 +94,10 @@ class VariancePreserving(Schedule):
         """Return `t`, because the input of discrete networks is the timestep itself."""
         return t
 
+    def time_at(self, fraction: float) -> float:
+        """Return the timestep `floor(fraction num_train_timesteps)`."""
+        return int(fraction * self.num_train_timesteps)
+
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
@@ -109,6 +120,10 @@ class RectifiedFlow(Schedule):
     def network_time(self, t: float) -> float:
         """Return `t * num_train_timesteps`."""
         return t * self.num_train_timesteps
+
+    def time_at(self, fraction: float) -> float:
+        """Return the shifted time, at least `1 / num_train_timesteps`: at `t` = 0 there is nothing to denoise."""
+        return self.shifted(max(fraction, 1 / self.num_train_timesteps))
 
     def shifted(self, t: float) -> float:
         """Return `shift t / (1 + (shift - 1) t)`."""

@@ -1,15 +1,18 @@
-"""Timestep grids of diffusers' schedulers, from the most to the least noise.
+"""Timestep grids of diffusers' schedulers, from the most to the least noise, and times to train at.
 
 References:
     Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, table 2.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.schedules import Spacing, VariancePreserving
+from lightning_draft.schedules import Grid, Schedule, Spacing, VariancePreserving
+
+TimeSpread = Literal["grid", "uniform"]
 
 
 def ddim_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | None = None) -> list[int]:
@@ -36,6 +39,26 @@ def dpm_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | None
     else:
         times = _integers(np.linspace(0, total - 1, steps + 1).round()[:0:-1])
     return _checked(times, table)
+
+
+def training_times(
+    grid: Grid, schedule: Schedule, count: int, spread: TimeSpread, generator: torch.Generator
+) -> list[float]:
+    """Draw times to train at.
+
+    Args:
+        grid: Of the sampler.
+        schedule: Of the model.
+        count: How many; at most the grid's length for `grid`.
+        spread: `grid` draws from the grid without replacement; `uniform` draws one time in each of `count` equal parts
+            of the schedule.
+        generator: Source of the randomness.
+    """
+    if spread == "grid":
+        order = torch.randperm(len(grid), generator=generator)[:count]
+        return [grid[index][0] for index in order.tolist()]
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    return [schedule.time_at((index + offset) / count) for index, offset in enumerate(offsets)]
 
 
 def _ddim(table: VariancePreserving, steps: int, spacing: Spacing) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_draft.advantages import AdvantageEstimator
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.forward_objectives import ForwardObjective
 from lightning_draft.losses import RewardLoss
 from lightning_draft.objectives import RolloutObjective
 from lightning_draft.rewards.base import Reward, check_scores
@@ -187,6 +188,15 @@ def check_group_size(samples_per_prompt: int, users: Iterable[RolloutObjective |
                 f"{type(user).__name__} compares samples of the same prompt, and samples_per_prompt="
                 f"{samples_per_prompt}; set samples_per_prompt to {user.min_group} or more"
             )
+
+
+def check_whole_groups(objective: ForwardObjective, micro_batch_size: int | None, samples_per_prompt: int) -> None:
+    """Raise if a minibatch would hold part of the samples of a prompt, and the objective compares them."""
+    if objective.couples_group and micro_batch_size is not None and micro_batch_size % samples_per_prompt:
+        raise ConfigurationError(
+            f"{type(objective).__name__} compares the samples of a prompt, and micro_batch_size={micro_batch_size} "
+            f"splits them; set micro_batch_size to a multiple of samples_per_prompt={samples_per_prompt}"
+        )
 
 
 def check_accumulation(objective: RolloutObjective, accumulate: int, minibatches: int, inner_epochs: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.methods.rollout import slices
+from lightning_draft.methods.rollout import sample_noise, slices
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
@@ -90,9 +90,7 @@ class Policy:
 
     def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         chain = self._chain(prompts)
-        # One generator per sample, so that its noise does not depend on the other samples.
-        each = [self.model.noise(chain.num_steps + 1, torch.Generator().manual_seed(seed)) for seed in seeds]
-        noise = torch.stack(each, 1)
+        noise = sample_noise(self.model, chain.num_steps + 1, seeds)
         latents, log_probs = [noise[0]], []
         for transition, x in chain.sample_steps(noise[0], noise[1:]):
             latents.append(x)

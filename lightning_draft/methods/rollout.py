@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_draft.models.base import DiffusionModel
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -19,8 +21,9 @@ class Rollout:
         number: Number of the rollout in the run, from 0.
         step: Number of optimizer steps before it was collected.
         prompts: One per sample; samples of one prompt are next to each other.
-        latents: `(T + 1, N, ...)`, from noise to sample.
-        log_probs: Log-probabilities of the stochastic steps under the model that sampled them, `(S, N)`.
+        latents: From noise to sample, `(T + 1, N, ...)`; only the samples, `(1, N, ...)`, where training needs no more.
+        log_probs: Log-probabilities of the stochastic steps under the model that sampled them, `(S, N)`; `S` is 0 where
+            they are not used.
         rewards: `(N,)`.
         advantages: `(N,)`.
         summary: Metrics to log.
@@ -192,6 +195,12 @@ def summarize(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, floa
         "train/advantage_std": float(advantages.std(correction=0)),
         "train/zero_advantage_groups": float((advantages_by_prompt == 0).all(1).float().mean()),
     }
+
+
+def sample_noise(model: DiffusionModel, count: int, seeds: Sequence[int]) -> Tensor:
+    """Return Gaussian latents `(count, N, ...)`; each sample has its own seed, whatever samples are beside it."""
+    each = [model.noise(count, torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(each, 1)
 
 
 def repeat_prompts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:

@@ -162,3 +162,9 @@ def to_x0(raw: Tensor, x: Tensor, alpha: float, sigma: float, prediction: Predic
     if prediction == "sample":
         return raw
     raise ConfigurationError(f"prediction={prediction!r} is not valid; write epsilon, v_prediction, flow or sample")
+
+
+def x0_slope(alpha: float, sigma: float, prediction: Prediction) -> float:
+    """Return the derivative of `to_x0` with respect to the network's output."""
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    return to_x0(one, zero, alpha, sigma, prediction).item()

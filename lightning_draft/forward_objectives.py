@@ -1,0 +1,208 @@
+"""Objectives of the forward process: denoising losses at noised samples, weighted by how good the samples are.
+
+Notation: `x_0` a sample of a rollout, `x_t = alpha_t x_0 + sigma_t eps` with fresh noise, `x0(x_t)` the model's
+estimate of `x_0`. `e = mean |u_theta(x_t) - u|^2` is the denoising error of a sample in what the network predicts
+(noise, velocity or flow), averaged over its dimensions; `e_old` and `e_ref` are those of the old policy and of the base
+model. `A` is the advantage; every `G` samples in a row share a prompt.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_draft.arguments import at_least, positive
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.objectives import PPO, Objective, PolicyBatch, RolloutObjective
+
+Reference = Literal["old", "base"]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Samples, and estimates of them at one time.
+
+    Args:
+        samples: `x_0`, `(B, ...)`.
+        estimate: The current model's estimate of `x_0`, with a graph.
+        advantages: `(B,)`.
+        group: How many samples in a row share a prompt.
+        sigma: Noise level of the time.
+        slope: Change of the estimate of `x_0` per change of the network's output, which is not 0.
+        old: The old policy's estimate, where the objective `needs_old`.
+        ref: The base model's estimate, where the objective `needs_reference`.
+    """
+
+    samples: Tensor
+    estimate: Tensor
+    advantages: Tensor
+    group: int
+    sigma: float
+    slope: float
+    old: Tensor | None = None
+    ref: Tensor | None = None
+
+    def error(self, estimate: Tensor) -> Tensor:
+        """Return the denoising error of an estimate, `(B,)`."""
+        return self.distance(estimate, self.samples)
+
+    def distance(self, estimate: Tensor, other: Tensor) -> Tensor:
+        """Return the mean squared difference of the network outputs that two estimates stand for, `(B,)`."""
+        wide = torch.promote_types(estimate.dtype, torch.float32)
+        return ((estimate.to(wide) - other.to(wide)) / self.slope).square().flatten(1).mean(1)
+
+    def reference(self, name: Reference) -> Tensor:
+        """Return the estimate of the old policy or of the base model."""
+        estimate = self.old if name == "old" else self.ref
+        assert estimate is not None
+        return estimate
+
+    def groups(self, values: Tensor) -> Tensor:
+        """Return `(B,)` values by prompt, `(prompts, group)`."""
+        return values.view(-1, self.group)
+
+
+class ForwardObjective(RolloutObjective):
+    """A denoising loss of noised samples.
+
+    Attributes:
+        needs_old: Whether it compares with the old policy.
+        needs_reference: Whether it compares with the base model.
+        couples_group: Whether the loss couples the samples of a prompt, so that a minibatch must hold whole groups.
+        shares_noise: Whether the samples of a prompt are noised with the same noise.
+    """
+
+    needs_old: bool = False
+    needs_reference: bool = False
+    couples_group: bool = False
+    shares_noise: bool = False
+
+    @abstractmethod
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Return the loss, a scalar."""
+
+    def select(self, advantages: Tensor) -> Tensor:
+        """Return which samples of each prompt are trained on, `(prompts, g)`, from advantages `(prompts, group)`."""
+        return torch.arange(advantages.shape[1], device=advantages.device).expand_as(advantages)
+
+    def clipped(self, batch: ForwardBatch) -> Tensor | None:
+        """Return which samples have left the trust region, bool `(B,)`; `None` without one."""
+        return None
+
+
+class DiffusionNFT(ForwardObjective):
+    """Negative-aware fine-tuning: towards good samples, and with the opposite change away from bad ones.
+
+        x0+ = (1 - beta) x0_old + beta x0_theta,  x0- = (1 + beta) x0_old - beta x0_theta
+        q = clip(A, -c, c) / (2 c) + 1/2,  w+- = sg(mean |x0+- - x_0|)
+        L = c / beta mean_i [q |x0+ - x_0|^2 / w+ + (1 - q) |x0- - x_0|^2 / w-]
+
+    Where the model is the old policy, the gradient is that of `A |x0_theta - x_0|^2 / w`, whatever `beta` and `c` are.
+
+    Args:
+        beta: Strength of the implicit guidance, positive; the authors use 1 and 0.1.
+        advantage_clip: `c`, positive.
+
+    Raises:
+        ConfigurationError: An option is not positive.
+
+    References:
+        Zheng et al., "DiffusionNFT", arXiv:2509.16117, and the authors' code, which has the factor `c / beta`.
+    """
+
+    needs_old = True
+
+    def __init__(self, beta: float = 1.0, advantage_clip: float = 5.0) -> None:
+        self.beta = positive("beta", beta)
+        self.advantage_clip = positive("advantage_clip", advantage_clip)
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Weight the losses of the positive and the negative estimate."""
+        old, limit = batch.reference("old"), self.advantage_clip
+        change = self.beta * (batch.estimate - old)
+        good = batch.advantages.clamp(-limit, limit) / (2 * limit) + 0.5
+        losses = good * self._loss(old + change, batch) + (1 - good) * self._loss(old - change, batch)
+        return limit / self.beta * losses.mean()
+
+    def _loss(self, estimate: Tensor, batch: ForwardBatch) -> Tensor:
+        difference = (estimate - batch.samples).flatten(1)
+        weight = difference.detach().abs().mean(1).clamp(min=1e-5)
+        return difference.square().mean(1) / weight
+
+
+class AWM(ForwardObjective):
+    """Advantage weighted matching: a policy gradient whose log-probability is the negative denoising error.
+
+        log p(x_0) := -sigma_t^power e,  L = objective(log p, log p_old, A)
+
+    With `Reinforce` the gradient is that of `A sigma_t^power e`.
+
+    Args:
+        policy: The objective of log-probabilities, `PPO` or `Reinforce`; its `reduction` says whether `e` is a mean or
+            a sum over the latent's dimensions.
+        power: Of the weight of a time, at least 0; the authors' weights are `uniform` (0), `t` (1) and `t**2` (2).
+
+    Raises:
+        ConfigurationError: The objective couples steps or compares with the base model.
+
+    References:
+        Xue et al., "Advantage Weighted Matching", arXiv:2509.25050, and the authors' code.
+    """
+
+    def __init__(self, policy: Objective | None = None, power: float = 0.0) -> None:
+        self.policy = PPO(clip=0.1) if policy is None else policy
+        self.power = at_least("power", power, 0)
+        if not self.policy.separable or self.policy.needs_reference:
+            raise ConfigurationError(
+                f"policy={type(self.policy).__name__} must be an objective of single steps; write PPO or Reinforce, or "
+                "the objective CRD for differences of rewards"
+            )
+        self.needs_old, self.on_policy = not self.policy.on_policy, self.policy.on_policy
+        self.min_group = self.policy.min_group
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Return the policy objective of the denoising errors."""
+        return self.policy(self._policy_batch(batch))
+
+    def clipped(self, batch: ForwardBatch) -> Tensor | None:
+        """Return where the policy objective clips."""
+        return self.policy.clipped(self._policy_batch(batch))[0]
+
+    def _policy_batch(self, batch: ForwardBatch) -> PolicyBatch:
+        log_probs = self._log_prob(batch.estimate, batch)
+        old = log_probs.detach() if batch.old is None else self._log_prob(batch.old, batch)
+        return PolicyBatch(log_probs, old, batch.advantages, batch.group)
+
+    def _log_prob(self, estimate: Tensor, batch: ForwardBatch) -> Tensor:
+        elements = estimate[0].numel()
+        total = batch.sigma**self.power * batch.error(estimate) * elements
+        return -self.policy.reduce(total, elements)[None]
+
+
+class RWR(ForwardObjective):
+    """Reward-weighted regression: `L = mean_i min(exp(A_i / temperature), max_weight) e_i`.
+
+    With the module's `kl_weight` it is ORW-CFM, whose regularization is `kl_weight |u_theta - u_ref|^2`.
+
+    Args:
+        temperature: Of the weights, in units of the advantage, positive.
+        max_weight: Upper bound of a weight, positive.
+
+    Raises:
+        ConfigurationError: An option is not positive.
+
+    References:
+        Lee et al., arXiv:2302.12192; Fan et al., "Online Reward-Weighted Fine-Tuning of Flow Matching with Wasserstein
+        Regularization", arXiv:2502.06061. The bound is that of Peng et al., arXiv:1910.00177.
+    """
+
+    def __init__(self, temperature: float = 1.0, max_weight: float = 20.0) -> None:
+        self.temperature = positive("temperature", temperature)
+        self.max_weight = positive("max_weight", max_weight)
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Weight the denoising error of each sample."""
+        weights = (batch.advantages / self.temperature).exp().clamp(max=self.max_weight)
+        return (weights * batch.error(batch.estimate)).mean()

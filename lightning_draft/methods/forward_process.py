@@ -1,0 +1,302 @@
+"""Fine-tuning by the forward process: noise the model's own samples again, and regress on the good ones.
+
+References:
+    Zheng et al., "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXiv:2509.16117.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_draft.advantages import AdvantageEstimator, GroupRelative
+from lightning_draft.arguments import at_least, one_of
+from lightning_draft.chain import SamplingChain
+from lightning_draft.distributed import uses_deepspeed, uses_fsdp
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
+from lightning_draft.methods.checks import check_dtype, check_gradient, check_whole_groups
+from lightning_draft.methods.old_policy import OldParameters, OldPolicy
+from lightning_draft.methods.rollout import Minibatch, Rollout, repeat_prompts, sample_noise, slices
+from lightning_draft.methods.rollout_module import RolloutModule
+from lightning_draft.models.base import Conditioning, DiffusionModel, x0_slope
+from lightning_draft.rewards.base import Reward
+from lightning_draft.samplers import Sampler
+from lightning_draft.schedules import Grid
+from lightning_draft.seeds import derive_seed
+from lightning_draft.timesteps import TimeSpread, training_times
+
+
+class ForwardProcessModule(RolloutModule):
+    """Increase any reward, differentiable or not, by a denoising loss on the model's own samples.
+
+    A rollout is sampled by the old policy with any sampler, deterministic ones included, and only its samples `x_0` and
+    their advantages are kept. They are noised to training times with fresh noise, `x_t = alpha_t x_0 + sigma_t eps`,
+    and with an objective `L` of the estimates `x0(x_t)` the loss is
+
+        mean over times of L(x0_theta(x_t), x0_old(x_t), x_0, A) + kl_weight * mean |u_theta(x_t) - u_ref(x_t)|^2
+
+    with `u` what the network predicts. A training step trains on one minibatch of the rollout, as in
+    `PolicyGradientModule`. Images are clamped to [0, 1] before they are rewarded.
+
+    Args:
+        model: The diffusion model, with its trainable parameters.
+        reward: The reward to increase.
+        sampler: The sampler of rollouts and in validation; `DDIM(50)` by default.
+        objective: The denoising loss; `DiffusionNFT()` by default.
+        advantage_estimator: From rewards to advantages; `GroupRelative(divide_by_std=True)` by default.
+        eval_rewards: Rewards that are only reported, on validation images, by name.
+        optimizer: Called with the trainable parameters.
+        lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
+            validation.
+        samples_per_prompt: Number of samples for each prompt of a batch.
+        inner_epochs: How often a rollout is trained on, each time with other noise.
+        old_policy: How the policy that samples rollouts follows the trained parameters.
+        kl_weight: Weight of the distance from the base model's predictions, at least 0; it costs one more network call
+            per sample and time.
+        times: `grid` takes training times from the sampler's grid, `uniform` from the whole schedule, one in each of
+            `num_times` equal parts.
+        num_times: Number of training times of each sample; by default the sampler's number of steps. With `grid` they
+            are drawn without replacement.
+        micro_batch_size: Number of samples that are sampled and trained on at a time; by default all. It does not
+            change the rollout. Objectives that compare the samples of a prompt need whole groups.
+        timesteps_per_minibatch: Number of times that are trained on at a time; by default all. Memory is proportional
+            to it.
+        checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
+        seed: Seed of all noise and of the training times, in `0..2^63 - 1`.
+
+    Attributes:
+        objective: The denoising loss.
+        old: The old policy's parameters.
+
+    Raises:
+        ConfigurationError: An option is out of range.
+    """
+
+    objective: ForwardObjective
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        reward: Reward,
+        sampler: Sampler | None = None,
+        objective: ForwardObjective | None = None,
+        advantage_estimator: AdvantageEstimator | None = None,
+        eval_rewards: dict[str, Reward] | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        samples_per_prompt: int = 8,
+        inner_epochs: int = 1,
+        old_policy: OldPolicy = OldPolicy(),  # noqa: B008 (frozen)
+        kl_weight: float = 0.0,
+        times: TimeSpread = "grid",
+        num_times: int | None = None,
+        micro_batch_size: int | None = None,
+        timesteps_per_minibatch: int | None = None,
+        checkpointing: Literal["none", "block"] = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            reward,
+            sampler,
+            eval_rewards,
+            optimizer,
+            lr_scheduler,
+            seed,
+            DiffusionNFT() if objective is None else objective,
+            GroupRelative(divide_by_std=True) if advantage_estimator is None else advantage_estimator,
+            samples_per_prompt,
+            inner_epochs,
+            micro_batch_size,
+            timesteps_per_minibatch,
+        )
+        self.old = OldParameters(old_policy)
+        self.kl_weight = at_least("kl_weight", kl_weight, 0)
+        one_of("times", times, get_args(TimeSpread))
+        self.times: TimeSpread = times
+        self.num_times = self.sampler.num_steps if num_times is None else at_least("num_times", num_times, 1)
+        if times == "grid" and self.num_times > self.sampler.num_steps:
+            raise ConfigurationError(
+                f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, from whose grid times"
+                " are drawn; lower it, or write times: uniform"
+            )
+        self._recompute_blocks = one_of("checkpointing", checkpointing, ("none", "block")) == "block"
+        model.checkpoint_blocks(self._recompute_blocks)
+
+    def setup(self, stage: str) -> None:
+        """Check the configuration before a fit, and start with the model as the old policy in a new run."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.global_step == 0:
+            self.old.values = {}
+
+    def check_configuration(self) -> None:
+        """Check that groups, minibatches and the strategy fit the objective.
+
+        Raises:
+            ConfigurationError: One of them does not.
+        """
+        super().check_configuration()
+        check_whole_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)
+        if self._keeps_old_policy and (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer)):
+            raise ConfigurationError(
+                f"{type(self.objective).__name__} needs a copy of the trained parameters, which are sharded here; "
+                "write strategy: ddp"
+            )
+
+    def check_first_step(self, prompts: Sequence[str]) -> None:
+        """Check at the last time of the sampler's grid that the gradient of a prediction reaches what is trained.
+
+        The random state, the parameters and their gradients are left as they were.
+
+        Raises:
+            ConfigurationError: The gradient is missing, zero or not finite.
+        """
+        check_dtype(self.trainable_parameters())
+        with self.first_step_context():
+            estimate = self._denoise(self.model.noise(len(prompts)), self._grid[-1][0], self.model.encode(prompts))
+            if self.gradients_are_whole:
+                value = (estimate * torch.randn_like(estimate)).sum()
+                check_gradient(value, self.trainable_parameters().values(), "prediction")
+
+    def rollout_timesteps(self) -> int:
+        """Return the number of training times of a sample."""
+        return self.num_times
+
+    def training_times(self, number: int, epoch: int) -> list[float]:
+        """Return the times of an epoch over a rollout, the same on every process.
+
+        Args:
+            number: Number of the rollout.
+            epoch: Which of the `inner_epochs`.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, number, epoch))
+        return training_times(self._grid, self.model.schedule, self.num_times, self.times, generator)
+
+    @torch.no_grad()
+    def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
+        """Update the old policy, and collect a rollout with it."""
+        if self._keeps_old_policy:
+            self.old.update(self.trainable_parameters(), step)
+        return super().collect_rollout(prompts, number, step)
+
+    def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return samples of the old policy, `(1, N, ...)`, and no log-probabilities."""
+        with self.old.in_use(self.trainable_parameters()):
+            parts = [self._sample(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
+        samples = torch.cat(parts)
+        return samples[None], samples.new_empty(0, len(samples))
+
+    def minibatch_loss(
+        self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a minibatch of the current rollout, and what to log."""
+        epoch = self.buffer.index // len(self.minibatches(len(prompts)))
+        return self.loss_and_logs(prompts, rollout, minibatch, epoch, moved=rollout.step != self.trainer.global_step)
+
+    def loss_and_logs(
+        self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch, epoch: int = 0, moved: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss averaged over a minibatch of a rollout, a scalar with a graph, and what to log, detached.
+
+        Args:
+            prompts: The batch that the rollout was collected for.
+            rollout: From `collect_rollout`.
+            minibatch: One of `minibatches`.
+            epoch: Which of the `inner_epochs`; the noise and the times depend on it.
+            moved: Whether the model has changed since the rollout was collected. If not, and if the old policy is the
+                model as it was then, the old policy's network calls are saved.
+        """
+        every = repeat_prompts(prompts, self.samples_per_prompt)
+        rows, group = self._selected(rollout.advantages, minibatch.samples)
+        samples, advantages = rollout.latents[-1, rows], rollout.advantages[rows]
+        conditioning = self.model.encode([every[row] for row in rows])
+        moved = moved or self.old.policy.decay(rollout.step) > 0
+        times, outcomes = self.training_times(rollout.number, epoch), []
+        for index in range(*minibatch.steps.indices(len(times))):
+            alpha, sigma = self.model.schedule.coefficients(times[index])
+            x = alpha * samples + sigma * self._noise(rollout.number, rows, epoch, index).to(samples)
+            estimates = self._estimates(x, times[index], conditioning, moved)
+            slope = x0_slope(alpha, sigma, self.model.prediction)
+            batch = ForwardBatch(samples, estimates.pop("current"), advantages, group, sigma, slope, **estimates)
+            outcomes.append(self._loss(batch))
+        losses, logs = zip(*outcomes, strict=True)
+        return torch.stack(losses).mean(), {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what training changes besides parameters: also `old_policy`, the old parameters by name."""
+        return {**super().extra_state(), "old_policy": self.old.values}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep also the old policy."""
+        super().on_save_checkpoint(checkpoint)
+        old = self.last_step_state()["old_policy"]
+        checkpoint["old_policy"] = {name: value.cpu() for name, value in old.items()}
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continue with the old policy; the checkpoint of another method has none."""
+        super().on_load_checkpoint(checkpoint)
+        self.old.values = dict(checkpoint.get("old_policy", {}))
+
+    @property
+    def _grid(self) -> Grid:
+        return self.sampler.grid(self.model.schedule)
+
+    @property
+    def _keeps_old_policy(self) -> bool:
+        return self.objective.needs_old or self.old.policy.max_decay > 0
+
+    def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
+        noise = sample_noise(self.model, chain.num_steps + 1, seeds)
+        *_, (_, samples) = chain.sample_steps(noise[0], noise[1:])
+        return samples
+
+    def _selected(self, advantages: Tensor, samples: slice) -> tuple[list[int], int]:
+        """Return the rows of a minibatch that the objective trains on, and how many in a row share a prompt."""
+        rows = range(*samples.indices(len(advantages)))
+        if not self.objective.couples_group:
+            return list(rows), self.samples_per_prompt
+        chosen = self.objective.select(advantages[samples].view(-1, self.samples_per_prompt))
+        first = torch.arange(len(chosen), device=chosen.device)[:, None] * self.samples_per_prompt
+        return [rows[index] for index in (first + chosen).flatten().tolist()], chosen.shape[1]
+
+    def _noise(self, number: int, rows: Sequence[int], epoch: int, index: int) -> Tensor:
+        """Return the noise of some samples of a rollout at one training time."""
+        numbers = [row // self.samples_per_prompt if self.objective.shares_noise else row for row in rows]
+        seeds = [derive_seed(self.seed, number, self.global_rank, row, epoch + 1, index) for row in numbers]
+        return sample_noise(self.model, 1, seeds)[0]
+
+    def _estimates(self, x: Tensor, t: float, conditioning: Conditioning, moved: bool) -> dict[str, Tensor]:
+        """Return the estimates of `x_0` of the current model, and of the old policy and the base model if needed."""
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if self.objective.needs_reference or self.kl_weight > 0:
+                with self.model.base():
+                    found["ref"] = self.model.denoise(x, t, conditioning)
+            if self.objective.needs_old and moved:
+                with self.old.in_use(self.trainable_parameters()):
+                    found["old"] = self.model.denoise(x, t, conditioning)
+        found["current"] = self._denoise(x, t, conditioning)
+        if self.objective.needs_old and not moved:
+            found["old"] = found["current"].detach()
+        return found
+
+    def _denoise(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        self.model.checkpoint_blocks(self._recompute_blocks)
+        return self.model.denoise(x, t, conditioning)
+
+    def _loss(self, batch: ForwardBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.objective(batch)
+        logs = {"train/loss": loss, "train/denoising_error": batch.error(batch.estimate).mean()}
+        if batch.old is not None:
+            logs["train/old_distance"] = batch.distance(batch.estimate, batch.old).mean()
+        clipped = self.objective.clipped(batch)
+        if clipped is not None:
+            logs["train/clip_fraction"] = clipped.float().mean()
+        if self.kl_weight > 0 and batch.ref is not None:
+            logs["train/kl"] = batch.distance(batch.estimate, batch.ref).mean()
+            loss = loss + self.kl_weight * logs["train/kl"]
+        return loss, {name: value.detach() for name, value in logs.items()}

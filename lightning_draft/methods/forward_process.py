@@ -32,9 +32,9 @@ from lightning_draft.timesteps import TimeSpread, training_times
 class ForwardProcessModule(RolloutModule):
     """Increase any reward, differentiable or not, by a denoising loss on the model's own samples.
 
-    A rollout is sampled by the old policy with any sampler, deterministic ones included, and only its samples `x_0` and
-    their advantages are kept. They are noised to training times with fresh noise, `x_t = alpha_t x_0 + sigma_t eps`,
-    and with an objective `L` of the estimates `x0(x_t)` the loss is
+    The old policy samples a rollout with any sampler, deterministic ones included, of which only the samples `x_0` and
+    their advantages are kept. They are noised afresh, `x_t = alpha_t x_0 + sigma_t eps`, and with an objective `L` of
+    the estimates `x0(x_t)` the loss is
 
         mean over times of L(x0_theta(x_t), x0_old(x_t), x_0, A) + kl_weight * mean |u_theta(x_t) - u_ref(x_t)|^2
 
@@ -49,8 +49,7 @@ class ForwardProcessModule(RolloutModule):
         advantage_estimator: From rewards to advantages; `GroupRelative(divide_by_std=True)` by default.
         eval_rewards: Rewards that are only reported, on validation images, by name.
         optimizer: Called with the trainable parameters.
-        lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
-            validation.
+        lr_scheduler: Called with the optimizer, as in `RewardModule`.
         samples_per_prompt: Number of samples for each prompt of a batch.
         inner_epochs: How often a rollout is trained on, each time with other noise.
         old_policy: How the policy that samples rollouts follows the trained parameters.
@@ -124,7 +123,6 @@ class ForwardProcessModule(RolloutModule):
                 " are drawn; lower it, or write times: uniform"
             )
         self._recompute_blocks = one_of("checkpointing", checkpointing, ("none", "block")) == "block"
-        model.checkpoint_blocks(self._recompute_blocks)
 
     def setup(self, stage: str) -> None:
         """Check the configuration before a fit, and start with the model as the old policy in a new run."""
@@ -147,9 +145,9 @@ class ForwardProcessModule(RolloutModule):
             )
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
-        """Check at the last time of the sampler's grid that the gradient of a prediction reaches what is trained.
+        """Check on one network call that the gradient of a prediction reaches the trainable parameters.
 
-        The random state, the parameters and their gradients are left as they were.
+        The random state, the parameters and their gradients are not changed.
 
         Raises:
             ConfigurationError: The gradient is missing, zero or not finite.
@@ -297,6 +295,7 @@ class ForwardProcessModule(RolloutModule):
         if clipped is not None:
             logs["train/clip_fraction"] = clipped.float().mean()
         if self.kl_weight > 0 and batch.ref is not None:
-            logs["train/kl"] = batch.distance(batch.estimate, batch.ref).mean()
-            loss = loss + self.kl_weight * logs["train/kl"]
+            kl = batch.distance(batch.estimate, batch.ref).mean()
+            logs |= {"train/denoising_loss": loss, "train/kl": kl}
+            loss = logs["train/loss"] = loss + self.kl_weight * kl
         return loss, {name: value.detach() for name, value in logs.items()}

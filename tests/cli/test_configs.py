@@ -30,6 +30,14 @@ POLICIES = {
     "loop": ("PPO", "LeaveOneOut"),
     "prdp": ("PRDP", "GroupRelative"),
 }
+FORWARD = {
+    "nft": "DiffusionNFT",
+    "awm": "AWM",
+    "rwr": "RWR",
+    "online_dpo": "OnlineDPO",
+    "dgpo": "DGPO",
+    "crd": "CRD",
+}
 TINY = {
     "trainer.max_steps": 1,
     "trainer.accelerator": "cpu",
@@ -72,7 +80,7 @@ def test_shipped_config_runs(command: Callable, name: str, request: pytest.Fixtu
         models["model.reward.pretrained"] = tiny_clip
     if isinstance(reward, dict) and "captions" in reward.get("init_args", {}):
         models["model.reward.captions"] = "animals"
-    if _class(_content(name)["model"]) == "PolicyGradientModule":
+    if _class(_content(name)["model"]) in ("PolicyGradientModule", "ForwardProcessModule"):
         models |= {"model.timesteps_per_minibatch": "null", "model.samples_per_prompt": 2}
     if name in EMOJI:
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.eval_rewards": "null"}
@@ -99,7 +107,19 @@ def test_there_is_one_for_every_method() -> None:
     assert classes == METHODS
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert set(METHODS.values()) == known
-    assert set(EMOJI) == {*METHODS, *POLICIES, "quickstart", "guard", "compositions"}
+    assert set(EMOJI) == {*METHODS, *POLICIES, *FORWARD, "quickstart", "guard", "compositions"}
+
+
+def test_there_is_a_config_for_every_forward_objective() -> None:
+    from lightning_draft.cli.hints import subclasses
+    from lightning_draft.forward_objectives import ForwardObjective
+
+    classes = {name: _class(_content(name)["model"]["init_args"]["objective"]) for name in FORWARD}
+    assert classes == FORWARD
+    known = {
+        each.__name__ for each in subclasses((ForwardObjective,)) if each.__module__.startswith("lightning_draft.")
+    }
+    assert set(FORWARD.values()) == known
 
 
 def test_there_is_a_config_for_every_objective_and_advantage_estimator() -> None:
@@ -120,7 +140,7 @@ def _sampled_steps(name: str) -> int:
     return steps if name.startswith("sd15_") else steps - 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "objective" in _content(name)["model"]["init_args"]])
+@pytest.mark.parametrize("name", [name for name in NAMES if _class(_content(name)["model"]) == "PolicyGradientModule"])
 def test_optimizer_steps_of_a_policy_end_with_passes(name: str) -> None:
     """As the Trainer is set on the config's own model, whose number of parts a small one need not have."""
     content = _content(name)
@@ -135,7 +155,7 @@ def test_optimizer_steps_of_a_policy_end_with_passes(name: str) -> None:
 
 
 def test_methods_differ_in_the_method_alone() -> None:
-    method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs")
+    method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs", "old_policy")
 
     def rest(name: str) -> dict:
         content = _content(name)
@@ -144,6 +164,7 @@ def test_methods_differ_in_the_method_alone() -> None:
 
     assert all(rest(name) == rest("draft") for name in METHODS)
     assert all(rest(name) == rest("ppo") for name in POLICIES)
+    assert all(rest(name) == rest("nft") for name in FORWARD)
 
 
 def test_a_last_step_that_is_trained_alone_uses_the_network() -> None:

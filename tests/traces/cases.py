@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from lightning_draft.advantages import GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
 from lightning_draft.data import PromptDataModule
+from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT
+from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
 from lightning_draft.losses import Distance, Hinge, SoftHinge
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.forward_process import ForwardProcessModule
+from lightning_draft.methods.old_policy import OldPolicy
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, TextEncoding
 from lightning_draft.objectives import PPO, PRDP, Reinforce
@@ -127,6 +131,17 @@ def policy(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
     return make
 
 
+def forward(model: Make = sd, lr: float = 0.03, **options: Any) -> Make:
+    """The forward process of two deterministic samples a prompt, trained on twice."""
+    defaults: dict[str, Any] = {"sampler": DDIM(4), "samples_per_prompt": 2, "inner_epochs": 2, "num_times": 2}
+
+    def make(folder: Path) -> ForwardProcessModule:
+        settings = {"reward": ColorBalance(), **defaults, **options}
+        return stirred(ForwardProcessModule(model(folder), optimizer=sgd(lr), **settings))
+
+    return make
+
+
 def with_options(model: Make, **options: Any) -> Make:
     return lambda folder: model(folder, **options)
 
@@ -220,6 +235,14 @@ VARIANTS = {
     "prdp_sum": ({"objective": PRDP(0.01, 0.1, "sum"), "lr": 1e-10, "inner_epochs": 2}, 4),
     "prdp_beta": ({"objective": PRDP(beta=0.1, clip=1e-3), "lr": 1e-5, "inner_epochs": 2}, 4),
 }
+FORWARD = {
+    "nft": {"objective": DiffusionNFT(), "old_policy": OldPolicy(0.5, rate=0.2), "kl_weight": 0.1},
+    "awm": {"objective": AWM()},
+    "rwr": {"objective": RWR(), "times": "uniform"},
+    "online_dpo": {"objective": OnlineDPO(), "lr": 1e-3},
+    "dgpo": {"objective": DGPO()},
+    "crd": {"objective": CRD()},
+}
 TWO_EPOCHS: dict[str, Any] = {"objective": PPO(), "lr": 0.03, "inner_epochs": 2}
 STEPWISE: dict[str, Any] = {
     "objective": PPO(),
@@ -270,6 +293,8 @@ CASES: dict[str, Case] = {
         f"objective/{name}": direct(policy(**options, advantage_estimator=GroupRelative), steps=steps)
         for name, (options, steps) in VARIANTS.items()
     },
+    **{f"forward/{name}": direct(forward(**options), steps=3) for name, options in FORWARD.items()},
+    "forward/flow": direct(forward(sd3, sampler=FlowEuler(4)), steps=3),
     "policy/kl": direct(policy(**TWO_EPOCHS, kl_weight=0.1), steps=4),
     "policy/kl_sum": direct(policy(**{**TWO_EPOCHS, "objective": PPO(0.3, "sum"), "lr": 1e-4}, kl_weight=0.1), steps=4),
     "policy/inner_epochs_2": direct(policy(**TWO_EPOCHS), steps=4),

@@ -1,4 +1,4 @@
-"""Shared fixtures: small random pipelines, written in the format of real ones."""
+"""Shared fixtures: small random pipelines in the format of published ones."""
 
 import os
 
@@ -56,7 +56,7 @@ STABLE_DIFFUSION_15 = {
 
 
 def _write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-pair encoding in CLIP's two files: single letters, and two words merged whole."""
+    """Write CLIP's two files of byte-pair encoding, with single letters and two complete words."""
     letters = list("abcdefghijklmnopqrstuvwxyz")
     merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>")]
     vocab = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
@@ -71,7 +71,7 @@ def _write_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _perturb(module: nn.Module) -> nn.Module:
-    """Move what starts at 0 or 1, so that no term of the network is hidden."""
+    """Change parameters that are initialized to 0 or 1, so that every term of the network has an effect."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

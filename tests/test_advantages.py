@@ -44,7 +44,7 @@ def test_group_relative_advantages_equal_numpy() -> None:
 @pytest.mark.parametrize("advantage_estimator", [GroupRelative(), GroupRelative(divide_by_std=True), LeaveOneOut()])
 @pytest.mark.parametrize("group", [3, 4, 7])
 def test_equal_rewards_have_advantages_of_exactly_zero(advantage_estimator: AdvantageEstimator, group: int) -> None:
-    """Also for groups whose size makes the mean of equal numbers differ from them by rounding."""
+    """Also for group sizes for which the mean of equal numbers differs from them by rounding."""
     values = torch.tensor([0.1, 1e6 / 3, -7.7]).repeat_interleave(group)
     if group == 7:
         assert (values.view(-1, group).mean(1) != values[::group]).any()
@@ -52,14 +52,14 @@ def test_equal_rewards_have_advantages_of_exactly_zero(advantage_estimator: Adva
 
 
 def test_epsilon_bounds_the_advantages_of_nearly_equal_rewards() -> None:
-    """The 1e-6 beside the standard deviation halves the advantages of rewards that differ by as much."""
+    """The 1e-6 added to the standard deviation halves the advantages of rewards that differ by 1e-6."""
     values = torch.tensor([0.0, 2e-6], dtype=torch.float64)
     advantages = PerPromptStatistics(4, 2)(values, ["a", "a"], 2)
     torch.testing.assert_close(advantages, torch.tensor([-0.5, 0.5], dtype=torch.float64), rtol=1e-3, atol=0)
     assert not PerPromptStatistics(4, 2)(torch.ones(3), ["a"] * 3, 3).any()
 
 
-def test_per_prompt_statistics_are_those_of_the_last_rewards_of_a_prompt() -> None:
+def test_per_prompt_statistics_use_the_last_rewards_of_a_prompt() -> None:
     estimator, seen = PerPromptStatistics(buffer_size=10, min_count=8), defaultdict(list)
     for seed in range(4):
         values = rewards(seed)
@@ -72,7 +72,7 @@ def test_per_prompt_statistics_are_those_of_the_last_rewards_of_a_prompt() -> No
         np.testing.assert_allclose(estimator(values, NAMES, GROUP), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_per_prompt_statistics_survive_a_checkpoint() -> None:
+def test_per_prompt_statistics_are_restored_from_a_checkpoint() -> None:
     one, other = PerPromptStatistics(6, 5), PerPromptStatistics(6, 5)
     one(rewards(), NAMES, GROUP)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
@@ -82,7 +82,7 @@ def test_per_prompt_statistics_survive_a_checkpoint() -> None:
 
 
 class Recording(AdvantageEstimator):
-    """An estimator of a user that only has a state."""
+    """A user's estimator that only has a state."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -96,7 +96,7 @@ class Recording(AdvantageEstimator):
 
 
 @pytest.mark.parametrize("make", [lambda: PerPromptStatistics(6, 5), Recording])
-def test_the_marked_state_is_that_at_the_mark(make: Any) -> None:
+def test_marked_state_equals_the_state_at_the_mark(make: Any) -> None:
     estimator = make()
     estimator.mark()
     assert estimator.marked_state() == estimator.state_dict()
@@ -111,7 +111,7 @@ def test_the_marked_state_is_that_at_the_mark(make: Any) -> None:
 
 
 def test_marking_does_not_depend_on_the_number_of_prompts() -> None:
-    """Counted in bytes: of 50,000 prompts none is copied."""
+    """Measured in bytes: none of 50,000 prompts is copied."""
     estimator = PerPromptStatistics(4, 2)
     names = [f"prompt {i}" for i in range(50_000)]
     estimator.load_state_dict({"seen": {name: [1.0, 2.0] for name in names}})
@@ -132,6 +132,6 @@ def test_marking_does_not_depend_on_the_number_of_prompts() -> None:
         (lambda: PerPromptStatistics(8, 1), "min_count=1 must be between 2 and 8"),
     ],
 )
-def test_wrong_settings_are_refused(make: Any, message: str) -> None:
+def test_invalid_settings_are_rejected(make: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()

@@ -17,19 +17,19 @@ def test_valid_values_are_returned_unchanged():
 
 
 @pytest.mark.parametrize("value", [0, -3, math.nan, True, "2", None])
-def test_at_least_refuses_what_is_too_small_or_no_number(value):
+def test_at_least_rejects_small_values_and_other_types(value):
     with pytest.raises(ConfigurationError, match=r"k=.* must be at least 1; write 1 or more"):
         at_least("k", value, 1)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, False])
-def test_positive_refuses_zero_negative_and_non_finite_values(value):
+def test_positive_rejects_zero_negative_and_non_finite_values(value):
     with pytest.raises(ConfigurationError, match=r"beta=.* must be a positive number"):
         positive("beta", value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
-def test_in_range_refuses_values_outside(value):
+def test_in_range_rejects_values_outside(value):
     with pytest.raises(ConfigurationError, match=r"eta=.* must be between 0 and 1; write a value such as 0"):
         in_range("eta", value, 0, 1)
 
@@ -40,6 +40,6 @@ def test_one_of_suggests_the_most_similar_choice():
 
 
 @pytest.mark.parametrize("prompts", ["a cat", [], None, ["a", 1], {"prompt": "a"}, [b"a"], 3])
-def test_prompt_list_refuses_what_is_not_a_list_of_strings(prompts):
+def test_prompt_list_rejects_other_values_than_lists_of_strings(prompts):
     with pytest.raises(ConfigurationError, match="prompts"):
         prompt_list(prompts)

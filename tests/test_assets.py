@@ -1,4 +1,4 @@
-"""The models that ship: small enough, opened by the libraries whose formats they are in, and alike there and here."""
+"""The shipped models are small and give equal results in this package, diffusers and transformers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ MEBIBYTE = 2**20
 
 
 @pytest.mark.parametrize(("name", "most"), [("emoji64", 25), ("emoji64-clip", 4.5), (".", 40)])
-def test_size(name: str, most: int) -> None:
+def test_shipped_models_are_small(name: str, most: int) -> None:
     size = sum(file.stat().st_size for file in (FOLDER / name).rglob("*") if file.is_file())
     assert 1 < size / MEBIBYTE < most
 
@@ -30,7 +30,7 @@ def test_weights_are_half_precision() -> None:
 
 
 def test_text_encoder_has_the_weight_names_of_published_checkpoints() -> None:
-    """The names that every supported release of transformers reads; newer ones would write others."""
+    """Every supported release of transformers reads these names; newer releases would write others."""
     from safetensors import safe_open
 
     files = list(FOLDER.glob("*/text_encoder/model.safetensors"))
@@ -40,8 +40,8 @@ def test_text_encoder_has_the_weight_names_of_published_checkpoints() -> None:
             assert all(key.startswith("text_model.") for key in weights.keys()), file  # noqa: SIM118
 
 
-def test_diffusers_and_this_package_draw_the_same() -> None:
-    """The pipeline's own loop against the chain: guidance, scheduler, decoder."""
+def test_diffusers_generates_the_same_images() -> None:
+    """The loop of the pipeline against the chain: guidance, scheduler, decoder."""
     prompts = ["noto pear", "twemoji crab"]
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER / "emoji64", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -61,7 +61,7 @@ def test_evaluation_captions_name_other_things_than_those_for_fine_tuning(name: 
     assert not tuned & evaluated
 
 
-def test_the_64x64_clip_tells_compositions_apart() -> None:
+def test_64_px_clip_distinguishes_compositions() -> None:
     reward = CaptionRetrieval("emoji64-clip", "emoji64_scenes")
     captions = read_prompts("emoji64_scenes")
     features = reward.encoder.texts(captions)

@@ -1,4 +1,4 @@
-"""Batches of any data loader become prompts, or are refused with the reason."""
+"""Batches of any data loader are converted to prompts, or rejected with the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 class Seen(Reward):
-    """Keeps what prompts it was given."""
+    """Records its prompts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_strings_and_their_metadata_are_kept() -> None:
         ([{"prompt": 3}], r"the batch's prompts must be a list of strings, and one element is 3 \(int\)"),
     ],
 )
-def test_other_batches_are_refused(batch: Any, message: str) -> None:
+def test_other_batches_are_rejected(batch: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         to_prompts(batch)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks count, on a small pipeline: the cost table itself, and memory that does not grow with T."""
+"""The benchmarks with a small pipeline: the cost table, and memory that does not grow with T."""
 
 import argparse
 import logging
@@ -15,8 +15,8 @@ STEPS = 6
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_every_method_makes_the_calls_that_the_cost_table_allows(tiny_sd: Path, guidance_scale: float) -> None:
-    """With guidance both halves are one batch, so the calls are as many and twice as large."""
+def test_network_calls_of_every_method_equal_the_cost_table(tiny_sd: Path, guidance_scale: float) -> None:
+    """With guidance both branches are one batch, so there are as many calls of twice the size."""
     model = StableDiffusion(str(tiny_sd), guidance=Guidance(guidance_scale))
     arguments = argparse.Namespace(
         device="cpu", precision="32-true", repeats=1, batch=1, steps=STEPS, guidance_scale=guidance_scale
@@ -37,7 +37,7 @@ def test_every_method_makes_the_calls_that_the_cost_table_allows(tiny_sd: Path, 
         assert least <= float(expected) <= most, name
 
 
-def test_live_bytes_are_those_that_live() -> None:
+def test_live_bytes_equal_the_size_of_live_tensors() -> None:
     x = torch.zeros(1000)
     with memory.LiveBytes() as live:
         y = x + 1
@@ -52,7 +52,7 @@ def test_live_bytes_are_those_that_live() -> None:
         assert (live.now, live.peak) == (4000, 8000)
 
 
-def test_full_back_propagation_takes_as_much_memory_for_any_number_of_steps(tiny_sd: Path) -> None:
+def test_memory_of_full_back_propagation_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
     bench = memory.Bench(StableDiffusion(str(tiny_sd), guidance=Guidance(1.0)), batch=1)
     short, long = (bench(steps, Full(), "step") for steps in (3, 9))
     assert long - short < 6 * 3 * bench.latents()

@@ -1,4 +1,4 @@
-"""The chain itself: where graphs begin, what observers see, and what is computed again."""
+"""The sampling chain: where graphs start, what probes receive, and what is recomputed."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ WEIGHTS = (1.0, 0.5, -1.0, 2.0)
 
 
 class Spy(LinearModel):
-    """Notes of every call the batch size, the prompts' weights, and whether input and output carry a gradient."""
+    """Records for every call the batch size, the prompts' weights, and whether input and output have a gradient."""
 
     def __init__(self, prediction: Prediction = "epsilon") -> None:
         super().__init__(THETA, prediction, shape=(2, 3))
@@ -47,8 +47,8 @@ def noise(batch: int = 4) -> Tensor:
 
 @pytest.mark.parametrize("sampler", [DDIM(STEPS), DPMSolverPlusPlus(STEPS)], ids=["DDIM", "2M"])
 @pytest.mark.parametrize("pieces", [(2, 0, 1, None), (1, 1, 1, 1, 1), (4, 1)])
-def test_advancing_in_pieces_equals_advancing_at_once(sampler: Sampler, pieces: tuple[int | None, ...]) -> None:
-    """Against one loop over the sampler: a multistep solver's state must survive from one call to the next."""
+def test_advancing_in_parts_equals_advancing_at_once(sampler: Sampler, pieces: tuple[int | None, ...]) -> None:
+    """Compared with one loop over the sampler; the state of a multistep solver must be passed from call to call."""
     model = LinearModel(THETA, shape=(2, 3))
     chain = chain_of(model, sampler)
     x, solver_state = noise(), None
@@ -64,7 +64,7 @@ def test_advancing_in_pieces_equals_advancing_at_once(sampler: Sampler, pieces: 
     assert torch.equal(chain.advance(chain.start(noise())).x, x)
 
 
-def test_a_chain_is_not_changed_by_sampling() -> None:
+def test_sampling_does_not_change_the_chain() -> None:
     chain = chain_of(LinearModel(THETA, shape=(2, 3)))
     state = chain.advance(chain.start(noise()), 2)
     before = state.x.clone()
@@ -77,13 +77,13 @@ def test_a_chain_is_not_changed_by_sampling() -> None:
 
 
 @pytest.mark.parametrize("steps", [-1, 4])
-def test_more_steps_than_are_left_are_refused(steps: int) -> None:
+def test_more_steps_than_remain_are_rejected(steps: int) -> None:
     chain = chain_of(LinearModel(shape=(2, 3)))
     with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 are left"):
         chain.advance(State(noise(), 2), steps)
 
 
-def test_wrong_sizes_are_refused() -> None:
+def test_invalid_sizes_are_rejected() -> None:
     with pytest.raises(ConfigurationError, match="micro_batch_size=0 must be at least 1; write 1 or more, or null"):
         Recompute(micro_batch_size=0)
     with pytest.raises(ValueError, match=r"steps_left=6 must be between 1 and 5"):
@@ -92,7 +92,7 @@ def test_wrong_sizes_are_refused() -> None:
         chain_of(LinearModel(), FlowEuler(4))
 
 
-def test_predict_and_transition_are_the_parts_of_a_step() -> None:
+def test_step_equals_predict_and_transition() -> None:
     model = LinearModel(THETA, shape=(2, 3))
     chain = chain_of(model, DDIM(STEPS, eta=1.0))
     state = chain.advance(chain.start(noise()), 2)
@@ -115,7 +115,7 @@ def test_predict_and_transition_are_the_parts_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("left", [1, 3, STEPS])
-def test_renoise_is_the_forward_process(left: int) -> None:
+def test_renoise_equals_the_forward_process(left: int) -> None:
     chain = chain_of(LinearModel(shape=(2, 3)))
     x0, eps = noise(), torch.randn(4, 2, 3, dtype=torch.float64)
     state = chain.renoise(x0, left, eps)
@@ -129,7 +129,7 @@ def test_renoise_is_the_forward_process(left: int) -> None:
 
 
 def test_renoised_data_has_the_marginal_of_its_step() -> None:
-    """Of an exact Gaussian: so a copy of DRaFT-LV is a sample of what the chain passes through."""
+    """For an exact Gaussian: a copy of DRaFT-LV has the distribution of the latents of the chain."""
     model = GaussianModel(0.5, 0.3, shape=(40_000,))
     chain = SamplingChain(model, DDIM(STEPS), model.encode(["a"]))
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_renoised_data_has_the_marginal_of_its_step() -> None:
     assert state.x.std().item() == pytest.approx(std, rel=5 / 280)
 
 
-def test_copies_lie_one_after_the_other_and_share_the_observers() -> None:
+def test_copies_follow_each_other_and_share_drift_and_probes() -> None:
     seen: list[int] = []
     model, drift = Spy(), PredictionDrift()
     chain = chain_of(model, drift=drift, probes=(lambda step, latent: seen.append(len(latent)),))
@@ -159,8 +159,8 @@ def test_copies_lie_one_after_the_other_and_share_the_observers() -> None:
 # Where the graph begins.
 
 
-def test_the_prefix_without_gradient_builds_no_graph() -> None:
-    """No input, output or latent of it requires a gradient, and the step after it is the graph's only one."""
+def test_steps_without_gradient_build_no_graph() -> None:
+    """No input, output or latent of these steps requires a gradient; the graph contains only the step after them."""
     model = Spy()
     chain = chain_of(model)
     with torch.no_grad():
@@ -239,10 +239,10 @@ def test_gains_act_on_predictions_and_transitions_alike() -> None:
     ids=["DDIM", "FlowEuler"],
 )
 @pytest.mark.parametrize(("start", "steps"), [(0, 3), (1, 4), (2, 1)])
-def test_a_leap_is_one_sampler_step_between_two_grid_points(
+def test_leap_equals_one_sampler_step_between_two_grid_points(
     model: LinearModel, sampler: Sampler, start: int, steps: int
 ) -> None:
-    """By hand: `x_s = alpha_s x_0 + sigma_s eps`, with both from one network call at `t`."""
+    """Computed by hand: `x_s = alpha_s x_0 + sigma_s eps`, with `x_0` and `eps` from one network call at `t`."""
     chain = chain_of(model, sampler)
     x, t, s = noise(), chain.grid[start][0], chain.grid[start + steps - 1][1]
     (alpha, sigma), (alpha_s, sigma_s) = model.schedule.coefficients(t), model.schedule.coefficients(s)
@@ -256,7 +256,7 @@ def test_a_leap_is_one_sampler_step_between_two_grid_points(
     torch.testing.assert_close(end.x, alpha_s * x0 + sigma_s * eps)
 
 
-def test_a_leap_of_one_step_is_that_step() -> None:
+def test_leap_of_one_step_equals_that_step() -> None:
     chain = chain_of(LinearModel(THETA, shape=(2, 3)), DPMSolverPlusPlus(STEPS))
     state = chain.advance(chain.start(noise()), 2)
     assert torch.equal(chain.leap(state, 1).x, chain.advance(state, 1).x)
@@ -268,8 +268,8 @@ def test_a_leap_of_one_step_is_that_step() -> None:
 # Observers.
 
 
-def test_the_probe_sees_what_carries_a_gradient_and_its_gradient() -> None:
-    """At step `i` arrives `d x_N / d x_{i+1}`, a product of the later steps' factors."""
+def test_probe_receives_latents_with_gradient_and_their_gradient() -> None:
+    """The gradient at step `i` is `d x_N / d x_{i+1}`, a product of the factors of later steps."""
     arrived: dict[int, Tensor] = {}
 
     def probe(step: int, latent: Tensor) -> None:
@@ -294,7 +294,7 @@ def test_the_probe_sees_what_carries_a_gradient_and_its_gradient() -> None:
             torch.testing.assert_close(arrived[step], ratio)
 
 
-def test_the_probe_sees_predictions_and_nothing_without_a_graph() -> None:
+def test_probe_receives_predictions_but_no_latents_without_a_graph() -> None:
     seen: list[int] = []
     chain = chain_of(LinearModel(THETA, shape=(2, 3)), probes=(lambda step, latent: seen.append(step),))
     with torch.no_grad():
@@ -306,8 +306,8 @@ def test_the_probe_sees_predictions_and_nothing_without_a_graph() -> None:
 
 
 @pytest.mark.parametrize("sampler", [DDIM(STEPS), DPMSolverPlusPlus(STEPS), FlowEuler(STEPS), FlowSDE(STEPS)])
-def test_drift_is_that_of_the_noise_predictions(sampler: Sampler) -> None:
-    """Two linear networks at the same latents: `eps` from `x_0` and from the velocity, by hand."""
+def test_drift_equals_the_difference_of_the_noise_predictions(sampler: Sampler) -> None:
+    """Two linear networks at the same latents, with `eps` from `x_0` and from the velocity computed by hand."""
     flow = isinstance(sampler, FlowEuler)
     prediction: Prediction = "flow" if flow else "v_prediction"
     model = LinearModel(THETA, prediction, RectifiedFlow() if flow else scaled_linear(), (2, 3))
@@ -330,7 +330,7 @@ def test_drift_is_that_of_the_noise_predictions(sampler: Sampler) -> None:
     assert drift.mean.item() == pytest.approx(torch.stack(terms).mean().item())
 
 
-def test_drift_is_measured_with_gradient_alone() -> None:
+def test_drift_is_measured_only_at_steps_with_gradient() -> None:
     model, drift = Spy(), PredictionDrift()
     chain = chain_of(model, drift=drift)
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_drift_is_measured_with_gradient_alone() -> None:
         ({"micro_batch_size": 1}, [1] * 4, [1] * 4),
     ],
 )
-def test_slices_and_what_the_backward_pass_recomputes(
+def test_slices_and_recomputed_calls_of_the_backward_pass(
     options: dict[str, Any], forward: list[int], backward: list[int]
 ) -> None:
     model = Spy()
@@ -375,8 +375,8 @@ def test_slices_and_what_the_backward_pass_recomputes(
     assert [len(part) for part in model.weights] == backward
 
 
-def test_checkpointed_steps_keep_no_activations() -> None:
-    """Of a chain with every step attached, only latents are kept, whatever the network saves inside."""
+def test_checkpointed_steps_store_no_activations() -> None:
+    """If all steps are attached, only latents are stored, regardless of the network's activations."""
 
     class Wide(LinearModel):
         def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
@@ -407,7 +407,7 @@ def test_checkpointed_steps_keep_no_activations() -> None:
 # Choices that all processes share.
 
 
-def test_draws_come_from_the_generator_and_cover_their_range() -> None:
+def test_random_choices_use_the_generator_and_cover_their_range() -> None:
     def draws(seed: int) -> list[float]:
         chain = chain_of(LinearModel(), generator=torch.Generator().manual_seed(seed))
         return [chain.randint(2, 4) if i % 2 else chain.rand() for i in range(60)]

@@ -1,4 +1,4 @@
-"""Checks before the first training step: each refusal has its own reason and fix."""
+"""Checks before the first training step: each error has its own reason and fix."""
 
 import math
 import warnings
@@ -53,7 +53,7 @@ class Rounded(Reward):
 
 
 class SquareRoot(Reward):
-    """Its gradient is infinite where the image is flat."""
+    """Its gradient is infinite for constant images."""
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return (images - images).flatten(1).norm(dim=1) + (0 * images).flatten(1).sum(1).abs().sqrt()
@@ -77,7 +77,7 @@ class Infinite(LinearReward):
 
 
 class LastStepOfTheUser(Truncation):
-    """A user's own truncation that trains only the last step."""
+    """A user's truncation that trains only the last step."""
 
     def __call__(self, chain: Any, noise: Tensor) -> Tensor:
         with torch.no_grad():
@@ -106,14 +106,14 @@ class Overflowing(LinearModel):
 
 
 class Undecodable(LinearModel):
-    """Finite latents, and a decoder that overflows."""
+    """The latents are finite, and the decoder overflows."""
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents) * math.inf
 
 
 class Unused(LinearModel):
-    """Its parameter takes no part in sampling; the latents still carry a gradient, from the noise."""
+    """Its parameter is not used in sampling; the latents have a gradient from the noise only."""
 
     def forward(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
         return 0.1 * x
@@ -208,7 +208,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), [case[1:] for case in REFUSALS], ids=[case[0] for case in REFUSALS])
-def test_what_cannot_learn_is_refused_by_fit(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_configurations_that_cannot_improve_the_reward_are_rejected(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         fit(make(**options), tmp_path)
 
@@ -219,7 +221,7 @@ def test_what_cannot_learn_is_refused_by_fit(options: dict[str, Any], message: s
     ids=lambda t: type(t).__name__,
 )
 @pytest.mark.parametrize("sampler", [DDIM(4), DDIM(4, eta=1.0), DPMSolverPlusPlus(4)], ids=["DDIM", "DDPM", "2M"])
-def test_what_can_learn_passes(truncation: Truncation, sampler: Any) -> None:
+def test_valid_configurations_pass_the_checks(truncation: Truncation, sampler: Any) -> None:
     module = make(truncation=truncation, sampler=sampler)
     module.check_configuration()
     module.check_first_step(["a"])
@@ -233,8 +235,8 @@ def test_a_last_step_that_ignores_the_network_is_accepted_if_more_steps_are_trai
     ).check_configuration()
 
 
-def test_a_small_coefficient_of_the_last_step_is_a_warning() -> None:
-    """SD 1.x's own grid counts the network by 0.0121 there, a flow of shift 3 by 0.009, DRaFT's grid by 0.134."""
+def test_small_coefficient_of_the_last_step_gives_a_warning() -> None:
+    """The coefficient is 0.0121 on SD 1.x's grid, 0.009 for a flow with shift 3, and 0.134 on DRaFT's grid."""
     faint = LinearModel(schedule=scaled_linear(spacing="leading", final_alpha_cumprod=None, steps_offset=1))
     flow = LinearModel(0.1, "flow", RectifiedFlow(shift=3.0))
     for truncation in (LastK(1), LowVariance(2), RandomK(max_k=1)):
@@ -267,13 +269,13 @@ def test_errors_of_the_reward_itself_are_raised_unchanged() -> None:
         make(reward=Broken()).check_first_step(["a"])
 
 
-def test_a_loss_with_zero_gradient_is_a_warning() -> None:
-    """Or a run whose images have come to pass the hinge could not be resumed."""
+def test_loss_with_zero_gradient_gives_a_warning() -> None:
+    """An error would prevent resuming a run whose images already exceed the hinge's threshold."""
     with pytest.warns(UserWarning, match="gradient of Hinge is 0 at the first prompt's reward .*change the threshold"):
         make(loss=Hinge(threshold=-1e6)).check_first_step(["a"])
 
 
-def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_pipeline_passes_and_half_precision_adapters_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     def module(**options: Any) -> DraftModule:
         model = StableDiffusion(str(tiny_sd), guidance=Guidance(2.0), **options)
         return DraftModule(model, Brightness(0.9), DDIM(2), LastK(1))
@@ -287,7 +289,7 @@ def test_a_pipeline_passes_and_half_precision_adapters_are_refused(tiny_sd: Path
 
 
 def test_nothing_is_checked_for_validation(tmp_path: Path) -> None:
-    """A black-box reward may be reported without being trained on."""
+    """A black-box reward can be validated without training."""
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,

@@ -1,4 +1,4 @@
-"""Prompts: sources, files, the held-out split, the order and its resumption, distributed processes, growth."""
+"""Prompts: sources, files, the held-out split, the order and its resumption, distributed processes, size."""
 
 import json
 import pickle
@@ -97,7 +97,7 @@ def test_all_sources_yield_the_same_prompts(
     assert all("prompt" not in row for row in metadata)
 
 
-def test_lists_and_json_files_hold_strings(tmp_path: Path) -> None:
+def test_lists_and_json_files_of_strings_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('["a cat", "a dog"]')
     assert read_prompts(str(tmp_path / "p.json")) == read_prompts(["a cat", "a dog"]) == ["a cat", "a dog"]
 
@@ -108,7 +108,7 @@ def test_the_column_of_the_prompt_can_be_named(tmp_path: Path) -> None:
     assert (prompt, prompt.metadata) == ("a cat", {"kind": "animal"})
 
 
-def test_every_shipped_list_is_read_whole_and_without_repetition() -> None:
+def test_shipped_lists_are_read_completely_without_duplicates() -> None:
     assert {"animals", "emoji64", "emoji64_scenes"} <= set(shipped_lists())
     for name in shipped_lists():
         file = files("lightning_draft") / "prompts" / f"{name}.txt"
@@ -179,7 +179,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_refused_with_the_line(name: str, tmp_path: Path) -> None:
+def test_error_for_an_invalid_file_names_the_line(name: str, tmp_path: Path) -> None:
     file, content, message = BAD_FILES[name]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ConfigurationError, match=message):
@@ -224,7 +224,7 @@ BAD_OBJECTS = {
 
 
 @pytest.mark.parametrize("name", BAD_OBJECTS)
-def test_other_objects_are_refused(name: str) -> None:
+def test_other_objects_are_rejected(name: str) -> None:
     source, message = BAD_OBJECTS[name]
     with pytest.raises(ConfigurationError, match=message):
         read_prompts(source)
@@ -242,7 +242,7 @@ def test_other_objects_are_refused(name: str) -> None:
         ("nobody/nothing-of-this-name", "could not be read"),
     ],
 )
-def test_a_missing_source_is_named(source: str, said: str) -> None:
+def test_error_for_a_missing_source_names_it(source: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said):
         read_prompts(source)
 
@@ -264,7 +264,7 @@ def test_hold_out_splits_without_loss_and_keeps_the_order() -> None:
         hold_out(PROMPTS, -1, seed=0)
 
 
-def test_each_pass_sees_every_prompt_once_in_a_new_order() -> None:
+def test_each_epoch_contains_every_prompt_once_in_a_new_order() -> None:
     loader = PromptLoader(PROMPTS, 5)
     passes = [sum((loader.batch(2 * n + i) for i in range(2)), []) for n in range(3)]
     assert all(sorted(seen) == sorted(PROMPTS) for seen in passes)
@@ -273,7 +273,7 @@ def test_each_pass_sees_every_prompt_once_in_a_new_order() -> None:
     assert PromptLoader(PROMPTS, 4, shuffle=False).batch(2) == [*PROMPTS[8:], *PROMPTS[:2]]
 
 
-def test_a_pass_is_a_multiple_of_the_accumulated_batches() -> None:
+def test_epoch_length_is_a_multiple_of_the_accumulated_batches() -> None:
     """The order of the prompts does not change."""
     plain, longer = PromptLoader(PROMPTS, 5, repeats=3), PromptLoader(PROMPTS, 5, repeats=3, multiple=4)
     assert (len(plain), len(longer)) == (6, 8)
@@ -301,14 +301,14 @@ def test_processes_share_every_batch() -> None:
         assert alone.batch(number) == pair[0].batch(number) + pair[1].batch(number)
 
 
-def test_fixed_prompts_are_seen_once_by_one_process() -> None:
+def test_each_fixed_prompt_is_used_once_by_one_process() -> None:
     assert list(FixedPrompts(PROMPTS, 4)) == [PROMPTS[:4], PROMPTS[4:8], PROMPTS[8:]]
     assert len(FixedPrompts(PROMPTS, 4)) == 3
     shares = [sum(FixedPrompts(PROMPTS, 2, rank=rank, world_size=3), []) for rank in range(3)]
     assert sorted(sum(shares, [])) == sorted(PROMPTS)
 
 
-def test_data_module() -> None:
+def test_data_module_gives_training_and_validation_batches() -> None:
     data = PromptDataModule([str(prompt) for prompt in PROMPTS], val_size=4, batch_size=3, seed=1)
     assert (data.train_prompts, data.val_prompts) == hold_out(PROMPTS, 4, 1)
     assert next(iter(data.train_dataloader())) == PromptLoader(data.train_prompts, 3, seed=1).batch(0)
@@ -318,7 +318,7 @@ def test_data_module() -> None:
 
 
 @pytest.mark.parametrize("name", ["batch_size", "val_batch_size"])
-def test_batch_sizes_are_checked(name: str) -> None:
+def test_invalid_batch_sizes_are_rejected(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=0 must be at least 1"):
         PromptDataModule(["a", "b"], val_size=1, **{name: 0})
 
@@ -346,7 +346,7 @@ def test_copies_of_a_held_out_prompt_are_not_trained_on() -> None:
 
 
 def _copied(prompts: list[str]) -> set[int]:
-    """Seeds whose first two different texts include one that occurs more than once."""
+    """Seeds for which one of the first two different texts occurs more than once."""
     found = set()
     for seed in range(6):
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -362,7 +362,7 @@ def test_fewer_prompts_are_held_out_of_a_short_list(count: int, held: int) -> No
     assert (len(data.train_prompts), len(data.val_prompts)) == (count - held, held)
 
 
-def test_the_order_is_that_of_one_permutation_per_pass() -> None:
+def test_order_is_one_permutation_per_epoch() -> None:
     loader, expected = PromptLoader(PROMPTS, 3, seed=5), []
     for epoch in range(4):
         order = torch.randperm(10, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
@@ -372,7 +372,7 @@ def test_the_order_is_that_of_one_permutation_per_pass() -> None:
     assert sum((loader.batch(number) for number in (0, 12, 0)), []) == [*expected[:3], *expected[36:39], *expected[:3]]
 
 
-def test_batches_hold_prompts_with_metadata() -> None:
+def test_batches_contain_prompts_with_metadata() -> None:
     for loader in (PromptLoader(["a", "b"], 2), FixedPrompts(["a", "b"], 2)):
         (batch,) = list(loader)
         assert [(type(prompt), dict(prompt.metadata)) for prompt in batch] == [(Prompt, {})] * 2
@@ -422,7 +422,7 @@ def test_reloading_the_loader_continues_the_order(tmp_path: Path) -> None:
     assert _train(tmp_path, max_steps=12, reload_dataloaders_every_n_epochs=1) == whole
 
 
-def test_a_million_prompts_start_in_seconds_and_step_as_fast_as_ten(tmp_path: Path) -> None:
+def test_a_million_prompts_load_in_seconds_and_give_batches_in_milliseconds(tmp_path: Path) -> None:
     """Start-up below 5 s of CPU time, memory below 300 MB, a batch of 64 below 10 ms."""
     path = tmp_path / "p.txt"
     path.write_text("".join(f"a photo of animal number {number}\n" for number in range(1_000_000)))

@@ -1,4 +1,4 @@
-"""Strategies that shard, on two processes without a GPU: what they train, write and resume is what DDP does."""
+"""Sharding strategies on two processes without a GPU give the same training, files and resumed runs as DDP."""
 
 import multiprocessing
 import os
@@ -47,7 +47,7 @@ CLIP = 1e-4
 
 
 class CPUFSDP(FSDPStrategy):
-    """Without the wish for a GPU that FSDP has by default."""
+    """FSDP without its default requirement of a GPU."""
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -57,7 +57,7 @@ class CPUFSDP(FSDPStrategy):
 
 
 class CPUDeepSpeed(DeepSpeedStrategy):
-    """With DDP's set-up in place of the check for a GPU, and without compiling an operator for shared memory."""
+    """DeepSpeed with DDP's set-up instead of the check for a GPU, and without compiling an operator."""
 
     @property
     def root_device(self) -> torch.device:
@@ -87,7 +87,7 @@ if find_spec("deepspeed"):
 
 
 def together(work: Callable[..., None], *args: Any, patience: float = 240.0) -> list[int | None]:
-    """Call `work(rank, ...)` in two processes as torchrun starts them; their exit codes, `None` for one that hangs."""
+    """Call `work(rank, ...)` in two processes as torchrun does; return exit codes, `None` for a process that hangs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -121,7 +121,7 @@ def together(work: Callable[..., None], *args: Any, patience: float = 240.0) -> 
 
 
 class Note(L.Callback):
-    """Keeps what every process saw: gradient norms, how many of the denoiser's numbers it holds; and a checkpoint."""
+    """Records for every process gradient norms, the number of its denoiser values, and a checkpoint."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -194,7 +194,7 @@ def data() -> PromptDataModule:
 
 
 def fit(rank: int, root: Path, strategy: str, module: Any, **options: Any) -> None:
-    """Train with everything that looks into the model, and keep what this process has of it."""
+    """Train with all callbacks, and store the results of this process."""
     note, guard = Note(), OverOptimizationGuard(max_prompts=1, samples_per_prompt=2)
     observers = [SampleLogger(every_n_steps=2, max_samples=1), GradientNormMonitor(figure_every_n_steps=0), note]
     writers = [AdapterEMA(decay=0.5), LoRAExport(every_n_steps=2), guard, LastCheckpoint(every_n_steps=1)]
@@ -218,7 +218,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: 
 
 
 def battery(rank: int, root: Path, pipeline: Path) -> None:
-    """Every method under every strategy, and a run that resumes half-way."""
+    """Run every method with every strategy, and a run that is resumed."""
     for strategy in ("ddp", *STRATEGIES):
         for method, make in METHODS.items():
             place = root / strategy / method
@@ -233,7 +233,7 @@ def battery(rank: int, root: Path, pipeline: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tiny_sd_v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every strategy has trained every method."""
+    """The folder with the results of every strategy and method."""
     root = tmp_path_factory.mktemp("sharding")
     assert together(battery, root, tiny_sd_v) == [0, 0]
     return root
@@ -241,7 +241,7 @@ def ran(tiny_sd_v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_is_trained_and_written_is_what_ddp_writes(strategy: str, method: str, ran: Path) -> None:
+def test_parameters_and_files_equal_those_of_ddp(strategy: str, method: str, ran: Path) -> None:
     ours, theirs = results(ran / strategy / method), results(ran / "ddp" / method)
     assert_close(ours[0]["whole"], theirs[0]["whole"])
     assert all(torch.equal(ours[1]["whole"][name], value) for name, value in ours[0]["whole"].items())
@@ -256,7 +256,7 @@ def test_what_is_trained_and_written_is_what_ddp_writes(strategy: str, method: s
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
-def test_each_process_holds_its_part_of_the_denoiser_alone(strategy: str, ran: Path) -> None:
+def test_each_process_holds_only_its_shard_of_the_denoiser(strategy: str, ran: Path) -> None:
     (whole_size,) = {each["held"] for each in results(ran / "ddp" / "all steps")}
     held = [each["held"] for each in results(ran / strategy / "all steps")]
     assert whole_size <= sum(held) < 1.05 * whole_size
@@ -274,20 +274,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(strategy: str, ran: Path) ->
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_pictures_are_those_of_ddp(strategy: str, ran: Path) -> None:
+def test_images_equal_those_of_ddp(strategy: str, ran: Path) -> None:
     for step in (0, 2):
         files = [ran / each / "all steps" / "samples" / f"step_{step:06d}.png" for each in (strategy, "ddp")]
-        ours, theirs = (torch.frombuffer(bytearray(picture(file)), dtype=torch.uint8).int() for file in files)
+        ours, theirs = (torch.frombuffer(bytearray(image_data(file)), dtype=torch.uint8).int() for file in files)
         assert (ours - theirs).abs().float().mean() < 0.5
 
 
-def picture(file: Path) -> bytes:
+def image_data(file: Path) -> bytes:
     from PIL import Image
 
     return Image.open(file).convert("RGB").tobytes()
 
 
-def test_diffusers_opens_what_a_sharded_run_wrote(ran: Path, tiny_sd_v: Path) -> None:
+def test_diffusers_opens_the_files_of_a_sharded_run(ran: Path, tiny_sd_v: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_v)
@@ -311,7 +311,7 @@ def fail(rank: int, root: Path, pipeline: Path) -> None:
 
 
 def test_a_process_that_fails_alone_exits_without_waiting_for_the_others(tmp_path: Path, tiny_sd_v: Path) -> None:
-    """It ends at once, which ends the other; the files are those of the last export."""
+    """It ends at once, which also ends the other process; the files are those of the last export."""
     codes = together(fail, tmp_path, tiny_sd_v, patience=60.0)
     assert codes[1] == 0
     assert codes[0] is not None
@@ -400,14 +400,14 @@ def refusals(rank: int, root: Path, pipeline: Path) -> None:
         refuse(rank, place, make(pipeline), strategy(), options)
 
 
-def test_what_does_not_suit_is_refused_before_training(tmp_path: Path, tiny_sd_v: Path) -> None:
+def test_unsupported_strategies_are_rejected_before_training(tmp_path: Path, tiny_sd_v: Path) -> None:
     assert together(refusals, tmp_path, tiny_sd_v) == [0, 0]
     for number, message in enumerate(REFUSED):
         for rank in range(2):
             assert message in (tmp_path / str(number) / f"{rank}.txt").read_text()
 
 
-def test_blocks_are_what_is_gathered_together(tiny_sd_v: Path, tiny_sd3: Path) -> None:
+def test_blocks_are_the_units_that_are_gathered(tiny_sd_v: Path, tiny_sd3: Path) -> None:
     from lightning_draft.models import StableDiffusion3
 
     unet = StableDiffusion(str(tiny_sd_v)).denoiser

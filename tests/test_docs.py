@@ -1,4 +1,4 @@
-"""The documentation: its Python code runs and its commands name shipped configs."""
+"""The Python code of the documentation runs, and its commands name shipped configs."""
 
 import doctest
 import re
@@ -45,7 +45,7 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.parametrize("module", DOCTESTS)
-def test_the_examples_in_docstrings_give_what_they_show(module):
+def test_examples_in_docstrings_give_the_shown_results(module):
     result = doctest.testmod(import_module(module))
     assert result.attempted
     assert not result.failed

@@ -1,4 +1,4 @@
-"""Values stay bitwise the same; gradients are scaled or replaced."""
+"""Values are bitwise unchanged; gradients are scaled or replaced."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_scale_gradient_by_sample() -> None:
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other(scale: float) -> None:
-    """Bitwise, also where the estimate is so far away that a difference would round the value off."""
+    """Bitwise, even if the estimate differs so much that a difference would round the value."""
     estimate = torch.tensor([3.0, -7.0], requires_grad=True)
     value = scale * torch.tensor([0.1, 0.3])
     y = straight_through(2 * estimate, value)

@@ -9,7 +9,7 @@ from benchmarks.kill_storm import storm
 from benchmarks.run_differences import differences
 
 
-def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
     outcome = storm(tmp_path, kills=6, seed=3)
     assert outcome.faults == []
     assert outcome.kills.total() == 6

@@ -35,7 +35,9 @@ def sigmoid(x: float) -> float:
         (Distance(1.0, scale=0.5), (1.0, 0.25, 0.5, 19.5), (-0.5, -0.5, 0.5, 0.5)),
     ],
 )
-def test_values_and_slopes(loss: RewardLoss, values: tuple[float, ...], slopes: tuple[float, ...]) -> None:
+def test_values_and_slopes_equal_the_closed_form(
+    loss: RewardLoss, values: tuple[float, ...], slopes: tuple[float, ...]
+) -> None:
     rewards = torch.tensor(REWARDS, dtype=torch.float64, requires_grad=True)
     losses = loss(rewards)
     (gradient,) = torch.autograd.grad(losses.sum(), rewards)
@@ -66,11 +68,11 @@ def test_soft_hinge_has_half_its_slope_at_the_threshold() -> None:
         lambda scale: Distance(0.0, scale),
     ],
 )
-def test_a_scale_is_positive(build, scale: float) -> None:
+def test_non_positive_scale_is_rejected(build, scale: float) -> None:
     with pytest.raises(ConfigurationError, match=f"scale={scale} must be a positive number"):
         build(scale)
 
 
-def test_a_width_is_positive() -> None:
+def test_non_positive_width_is_rejected() -> None:
     with pytest.raises(ConfigurationError, match="width=0 must be a positive number"):
         SoftHinge(0.0, width=0)

@@ -36,7 +36,7 @@ def test_diversity_of_images_is_the_mean_over_pairs_of_each_prompt() -> None:
     torch.testing.assert_close(within_prompt_diversity(images, PROMPTS), sum(means).double() / 2)
 
 
-def test_diversity_of_features_is_one_minus_the_cosine_whatever_their_length() -> None:
+def test_diversity_of_features_is_one_minus_the_cosine_for_any_length() -> None:
     features = draw(6, 7)
     means = [
         sum(1 - F.cosine_similarity(features[a], features[b], 0) for a, b in pairs) / len(pairs)
@@ -46,7 +46,7 @@ def test_diversity_of_features_is_one_minus_the_cosine_whatever_their_length() -
     torch.testing.assert_close(within_prompt_diversity(scaled, PROMPTS), sum(means).double() / 2)
 
 
-def test_collapse_has_no_diversity_and_opposites_have_the_most() -> None:
+def test_diversity_is_zero_for_equal_and_largest_for_opposite_images() -> None:
     image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     same = within_prompt_diversity(image.expand(3, -1, -1, -1), ["a"] * 3)
     assert same.item() == pytest.approx(0, abs=1e-6)
@@ -60,7 +60,7 @@ def test_diversity_needs_two_samples_of_a_prompt() -> None:
         within_prompt_diversity(draw(2, 3), ["a", "b"])
 
 
-def test_saturation_counts_what_a_clamp_would_touch() -> None:
+def test_saturation_counts_values_at_or_beyond_the_range() -> None:
     images = torch.full((2, 3, 2, 2), 0.5)
     images[0, 0, 0, 0], images[0, 1, 0, 0], images[0, 2, 1, 1] = -0.1, 1.2, 1.0
     expected = torch.tensor([3 / 12, 0.0])
@@ -68,7 +68,7 @@ def test_saturation_counts_what_a_clamp_would_touch() -> None:
     torch.testing.assert_close(saturated_pixel_fraction(images.clamp(0, 1)), expected)
 
 
-def test_drift_is_the_root_mean_square_of_what_can_be_seen() -> None:
+def test_drift_is_the_root_mean_square_difference_of_clamped_images() -> None:
     base = torch.full((2, 3, 2, 2), 0.5)
     images = base.clone()
     images[0] += 0.3
@@ -100,8 +100,8 @@ def test_the_kernel_distance_of_one_distribution_is_around_zero() -> None:
     assert apart > 5 * alike.std()
 
 
-def test_the_frechet_distance_of_gaussians() -> None:
-    """Commuting covariances: `|mu - nu|^2 + sum (sqrt(a_i) - sqrt(b_i))^2`, with the sets' own moments."""
+def test_frechet_distance_of_gaussians_equals_the_closed_form() -> None:
+    """For commuting covariances: `|mu - nu|^2 + sum (sqrt(a_i) - sqrt(b_i))^2`, with the moments of the sets."""
     base = draw(50, 3).double()
     base = torch.linalg.qr(base - base.mean(0))[0] * 7  # mean 0, covariance the identity
     scales, shift = torch.tensor([2.0, 0.5, 3.0]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
@@ -110,7 +110,7 @@ def test_the_frechet_distance_of_gaussians() -> None:
 
 
 class AsBefore(torch.nn.Module):
-    """A CLIP of transformers 5 that returns features as torchmetrics expects them, which is as transformers 4 did."""
+    """A CLIP of transformers 5 that returns features in the format of transformers 4, as torchmetrics expects."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -125,8 +125,8 @@ class AsBefore(torch.nn.Module):
         return getattr(found, "pooler_output", found)
 
 
-def test_clip_score_is_that_of_torchmetrics(tiny_clip: Path) -> None:
-    """Whose own loading of a CLIP fails with transformers 5; it counts in hundreds."""
+def test_clip_score_equals_that_of_torchmetrics(tiny_clip: Path) -> None:
+    """torchmetrics' loading of a CLIP fails with transformers 5; its score is 100 times the cosine."""
     images = (255 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).byte()
     prompts = ["red", "cat", "a dog", "red cat"]
     clip, processor = AsBefore(CLIPModel.from_pretrained(tiny_clip)), CLIPProcessor.from_pretrained(tiny_clip)
@@ -136,12 +136,12 @@ def test_clip_score_is_that_of_torchmetrics(tiny_clip: Path) -> None:
         torch.testing.assert_close(100 * ours[some].mean().clamp(min=0), theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_sets_of_pictures_are_compared_by_the_features_of_a_clip(tiny_clip: Path) -> None:
-    """A set is nearer to noisy copies of itself than to another set, for either distance."""
+def test_sets_of_images_are_compared_by_clip_features(tiny_clip: Path) -> None:
+    """By both distances, a set is closer to noisy copies of itself than to another set."""
     generator = torch.Generator().manual_seed(0)
-    pictures, others = torch.rand(2, 24, 3, 16, 16, generator=generator) * torch.tensor([1.0, 0.4]).view(2, 1, 1, 1, 1)
-    copies = pictures + 0.02 * torch.randn(pictures.shape, generator=generator)
+    images, others = torch.rand(2, 24, 3, 16, 16, generator=generator) * torch.tensor([1.0, 0.4]).view(2, 1, 1, 1, 1)
+    copies = images + 0.02 * torch.randn(images.shape, generator=generator)
     encoder = CLIPScore(str(tiny_clip)).encoder
-    ours, near, far = (encoder.images(images) for images in (pictures, copies, others))
+    ours, near, far = (encoder.images(batch) for batch in (images, copies, others))
     for distance in (kernel_distance, frechet_distance):
         assert distance(ours, near) < 0.2 * distance(ours, far)

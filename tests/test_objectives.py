@@ -1,4 +1,4 @@
-"""Objectives against closed forms and loops written out."""
+"""Objectives against closed forms and explicit loops."""
 
 from itertools import combinations
 from typing import Any
@@ -19,7 +19,7 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
 
 
 def gradient(objective: Objective, moved: Tensor, **batch: Any) -> Tensor:
-    """With respect to the log-probabilities, which have moved by so much since the rollout."""
+    """Return the gradient with respect to log-probabilities that have changed by the given values since the rollout."""
     old = random(STEPS, moved.shape[1], seed=1)
     log_probs = (old + moved).requires_grad_()
     return torch.autograd.grad(objective(PolicyBatch(log_probs, old, **batch)), log_probs)[0]
@@ -32,7 +32,7 @@ def test_reinforce_weights_log_probabilities_by_advantages() -> None:
 
 
 @pytest.mark.parametrize("form", ["min", "clip_only"])
-def test_ppo_starts_as_reinforce(form: Any) -> None:
+def test_ppo_gradient_at_ratio_one_equals_reinforce(form: Any) -> None:
     still, advantages = torch.zeros(STEPS, BATCH, dtype=torch.float64), random(BATCH)
     ours = gradient(PPO(form=form), still, advantages=advantages)
     torch.testing.assert_close(ours, gradient(Reinforce(), still, advantages=advantages))
@@ -50,8 +50,8 @@ def test_ppo_starts_as_reinforce(form: Any) -> None:
         (-2.0, 0.95, True, True),
     ],
 )
-def test_ppo_stops_where_its_clip_says(advantage: float, ratio: float, minimum: bool, clip_only: bool) -> None:
-    """The gradient of `-A rho` is `-A rho` itself where it is not clipped, and 0 where it is."""
+def test_ppo_has_no_gradient_beyond_the_clip(advantage: float, ratio: float, minimum: bool, clip_only: bool) -> None:
+    """The gradient is `-A rho` if the ratio is not clipped, and 0 otherwise."""
     moved = torch.full((STEPS, 1), ratio, dtype=torch.float64).log()
     advantages = torch.tensor([advantage], dtype=torch.float64)
     for form, learns in (("min", minimum), ("clip_only", clip_only)):
@@ -64,7 +64,7 @@ def test_ppo_stops_where_its_clip_says(advantage: float, ratio: float, minimum: 
 
 @pytest.mark.parametrize(("ratio", "outside"), [(1.103, True), (1.097, False), (0.903, False), (0.897, True)])
 def test_ppo_counts_a_step_as_clipped_by_its_ratio_and_not_its_log_ratio(ratio: float, outside: bool) -> None:
-    """`|log 1.103| < 0.1 < |log 0.903|`, on the other side of the clip than the ratios."""
+    """`|log 1.103| < 0.1 < |log 0.903|`: the log-ratios are on the other side of the clip than the ratios."""
     moved = torch.full((STEPS, 1), ratio, dtype=torch.float64).log()
     batch = PolicyBatch(moved, torch.zeros_like(moved), torch.ones(1, dtype=torch.float64))
     assert bool(PPO(clip=0.1).clipped(batch).all()) == outside
@@ -83,7 +83,7 @@ def test_ppo_clips_advantages() -> None:
 
 
 def written_out(log_probs: Tensor, old: Tensor, reference: Tensor, rewards: Tensor, beta: float, clip: float) -> Tensor:
-    """The loss, one pair after the other."""
+    """Compute the loss pair by pair."""
     losses = []
     for start in range(0, BATCH, GROUP):
         for a, b in combinations(range(start, start + GROUP), 2):
@@ -113,8 +113,8 @@ def test_prdp_equals_its_formula(clip: float) -> None:
     assert torch.equal(objective.clipped(PolicyBatch(log_probs, old, rewards[0], GROUP, reference)), moved)
 
 
-def test_prdp_at_the_reference_is_reinforce_with_leave_one_out() -> None:
-    """`-grad L = (4 / beta) RLOO` for two samples a prompt."""
+def test_prdp_gradient_at_the_reference_equals_leave_one_out_reinforce() -> None:
+    """`-grad L = (4 / beta) RLOO` for two samples per prompt."""
     still, beta = torch.zeros(STEPS, 4, dtype=torch.float64), 0.3
     rewards = random(4)
     pair = rewards.view(2, 2)
@@ -125,8 +125,8 @@ def test_prdp_at_the_reference_is_reinforce_with_leave_one_out() -> None:
     torch.testing.assert_close(-ours, 4 / beta * rloo)
 
 
-def test_prdp_is_zero_at_the_tilted_distribution() -> None:
-    """`p = p_ref exp(r / beta) / Z`, whatever the Z of a prompt."""
+def test_prdp_loss_is_zero_at_the_optimal_distribution() -> None:
+    """`p = p_ref exp(r / beta) / Z`, for any `Z` of a prompt."""
     old, rewards, beta = random(STEPS, BATCH), random(BATCH, seed=5), 0.5
     shift = torch.tensor([0.3, -2.0], dtype=torch.float64).repeat_interleave(GROUP)
     log_probs = old + (rewards / beta - shift) / STEPS
@@ -137,7 +137,7 @@ def test_prdp_is_zero_at_the_tilted_distribution() -> None:
 # Settings.
 
 
-def test_reduction_is_explicit() -> None:
+def test_reductions_differ_by_the_number_of_dimensions() -> None:
     total = random(4)
     assert torch.equal(PPO(reduction="sum").reduce(total, 10), total)
     assert torch.equal(PPO(reduction="mean").reduce(total, 10), total / 10)
@@ -154,6 +154,6 @@ def test_reduction_is_explicit() -> None:
         (lambda: PRDP(clip=-1), "clip=-1 must be a positive number"),
     ],
 )
-def test_wrong_settings_are_refused(make: Any, message: str) -> None:
+def test_invalid_settings_are_rejected(make: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()

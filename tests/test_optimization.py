@@ -22,7 +22,7 @@ from lightning_draft.testing import LinearModel, LinearReward
 
 
 class Scripted(Reward):
-    """The mean of the images times a factor of each call that has a gradient."""
+    """The mean of the images times a factor for each call with gradient."""
 
     def __init__(self, factors: Sequence[float]) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Thetas(L.Callback):
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_changes_neither_parameters_nor_moments(factor: float, tmp_path: Path) -> None:
+def test_non_finite_gradient_changes_neither_parameters_nor_moments(factor: float, tmp_path: Path) -> None:
     thetas, subject = Thetas(), module(reward=Scripted([1.0, factor, 1.0, 1.0]))
     with pytest.warns(UserWarning, match=r"gradient is not finite at step 1, so the step changes nothing \(1 in a row"):
         trainer = fit(subject, tmp_path, thetas)
@@ -102,7 +102,7 @@ def test_an_infinite_reward_with_a_finite_gradient_is_dropped_too(tmp_path: Path
         assert bool(slope.isfinite()) == finite
 
 
-def test_repeated_gradients_that_are_not_finite_are_an_error_and_leave_the_parameters(tmp_path: Path) -> None:
+def test_repeated_non_finite_gradients_are_an_error_and_keep_the_parameters(tmp_path: Path) -> None:
     thetas, subject = Thetas(), module(reward=Scripted([1.0] + [math.nan] * 20))
     with pytest.raises(DivergenceError, match=r"not finite in 10 optimizer steps in a row, up to step 10; .*lower the"):
         fit(subject, tmp_path, thetas, max_steps=30)
@@ -117,7 +117,7 @@ def test_a_finite_gradient_resets_the_count(tmp_path: Path) -> None:
 
 
 class Partly(LinearReward):
-    """NaN for a prompt that only one of two processes sees."""
+    """NaN for a prompt of only one of two processes."""
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return super().forward(images, prompts) * (math.nan if prompts[0] == self.bad else 1.0)
@@ -125,7 +125,7 @@ class Partly(LinearReward):
     bad = ""
 
 
-def test_all_processes_drop_a_gradient_that_is_not_finite_on_one(tmp_path: Path) -> None:
+def test_all_processes_drop_a_gradient_that_is_non_finite_on_one(tmp_path: Path) -> None:
     reward = Partly()
     order = PromptDataModule(["a", "b", "c", "d"], batch_size=1, val_size=1)
     reward.bad = str(order.train_dataloader().batch(2))[2:-2]  # the second step of the first process
@@ -153,7 +153,7 @@ def test_reduce_on_plateau_steps_after_each_validation(tmp_path: Path) -> None:
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**2)
 
 
-def test_a_plateau_of_a_metric_that_is_not_logged_is_refused(tmp_path: Path) -> None:
+def test_plateau_schedule_of_an_unlogged_metric_is_rejected(tmp_path: Path) -> None:
     subject = module(lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, "val/rewards"))
     with pytest.raises(ConfigurationError, match="monitors 'val/rewards', which is not logged; write one of .*val/"):
         fit(subject, tmp_path, limit_val_batches=1)
@@ -175,20 +175,20 @@ def test_a_plateau_of_a_metric_that_is_not_logged_is_refused(tmp_path: Path) -> 
         ({"optimizer": lambda parameters: torch.optim.LBFGS(list(parameters))}, "LBFGS evaluates the loss several"),
     ],
 )
-def test_optimizers_and_schedules_that_cannot_train_are_refused(
+def test_unsupported_optimizers_and_schedules_are_rejected(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         fit(module(**options), tmp_path)
 
 
-def test_accumulating_no_batches_is_refused(tmp_path: Path) -> None:
+def test_accumulating_zero_batches_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="trainer.accumulate_grad_batches=0 must be at least 1"):
         fit(module(), tmp_path, accumulate_grad_batches=0)
 
 
-def test_the_learning_rate_finder_sets_the_optimizer_s_rate(tmp_path: Path) -> None:
-    """Without its stop at four times the least loss, which a negative loss would trigger at once."""
+def test_learning_rate_finder_sets_the_learning_rate(tmp_path: Path) -> None:
+    """Without early stopping at four times the smallest loss, which a negative loss would trigger at once."""
     subject, finder = module(), LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
     trainer = fit(subject, tmp_path, finder, enable_checkpointing=True)
     assert subject.lr is not None
@@ -200,7 +200,7 @@ def test_the_learning_rate_finder_sets_the_optimizer_s_rate(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("seed", [-1, 2**70, 2**63, 0.5, True, "0", None])
-def test_seeds_out_of_range_are_refused(seed: Any) -> None:
+def test_seeds_out_of_range_are_rejected(seed: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"seed=.* must be a whole number between 0 and 2\^63 - 1"):
         module(seed=seed)
 

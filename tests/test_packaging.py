@@ -1,4 +1,4 @@
-"""What is shipped is what is in the tree, and what is optional stays optional."""
+"""The distributions contain the tree, and optional packages are optional."""
 
 import ast
 import filecmp
@@ -44,19 +44,19 @@ def modules() -> dict[str, Path]:
 
 
 def is_core(module: str) -> bool:
-    """Everything but the callbacks and the command line, which offers them."""
+    """Whether a module belongs neither to the callbacks nor to the command line."""
     return not re.match(r"lightning_draft\.(callbacks|cli|__main__)\b", module)
 
 
-def test_the_packages_listed_are_those_in_the_tree() -> None:
+def test_listed_packages_equal_those_in_the_tree() -> None:
     listed = PROJECT["tool"]["setuptools"]["packages"]
     packages = {name for name, file in modules().items() if file.name == "__init__.py"}
     assert len(listed) == len(set(listed))
     assert set(listed) == packages
 
 
-def test_the_links_lead_to_the_top_level_folders() -> None:
-    """In a checkout; the sdist holds copies in their place."""
+def test_links_point_to_the_top_level_folders() -> None:
+    """In a checkout; the sdist contains copies instead."""
     assert PROJECT["tool"]["setuptools"]["package-dir"] == TOP_LEVEL
     for module, folder in TOP_LEVEL.items():
         link = PACKAGE / module.rpartition(".")[2]
@@ -103,7 +103,7 @@ def wheel(wheel_file: Path) -> list[str]:
     return zipfile.ZipFile(wheel_file).namelist()
 
 
-def test_the_sdist_holds_the_tree(sdist: Path) -> None:
+def test_sdist_contains_the_tree(sdist: Path) -> None:
     folders = ["lightning_draft", "callbacks", "configs", "tests", "docs", "examples", "benchmarks", ".ci", ".github"]
     files = {file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()}
     files |= {file for file in ROOT.iterdir() if file.is_file() and file.name not in (".git", ".gitignore")}
@@ -112,7 +112,7 @@ def test_the_sdist_holds_the_tree(sdist: Path) -> None:
 
 
 def test_the_sdist_collects_the_tests(sdist: Path) -> None:
-    """Every test file, and what it imports, is there."""
+    """All test files and the modules that they import are included."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "PYTEST"))}
     done = subprocess.run(command, cwd=sdist, env=environment, capture_output=True, text=True)
@@ -122,7 +122,7 @@ def test_the_sdist_collects_the_tests(sdist: Path) -> None:
 
 
 def test_the_installed_wheel_runs_outside_the_repository(wheel_file: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which only borrows the requirements from this one."""
+    """In a separate environment that uses the requirements of the current one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     (packages,) = (tmp_path / "venv").glob("**/site-packages")
@@ -144,13 +144,13 @@ def test_the_installed_wheel_runs_outside_the_repository(wheel_file: Path, tmp_p
     assert "quickstart" in run(str(binaries / "lightning-draft"), "configs", "list")
 
 
-def test_the_wheel_holds_every_module(wheel: list[str]) -> None:
+def test_wheel_contains_every_module(wheel: list[str]) -> None:
     built = {name for name in wheel if name.endswith(".py")}
     assert built == {str(file.relative_to(ROOT)) for file in modules().values()}
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"lightning_draft"}
 
 
-def test_the_wheel_holds_what_the_modules_read(wheel: list[str]) -> None:
+def test_wheel_contains_the_data_files(wheel: list[str]) -> None:
     wanted = {"lightning_draft/py.typed"}
     for folder, pattern in (("configs", "*.yaml"), ("prompts", "*.txt"), ("assets", "**/*")):
         files = {
@@ -175,8 +175,8 @@ def test_the_core_never_imports_callbacks_or_the_command_line() -> None:
             assert not [other for other in imported if other.startswith("lightning_draft") and not is_core(other)], name
 
 
-def test_everything_imports_without_the_extras() -> None:
-    """In a fresh interpreter that cannot find them; the core alone draws in neither callbacks nor cli."""
+def test_all_modules_import_without_the_extras() -> None:
+    """In a new interpreter that cannot find them; the core imports neither callbacks nor cli."""
     names = sorted(modules())
     core = [name for name in names if is_core(name)]
     others = [name for name in names if not is_core(name) and not name.endswith("__main__")]
@@ -207,14 +207,14 @@ assert not set({EXTRAS!r}) & set(sys.modules)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    """So that a version or a list of configs is shown at once."""
+def test_importing_the_package_imports_no_module() -> None:
+    """So that the version or the list of configs is printed quickly."""
     program = "import sys; import lightning_draft; assert not {'torch', 'lightning', 'diffusers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_versions_agree() -> None:
+def test_version_numbers_agree() -> None:
     import lightning_draft
 
     assert PROJECT["project"]["version"] == lightning_draft.__version__
@@ -236,8 +236,8 @@ def test_every_requirement_has_a_lowest_release_and_the_oldest_constraints_pin_i
     assert {name: release.split(".") for name, release in pins.items()} == padded
 
 
-def test_the_requirements_are_what_the_package_imports() -> None:
-    """TensorBoard is there for Lightning's logger, which imports it."""
+def test_requirements_equal_the_imported_packages() -> None:
+    """TensorBoard is imported by Lightning's logger."""
     imported: set[str] = set()
     for file in modules().values():
         for node in ast.walk(ast.parse(file.read_text())):
@@ -249,5 +249,5 @@ def test_the_requirements_are_what_the_package_imports() -> None:
     assert {distributions[name][0].lower() for name in others} | {"tensorboard"} == set(requirements())
 
 
-def test_the_optional_packages_are_extras_and_no_dependencies() -> None:
+def test_optional_packages_are_extras_only() -> None:
     assert not set(requirements()) & {name.lower() for name in EXTRAS}

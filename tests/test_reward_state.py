@@ -1,4 +1,4 @@
-"""Running statistics of a reward: when they change, that all processes have the same, and that a resume has them."""
+"""Running statistics of a reward: when they change, equality on all processes, and resuming."""
 
 import copy
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def fit(module: DraftModule, folder: Path, *callbacks: L.Callback, ckpt_path: An
 
 
 class Scores(L.Callback):
-    """All that the reward was shown, and the statistics that each step was rewarded with."""
+    """Records the images of the reward, and the statistics that each step used."""
 
     def __init__(self) -> None:
         self.shown: list[dict[str, Tensor]] = []
@@ -80,7 +80,7 @@ class Scores(L.Callback):
         self.used.append(pl_module.reward.get_extra_state())
 
 
-def test_statistics_start_with_16_images_and_take_in_each_batch(tmp_path: Path) -> None:
+def test_statistics_start_with_16_images_and_include_each_batch(tmp_path: Path) -> None:
     subject, scores = module(), Scores()
     fit(subject, tmp_path, scores)
     assert [len(shown["bright"]) for shown in scores.shown] == [3] * 6 + [3] * 4
@@ -92,8 +92,8 @@ def test_statistics_start_with_16_images_and_take_in_each_batch(tmp_path: Path) 
     assert "red" not in subject.reward.get_extra_state()
 
 
-def test_gain_is_measured_with_the_statistics_of_the_moment(tmp_path: Path) -> None:
-    """The base, too: without training nothing is gained, before the first statistics and after."""
+def test_gain_is_measured_with_the_current_statistics(tmp_path: Path) -> None:
+    """Also for the base model: without training the gain is 0, before the first statistics and after."""
     seen: list[float] = []
 
     class Gain(L.Callback):
@@ -106,7 +106,7 @@ def test_gain_is_measured_with_the_statistics_of_the_moment(tmp_path: Path) -> N
 
 
 def test_calibration_uses_the_base_model_s_images_of_the_first_prompts(tmp_path: Path) -> None:
-    """Before the first step: by hand, from the first batch of prompts."""
+    """Before the first step, computed by hand from the first batch of prompts."""
     scores = Scores()
     subject = module()
     fit(subject, tmp_path, scores, max_steps=1, limit_val_batches=0)
@@ -121,7 +121,7 @@ def test_calibration_uses_the_base_model_s_images_of_the_first_prompts(tmp_path:
 
 @pytest.mark.parametrize("kind", [ZScoreSum, GradientNormSum])
 def test_micro_batches_change_nothing(kind: type, tmp_path: Path) -> None:
-    """Their rewards are recomputed in the backward pass, with the statistics of the forward pass."""
+    """Rewards are recomputed in the backward pass with the statistics of the forward pass."""
     whole, parts = module(kind), module(kind, micro_batch_size=1)
     for subject in (whole, parts):
         fit(subject, tmp_path, max_steps=3)
@@ -140,7 +140,7 @@ def test_validation_does_not_change_the_statistics(tmp_path: Path) -> None:
     assert torch.equal(one.model.theta, other.model.theta)
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole, resumed = module(), module()
     fit(whole, tmp_path, saver)
@@ -184,7 +184,7 @@ class Save(L.Callback):
         torch.save(state, self.folder / f"{trainer.global_rank}.pt")
 
 
-def test_two_processes_have_the_statistics_of_both(tmp_path: Path) -> None:
+def test_two_processes_share_their_statistics(tmp_path: Path) -> None:
     fit(module(), tmp_path, Save(tmp_path), strategy="ddp_fork", devices=2, max_steps=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert one["reward"] == two["reward"]
@@ -193,7 +193,7 @@ def test_two_processes_have_the_statistics_of_both(tmp_path: Path) -> None:
 
 
 def test_a_reward_without_statistics_is_resumed_with_a_checkpoint_that_has_them(tmp_path: Path) -> None:
-    """And the other way round: then they start again."""
+    """In the opposite case the statistics start again."""
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(module(), tmp_path, saver, max_steps=1)
     fit(module(GradientNormSum), tmp_path, ckpt_path=tmp_path / "step=1.ckpt", max_steps=2)
@@ -206,7 +206,7 @@ def test_an_evaluation_reward_must_not_have_a_log_key_of_the_trained_one(name: s
 
 
 def test_a_rollout_updates_the_statistics_once(tmp_path: Path) -> None:
-    """And are rewarded with what was known before them."""
+    """The rollout uses the statistics from before it."""
     subject, scores = policy(), Scores()
     fit(subject, tmp_path, scores, max_steps=4, limit_val_batches=0)
     assert [len(shown["bright"]) for shown in scores.shown] == [3] * 6 + [6] * 2
@@ -221,15 +221,15 @@ def policy() -> PolicyGradientModule:
     )
 
 
-def test_copies_of_a_reward_have_statistics_of_their_own() -> None:
+def test_copies_of_a_reward_have_separate_statistics() -> None:
     subject = module()
     other: Callable[..., Tensor] = copy.deepcopy(subject.reward)
     subject.reward.update_statistics({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
     assert other.needs_calibration  # type: ignore[attr-defined]
 
 
-def test_a_sum_within_a_sum_keeps_statistics_of_its_own() -> None:
-    """The outer sum needs calibration and updates its own statistics, and hands on what belongs to the inner one."""
+def test_nested_sums_have_separate_statistics() -> None:
+    """The outer sum needs calibration, updates its own statistics, and passes the scores of the inner sum on."""
 
     def parts() -> dict[str, WeightedReward]:
         return {"bright": WeightedReward(Brightness(0.2)), "sharp": WeightedReward(Sharpness())}
@@ -258,8 +258,8 @@ def test_constant_scores_are_not_divided_by_their_standard_deviation() -> None:
     assert moments.std == pytest.approx(torch.tensor([0.1, 0.1, 0.1, 0.1, 0.2]).std(correction=0).item())
 
 
-def test_scores_that_are_not_finite_do_not_enter_the_statistics() -> None:
-    """Or every later reward would be NaN."""
+def test_non_finite_scores_are_excluded_from_the_statistics() -> None:
+    """Otherwise every later reward would be NaN."""
     subject = module()
     subject.update_statistics({"bright": torch.tensor([1.0, 2.0]), "sharp": torch.tensor([0.0, 2.0])})
     before = subject.reward.get_extra_state()

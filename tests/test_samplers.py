@@ -25,7 +25,7 @@ NOTHING = Conditioning({})
 
 
 def network(x: Tensor, t: float) -> Tensor:
-    """Some smooth function of the latent and the time."""
+    """A smooth function of the latent and the time."""
     return torch.tanh(0.7 * x + float(t) / 500 - 1)
 
 
@@ -41,7 +41,7 @@ def config(betas: str, grid: tuple[Spacing, int], prediction: Prediction) -> dic
 
 
 def widen(reference: Any, to_one: bool = True) -> VariancePreserving:
-    """Turn a diffusers scheduler's tables into float64, and take our schedule from them."""
+    """Convert a diffusers scheduler's tables to float64, and build our schedule from them."""
     reference.alphas_cumprod = reference.alphas_cumprod.double()
     reference.final_alpha_cumprod = torch.tensor(1.0).double() if to_one else reference.alphas_cumprod[0]
     return VariancePreserving.from_table(
@@ -59,7 +59,7 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_grids_are_diffusers_for_every_number_of_steps(spacing: Spacing) -> None:
+def test_grids_equal_those_of_diffusers_for_every_number_of_steps(spacing: Spacing) -> None:
     ddim = DDIMScheduler(timestep_spacing=spacing)
     dpm = DPMSolverMultistepScheduler(timestep_spacing=spacing)
     schedule = scaled_linear(spacing=spacing)
@@ -75,7 +75,7 @@ def test_grids_are_diffusers_for_every_number_of_steps(spacing: Spacing) -> None
 @pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}{grid[1]}")
 @pytest.mark.parametrize("betas", BETAS)
-def test_ddim_is_diffusers(betas: str, grid: tuple[Spacing, int], to_one: bool, eta: float) -> None:
+def test_ddim_equals_diffusers(betas: str, grid: tuple[Spacing, int], to_one: bool, eta: float) -> None:
     for prediction in PREDICTIONS:
         for steps in STEPS:
             reference = DDIMScheduler(clip_sample=False, **config(betas, grid, prediction))
@@ -94,8 +94,8 @@ def test_ddim_is_diffusers(betas: str, grid: tuple[Spacing, int], to_one: bool, 
 @pytest.mark.parametrize("steps", [7, 10, 48])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("betas", BETAS)
-def test_ddim_with_eta_1_is_ddpm_ancestral_sampling(betas: str, offset: int, steps: int) -> None:
-    """On leading grids, where both schedulers walk in equal strides."""
+def test_ddim_with_eta_1_equals_ddpm_ancestral_sampling(betas: str, offset: int, steps: int) -> None:
+    """On leading grids, on which both schedulers have equal steps."""
     for prediction in PREDICTIONS:
         reference = DDPMScheduler(
             clip_sample=False, variance_type="fixed_small", **config(betas, ("leading", offset), prediction)
@@ -114,7 +114,7 @@ def test_ddim_with_eta_1_is_ddpm_ancestral_sampling(betas: str, offset: int, ste
             assert_same(ours, x, 1e-9)
 
 
-def test_ddim_on_a_zero_terminal_snr_schedule_is_diffusers() -> None:
+def test_ddim_on_a_zero_terminal_snr_schedule_equals_diffusers() -> None:
     reference = DDIMScheduler(
         clip_sample=False, rescale_betas_zero_snr=True, **config("scaled_linear", ("trailing", 0), "v_prediction")
     )
@@ -132,8 +132,8 @@ def test_ddim_on_a_zero_terminal_snr_schedule_is_diffusers() -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}{grid[1]}")
 @pytest.mark.parametrize("betas", BETAS)
-def test_dpm_solver_is_diffusers(betas: str, grid: tuple[Spacing, int]) -> None:
-    """To the float32 of their tables and updates."""
+def test_dpm_solver_equals_diffusers(betas: str, grid: tuple[Spacing, int]) -> None:
+    """Up to the float32 rounding of diffusers' tables and updates."""
     for prediction in PREDICTIONS:
         for steps in STEPS[:-1]:
             reference = DPMSolverMultistepScheduler(
@@ -151,7 +151,7 @@ def test_dpm_solver_is_diffusers(betas: str, grid: tuple[Spacing, int]) -> None:
 
 
 def test_dpm_solver_starts_from_pure_noise() -> None:
-    """With no signal at the first time `lambda` is minus infinity; the step is then first order."""
+    """Without signal at the first time, `lambda` is minus infinity, and the step is of first order."""
     schedule = VariancePreserving((0.9, 0.5, 0.1, 0.0), spacing="trailing")
     sampler, x = DPMSolverPlusPlus(4), torch.ones(1, 1, dtype=torch.float64)
     x0, solver_state = torch.full_like(x, 0.5), None
@@ -164,7 +164,7 @@ def test_dpm_solver_starts_from_pure_noise() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 28])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_euler_is_diffusers(shift: float, steps: int) -> None:
+def test_flow_euler_equals_diffusers(shift: float, steps: int) -> None:
     reference = FlowMatchEulerDiscreteScheduler(shift=shift)
     reference.set_timesteps(steps)
     schedule, sampler = RectifiedFlow(shift), FlowEuler(steps)
@@ -178,8 +178,8 @@ def test_flow_euler_is_diffusers(shift: float, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 10])
-def test_flow_sde_is_flow_grpos(steps: int) -> None:
-    """The update as the authors' code writes it, up to the last step, which here adds no noise."""
+def test_flow_sde_equals_flow_grpo(steps: int) -> None:
+    """The update of the authors' code, except for the last step, which adds no noise here."""
     schedule, sampler = RectifiedFlow(3.0), FlowSDE(steps, noise_level=0.7)
     grid = sampler.grid(schedule)
     x, velocity = torch.randn(2, 2, 3, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_flow_sde_is_flow_grpos(steps: int) -> None:
     assert sampler.step(schedule, x, x, *grid[-1])[0].std == 0
 
 
-def test_flow_sde_without_noise_is_flow_euler() -> None:
+def test_flow_sde_without_noise_equals_flow_euler() -> None:
     schedule, (x, x0) = RectifiedFlow(3.0), torch.randn(2, 2, 3, dtype=torch.float64)
     quiet, euler = FlowSDE(5, noise_level=0.0), FlowEuler(5)
     for t, s in euler.grid(schedule):
@@ -208,7 +208,7 @@ FINE = scaled_linear(16000)
 
 
 def even_times(schedule: Schedule, steps: int) -> list[float]:
-    """From high to low noise, the ends the same whatever the number of steps."""
+    """Times from high to low noise, with the same ends for any number of steps."""
     if isinstance(schedule, RectifiedFlow):
         return [0.9 - 0.8 * i / steps for i in range(steps + 1)]
     return [14400 - i * (12800 // steps) for i in range(steps + 1)]
@@ -225,7 +225,7 @@ def transport_error(sampler: Sampler, schedule: Schedule, steps: int) -> float:
 
 
 def moments(sampler: Sampler, model: GaussianModel, times: Sequence[float]) -> tuple[float, float]:
-    """Mean and variance at the last time, exactly: every transition is affine in the latent."""
+    """The exact mean and variance at the last time; every transition is affine in the latent."""
     mean, std = model.marginal(times[0])
     variance = std**2
     for t, s in pairwise(times):
@@ -244,7 +244,7 @@ def moments(sampler: Sampler, model: GaussianModel, times: Sequence[float]) -> t
         pytest.param(FlowEuler(1), RectifiedFlow(), 1, id="FlowEuler"),
     ],
 )
-def test_order_of_convergence(sampler: Sampler, schedule: Schedule, order: int) -> None:
+def test_samplers_have_their_order_of_convergence(sampler: Sampler, schedule: Schedule, order: int) -> None:
     errors = [transport_error(sampler, schedule, steps) for steps in (40, 80, 160)]
     slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert slopes == pytest.approx([order, order], abs=0.12)
@@ -259,7 +259,7 @@ def test_order_of_convergence(sampler: Sampler, schedule: Schedule, order: int) 
     ],
 )
 def test_stochastic_samplers_keep_the_marginals(sampler: Sampler, schedule: Schedule) -> None:
-    """The mean exactly, the variance to first order in the step."""
+    """The mean is exact, the variance is correct to first order in the step size."""
     model, errors = GaussianModel(0.5, 0.3, schedule), []
     for steps in (80, 160, 320):
         times = even_times(schedule, steps)
@@ -273,7 +273,7 @@ def test_stochastic_samplers_keep_the_marginals(sampler: Sampler, schedule: Sche
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_ddim_keeps_the_marginals_exactly_where_x0_is_known(eta: float, spacing: Spacing) -> None:
+def test_ddim_keeps_the_marginals_exactly_if_x0_is_known(eta: float, spacing: Spacing) -> None:
     model = GaussianModel(0.5, 0.0, scaled_linear(final_alpha_cumprod=None, spacing=spacing))
     grid = DDIM(10).grid(model.schedule)
     times = [t for t, _ in grid] + [grid[-1][1]]
@@ -296,7 +296,7 @@ def test_ddim_keeps_the_marginals_exactly_where_x0_is_known(eta: float, spacing:
         ("trailing", 0, 1.0, "-0.1345"),
     ],
 )
-def test_last_coefficient_on_stable_diffusions_grids(
+def test_last_coefficient_on_the_grids_of_stable_diffusion(
     spacing: Spacing, offset: int, final: float | None, digits: str
 ) -> None:
     schedule = scaled_linear(spacing=spacing, steps_offset=offset, final_alpha_cumprod=final)
@@ -315,7 +315,7 @@ def test_last_coefficient_on_stable_diffusions_grids(
         (FlowSDE(10), RectifiedFlow()),
     ],
 )
-def test_last_coefficient_is_the_derivative(sampler: Sampler, schedule: Schedule) -> None:
+def test_last_coefficient_equals_the_derivative(sampler: Sampler, schedule: Schedule) -> None:
     (t, s), x = sampler.grid(schedule)[-1], torch.randn(1, 1, dtype=torch.float64)
     eps = torch.randn(1, 1, dtype=torch.float64, requires_grad=True)
     x0 = to_x0(eps, x, *schedule.coefficients(t), "epsilon")
@@ -329,8 +329,8 @@ def test_one_step_from_pure_noise_has_an_infinite_coefficient() -> None:
 
 
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 1), ("trailing", 0)])
-def test_the_linear_path_alone_scales_by_13_to_15(spacing: Spacing, offset: int) -> None:
-    """The gradient of the first step, network Jacobians dropped, over 50 steps of Stable Diffusion's schedule."""
+def test_linear_path_scales_the_gradient_by_13_to_15(spacing: Spacing, offset: int) -> None:
+    """The gradient of the first of 50 steps of Stable Diffusion's schedule, without network Jacobians."""
     schedule = scaled_linear(spacing=spacing, steps_offset=offset, final_alpha_cumprod=None)
     x = start = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     for t, s in DDIM(50).grid(schedule):
@@ -347,7 +347,7 @@ def normal(transition: Transition) -> Independent:
     return Independent(Normal(transition.mean, transition.std), transition.mean.dim() - 1)
 
 
-def test_log_prob_and_kl_are_torch_distributions() -> None:
+def test_log_prob_and_kl_equal_torch_distributions() -> None:
     one = Transition(torch.randn(3, 2, 4, 4, dtype=torch.float64), 0.3)
     other = Transition(torch.randn(3, 2, 4, 4, dtype=torch.float64), 0.7)
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
@@ -363,14 +363,14 @@ def test_log_prob_of_half_precision_is_computed_in_float32() -> None:
     torch.testing.assert_close(ours, Transition(mean.double(), 0.5).log_prob(x.double()).float(), rtol=1e-5, atol=0)
 
 
-def test_the_gradient_of_log_prob_is_the_score_of_the_mean() -> None:
+def test_gradient_of_log_prob_equals_the_score_of_the_mean() -> None:
     mean = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 3, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(Transition(mean, 0.3).log_prob(x).sum(), mean)
     torch.testing.assert_close(gradient, (x - mean.detach()) / 0.3**2)
 
 
-def test_rsample_is_the_reparametrisation() -> None:
+def test_rsample_is_the_reparameterization() -> None:
     mean, noise = torch.randn(2, 4, 3, dtype=torch.float64)
     torch.testing.assert_close(Transition(mean, 0.3).rsample(noise), mean + 0.3 * noise)
     assert Transition(mean, 0.0).rsample(noise) is mean

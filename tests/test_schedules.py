@@ -12,7 +12,7 @@ from lightning_draft.testing import scaled_linear
 VP_TIMES, FLOW_TIMES = [0, 1, 500, 999], [0.001, 0.3, 0.999]
 
 
-def test_the_table_is_stable_diffusions() -> None:
+def test_table_equals_that_of_stable_diffusion() -> None:
     schedule = scaled_linear()
     assert schedule.alphas_cumprod[0] == pytest.approx(0.99915)
     assert schedule.coefficients(999)[0] == pytest.approx(0.068265, abs=1e-6)  # Lin et al., arXiv:2305.08891, section 3
@@ -31,7 +31,7 @@ def test_variance_is_preserved(t: int) -> None:
 
 
 @pytest.mark.parametrize(("to_one", "end"), [(True, (1.0, 0.0)), (False, (math.sqrt(0.9), math.sqrt(0.1)))])
-def test_negative_times_are_the_end(to_one: bool, end: tuple[float, float]) -> None:
+def test_negative_time_is_the_end_of_the_chain(to_one: bool, end: tuple[float, float]) -> None:
     table = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
     schedule = VariancePreserving.from_table(table, set_alpha_to_one=to_one)
     assert schedule.coefficients(-1) == pytest.approx(end)
@@ -39,7 +39,7 @@ def test_negative_times_are_the_end(to_one: bool, end: tuple[float, float]) -> N
     assert RectifiedFlow().coefficients(-1) == (1.0, 0.0)
 
 
-def test_log_snr_at_the_ends() -> None:
+def test_log_snr_is_infinite_at_the_ends() -> None:
     schedule = VariancePreserving((1.0, 0.5, 0.0))
     assert schedule.log_snr(0) == math.inf
     assert schedule.log_snr(1) == pytest.approx(0)
@@ -54,13 +54,13 @@ def test_rectified_flow_is_a_straight_line() -> None:
     assert [schedule.shifted(t) for t in (0.0, 0.5, 1.0)] == pytest.approx([0, 0.75, 1])
 
 
-def test_an_unknown_grid_names_the_known_ones() -> None:
+def test_error_for_an_unknown_grid_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="leading, trailing, linspace"):
         VariancePreserving((0.9,), spacing="even")  # type: ignore[arg-type]
 
 
 def raw_output(prediction: Prediction, x0: torch.Tensor, eps: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-    """What a perfect network outputs."""
+    """The output of a perfect network."""
     return {
         "epsilon": eps,
         "v_prediction": alpha * eps - sigma * x0,
@@ -80,7 +80,9 @@ def raw_output(prediction: Prediction, x0: torch.Tensor, eps: torch.Tensor, alph
         ("sample", RectifiedFlow(), FLOW_TIMES),
     ],
 )
-def test_every_prediction_gives_back_x0(prediction: Prediction, schedule: Schedule, times: list[float]) -> None:
+def test_every_prediction_type_is_converted_to_x0(
+    prediction: Prediction, schedule: Schedule, times: list[float]
+) -> None:
     x0, eps = torch.randn(2, 5, dtype=torch.float64)
     for t in times:
         alpha, sigma = schedule.coefficients(t)
@@ -88,6 +90,6 @@ def test_every_prediction_gives_back_x0(prediction: Prediction, schedule: Schedu
         torch.testing.assert_close(to_x0(raw, alpha * x0 + sigma * eps, alpha, sigma, prediction), x0)
 
 
-def test_an_unknown_prediction_names_the_known_ones() -> None:
+def test_error_for_an_unknown_prediction_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="epsilon, v_prediction, flow or sample"):
         to_x0(torch.ones(1), torch.ones(1), 1.0, 0.0, "score")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Scoring folders of pictures: prompts, tables, resumption, contact sheets, and comparisons against closed forms."""
+"""Scoring folders of images: prompts, tables, resumption, contact sheets, and comparisons against closed forms."""
 
 import csv
 import math
@@ -28,7 +28,7 @@ def folder(path: Path, levels: dict[str, int], size: tuple[int, int] = (8, 6)) -
 
 
 class Mean(Reward):
-    """The mean pixel; counts the pictures."""
+    """The mean pixel; counts the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_prompts_come_from_each_source(tmp_path: Path) -> None:
     assert find_prompts(tmp_path, ["x1.png", files[2]], str(table)) == {"x1.png": "a cow", files[2]: "dogs"}
 
 
-def test_scores_are_those_of_the_pictures_whatever_their_size(tmp_path: Path) -> None:
+def test_scores_equal_those_of_single_images_of_any_size(tmp_path: Path) -> None:
     folder(tmp_path / "in", {f"cat_{level}.png": level for level in (0, 51, 255)})
     folder(tmp_path / "in", {"dog_1.png": 102}, (20, 10))
     rows = score_folder(tmp_path / "in", {"mean": Mean(), "size": JPEGSize()}, tmp_path / "out", batch_size=2)
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_pictures_whatever_their_size(tmp_path: Path) ->
     assert Dataset.from_parquet(str(tmp_path / "scores.parquet"))["mean"][1] == 1.0
 
 
-def test_an_interrupted_scoring_continues_after_its_last_row(tmp_path: Path) -> None:
+def test_interrupted_scoring_continues_after_the_last_row(tmp_path: Path) -> None:
     names = {f"cat_{number}.png": 10 * number for number in range(6)}
     folder(tmp_path / "in", names)
     whole = score_folder(tmp_path / "in", {"mean": Mean()}, tmp_path / "whole", batch_size=2)
@@ -110,14 +110,16 @@ def test_an_interrupted_scoring_continues_after_its_last_row(tmp_path: Path) -> 
     [
         (None, {}, "there is no folder"),
         ({}, {}, "there are no images in"),
-        ({"a.png": b"no picture"}, {}, "a.png is not an image that can be read"),
+        ({"a.png": b"not an image"}, {}, "a.png is not an image that can be read"),
         ({"123.png": None}, {}, "1 images have no prompt from prompts='auto'"),
         ({"a.png": None}, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"a.png": None}, {"prompts": "nowhere.csv"}, "there is no file 'nowhere.csv'"),
         ({"a.png": None}, {"rewards": {}}, "there are no rewards; give at least one"),
     ],
 )
-def test_what_cannot_be_scored_is_named(tmp_path: Path, content: dict, options: dict, message: str) -> None:
+def test_unreadable_images_and_missing_prompts_are_named(
+    tmp_path: Path, content: dict, options: dict, message: str
+) -> None:
     if content is not None:
         (tmp_path / "in").mkdir()
         for name, data in content.items():

@@ -1,4 +1,4 @@
-"""A `StopIteration` of user code ends the run with an error instead of training for ever."""
+"""A `StopIteration` of user code ends the run with an error."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning_draft.truncation import LastK
 
 
 class Failing:
-    """Raise from some call on; `calls` counts them."""
+    """Raise from a given call on; `calls` counts the calls."""
 
     def __init__(self, error: type[Exception], first: int) -> None:
         self.error, self.first, self.calls = error, first, 0
@@ -81,7 +81,7 @@ def assert_explained(raised: pytest.ExceptionInfo[RuntimeError], error: type[Exc
 
 @pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])
 @pytest.mark.parametrize(("make", "first"), [(direct, 3), (truncated, 2), (policy, 1)])
-def test_in_a_training_step_it_is_an_error_with_its_cause(
+def test_stop_iteration_in_a_training_step_is_an_error_with_its_cause(
     make: Callable[[Failing], RewardModule], first: int, error: type[Exception], tmp_path: Path
 ) -> None:
     failing = Failing(error, first)  # after the checks before the first step
@@ -92,7 +92,7 @@ def test_in_a_training_step_it_is_an_error_with_its_cause(
 
 
 @pytest.mark.parametrize("make", [direct, policy])
-def test_in_a_validation_step_it_is_an_error_with_its_cause(
+def test_stop_iteration_in_a_validation_step_is_an_error_with_its_cause(
     make: Callable[[Failing], RewardModule], tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError, match=r"next\(iterator, default\)") as raised:
@@ -101,7 +101,7 @@ def test_in_a_validation_step_it_is_an_error_with_its_cause(
 
 
 class FailingGradient(torch.autograd.Function):
-    """The identity; its gradient raises from the first backward pass of training on."""
+    """The identity, whose backward pass raises from the first backward pass of training on."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, failing: Failing) -> Tensor:
@@ -119,7 +119,7 @@ class FailingBackward(FailingReward):
         return LinearReward.forward(self, FailingGradient.apply(images, self.failing), prompts)
 
 
-def test_in_the_backward_pass_it_is_an_error_with_its_cause(tmp_path: Path) -> None:
+def test_stop_iteration_in_the_backward_pass_is_an_error_with_its_cause(tmp_path: Path) -> None:
     failing = Failing(StopIteration, 3)
     module = DraftModule(LinearModel(0.1), FailingBackward(failing), DDIM(3))
     with pytest.raises(RuntimeError, match="^backward ended with the StopIteration") as raised:

@@ -1,4 +1,4 @@
-"""Surrogate trajectories against gradients by hand: with `f = theta w x` every one of them is a short product."""
+"""Surrogate trajectories against hand computation: with `f = theta w x` every gradient is a short product."""
 
 import inspect
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def gradient(latents: Tensor, model: LinearModel) -> float:
 
 
 def trajectory(chain: SamplingChain) -> list[Tensor]:
-    """Euler by hand: `x_{i+1} = (1 + (s - t) theta) x_i`."""
+    """Euler's method by hand: `x_{i+1} = (1 + (s - t) theta) x_i`."""
     latents = [noise()]
     for t, s in chain.grid:
         latents.append((1 + (s - t) * THETA) * latents[-1])
@@ -58,7 +58,7 @@ def trajectory(chain: SamplingChain) -> list[Tensor]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("bridge", [0.0, 0.5, 1.0])
-def test_flow_bp_bridge(seed: int, bridge: float) -> None:
+def test_flow_bp_bridge_gradient_equals_hand_computation(seed: int, bridge: float) -> None:
     model = flow()
     truncation = FlowBPBridge(k=3, late_bias=1.0, rescale=0.5, bridge=bridge)
     draws, chain = chain_of(flow(), seed), chain_of(model, seed)
@@ -82,7 +82,7 @@ def test_flow_bp_bridge(seed: int, bridge: float) -> None:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("discount", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("min_distance", [1e-6, 0.1, 1e9])
-def test_leap_align(seed: int, discount: float, min_distance: float) -> None:
+def test_leap_align_gradient_equals_hand_computation(seed: int, discount: float, min_distance: float) -> None:
     model = flow()
     chain = chain_of(model, seed)
     k, j = chain_of(flow(), seed).choose([1.0] * STEPS, 2)
@@ -99,7 +99,7 @@ def test_leap_align(seed: int, discount: float, min_distance: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_direct_align(seed: int) -> None:
+def test_direct_align_gradient_equals_hand_computation(seed: int) -> None:
     model = flow()
     chain = chain_of(model, seed)
     left = chain_of(flow(), seed).randint(1, STEPS - 1)
@@ -113,7 +113,7 @@ def test_direct_align(seed: int) -> None:
 
 @battery
 @pytest.mark.parametrize("recompute", [Recompute(steps=True), Recompute(micro_batch_size=1)], ids=["steps", "slices"])
-def test_recomputing_changes_nothing(truncation: Truncation, recompute: Recompute) -> None:
+def test_recomputation_changes_no_gradient(truncation: Truncation, recompute: Recompute) -> None:
     for sampler, model in ((FlowEuler(STEPS), flow()), (DDIM(STEPS), LinearModel(THETA, shape=(2, 3)))):
         plain = truncation(chain_of(model, 1, sampler), noise())
         again = truncation(chain_of(model, 1, sampler, recompute=recompute), noise())
@@ -130,7 +130,7 @@ def test_gradient_steps_bounds_the_calls_with_gradient(truncation: Truncation) -
 
 
 @battery
-def test_choices_leave_the_global_random_state_alone(truncation: Truncation) -> None:
+def test_random_choices_do_not_use_the_global_generator(truncation: Truncation) -> None:
     before = torch.get_rng_state()
     truncation(chain_of(flow(), 0), noise())
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""The traces tell a change from rounding, and the recorded ones are of the cases that there are."""
+"""Traces distinguish a change from rounding, and the recorded traces are those of the existing cases."""
 
 import copy
 import json
@@ -90,7 +90,7 @@ def without_reward(trace: Trace) -> None:
         (without_reward, "different"),
     ],
 )
-def test_what_differs_decides_the_verdict(
+def test_verdict_depends_on_the_difference(
     change: Callable[[Trace], None], outcome: str, recorded: dict[str, Trace]
 ) -> None:
     expected = recorded["truncation/last_k_2"]
@@ -99,7 +99,7 @@ def test_what_differs_decides_the_verdict(
     assert compare(expected, found).outcome == outcome
 
 
-def test_comparing_a_changed_file_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_with_a_changed_file_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "traces.json"
     arguments = [str(file), "--only", "truncation/last_k_1"]
     assert main(["record", *arguments]) == 0
@@ -111,7 +111,7 @@ def test_comparing_a_changed_file_exits_with_1(tmp_path: Path, capsys: pytest.Ca
     assert "loss: relative difference" in capsys.readouterr().out
 
 
-def test_the_reference_holds_every_case() -> None:
+def test_reference_contains_every_case() -> None:
     assert list(json.loads(REFERENCE.read_text())["cases"]) == list(CASES)
 
 

@@ -1,4 +1,4 @@
-"""The command line in process, in an empty folder, on small random models."""
+"""The command line in this process, in an empty folder, with small random models."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from lightning_draft.__main__ import main
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left: its exit status and what it wrote."""
+    """The result of a command: exit status and output."""
 
     status: int
     out: str
@@ -24,7 +24,7 @@ class Result:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder; modules imported from it are forgotten afterwards."""
+    """An empty current folder; modules imported from it are removed from `sys.modules` afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
@@ -59,7 +59,7 @@ def command(
 
 @pytest.fixture(scope="session")
 def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run of `small.yaml` has ended that changed its model visibly."""
+    """The folder of a finished run of `small.yaml` that has changed the model visibly."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "small.yaml").write_text(SMALL.format(model=tiny_sd))
     before = Path.cwd()
@@ -82,7 +82,7 @@ def trained(workplace: Path, finished: Path) -> Path:
 
 @pytest.fixture
 def config(workplace: Path, tiny_sd: Path) -> Path:
-    """A config of a run of seconds, `small.yaml`."""
+    """The config of a short run, `small.yaml`."""
     path = workplace / "small.yaml"
     path.write_text(SMALL.format(model=tiny_sd))
     return path

@@ -1,4 +1,4 @@
-"""Every shipped config runs: the small ones for one step, those of real size on a small random pipeline."""
+"""Every shipped config runs: small ones for one step, those of real size with a small random pipeline."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,14 +92,14 @@ def test_shipped_config_runs(command: Callable, name: str, request: pytest.Fixtu
     assert Path(f"runs/{name}/lora/guarded.safetensors").is_file() == (name == "guard")
 
 
-def test_quickstart_on_the_shipped_model(command: Callable) -> None:
-    """Its adapters sit where this model's captions enter, so it runs on no other."""
+def test_quickstart_runs_on_the_shipped_model(command: Callable) -> None:
+    """The config adapts layers that only this model has."""
     result = command("fit", "--config", "quickstart", *_options(TINY | {"data.batch_size": 1}))
     assert result.status == 0, result.err
     assert Path("runs/quickstart/lora/last.safetensors").is_file()
 
 
-def test_there_is_one_for_every_method() -> None:
+def test_every_method_has_a_config() -> None:
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.truncation import Truncation
 
@@ -110,7 +110,7 @@ def test_there_is_one_for_every_method() -> None:
     assert set(EMOJI) == {*METHODS, *POLICIES, *FORWARD, "quickstart", "guard", "compositions"}
 
 
-def test_there_is_a_config_for_every_forward_objective() -> None:
+def test_every_forward_objective_has_a_config() -> None:
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.forward_objectives import ForwardObjective
 
@@ -122,7 +122,7 @@ def test_there_is_a_config_for_every_forward_objective() -> None:
     assert set(FORWARD.values()) == known
 
 
-def test_there_is_a_config_for_every_objective_and_advantage_estimator() -> None:
+def test_every_objective_and_advantage_estimator_has_a_config() -> None:
     from lightning_draft.advantages import AdvantageEstimator
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.objectives import Objective
@@ -135,14 +135,14 @@ def test_there_is_a_config_for_every_objective_and_advantage_estimator() -> None
 
 
 def _sampled_steps(name: str) -> int:
-    """Stochastic steps of a config on its own model's grid: all but a last one that ends without noise."""
+    """Return the stochastic steps of a config on the grid of its model: all except a last step without noise."""
     steps = _content(name)["model"]["init_args"]["sampler"]["init_args"]["num_steps"]
     return steps if name.startswith("sd15_") else steps - 1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if _class(_content(name)["model"]) == "PolicyGradientModule"])
-def test_optimizer_steps_of_a_policy_end_with_passes(name: str) -> None:
-    """As the Trainer is set on the config's own model, whose number of parts a small one need not have."""
+def test_optimizer_steps_of_policy_configs_end_with_epochs(name: str) -> None:
+    """For the Trainer and the model of the config; a small model may have another number of minibatches."""
     content = _content(name)
     arguments = content["model"]["init_args"]
     samples = content["data"]["batch_size"] * arguments.get("samples_per_prompt", 1)
@@ -154,7 +154,7 @@ def test_optimizer_steps_of_a_policy_end_with_passes(name: str) -> None:
         assert parts == accumulate
 
 
-def test_methods_differ_in_the_method_alone() -> None:
+def test_method_configs_differ_only_in_the_method() -> None:
     method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs", "old_policy")
 
     def rest(name: str) -> dict:
@@ -167,8 +167,8 @@ def test_methods_differ_in_the_method_alone() -> None:
     assert all(rest(name) == rest("nft") for name in FORWARD)
 
 
-def test_a_last_step_that_is_trained_alone_uses_the_network() -> None:
-    """On the grid of SD 1.x's own scheduler file it hardly does; the preflight warns of it."""
+def test_last_step_of_configs_that_train_only_it_uses_the_network() -> None:
+    """On the grid of SD 1.x's scheduler file the coefficient is small, which gives a warning before training."""
     for name in set(NAMES) - set(EMOJI):
         arguments = _content(name)["model"]["init_args"]
         if arguments.get("truncation", {}) in (
@@ -178,7 +178,7 @@ def test_a_last_step_that_is_trained_alone_uses_the_network() -> None:
             assert arguments["sampler"]["init_args"]["spacing"] == "trailing", name
 
 
-def test_listing_says_what_each_is(command: Callable) -> None:
+def test_listing_describes_each_config(command: Callable) -> None:
     listed = command("configs", "list").out.splitlines()
     assert [line.split()[0] for line in listed] == NAMES
     assert NAMES[0] == "quickstart"
@@ -187,7 +187,7 @@ def test_listing_says_what_each_is(command: Callable) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_config_opens_with_one_or_two_lines(name: str) -> None:
+def test_shipped_configs_start_with_a_comment_of_one_or_two_lines(name: str) -> None:
     lines = shipped.locate(name).read_text(encoding="utf-8").splitlines()
     comments = [line for line in lines if line.startswith("#")]
     assert 1 <= len(comments) <= 2

@@ -1,4 +1,4 @@
-"""What becomes a message, and what keeps its traceback."""
+"""Which exceptions become a message, and which keep their traceback."""
 
 import traceback
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Buggy(Reward):
 """
 
 
-def test_a_bug_in_a_constructor_of_the_users_keeps_its_own_traceback_alone(command: Callable, config: Path) -> None:
+def test_error_in_a_user_constructor_keeps_only_its_own_traceback(command: Callable, config: Path) -> None:
     (config.parent / "mine.py").write_text(BUGGY)
     with pytest.raises(KeyError, match="nothing") as info:
         command("fit", "--config", config, "--model.reward", "mine.Buggy")
@@ -31,7 +31,7 @@ def test_a_bug_in_a_constructor_of_the_users_keeps_its_own_traceback_alone(comma
 
 
 @pytest.mark.parametrize(("code", "error"), [("def f(:\n", SyntaxError), ("import nowhere_at_all\n", ImportError)])
-def test_a_module_of_the_users_that_cannot_be_imported_says_why(
+def test_failing_import_of_a_user_module_raises_its_own_exception(
     command: Callable, config: Path, code: str, error: type[Exception]
 ) -> None:
     (config.parent / "broken.py").write_text(code)
@@ -39,7 +39,7 @@ def test_a_module_of_the_users_that_cannot_be_imported_says_why(
         command("fit", "--config", config, "--model.reward", "broken.Redness")
 
 
-def test_value_errors_of_the_users_code_are_not_configuration_errors() -> None:
+def test_value_errors_of_user_code_are_not_configuration_errors() -> None:
     with pytest.raises(ValueError, match="invalid literal") as info, as_configuration_error():
         int("five")
     assert not isinstance(info.value, ConfigurationError)
@@ -59,11 +59,11 @@ def test_errors_of_libraries_and_of_the_file_system_are_configuration_errors(tmp
 
 
 def _logger_without_its_package(module: str) -> None:
-    """Raise as Lightning's logger does where its package is missing, from that module."""
+    """Raise the exception of Lightning's logger when its package is missing, from the logger's module."""
     exec("raise ModuleNotFoundError('wandb>=0.12.10 not met')", {"__name__": module})
 
 
-def test_a_checkpoint_with_other_objects_says_what_loads_it(tmp_path: Path) -> None:
+def test_checkpoint_with_other_objects_names_the_option_that_loads_it(tmp_path: Path) -> None:
     import torch
 
     torch.save({"place": tmp_path}, tmp_path / "a.ckpt")
@@ -71,12 +71,12 @@ def test_a_checkpoint_with_other_objects_says_what_loads_it(tmp_path: Path) -> N
         torch.load(tmp_path / "a.ckpt", weights_only=True)
 
 
-def test_root_cause_is_what_was_raised_first_where_no_parser_is_around_it() -> None:
+def test_root_cause_without_a_parser_is_the_exception_itself() -> None:
     error = KeyError("mine")
     assert root_cause(error) is error
 
 
-def test_messages_get_the_full_name_of_the_option_that_has_the_value() -> None:
+def test_messages_contain_the_full_option_name() -> None:
     options = flatten(
         {
             "data": {"val_size": 8, "batch_size": 2},
@@ -95,7 +95,7 @@ def test_control_characters_are_escaped_on_the_screen() -> None:
     assert printable("a\x1b[31mred\x07\r\u202e\u2028b\n\tc") == "a\\x1b[31mred\\x07\\r\\u202e\\u2028b\n\tc"
 
 
-def test_notices_are_left_out_inside_the_command_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notices_are_omitted_only_within_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
     import warnings
 

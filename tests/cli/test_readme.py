@@ -1,4 +1,4 @@
-"""The commands of README and documentation on the shipped model run as they are written."""
+"""The commands of README and documentation for the shipped model run as written."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 REWARD = (ROOT / "docs" / "your_reward.md").read_text(encoding="utf-8")
 
 
-def test_commands_are_found() -> None:
+def test_documented_commands_are_found() -> None:
     assert len(COMMANDS) >= 6
 
 
@@ -38,7 +38,7 @@ def test_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not any(word in line for word in SKIPPED)])
-def test_command_runs(line: str, command: Callable) -> None:
+def test_documented_command_runs(line: str, command: Callable) -> None:
     (reward,) = [block for block in re.findall(r"```python\n(.*?)```", REWARD, re.DOTALL) if "class Redness" in block]
     Path("my_rewards.py").write_text(reward)
     options = dict(SHORT)

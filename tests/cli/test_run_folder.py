@@ -1,4 +1,4 @@
-"""Run folders: exclusive, inside `runs`, never overwritten; what resuming finds, compares, applies and refuses."""
+"""Run folders are exclusive, inside `runs` and never overwritten; resuming checks changes."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def _checkpoint(folder: Path, step: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("name", ["small", "a.b", "lr[1]", "group/small"])
-def test_runs_of_one_name_are_numbered(tmp_path: Path, name: str) -> None:
+def test_runs_with_the_same_name_are_numbered(tmp_path: Path, name: str) -> None:
     assert run_folder.create(tmp_path, name).path == tmp_path / name
     for folder in (f"{name}-2", f"{name}-10", f"{name}-other"):
         (tmp_path / folder).mkdir(parents=True)
@@ -34,7 +34,7 @@ def test_runs_of_one_name_are_numbered(tmp_path: Path, name: str) -> None:
     assert names == [Path(name).name + number for number in ("", "-2", "-10", "-11")]
 
 
-def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_that_start_together_get_separate_folders(tmp_path: Path) -> None:
     barrier, folders = threading.Barrier(16), []
 
     def start() -> None:
@@ -49,13 +49,13 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path) -> No
     assert len(set(folders)) == 16
 
 
-def test_a_file_in_the_place_of_the_folder_is_one_message(tmp_path: Path) -> None:
+def test_file_at_the_path_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "group").touch()
     with pytest.raises(ConfigurationError, match="group is not a folder"):
         run_folder.create(tmp_path, "group/small")
 
 
-def test_last_is_the_newest_run_and_not_the_newest_file(tmp_path: Path) -> None:
+def test_last_is_the_newest_run_not_the_newest_file(tmp_path: Path) -> None:
     old, new = _checkpoint(tmp_path / "small"), _checkpoint(tmp_path / "small-2")
     os.utime(new, ns=(0, 0))
     assert run_folder.newest(tmp_path, "small") == run_folder.RunFolder(tmp_path / "small-2", new)
@@ -66,7 +66,7 @@ def test_last_is_the_newest_run_and_not_the_newest_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text"])
-def test_a_broken_checkpoint_is_one_message_however_it_is_found(tmp_path: Path, content: bytes) -> None:
+def test_broken_checkpoint_is_an_error_for_every_way_to_name_it(tmp_path: Path, content: bytes) -> None:
     _checkpoint(tmp_path / "small").write_bytes(content)
     for find in (run_folder.resume, run_folder.start_or_resume):
         with pytest.raises(ConfigurationError, match=r"last.ckpt is (empty|not a checkpoint)"):
@@ -75,7 +75,7 @@ def test_a_broken_checkpoint_is_one_message_however_it_is_found(tmp_path: Path, 
         run_folder.newest(tmp_path, "small")
 
 
-def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+def test_only_one_process_can_train_in_a_folder(tmp_path: Path) -> None:
     with run_folder.locked(tmp_path):
         with pytest.raises(ConfigurationError, match="another process is training"), run_folder.locked(tmp_path):
             pass
@@ -85,14 +85,14 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_start_or_resume_starts_once_and_then_continues_in_the_same_folder(tmp_path: Path) -> None:
+def test_start_or_resume_continues_in_the_folder_of_the_first_start(tmp_path: Path) -> None:
     first = run_folder.start_or_resume(tmp_path / "job")
     assert first == run_folder.RunFolder(tmp_path / "job", None, created=True)
     file = _checkpoint(tmp_path / "job")
     assert run_folder.start_or_resume(tmp_path / "job") == run_folder.RunFolder(tmp_path / "job", file)
 
 
-def test_discard_removes_only_an_unused_folder_of_its_own(tmp_path: Path) -> None:
+def test_discard_removes_only_unused_folders_that_it_created(tmp_path: Path) -> None:
     run = run_folder.create(tmp_path / "runs", "small")
     (run.path / "config.yaml").touch()
     run_folder.discard(run_folder.RunFolder(run.path))
@@ -130,12 +130,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
-def test_changes_that_a_resumed_run_cannot_have(changes: dict, message: str) -> None:
+def test_invalid_changes_of_a_resumed_run_are_errors(changes: dict, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         check_changes(changed_options(_config(), _config(**changes)), _config(**changes))
 
 
-def test_changes_that_a_resumed_run_can_have() -> None:
+def test_valid_changes_of_a_resumed_run_are_accepted() -> None:
     new = _config(kl_weight=0.5, optimizer={"class_path": "AdamW", "init_args": {"lr": 1e-4, "betas": [0.9, 0.999]}})
     changes = changed_options(_config(), {**new, "name": "y"})
     assert changes == {"model.kl_weight": (0.0, 0.5), "model.optimizer.lr": (1e-3, 1e-4)}
@@ -145,7 +145,7 @@ def test_changes_that_a_resumed_run_can_have() -> None:
         check_changes(changes, new)
 
 
-def test_a_refused_resume_changes_nothing_and_an_allowed_change_is_applied_and_recorded(
+def test_rejected_resume_changes_nothing_and_valid_change_is_applied_and_recorded(
     command: Callable, config: Path
 ) -> None:
     assert command("fit", "--config", config, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.001").status == 0
@@ -169,7 +169,7 @@ def test_a_refused_resume_changes_nothing_and_an_allowed_change_is_applied_and_r
     assert yaml.safe_load(text)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.0005
 
 
-def test_files_are_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_files_are_written_completely_or_not_at_all(tmp_path: Path) -> None:
     write_text(tmp_path / "a.yaml", "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a.yaml", "new \ud800")
@@ -198,7 +198,7 @@ class FileLogger(DummyLogger):
     ("logger", "files"),
     [("CSVLogger", ["csv/version_0/metrics.csv", "csv/version_1/metrics.csv"]), ("mine.FileLogger", ["metrics.txt"])],
 )
-def test_loggers_only_log_and_inside_the_run_folder(
+def test_loggers_write_only_inside_the_run_folder(
     command: Callable, config: Path, logger: str, files: list[str]
 ) -> None:
     Path("mine.py").write_text(LOGGER)
@@ -232,7 +232,7 @@ class Warn(L.Callback):
 
 @pytest.fixture
 def slurm(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for SLURM: the variables of a job, and a `scontrol` that writes its arguments to a file."""
+    """Simulate SLURM: the variables of a job, and a `scontrol` that writes its arguments to a file."""
     scontrol = workplace / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {workplace}/requeued\n')
@@ -244,9 +244,7 @@ def slurm(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace / "requeued"
 
 
-def test_one_command_line_starts_and_continues_after_the_schedulers_warning(
-    command: Callable, config: Path, slurm: Path
-) -> None:
+def test_same_command_starts_and_continues_after_the_slurm_signal(command: Callable, config: Path, slurm: Path) -> None:
     Path("signals.py").write_text(SIGNALS)
     job = ["fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks", "[signals.Warn]"]
     first = command(*job, "--name", "job", "--resume", "auto")

@@ -1,4 +1,4 @@
-"""A run on Stable Diffusion 3 from the command line: what it says, and what can be done with what it leaves."""
+"""A command-line run with Stable Diffusion 3: its output, and the use of its files."""
 
 import re
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def config(workplace: Path, tiny_sd3: Path) -> Path:
     return path
 
 
-def test_what_a_run_says_is_true(command: Callable, config: Path, tiny_sd3: Path) -> None:
-    """The lines for diffusers run, and `sample` draws, from the run and from the file alone."""
+def test_printed_code_and_sample_command_work(command: Callable, config: Path, tiny_sd3: Path) -> None:
+    """The printed code for diffusers runs, and `sample` works with the run and with the file alone."""
     result = command("fit", "--config", config)
     assert result.status == 0, result.err
     lines = re.findall(r"^    (pipe.*)$", result.out, re.MULTILINE)
@@ -75,8 +75,8 @@ def test_what_a_run_says_is_true(command: Callable, config: Path, tiny_sd3: Path
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
 
 
-def test_adapters_of_a_file_are_the_layers_that_it_names(command: Callable, config: Path, tiny_sd3: Path) -> None:
-    """A file for one of two attentions does not ask for the other."""
+def test_file_with_fewer_layers_adapts_only_these_layers(command: Callable, config: Path, tiny_sd3: Path) -> None:
+    """A file for one of two attentions does not need the other."""
     from lightning_draft.models import LoRA, StableDiffusion3
 
     model = StableDiffusion3(str(tiny_sd3), lora=LoRA(rank=3, target_modules=["attn.to_q", "ff.net.2"]))
@@ -88,7 +88,7 @@ def test_adapters_of_a_file_are_the_layers_that_it_names(command: Callable, conf
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_the_wrong_wrapper_or_sampler_is_named(command: Callable, config: Path, tiny_sd: Path) -> None:
+def test_wrong_model_class_or_sampler_is_named_in_the_error(command: Callable, config: Path, tiny_sd: Path) -> None:
     other = command("fit", "--config", config, "--model.model.pretrained", tiny_sd)
     assert other.status != 0
     assert "open it with StableDiffusion\n" in other.err

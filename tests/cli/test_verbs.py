@@ -1,4 +1,4 @@
-"""The commands: help pages, what a run leaves, resuming, validating, sampling."""
+"""The commands: help pages, files of a run, resuming, validation, sampling."""
 
 import shutil
 import signal
@@ -33,11 +33,11 @@ def test_help_pages_import_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_version(command: Callable) -> None:
+def test_version_is_printed(command: Callable) -> None:
     assert command("--version").out == f"lightning-draft {__version__}\n"
 
 
-def test_help_names_every_callback_and_verb(command: Callable) -> None:
+def test_help_lists_every_callback_and_command(command: Callable) -> None:
     from lightning_draft import callbacks
     from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 
@@ -60,7 +60,7 @@ def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None
     assert "Optimization steps between grids." in samples
 
 
-def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path, tiny_sd: Path) -> None:
+def test_run_writes_all_files_to_its_folder(command: Callable, config: Path, tiny_sd: Path) -> None:
     result = command("fit", "--config", config)
     assert result.status == 0, result.err
     run = Path("runs/small")
@@ -73,7 +73,7 @@ def test_a_run_leaves_everything_in_its_folder(command: Callable, config: Path, 
     assert (run / "lora" / "best.safetensors").is_file()
 
 
-def test_the_saved_config_reruns_the_run(command: Callable, config: Path) -> None:
+def test_saved_config_repeats_the_run(command: Callable, config: Path) -> None:
     command("fit", "--config", config, "--model.truncation.k", "1", "--name", "first")
     again = command("fit", "--config", "runs/first")
     assert again.status == 0, again.err
@@ -85,7 +85,7 @@ def test_the_saved_config_reruns_the_run(command: Callable, config: Path) -> Non
     assert configs[0]["model"]["init_args"]["truncation"]["init_args"]["k"] == 1
 
 
-def test_resuming_equals_the_uninterrupted_run(command: Callable, config: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(command: Callable, config: Path) -> None:
     command("fit", "--config", config, "--trainer.max_steps", "4", "--name", "whole")
     command("fit", "--config", config, "--name", "parts")
     resumed = command("fit", "--config", config, "--name", "parts", "--ckpt_path", "last", "--trainer.max_steps", "4")
@@ -100,7 +100,7 @@ def test_resuming_equals_the_uninterrupted_run(command: Callable, config: Path) 
     assert yaml.safe_load(Path("runs/parts/config.yaml").read_text())["ckpt_path"] is None
 
 
-def test_a_checkpoint_does_not_override_what_is_typed(command: Callable, trained: Path) -> None:
+def test_checkpoint_does_not_override_command_line_options(command: Callable, trained: Path) -> None:
     checkpoint = torch.load("runs/small/checkpoints/last.ckpt")
     checkpoint["hyper_parameters"] = {"seed": 77, "kl_weight": 5.0}
     torch.save(checkpoint, "mine.ckpt")
@@ -110,7 +110,7 @@ def test_a_checkpoint_does_not_override_what_is_typed(command: Callable, trained
     assert (saved["seed"], saved["kl_weight"]) == (3, 0.0)
 
 
-def test_last_is_the_newest_run_of_the_name_or_the_given_one(command: Callable, trained: Path) -> None:
+def test_last_is_the_newest_run_with_the_name_or_the_given_one(command: Callable, trained: Path) -> None:
     shutil.copytree("runs/small", "runs/small-2", copy_function=shutil.copyfile)
     steps = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
     assert "run folder: runs/small-2 " in command("fit", "--config", trained, *steps).out
@@ -130,18 +130,18 @@ def test_callbacks_can_be_changed_removed_and_added(command: Callable, config: P
     assert Path("runs/small-2/checkpoints/last.ckpt").is_file()
 
 
-def test_no_logger_writes_nothing_into_the_current_folder(command: Callable, config: Path) -> None:
+def test_run_without_logger_writes_nothing_to_the_current_folder(command: Callable, config: Path) -> None:
     assert command("fit", "--config", config, "--trainer.logger", "false").status == 0
     assert {path.name for path in Path().iterdir()} == {"runs", "small.yaml"}
     assert Path("runs/small/config.yaml").is_file()
 
 
-def test_fast_dev_run_leaves_nothing(command: Callable, config: Path) -> None:
+def test_fast_dev_run_writes_no_files(command: Callable, config: Path) -> None:
     assert command("fit", "--config", config, "--trainer.fast_dev_run", "true").status == 0
     assert {path.name for path in Path().iterdir()} == {"small.yaml"}
 
 
-def test_a_reward_of_ones_own_in_the_current_folder(command: Callable, config: Path) -> None:
+def test_user_reward_in_the_current_folder_is_found(command: Callable, config: Path) -> None:
     Path("my_rewards.py").write_text(
         "from lightning_draft.rewards import Reward\n"
         "class Redness(Reward):\n"
@@ -155,7 +155,7 @@ def test_a_reward_of_ones_own_in_the_current_folder(command: Callable, config: P
     assert "Redness" in result.out
 
 
-def test_interpolation_and_later_files_and_options_win(command: Callable, config: Path) -> None:
+def test_later_files_and_options_override_and_interpolations_are_resolved(command: Callable, config: Path) -> None:
     Path("more.yaml").write_text("data:\n  seed: 5\nmodel:\n  init_args:\n    seed: ${data.seed}\n    kl_weight: 0.5\n")
     args = ["fit", "--config", config, "--config", "more.yaml", "--model.kl_weight", "0.25", "--print_config"]
     printed = yaml.safe_load(command(*args).out)
@@ -164,7 +164,7 @@ def test_interpolation_and_later_files_and_options_win(command: Callable, config
     assert arguments["truncation"]["init_args"] == {"k": 2}
 
 
-def test_loading_code_of_a_single_file_opens_a_single_file(tmp_path: Path) -> None:
+def test_printed_loading_code_opens_a_single_file(tmp_path: Path) -> None:
     from lightning_draft.cli.summary import loading_code
 
     file = tmp_path / "model.safetensors"
@@ -188,7 +188,7 @@ def test_curves_images_and_lines_count_completed_steps(command: Callable, config
     assert {event.step for tag in events.Tags()["images"] for event in events.Images(tag)} == {0, 1, 2}
 
 
-def test_a_fault_in_training_ends_with_status_1(command: Callable, config: Path) -> None:
+def test_error_in_training_gives_exit_status_1(command: Callable, config: Path) -> None:
     Path("exploding.py").write_text(
         "import lightning as L\n"
         "class Explode(L.Callback):\n"
@@ -202,7 +202,7 @@ def test_a_fault_in_training_ends_with_status_1(command: Callable, config: Path)
     assert "training failed: the gradient was not finite in 10 optimizer steps in a row" in result.err
 
 
-def test_ctrl_c_before_the_first_step_is_one_message(command: Callable, config: Path) -> None:
+def test_ctrl_c_before_the_first_step_prints_one_message(command: Callable, config: Path) -> None:
     Path("pressing.py").write_text(
         "import lightning as L\n"
         "class Press(L.Callback):\n"
@@ -219,7 +219,7 @@ def test_ctrl_c_before_the_first_step_is_one_message(command: Callable, config: 
     assert not Path("runs").exists()
 
 
-def test_secrets_are_in_no_file_of_the_run(command: Callable, config: Path) -> None:
+def test_no_file_of_the_run_contains_secrets(command: Callable, config: Path) -> None:
     Path("mine.py").write_text(
         "from lightning_draft.rewards import Reward\n"
         "class Service(Reward):\n"
@@ -241,7 +241,7 @@ def test_secrets_are_in_no_file_of_the_run(command: Callable, config: Path) -> N
     assert "give the value again with --model.reward." in again.err
 
 
-def test_terminal_codes_in_a_warning_are_escaped(command: Callable, config: Path) -> None:
+def test_terminal_codes_in_warnings_are_escaped(command: Callable, config: Path) -> None:
     Path("warning.py").write_text(
         "import lightning as L, warnings\n"
         "class Warn(L.Callback):\n"
@@ -270,7 +270,7 @@ def test_a_file_in_the_current_folder_does_not_replace_a_package(config: Path) -
     assert done.stdout == ""
 
 
-def test_validate_scores_the_checkpoint(command: Callable, trained: Path) -> None:
+def test_validate_uses_the_checkpoint(command: Callable, trained: Path) -> None:
     base = command("validate", "--config", "runs/small")
     assert "no --ckpt_path: these are the scores of the base model" in base.out
     tuned = command("validate", "--config", "runs/small", "--ckpt_path", "last")
@@ -279,7 +279,7 @@ def test_validate_scores_the_checkpoint(command: Callable, trained: Path) -> Non
     assert {path.name for path in Path("runs").iterdir()} == {"small"}
 
 
-def test_sample_draws_a_grid_at_the_given_scales(command: Callable, trained: Path) -> None:
+def test_sample_writes_a_grid_at_the_given_scales(command: Callable, trained: Path) -> None:
     result = command(
         "sample", "runs/small", "--scale", "0", "1", "2", "--seed", "0", "1", "--prompt", "red", "-o", "a/b.png"
     )
@@ -287,11 +287,13 @@ def test_sample_draws_a_grid_at_the_given_scales(command: Callable, trained: Pat
     rewards = _table(result.out.replace(" reward", ""))
     assert list(rewards) == ["base", "scale 1", "scale 2"]
     assert len(set(rewards.values())) == 3
-    with Image.open("a/b.png") as picture:
-        assert 6 * 128 < picture.width < 7 * 128
+    with Image.open("a/b.png") as image:
+        assert 6 * 128 < image.width < 7 * 128
 
 
-def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable, trained: Path, tiny_sd: Path) -> None:
+def test_sample_without_a_config_uses_the_base_model_named_in_the_file(
+    command: Callable, trained: Path, tiny_sd: Path
+) -> None:
     lora = Path("runs/small/lora/last.safetensors").rename("my.safetensors")
     assert command("sample", lora, "--prompt", "a cat", "--steps", "2", "-o", "one.png").status == 0
     named = command("sample", lora, "--model", tiny_sd, "--prompt", "a cat", "--steps", "2", "-o", "two.png")
@@ -301,13 +303,13 @@ def test_sample_without_a_config_takes_the_base_from_the_file(command: Callable,
 
 
 class Forgetful(DDIM):
-    """Every step draws anew."""
+    """Every step uses new noise."""
 
     def step(self, schedule: Any, x: torch.Tensor, *_: Any) -> Any:
         return Transition(torch.zeros_like(x), 1.0), None
 
 
-def test_sample_draws_the_noise_of_the_steps_apart_from_the_starting_noise(tiny_sd: Path) -> None:
+def test_sample_uses_different_noise_for_the_start_and_the_steps(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), guidance=Guidance(1.0), lora=None)
     start = model.noise(9, torch.Generator().manual_seed(3))
     ours = _generate(model, Forgetful(1), ["red"] * 9, 3, 1.0)
@@ -315,8 +317,8 @@ def test_sample_draws_the_noise_of_the_steps_apart_from_the_starting_noise(tiny_
         assert not torch.isclose(ours[i], model.decode(start[i : i + 1])[0], atol=1e-3).all()
 
 
-def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, config: Path) -> None:
-    """Pressed within a step, whose batch is drawn already; the run goes on as if nobody had."""
+def test_run_interrupted_by_ctrl_c_keeps_its_files_and_resumes(command: Callable, config: Path) -> None:
+    """Ctrl-C is pressed within a step, after its batch was loaded; the resumed run equals an uninterrupted one."""
     Path("pressing.py").write_text(
         "import lightning as L\n"
         "class Press(L.Callback):\n"
@@ -346,7 +348,7 @@ def test_ctrl_c_leaves_what_there_is_and_can_be_resumed(command: Callable, confi
         assert torch.equal(state["exp_avg"], small["optimizer_states"][0]["state"][index]["exp_avg"])
 
 
-def test_a_run_that_fails_or_is_terminated_keeps_its_checkpoint(command: Callable, config: Path) -> None:
+def test_failed_or_terminated_run_keeps_its_checkpoint(command: Callable, config: Path) -> None:
     Path("failing.py").write_text(
         "import lightning as L, os, signal\n"
         "class Fail(L.Callback):\n"
@@ -371,12 +373,12 @@ def test_a_run_that_fails_or_is_terminated_keeps_its_checkpoint(command: Callabl
 
 
 def _place(checkpoint: dict[str, Any]) -> int:
-    """How many batches were seen."""
+    """The number of used batches."""
     return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"]
 
 
 def _table(text: str) -> dict[str, float]:
-    """The lines `name  number` of a text."""
+    """Parse the lines `name number` of a text."""
     found = {}
     for line in text.splitlines():
         name, _, value = line.rpartition(" ")
@@ -387,7 +389,7 @@ def _table(text: str) -> dict[str, float]:
     return found
 
 
-def test_a_folder_stands_for_its_newest_checkpoint(command: Callable, trained: Path) -> None:
+def test_folder_as_ckpt_path_means_its_newest_checkpoint(command: Callable, trained: Path) -> None:
     args = ["fit", "--config", trained, "--name", "more", "--trainer.max_steps", "3", "--trainer.logger", "CSVLogger"]
     result = command(*args, "--trainer.logger.save_dir", "csv", "--ckpt_path", "runs/small")
     assert result.status == 0, result.err

@@ -1,4 +1,4 @@
-"""The example of a reward of one's own: its gradient, and its way into a run by class path."""
+"""The example of a custom reward: its gradient, and its use in a run by class path."""
 
 import shutil
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 FRAGMENT = ROOT / "examples" / "custom_reward.yaml"
 
 
-def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_and_gradient_equal_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from examples.custom_reward import Warmth
 
@@ -30,10 +30,10 @@ def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("class_path", ["examples.custom_reward.Warmth", "my_rewards.Warmth"])
-def test_it_is_found_from_the_current_folder(
+def test_reward_is_found_in_the_current_folder(
     class_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The shipped example as it stands, and a copy in a file of another name."""
+    """The shipped example, and a copy in a file with another name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)

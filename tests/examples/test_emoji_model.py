@@ -1,4 +1,4 @@
-"""What the emoji scripts compute, without their data."""
+"""The computations of the emoji scripts, without their data."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ NAMES = (*mixture.COMPOSED, "cat", "dog", "bed")
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Random blocks of color with holes in the format of `data.prepare`; the last name is not drawn."""
+    """Random blocks of color with holes in the format of `data.prepare`; the last name has no image."""
     generator = np.random.default_rng(0)
     count = 2 * len(NAMES)
     rgba = generator.integers(0, 256, (count, 8, 8, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
@@ -47,7 +47,7 @@ def pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
-def test_images_are_composited_on_white_as_pillow_does(file: Path) -> None:
+def test_images_are_composited_on_white_as_in_pillow(file: Path) -> None:
     emoji = Emoji.load(file)
     with np.load(file) as arrays:
         picture = Image.fromarray(arrays["rgba"][3])
@@ -63,7 +63,7 @@ def test_every_caption_parses_back_to_its_scene(file: Path) -> None:
             assert Scene.parse(scene.caption) == scene
 
 
-def test_a_scene_shows_its_parts_at_their_boxes_and_its_ground_elsewhere(file: Path) -> None:
+def test_scene_shows_its_parts_in_their_boxes_and_its_background_elsewhere(file: Path) -> None:
     emoji = Emoji.load(file)
     single = emoji.images[emoji.row("noto", "bell")]
     torch.testing.assert_close(render(Scene("noto", ("bell",)), emoji), single)
@@ -85,7 +85,7 @@ def test_fine_tuning_and_evaluation_share_nothing_but_the_style(file: Path) -> N
         assert not shown[0] & shown[1]
 
 
-def test_blur_is_a_gaussian_as_pillow_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blur_equals_the_gaussian_blur_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(degradations, "_uniform", lambda low, high: 3.0)
     image = smooth_picture()
     theirs = torch.from_numpy(np.array(pil(image).filter(ImageFilter.GaussianBlur(3.0)))).permute(2, 0, 1) / 255
@@ -100,7 +100,7 @@ def test_every_degradation_lowers_the_psnr_visibly() -> None:
         assert (-10 * errors.log10() < 32).all(), kind.__name__
 
 
-def test_wash_is_affine_and_cast_is_a_gain_per_channel() -> None:
+def test_low_contrast_is_affine_and_color_cast_is_a_gain_per_channel() -> None:
     image = smooth_picture()
     washed = degradations.wash(image)
     slope = (washed.max() - washed.min()) / (image.max() - image.min())
@@ -122,7 +122,7 @@ def test_the_enlarged_autoencoder_keeps_the_inner_levels() -> None:
         assert larger.decode(z).sample.shape == (1, 3, 64, 64)
 
 
-def test_truth_prefers_the_own_picture_and_ignores_contrast(file: Path) -> None:
+def test_true_scene_scores_highest_for_any_contrast(file: Path) -> None:
     emoji = Emoji.load(file)
     scenes = [
         Scene("noto", ("bell",)),
@@ -140,7 +140,7 @@ def test_truth_prefers_the_own_picture_and_ignores_contrast(file: Path) -> None:
     torch.testing.assert_close(psnr, -10 * errors.log10())
 
 
-def test_nearest_picture_compares_with_training_pictures_only(file: Path) -> None:
+def test_nearest_image_is_searched_among_training_images_only(file: Path) -> None:
     emoji = Emoji.load(file)
     judge = NearestPicture(str(file))
     noisy = (emoji.images + 0.01).clamp(0, 1)
@@ -151,7 +151,7 @@ def test_nearest_picture_compares_with_training_pictures_only(file: Path) -> Non
     assert judge(noisy[unseen], [emoji.names[row] for row in unseen.tolist()]).tolist() == [0, 0]
 
 
-def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
+def test_captions_are_unchanged_by_the_tokenizer(tmp_path: Path) -> None:
     captions = ["noto red apple", "twemoji deciduous tree"]
     words = parts.tokenizer(captions, tmp_path)
     assert isinstance(words, CLIPTokenizer)
@@ -160,7 +160,7 @@ def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
     assert [words.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions
 
 
-def test_captions_of_the_clip_fit_one_image_of_their_batch_only(file: Path) -> None:
+def test_each_clip_caption_matches_one_image_of_its_batch(file: Path) -> None:
     """Similar scenes share a batch; a caption loses its style only where no other has the same words."""
     emoji = Emoji.load(file)
     singles = mixture.scenes(emoji)["single"]

@@ -1,4 +1,4 @@
-"""The table of methods: what it counts, what it concludes, and that it picks up where it stopped."""
+"""The method table: counts, conclusions, and continuation after an interruption."""
 
 import math
 import multiprocessing
@@ -57,8 +57,8 @@ def run(
 
 
 @pytest.mark.parametrize("method", ["DRaFT", "DRaFT-1", "DRaFT-LV", "REINFORCE"])
-def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
-    """The floor: a forward a step, a forward again where it is recomputed, a backward."""
+def test_passes_of_one_step_equal_the_expected_cost(method: str, run: Callable[..., Path]) -> None:
+    """The expected cost: a forward pass per step, another if it is recomputed, and a backward pass."""
     out = run("--tasks", "recognized", "--methods", method)
     result = find(out, method=method, seed=0)
     samples = 8 if method in methods.DIRECT else 16
@@ -71,7 +71,7 @@ def test_passes_of_one_step(method: str, run: Callable[..., Path]) -> None:
     assert result["peak_mib"] > 0
 
 
-def test_the_best_learning_rate_is_found_on_seeds_of_its_own(run: Callable[..., Path]) -> None:
+def test_learning_rate_is_tuned_on_separate_seeds(run: Callable[..., Path]) -> None:
     out = run("--tasks", "recognized", "--methods", "DRaFT-1", budget=400, lrs="1e-9 1e-3 3e-2")
     heat = {lr: end(out, lr=lr, seed=command.SHORT) for lr in (1e-9, 1e-3, 3e-2)}
     finalists = sorted(heat, key=lambda lr: heat[lr]["reward"])[1:]
@@ -121,7 +121,7 @@ def add_runs(file: Path, method: str, number: int) -> None:
         RunFile(file).add({"task": "t", "method": method, "seed": seed, "curve": [{"steps": 1, "reward": seed / 3}]})
 
 
-def test_two_processes_add_runs_to_the_same_file_without_losing_any(tmp_path: Path) -> None:
+def test_two_processes_can_append_runs_to_the_same_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "runs.jsonl"
     start = multiprocessing.get_context("spawn").Process
     processes = [start(target=add_runs, args=(file, method, 20)) for method in ("b", "a")]
@@ -137,7 +137,7 @@ def test_two_processes_add_runs_to_the_same_file_without_losing_any(tmp_path: Pa
     assert [path.name for path in file.parent.iterdir()] == ["runs.jsonl"]
 
 
-def test_a_run_is_read_as_it_was_written_to_single_precision(tmp_path: Path) -> None:
+def test_stored_run_is_read_in_single_precision(tmp_path: Path) -> None:
     rewards = torch.randn(50, generator=torch.Generator().manual_seed(0))
     rows = [{"steps": step, "reward": reward} for step, reward in enumerate(rewards.tolist())]
     runs = RunFile(tmp_path / "runs.jsonl")
@@ -149,7 +149,7 @@ def test_a_run_is_read_as_it_was_written_to_single_precision(tmp_path: Path) -> 
     assert [row["steps"] for row in added["curve"]] == list(range(50))
 
 
-def test_the_published_table_is_what_the_published_runs_give(tmp_path: Path) -> None:
+def test_published_table_equals_the_table_of_the_published_runs(tmp_path: Path) -> None:
     published = Path(command.__file__).parents[1] / "results" / "methods"
     (tmp_path / "runs.jsonl").write_text((published / "runs.jsonl").read_text())
     setting = methods.Setting("m", "c", "animals", "animals", "animals", STEPS)
@@ -157,7 +157,7 @@ def test_the_published_table_is_what_the_published_runs_give(tmp_path: Path) -> 
     assert (tmp_path / "methods.md").read_text() == (published / "methods.md").read_text()
 
 
-def test_every_method_and_truncation_is_in_it() -> None:
+def test_table_covers_every_method_and_truncation() -> None:
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.truncation import Truncation
 
@@ -167,8 +167,8 @@ def test_every_method_and_truncation_is_in_it() -> None:
     assert set(methods.TASKS["jpeg"].methods) == set(methods.POLICY)
 
 
-def test_a_parameter_of_its_own_is_tuned_with_the_learning_rate_and_taken_over(run: Callable[..., Path]) -> None:
-    """PRDP's squared error is 1/beta^2 of the reward's at the start: what was tried was really used."""
+def test_method_parameter_is_tuned_with_the_learning_rate(run: Callable[..., Path]) -> None:
+    """PRDP's squared error is 1/beta^2 of that of the reward at the start, so that the used value can be checked."""
     out = run("--tasks", "recognized", "many", "--methods", "PRDP", lrs="1e-3 1e-2")
     found = [run for run in RunFile(out / "runs.jsonl").all() if run["method"] == "PRDP"]
     tried = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.SHORT}
@@ -198,7 +198,7 @@ def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatc
     assert chosen == methods.Trial(3e-3, 0.03)
 
 
-def test_queries_are_compared_with_those_of_the_rival() -> None:
+def test_queries_are_compared_between_methods() -> None:
     def run(method: str, *rows: tuple[int, float]) -> Run:
         evaluations = [{"queries": q, "passes": q, "steps": q, "reward": reward} for q, reward in rows]
         curve = [{"reward": 0.0, "gradient_norm": 1.0}]
@@ -212,20 +212,20 @@ def test_queries_are_compared_with_those_of_the_rival() -> None:
 
 
 @pytest.mark.parametrize(("level", "queries"), [(-1.0, 0), (-0.75, 50), (0.0, 150), (0.5, 175), (1.1, math.inf)])
-def test_queries_to_a_level_lie_on_the_line_between_milestones(level: float, queries: float) -> None:
+def test_queries_to_a_level_are_interpolated(level: float, queries: float) -> None:
     rows = [{"queries": 100, "reward": -0.5}, {"queries": 200, "reward": 1.0}, {"queries": 400, "reward": 0.5}]
     reached = report.to_reach({"start": -1.0, "evaluations": rows}, level)
     assert reached == pytest.approx({0.0: 100 + 100 / 3, 0.5: 100 + 200 / 3}.get(level, queries))
 
 
-def test_standard_error() -> None:
+def test_standard_error_equals_numpy() -> None:
     values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     mean, error = report.mean_and_error(values.tolist())
     assert mean == pytest.approx(values.mean().item())
     assert error == pytest.approx((values.std() / 3**0.5).item())
 
 
-def test_evaluation_repeats(tiny_sd: Path, tiny_clip: Path) -> None:
+def test_evaluation_is_reproducible(tiny_sd: Path, tiny_clip: Path) -> None:
     setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", "animals", STEPS)
     module = methods.METHODS["DRaFT-1"].build(setting, "recognized", methods.Trial(1e-3), 0)
     evaluation = Evaluation([Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})], draws=2)

@@ -13,11 +13,11 @@ NOTEBOOK = json.loads((Path(__file__).parents[2] / "examples" / "quickstart.ipyn
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
-def test_no_output_is_stored() -> None:
+def test_notebook_stores_no_output() -> None:
     assert not any(cell["outputs"] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
 
 
-def test_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert CODE[0] == "STEPS, BATCH_SIZE, SHOWN = 28, 8, 8"
     names: dict = {}

@@ -1,4 +1,4 @@
-"""The example of over-optimization: its two runs are one until the guard acts, and the table describes their images."""
+"""The example of over-optimization: both runs are equal until the guard acts, and the table describes their images."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning_draft.rewards import Reward
 
 @pytest.fixture
 def finished(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Run it small; the guards by action, and where it wrote."""
+    """Run a small version; return the guards by action, and the output folder."""
     options = {"out": tmp_path, "model": tiny_sd, "prompts": "animals", "val-prompts": "animals", "steps": 2}
     options |= {"sampling-steps": 3, "batch-size": 1, "guarded": 2, "measured": 2, "shown": 2, "every": 1, "lr": 0.05}
     words = [text for key, value in options.items() for text in (f"--{key}", str(value))]
@@ -31,7 +31,7 @@ def finished(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.filterwarnings("ignore:over-optimized")
-def test_what_it_writes(finished: dict) -> None:
+def test_example_writes_table_and_figure(finished: dict) -> None:
     watcher, guard, out = finished["warn"], finished["stop"], finished["out"]
     assert list(watcher.history) == [0, 1, 2]
     assert all(watcher.history[step] == evaluation for step, evaluation in guard.history.items())

@@ -8,19 +8,19 @@ from lightning_draft.models import Conditioning, Guidance, Memory
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
-def test_a_scale_that_is_negative_or_not_finite_is_refused(scale: float) -> None:
+def test_negative_or_non_finite_scale_is_rejected(scale: float) -> None:
     with pytest.raises(ConfigurationError, match=rf"guidance.scale={scale} must be .*; write 1 for no guidance"):
         Guidance(scale)
 
 
-def test_other_wrong_options_are_refused() -> None:
+def test_other_invalid_options_are_rejected() -> None:
     with pytest.raises(ConfigurationError, match="guidance.gradient='off' is not .* full, conditional"):
         Guidance(gradient="off")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="memory.decode_chunk=0 must be at least 1"):
         Memory(decode_chunk=0)
 
 
-def test_the_default_scale_is_used_where_none_is_given() -> None:
+def test_default_scale_is_used_if_none_is_given() -> None:
     assert Guidance(negative_prompt="blurry").or_default(4.5) == Guidance(4.5, "blurry")
     assert Guidance(0.0).or_default(4.5) == Guidance(0.0)
 
@@ -53,7 +53,7 @@ def test_only_floating_point_tensors_change_their_dtype() -> None:
     assert {each.dtype for each in half.ragged["text"]} == {torch.bfloat16}
 
 
-def test_guidance_joins_ragged_batches_in_one_call() -> None:
+def test_guidance_concatenates_ragged_batches_in_one_call() -> None:
     """With `e_u + w (e_c - e_u)` computed by hand."""
     conditioning, x = batch(), torch.ones(2, 1)
     sizes = []

@@ -22,7 +22,7 @@ from lightning_draft.schedules import VariancePreserving
 
 
 def edited(folder: Path, copy: Path, file: str, **changes: Any) -> Path:
-    """A copy of a pipeline with changes to one of its JSON files."""
+    """Copy a pipeline and change one of its JSON files."""
     shutil.copytree(folder, copy)
     path = copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -41,7 +41,7 @@ def assert_same_weights(ours: StableDiffusion, theirs: StableDiffusion) -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_schedule_is_the_pipelines_own(tiny_sd: Path, tiny_sd_v: Path) -> None:
+def test_schedule_equals_that_of_the_pipeline(tiny_sd: Path, tiny_sd_v: Path) -> None:
     epsilon, velocity = (StableDiffusion(str(folder), lora=None) for folder in (tiny_sd, tiny_sd_v))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     table = (1 - betas).cumprod(0)
@@ -55,7 +55,7 @@ def test_schedule_is_the_pipelines_own(tiny_sd: Path, tiny_sd_v: Path) -> None:
     assert velocity.prediction == "v_prediction"
 
 
-def test_variant_is_found_where_only_it_is_there(tiny_sd: Path, tmp_path: Path) -> None:
+def test_fp16_variant_is_used_if_there_is_no_other(tiny_sd: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "half", variant="fp16")
     assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
@@ -65,7 +65,7 @@ def test_variant_is_found_where_only_it_is_there(tiny_sd: Path, tmp_path: Path) 
     assert_same_weights(model.half(), expected)
 
 
-def test_pickles_are_read_as_data_only(tiny_sd: Path, tmp_path: Path) -> None:
+def test_pickles_are_read_without_running_code(tiny_sd: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     folder = tmp_path / "pickled"
     pipeline.save_pretrained(folder)
@@ -78,8 +78,8 @@ def test_pickles_are_read_as_data_only(tiny_sd: Path, tmp_path: Path) -> None:
         StableDiffusion(str(folder))
 
 
-def test_clip_sample_is_off_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path) -> None:
-    """`StableDiffusionPipeline` itself turns clipping off: latents are not bounded by 1."""
+def test_clip_sample_is_disabled_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path) -> None:
+    """`StableDiffusionPipeline` disables clipping, because latents are not bounded by 1."""
     folder = edited(tiny_sd_v, tmp_path / "clip", "scheduler/scheduler_config.json", clip_sample=True)
     with pytest.warns(FutureWarning, match="clip_sample"):
         model = StableDiffusion(str(folder), lora=None)
@@ -101,12 +101,12 @@ def test_clip_sample_is_off_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path) -> 
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
             "FlowMatchEulerDiscreteScheduler has no alphas_cumprod; replace its config by that of a DDIMScheduler",
         ),
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline, and"),
-        ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, r"is a \['pipeline', 'Mine'\], and"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline and not"),
+        ("model_index.json", {"_class_name": ["pipeline", "Mine"]}, r"is a \['pipeline', 'Mine'\] and not"),
         ("vae/config.json", {"latent_channels": 4, "scaling_factor": 1.0}, None),
     ],
 )
-def test_pipelines_that_are_refused(
+def test_unsupported_pipelines_are_rejected(
     tiny_sd_v: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str | None
 ) -> None:
     folder = edited(tiny_sd_v, tmp_path / "pipeline", file, **changes)
@@ -117,7 +117,7 @@ def test_pipelines_that_are_refused(
         StableDiffusion(str(folder))
 
 
-def test_networks_that_need_more_than_text(tiny_sd: Path, tmp_path: Path) -> None:
+def test_networks_with_other_inputs_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     for name, change in {"LCM": {"time_cond_proj_dim": 8}, "class labels": {"num_class_embeds": 3}}.items():
         config = {**pipeline.unet.config, **change}
@@ -127,7 +127,7 @@ def test_networks_that_need_more_than_text(tiny_sd: Path, tmp_path: Path) -> Non
             StableDiffusion(str(tmp_path / name))
 
 
-def test_places_where_there_is_no_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
+def test_missing_pipelines_are_errors(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; give a pipeline folder, a .safetensors file, a hub id"):
         StableDiffusion(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="missing.safetensors does not exist"):
@@ -218,8 +218,8 @@ def _original_vae(vae: Any) -> dict[str, Tensor]:
     return found
 
 
-def test_single_file_in_the_original_layout(tiny_sd: Path, tmp_path: Path) -> None:
-    """The names are inverted by hand; the architecture comes from a folder, as without a connection."""
+def test_single_file_in_the_original_layout_is_read(tiny_sd: Path, tmp_path: Path) -> None:
+    """The names are converted by hand; the architecture comes from a folder, as without a connection."""
     state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
     file = str(tmp_path / "model.safetensors")
@@ -233,15 +233,15 @@ def test_single_file_in_the_original_layout(tiny_sd: Path, tmp_path: Path) -> No
     assert mixed.unet.conv_in.weight.dtype == torch.bfloat16
 
 
-def test_single_file_without_a_connection(tiny_sd: Path, tmp_path: Path) -> None:
-    """Where the architecture would have to come from the hub, the message names the way out."""
+def test_single_file_without_a_connection_needs_pretrained_config(tiny_sd: Path, tmp_path: Path) -> None:
+    """If the architecture would have to come from the hub, the message names the alternative."""
     state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="could not be opened .* without a connection, set pretrained_config"):
         StableDiffusion(str(tmp_path / "model.safetensors"))
 
 
-def test_scheduler_of_another_class_is_read_alike(tiny_sd: Path, tmp_path: Path) -> None:
+def test_schedule_is_the_same_for_other_scheduler_classes(tiny_sd: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path / "ddim")
@@ -249,7 +249,7 @@ def test_scheduler_of_another_class_is_read_alike(tiny_sd: Path, tmp_path: Path)
 
 
 def damaged(folder: Path, copy: Path, file: str, content: bytes | None) -> str:
-    """A copy of a pipeline in which a file has other bytes, or is missing."""
+    """Copy a pipeline, and change or remove one of its files."""
     shutil.copytree(folder, copy)
     path = copy / file
     if content is None:
@@ -269,7 +269,7 @@ def damaged(folder: Path, copy: Path, file: str, content: bytes | None) -> str:
         ("unet", None, "unet is missing, and model_index.json names it"),
     ],
 )
-def test_a_damaged_folder_is_refused_with_the_file_and_its_fault(
+def test_error_for_a_damaged_folder_names_file_and_damage(
     tiny_sd: Path, tmp_path: Path, file: str, content: bytes | None, message: str
 ) -> None:
     folder = damaged(tiny_sd, tmp_path / "pipeline", file, content)
@@ -277,7 +277,7 @@ def test_a_damaged_folder_is_refused_with_the_file_and_its_fault(
         StableDiffusion(folder)
 
 
-def test_weights_that_are_not_finite_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_sd, tmp_path / "pipeline")
     file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
@@ -287,7 +287,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_sd: Path, tmp_path: Path) 
         StableDiffusion(str(tmp_path / "pipeline"))
 
 
-def test_missing_tensors_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_missing_tensors_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_sd, tmp_path / "pipeline")
     file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
@@ -297,7 +297,7 @@ def test_missing_tensors_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
         StableDiffusion(str(tmp_path / "pipeline"))
 
 
-def test_a_small_autoencoder_in_the_place_of_the_vae_decodes_as_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
+def test_tiny_autoencoder_decodes_as_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     torch.manual_seed(0)
     sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
@@ -311,7 +311,7 @@ def test_a_small_autoencoder_in_the_place_of_the_vae_decodes_as_in_diffusers(tin
         torch.testing.assert_close(model.decode(latents).clamp(0, 1), theirs)
 
 
-def test_a_denoiser_without_a_size_needs_height_and_width(tiny_sd: Path, tmp_path: Path) -> None:
+def test_denoiser_without_sample_size_needs_height_and_width(tiny_sd: Path, tmp_path: Path) -> None:
     folder = edited(tiny_sd, tmp_path / "pipeline", "unet/config.json", sample_size=None)
     with pytest.raises(ConfigurationError, match=r"sample_size is null\); set height and width"):
         StableDiffusion(str(folder))
@@ -328,7 +328,7 @@ def test_a_textual_inversion_of_several_vectors_is_expanded_as_in_diffusers(tiny
 
 
 class OfAnotherPackage(PipelineModel):
-    """A user's own family: the networks of Stable Diffusion under another pipeline class."""
+    """A family defined by a user: the networks of Stable Diffusion with another pipeline class."""
 
     family = Family(
         pipeline="StableDiffusionPAGPipeline",
@@ -364,7 +364,7 @@ def test_one_line_in_the_table_makes_a_family_public_suggested_and_parsed(own_fa
     assert model.guidance.scale == 3
 
 
-def test_a_family_outside_the_package_uses_the_base_class(own_family: Path, tmp_path: Path) -> None:
+def test_family_can_be_defined_outside_the_package(own_family: Path, tmp_path: Path) -> None:
     model = OfAnotherPackage(str(own_family))
     assert model.guidance.scale == 2.0
     model.save_lora(tmp_path / "lora.safetensors")
@@ -386,7 +386,7 @@ def test_the_table_imports_no_model() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_layers_of_a_network_that_lacks_add_adapter_are_adapted(tmp_path: Path) -> None:
+def test_network_without_add_adapter_is_adapted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = UNet2DModel(
         sample_size=8,

@@ -19,7 +19,7 @@ PROMPTS = ["a red cat", "dog"]
 
 
 def tuned(folder: Path, lora: LoRA, **arguments: Any) -> StableDiffusion:
-    """A model whose adapters do something."""
+    """A model whose adapters are not zero."""
     model = StableDiffusion(str(folder), lora=lora, guidance=Guidance(2.0), **arguments)
     generator = torch.Generator().manual_seed(3)
     for _, value in model.trainable_parameters():
@@ -33,21 +33,21 @@ def noise() -> Tensor:
 
 
 @torch.no_grad()
-def pictures(model: StableDiffusion) -> Tensor:
+def sampled_images(model: StableDiffusion) -> Tensor:
     """Clamped images."""
     chain = SamplingChain(model, DDIM(4), model.encode(PROMPTS))
     return model.decode(chain.advance(chain.start(noise())).x).clamp(0, 1)
 
 
 def plain(folder: Path) -> StableDiffusionPipeline:
-    """What a user of diffusers has."""
+    """The pipeline opened by diffusers."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def pipeline_pictures(pipeline: StableDiffusionPipeline, **arguments: Any) -> Tensor:
+def pipeline_images(pipeline: StableDiffusionPipeline, **arguments: Any) -> Tensor:
     """The same from diffusers."""
     images: Tensor = pipeline(
         PROMPTS, num_inference_steps=4, guidance_scale=2.0, latents=noise(), output_type="pt", **arguments
@@ -56,28 +56,28 @@ def pipeline_pictures(pipeline: StableDiffusionPipeline, **arguments: Any) -> Te
 
 
 @pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=4, alpha=6.0, target_modules=["to_q", "conv1"])])
-def test_saved_file_gives_our_pictures_in_a_plain_pipeline(tiny_sd: Path, tmp_path: Path, lora: LoRA) -> None:
-    """Opened by path and by folder, at scale 1 and at another."""
+def test_saved_lora_gives_the_same_images_in_diffusers(tiny_sd: Path, tmp_path: Path, lora: LoRA) -> None:
+    """Opened by path and by folder, at scale 1 and another scale."""
     model = tuned(tiny_sd, lora)
     file = tmp_path / "deep" / "last.safetensors"
     model.save_lora(file, {"reward": "brightness", "step": "12"})
     pipeline = plain(tiny_sd)
-    base = pipeline_pictures(pipeline)
+    base = pipeline_images(pipeline)
     pipeline.load_lora_weights(str(file))
-    torch.testing.assert_close(pipeline_pictures(pipeline), pictures(model), rtol=0, atol=2e-4)
-    assert (pictures(model) - base).abs().mean() > 0.01
+    torch.testing.assert_close(pipeline_images(pipeline), sampled_images(model), rtol=0, atol=2e-4)
+    assert (sampled_images(model) - base).abs().mean() > 0.01
     pipeline.unload_lora_weights()
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    scaled = pipeline_pictures(pipeline, cross_attention_kwargs={"scale": 0.5})
+    scaled = pipeline_images(pipeline, cross_attention_kwargs={"scale": 0.5})
     with model.adapter_scale(0.5):
-        torch.testing.assert_close(scaled, pictures(model), rtol=0, atol=2e-4)
+        torch.testing.assert_close(scaled, sampled_images(model), rtol=0, atol=2e-4)
     with safe_open(file, "pt") as header:
         assert header.metadata()["step"] == "12"
         assert json.loads(header.metadata()["lora_adapter_metadata"])["unet.r"] == 4
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_load_restores_bit_for_bit_and_in_place(tiny_sd: Path, tmp_path: Path) -> None:
+def test_load_lora_restores_values_bitwise_and_in_place(tiny_sd: Path, tmp_path: Path) -> None:
     model = tuned(tiny_sd, LoRA(rank=4, alpha=3.0))
     model.save_lora(tmp_path / "lora.safetensors")
     other = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4, alpha=3.0), guidance=Guidance(2.0), dtype="bfloat16")
@@ -88,17 +88,17 @@ def test_load_restores_bit_for_bit_and_in_place(tiny_sd: Path, tmp_path: Path) -
         assert before[name].requires_grad
 
 
-def test_load_keeps_the_update_where_alpha_differs(tiny_sd: Path, tmp_path: Path) -> None:
+def test_load_lora_keeps_the_update_if_alpha_differs(tiny_sd: Path, tmp_path: Path) -> None:
     model = tuned(tiny_sd, LoRA(rank=4, alpha=6.0))
     model.save_lora(tmp_path / "lora.safetensors")
     other = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4), guidance=Guidance(2.0))
     other.load_lora(tmp_path / "lora.safetensors")
-    torch.testing.assert_close(pictures(other), pictures(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sampled_images(other), sampled_images(model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_load_reads_what_diffusers_writes(tiny_sd: Path, tmp_path: Path, old: bool) -> None:
-    """With `save_lora_weights`, in peft's names and in the names that diffusers' training scripts use."""
+def test_load_lora_reads_files_written_by_diffusers(tiny_sd: Path, tmp_path: Path, old: bool) -> None:
+    """Written by `save_lora_weights`, with the names of peft and of diffusers' training scripts."""
     pipeline = plain(tiny_sd)
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
     pipeline.unet.add_adapter(config)
@@ -107,11 +107,11 @@ def test_load_reads_what_diffusers_writes(tiny_sd: Path, tmp_path: Path, old: bo
     pipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
     model = StableDiffusion(str(tiny_sd), lora=LoRA(2, target_modules=["to_q", "to_out.0"]), guidance=Guidance(2.0))
     model.load_lora(tmp_path / "pytorch_lora_weights.safetensors")
-    torch.testing.assert_close(pictures(model), pipeline_pictures(pipeline), rtol=0, atol=2e-4)
+    torch.testing.assert_close(sampled_images(model), pipeline_images(pipeline), rtol=0, atol=2e-4)
 
 
-def test_seed_settles_the_first_adapters(tiny_sd: Path) -> None:
-    """In any precision of the base, and without touching the global generator."""
+def test_seed_determines_the_initial_adapters(tiny_sd: Path) -> None:
+    """For any precision of the base, and without using the global generator."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     models = [
@@ -127,7 +127,7 @@ def test_seed_settles_the_first_adapters(tiny_sd: Path) -> None:
         assert "lora_B" in name or not torch.equal(value, other[name])
 
 
-def test_without_a_seed_the_global_generator_decides(tiny_sd: Path) -> None:
+def test_without_a_seed_the_global_generator_is_used(tiny_sd: Path) -> None:
     drawn = []
     for seed in (4, 4, 5):
         torch.manual_seed(seed)
@@ -147,14 +147,14 @@ def test_attention_adapters_of_stable_diffusion_15_have_the_known_size() -> None
     assert sum(value.numel() for value in network.parameters() if value.requires_grad) == 797_184
 
 
-def test_no_adapters(tiny_sd: Path, tmp_path: Path) -> None:
+def test_model_without_adapters_has_no_trainable_parameters(tiny_sd: Path, tmp_path: Path) -> None:
     model = StableDiffusion(str(tiny_sd), lora=None)
     assert model.trainable_parameters() == []
     with pytest.raises(ValueError, match="save_lora needs adapters.*lora=LoRA"):
         model.save_lora(tmp_path / "lora.safetensors")
 
 
-def test_files_that_do_not_fit(tiny_sd: Path, tmp_path: Path) -> None:
+def test_lora_files_of_another_shape_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     model = StableDiffusion(str(tiny_sd), lora=LoRA(rank=4))
     with pytest.raises(ValueError, match="there is no LoRA file .*none.safetensors"):
         model.load_lora(tmp_path / "none.safetensors")
@@ -172,7 +172,7 @@ def test_files_that_do_not_fit(tiny_sd: Path, tmp_path: Path) -> None:
         model.load_lora(file)
 
 
-def test_wrong_arguments(tiny_sd: Path) -> None:
+def test_invalid_arguments_are_rejected(tiny_sd: Path) -> None:
     with pytest.raises(ValueError, match="lora.rank=0 must be at least 1"):
         LoRA(rank=0)
     with pytest.raises(ValueError, match="lora.alpha=-1 must be positive"):

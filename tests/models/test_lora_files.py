@@ -1,4 +1,4 @@
-"""LoRA files of other tools: kohya's scripts, old diffusers, other kinds, other models, damaged ones."""
+"""LoRA files of kohya's scripts and old diffusers versions, of other kinds and models, and damaged files."""
 
 import os
 from pathlib import Path
@@ -27,14 +27,14 @@ def noise() -> Tensor:
 
 
 @torch.no_grad()
-def pictures(model: StableDiffusion) -> Tensor:
+def sampled_images(model: StableDiffusion) -> Tensor:
     """Clamped images."""
     chain = SamplingChain(model, DDIM(4), model.encode(PROMPTS))
     return model.decode(chain.advance(chain.start(noise())).x).clamp(0, 1)
 
 
 def theirs(folder: Path, file: Path) -> Tensor:
-    """The images that diffusers makes with a LoRA file, through its own converter."""
+    """Generate images with diffusers and a LoRA file, read by diffusers' converter."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -50,7 +50,7 @@ def opened(folder: Path, lora: LoRA | None = None) -> StableDiffusion:
 
 
 def kohya(folder: Path, alpha: float | None = None, **changes: Tensor) -> dict[str, Tensor]:
-    """Random factors of several ranks, under the names that kohya's scripts write, with one alpha or several."""
+    """Random factors of several ranks with the names of kohya's scripts, and one or several alphas."""
     generator = torch.Generator().manual_seed(3)
     state = {}
     for name, layer in opened(folder).unet.named_modules():
@@ -67,7 +67,7 @@ def kohya(folder: Path, alpha: float | None = None, **changes: Tensor) -> dict[s
 
 
 def merged(folder: Path, state: dict[str, Tensor]) -> StableDiffusion:
-    """A model with `W + (alpha / rank) B A` in place of its weights."""
+    """A model with the weights `W + (alpha / rank) B A`."""
     model = opened(folder)
     for name, layer in model.unet.named_modules():
         key = f"lora_unet_{name.replace('.', '_')}"
@@ -78,19 +78,19 @@ def merged(folder: Path, state: dict[str, Tensor]) -> StableDiffusion:
     return model
 
 
-def test_kohya_file_with_several_ranks_and_alphas_has_the_update_of_its_definition(
-    tiny_sd: Path, tmp_path: Path
-) -> None:
-    """diffusers 0.42 is no reference here: it ignores the alphas of attention layers that differ from the others."""
+def test_kohya_file_with_several_ranks_and_alphas_gives_the_defined_update(tiny_sd: Path, tmp_path: Path) -> None:
+    """diffusers 0.42 cannot be the reference: it ignores alphas of attention layers that differ from the others."""
     file, state = tmp_path / "kohya.safetensors", kohya(tiny_sd)
     save_file(state, file)
     model = opened(tiny_sd)
-    base = pictures(model)
+    base = sampled_images(model)
     model.load_lora(file)
-    torch.testing.assert_close(pictures(model), pictures(merged(tiny_sd, state)), rtol=0, atol=2e-4)
-    assert (pictures(model) - base).abs().mean() > 0.01
+    torch.testing.assert_close(sampled_images(model), sampled_images(merged(tiny_sd, state)), rtol=0, atol=2e-4)
+    assert (sampled_images(model) - base).abs().mean() > 0.01
     model.save_lora(tmp_path / "again.safetensors")
-    torch.testing.assert_close(theirs(tiny_sd, tmp_path / "again.safetensors"), pictures(model), rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        theirs(tiny_sd, tmp_path / "again.safetensors"), sampled_images(model), rtol=0, atol=2e-4
+    )
 
 
 def test_kohya_file_with_one_alpha_is_read_as_diffusers_reads_it(tiny_sd: Path, tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_kohya_file_with_one_alpha_is_read_as_diffusers_reads_it(tiny_sd: Path, 
     save_file(kohya(tiny_sd, alpha=3.0), file)
     model = opened(tiny_sd)
     model.load_lora(file)
-    torch.testing.assert_close(pictures(model), theirs(tiny_sd, file), rtol=0, atol=2e-4)
+    torch.testing.assert_close(sampled_images(model), theirs(tiny_sd, file), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_model_without_adapters_takes_those_of_the_file(tiny_sd: Path, tmp_path: Path, old: bool) -> None:
-    """In diffusers' present and old names."""
+def test_model_without_adapters_gets_those_of_the_file(tiny_sd: Path, tmp_path: Path, old: bool) -> None:
+    """With the current and old names of diffusers."""
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
     state = get_peft_model_state_dict(pipeline.unet)
@@ -113,20 +113,20 @@ def test_a_model_without_adapters_takes_those_of_the_file(tiny_sd: Path, tmp_pat
     model.load_lora(file)
     assert model.lora is not None
     assert model.lora.rank == 2
-    torch.testing.assert_close(pictures(model), theirs(tiny_sd, file), rtol=0, atol=2e-4)
+    torch.testing.assert_close(sampled_images(model), theirs(tiny_sd, file), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(
     ("key", "kind"),
     [("lora_unet_x.dora_scale", "DoRA"), ("lora_unet_x.lokr_w1", "LoKr"), ("lora_unet_x.hada_w1_a", "LoHa")],
 )
-def test_other_kinds_are_refused_by_name(tiny_sd: Path, tmp_path: Path, key: str, kind: str) -> None:
+def test_unsupported_kinds_of_lora_are_named_in_the_error(tiny_sd: Path, tmp_path: Path, key: str, kind: str) -> None:
     save_file(kohya(tiny_sd, **{key: torch.ones(1)}), tmp_path / "other.safetensors")
     with pytest.raises(ConfigurationError, match=f"is {kind}, which is not supported; give a plain LoRA file"):
         opened(tiny_sd).load_lora(tmp_path / "other.safetensors")
 
 
-def test_a_text_encoder_part_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_lora_with_text_encoder_layers_is_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     extra = {f"{key}.lora_down.weight": torch.ones(1, 16), f"{key}.lora_up.weight": torch.ones(16, 1)}
     save_file(kohya(tiny_sd, **extra), tmp_path / "other.safetensors")
@@ -134,14 +134,14 @@ def test_a_text_encoder_part_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
         opened(tiny_sd).load_lora(tmp_path / "other.safetensors")
 
 
-def test_damaged_files_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     opened(tiny_sd, LoRA(2)).save_lora(file)
     whole = load_file(file)
     first = next(name for name in sorted(whole) if "lora_B" in name)
     model = opened(tiny_sd, LoRA(2))
     save_file({**whole, first: whole[first].fill_(float("nan"))}, file)
-    with pytest.raises(ConfigurationError, match="not finite, the first in .*: training diverged; use an earlier"):
+    with pytest.raises(ConfigurationError, match="not finite, first in .*, because training diverged; use an earlier"):
         model.load_lora(file)
     save_file({name: value for name, value in whole.items() if name != first}, file)
     with pytest.raises(ConfigurationError, match="is incomplete: .* has no lora_B"):
@@ -154,7 +154,7 @@ def test_damaged_files_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
         model.load_lora(file)
 
 
-def test_a_lora_for_another_model_is_refused_in_one_sentence(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+def test_lora_of_another_model_is_rejected(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     StableDiffusion3(str(tiny_sd3)).save_lora(file)
     state = load_file(file)

@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.float64) -> StableDiffusionPipeline:
-    """The same pipeline as diffusers opens it."""
+    """The same pipeline, opened by diffusers."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -38,7 +38,7 @@ def noise(batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def wide(folder: Path, **arguments: Any) -> StableDiffusion:
-    """A model in float64 whose adapters do something."""
+    """A model in float64 whose adapters are not zero."""
     model = StableDiffusion(str(folder), **arguments).double()
     stir(model)
     return model
@@ -64,7 +64,7 @@ def gradients(model: StableDiffusion, loss: Tensor) -> dict[str, Tensor]:
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:
-    """Equal names, and values equal relative to each tensor's own norm."""
+    """Assert equal names, and values that are equal relative to the norm of each tensor."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert (value - theirs[name]).norm() <= rtol * theirs[name].norm(), name
@@ -72,25 +72,25 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float
 
 @pytest.mark.parametrize("sampler_class", SCHEDULERS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_pictures_are_those_of_the_diffusers_pipeline(
+def test_images_equal_those_of_the_diffusers_pipeline(
     folder: Path, sampler_class: Callable[[int], Sampler], guidance_scale: float
 ) -> None:
-    """Float64 networks; diffusers holds its schedulers' tables in float32, hence 1e-5."""
+    """Networks in float64; the tolerance is 1e-5 because diffusers' schedulers have float32 tables."""
     pipeline = plain(folder)
     pipeline.scheduler = SCHEDULERS[sampler_class].from_config(pipeline.scheduler.config)
     arguments = {"num_inference_steps": 6, "guidance_scale": guidance_scale, "latents": noise()}
     theirs = pipeline(PROMPTS, negative_prompt=["tree"] * 2, output_type="latent", **arguments).images
-    pictures = pipeline(PROMPTS, negative_prompt=["tree"] * 2, output_type="pt", **arguments).images
+    expected = pipeline(PROMPTS, negative_prompt=["tree"] * 2, output_type="pt", **arguments).images
     model = wide(folder, guidance=Guidance(guidance_scale, "tree"), lora=None)
     with torch.no_grad():
         ours = sample(model, sampler_class(6), noise())
         decoded = model.decode(ours)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(decoded.clamp(0, 1), pictures, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoded.clamp(0, 1), expected, rtol=0, atol=1e-5)
     assert ((decoded > 0) & (decoded < 1)).double().mean() > 0.1
 
 
-def test_float32_pictures_are_those_of_the_diffusers_pipeline(folder: Path) -> None:
+def test_float32_images_equal_those_of_the_diffusers_pipeline(folder: Path) -> None:
     pipeline = plain(folder, torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     start = noise(dtype=torch.float32)
@@ -102,7 +102,7 @@ def test_float32_pictures_are_those_of_the_diffusers_pipeline(folder: Path) -> N
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
-def test_base_is_bitwise_the_pipeline_without_adapters(folder: Path) -> None:
+def test_base_equals_the_pipeline_without_adapters_bitwise(folder: Path) -> None:
     bare = StableDiffusion(str(folder), lora=None)
     model = StableDiffusion(str(folder))
     stir(model)
@@ -120,7 +120,7 @@ def test_base_is_bitwise_the_pipeline_without_adapters(folder: Path) -> None:
         assert torch.equal(sample(model, DDIM(3), start), tuned)
 
 
-def test_base_is_left_when_an_error_is_raised(tiny_sd: Path) -> None:
+def test_base_context_ends_on_an_error(tiny_sd: Path) -> None:
     model = wide(tiny_sd)
     with torch.no_grad():
         before = sample(model, DDIM(1), noise())
@@ -144,7 +144,7 @@ def test_adapter_scale_adds_the_update_times_the_scale(tiny_sd: Path, scale: flo
         torch.testing.assert_close(sample(model, DDIM(2), noise()), sample(bare, DDIM(2), noise()))
 
 
-def test_guidance_gradients_against_hand_computation(tiny_sd: Path) -> None:
+def test_guidance_gradients_equal_hand_computation(tiny_sd: Path) -> None:
     """`e_u + w (e_c - e_u)`: weights `w` and `1 - w` in full, `w` and 0 in conditional."""
     w, x = 3.0, noise()
     model = wide(tiny_sd, guidance=Guidance(w))
@@ -169,8 +169,8 @@ def test_guidance_gradients_against_hand_computation(tiny_sd: Path) -> None:
     assert_close(gradients(model, (again * cotangent).sum()), half, 1e-9)
 
 
-def test_network_calls(tiny_sd: Path) -> None:
-    """One batched call with guidance, two halves where one carries no gradient, no unconditional one without."""
+def test_number_of_network_calls(tiny_sd: Path) -> None:
+    """One batched call with guidance, two calls if one has no gradient, and no unconditional call without guidance."""
     model = StableDiffusion(str(tiny_sd))
     sizes: list[tuple[int, bool]] = []
     model.unet.register_forward_hook(lambda _, inputs, output: sizes.append((len(inputs[0]), output[0].requires_grad)))
@@ -185,7 +185,7 @@ def test_network_calls(tiny_sd: Path) -> None:
     assert sizes == [(4, True), (2, False), (2, True), (4, False), (2, True)]
 
 
-def test_first_gradient_of_a_is_zero_and_of_b_is_not(folder: Path) -> None:
+def test_initial_gradient_of_a_is_zero_and_of_b_is_not(folder: Path) -> None:
     model = StableDiffusion(str(folder)).double()
     latents = LastK(1)(SamplingChain(model, DDIM(4), model.encode(PROMPTS)), noise())
     found = gradients(model, model.decode(latents).mean())
@@ -209,7 +209,7 @@ def test_checkpointing_gives_equal_gradients(tiny_sd_v: Path, mode: str, gradien
     assert model.block_checkpointing == (mode != "step")
 
 
-def test_block_checkpointing_keeps_fewer_activations(tiny_sd: Path) -> None:
+def test_block_checkpointing_stores_fewer_activations(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd))
     conditioning, x = model.encode(PROMPTS), noise(dtype=torch.float32)
 
@@ -230,7 +230,7 @@ def test_block_checkpointing_keeps_fewer_activations(tiny_sd: Path) -> None:
     assert kept() < 0.5 * whole
 
 
-def test_dropout_stays_off_in_training(tiny_sd: Path) -> None:
+def test_dropout_is_disabled_in_training(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd)).train()
     model.checkpoint_blocks(True)
     assert model.training
@@ -263,7 +263,7 @@ def test_half_precision_base_trains_float32_adapters(tiny_sd_v: Path, dtype: str
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_near_float32(folder: Path, dtype: str) -> None:
+def test_half_precision_is_close_to_float32(folder: Path, dtype: str) -> None:
     start = noise(dtype=torch.float32)
     models = [StableDiffusion(str(folder), dtype=each, guidance=Guidance(2.0)) for each in ("float32", dtype)]
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_half_precision_stays_near_float32(folder: Path, dtype: str) -> None:
     assert 0 < (half - whole).abs().mean() < (0.02 if dtype == "bfloat16" else 0.002)
 
 
-def test_decoder_in_its_own_precision(tiny_sd: Path) -> None:
+def test_decoder_can_have_its_own_precision(tiny_sd: Path) -> None:
     whole = StableDiffusion(str(tiny_sd))
     mixed = StableDiffusion(str(tiny_sd), dtype="bfloat16", memory=Memory(vae_dtype="float32"))
     latents = noise(dtype=torch.float32)
@@ -284,7 +284,7 @@ def test_decoder_in_its_own_precision(tiny_sd: Path) -> None:
             assert not torch.equal(whole.decode(latents), expected)
 
 
-def test_decoding_follows_the_autoencoders_own_scaling(tiny_sd: Path) -> None:
+def test_decoding_uses_the_scaling_factor_of_the_autoencoder(tiny_sd: Path) -> None:
     model = wide(tiny_sd)
     latents = noise()
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_decoding_follows_the_autoencoders_own_scaling(tiny_sd: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_decoding_in_chunks_is_decoding_the_whole(tiny_sd: Path, recompute: bool) -> None:
+def test_decoding_in_chunks_equals_decoding_at_once(tiny_sd: Path, recompute: bool) -> None:
     model = wide(tiny_sd)
     latents = noise(3).requires_grad_()
     whole = model.decode(latents)
@@ -307,7 +307,7 @@ def test_decoding_in_chunks_is_decoding_the_whole(tiny_sd: Path, recompute: bool
     torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), latents)[0], expected)
 
 
-def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd: Path) -> None:
+def test_embeddings_equal_those_of_the_pipeline_and_are_cached(tiny_sd: Path) -> None:
     model = wide(tiny_sd, guidance=Guidance(negative_prompt="tree"))
     calls: list[int] = []
     assert model.text_encoder is not None
@@ -335,8 +335,8 @@ def test_text_encoder_can_be_released(tiny_sd: Path) -> None:
         model.encode(["a new one"])
 
 
-def test_prompts_met_in_validation_can_be_trained_on(tiny_sd: Path) -> None:
-    """Under inference mode and autocast, as the Trainer validates."""
+def test_prompts_embedded_in_validation_can_be_used_in_training(tiny_sd: Path) -> None:
+    """Under inference mode and autocast, as in the Trainer's validation."""
     model = StableDiffusion(str(tiny_sd))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         model.encode(PROMPTS)
@@ -346,12 +346,12 @@ def test_prompts_met_in_validation_can_be_trained_on(tiny_sd: Path) -> None:
     gradients(model, model(noise(dtype=torch.float32), 10, conditioning).sum())
 
 
-def test_long_prompts_are_cut_with_a_warning(tiny_sd: Path) -> None:
+def test_long_prompts_are_truncated_with_a_warning(tiny_sd: Path) -> None:
     with pytest.warns(UserWarning, match="reads 12 tokens and cuts: a very long"):
         StableDiffusion(str(tiny_sd)).encode(["a very long prompt"])
 
 
-def test_noise_is_drawn_where_the_generator_is(tiny_sd: Path) -> None:
+def test_noise_is_generated_on_the_generators_device(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), dtype="bfloat16")
     drawn = model.noise(2, torch.Generator().manual_seed(5))
     expected = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -359,8 +359,8 @@ def test_noise_is_drawn_where_the_generator_is(tiny_sd: Path) -> None:
     assert model.image_size == (16, 16)
 
 
-def test_parts_are_children(tiny_sd: Path) -> None:
-    """What sharding strategies and checkpoints go by."""
+def test_networks_are_child_modules(tiny_sd: Path) -> None:
+    """Sharding strategies and checkpoints depend on this."""
     model = StableDiffusion(str(tiny_sd))
     assert set(dict(model.named_children())) == {"unet", "vae", "text_encoder"}
     assert all(name.startswith("unet.") and "lora_" in name for name, _ in model.trainable_parameters())
@@ -375,6 +375,6 @@ def test_parts_are_children(tiny_sd: Path) -> None:
         ({"memory": Memory(vae_dtype="int8")}, "dtype='int8' is not a valid choice; write one of float32"),
     ],
 )
-def test_wrong_arguments(tiny_sd: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(tiny_sd: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StableDiffusion(str(tiny_sd), **arguments)

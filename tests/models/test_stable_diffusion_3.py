@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 against diffusers' own pipeline, on a small random one with all three text encoders."""
+"""Stable Diffusion 3 against diffusers' pipeline, with a small random pipeline and all three text encoders."""
 
 import json
 import shutil
@@ -54,12 +54,12 @@ def noise(batch: int = 2, dtype: torch.dtype = torch.float32, size: int = 8) -> 
 
 
 def opened(folder: Path, **arguments: Any) -> StableDiffusion3:
-    """A model whose T5 reads few tokens."""
+    """A model whose T5 reads only a few tokens."""
     return StableDiffusion3(str(folder), **{"text": TextEncoding(LENGTH), "guidance": Guidance(2.0), **arguments})
 
 
 def stirred(folder: Path, **arguments: Any) -> StableDiffusion3:
-    """A model whose adapters do something."""
+    """A model whose adapters are not zero."""
     model = opened(folder, **arguments)
     generator = torch.Generator().manual_seed(3)
     for _, value in model.trainable_parameters():
@@ -74,12 +74,12 @@ def sample(model: DiffusionModel, start: Tensor, sampler: Sampler | None = None)
 
 
 @torch.no_grad()
-def pictures(model: DiffusionModel) -> Tensor:
+def sampled_images(model: DiffusionModel) -> Tensor:
     """Clamped images."""
     return model.decode(sample(model, noise())).clamp(0, 1)
 
 
-def pipeline_pictures(pipeline: StableDiffusion3Pipeline, **arguments: Any) -> Tensor:
+def pipeline_images(pipeline: StableDiffusion3Pipeline, **arguments: Any) -> Tensor:
     """The same from diffusers."""
     settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_length": LENGTH, "output_type": "pt"}
     images: Tensor = pipeline(PROMPTS, latents=noise(), **{**settings, **arguments}).images
@@ -93,7 +93,7 @@ def gradients(model: StableDiffusion3, loss: Tensor) -> dict[str, Tensor]:
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:
-    """Equal names, and values equal relative to each tensor's own norm."""
+    """Assert equal names, and values that are equal relative to the norm of each tensor."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert (value - theirs[name]).norm() <= rtol * theirs[name].norm(), name
@@ -109,7 +109,7 @@ def edited(folder: Path, copy: Path, file: str, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def exact(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without the norms of queries and keys, which diffusers computes in float32 whatever the weights are in."""
+    """Remove the norms of queries and keys, which diffusers computes in float32 for any dtype."""
     return edited(tiny_sd3, tmp_path_factory.mktemp("sd3") / "exact", "transformer/config.json", qk_norm=None)
 
 
@@ -118,20 +118,20 @@ def exact(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("t5", [True, False])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_pictures_are_those_of_the_diffusers_pipeline(tiny_sd3: Path, guidance_scale: float, t5: bool) -> None:
+def test_images_equal_those_of_the_diffusers_pipeline(tiny_sd3: Path, guidance_scale: float, t5: bool) -> None:
     pipeline = plain(tiny_sd3, **({} if t5 else WITHOUT_T5))
     arguments = {"negative_prompt": ["tree"] * 2, "num_inference_steps": 6, "guidance_scale": guidance_scale}
     model = opened(tiny_sd3, guidance=Guidance(guidance_scale, "tree"), omit=() if t5 else OMIT_T5)
     with torch.no_grad():
         ours = sample(model, noise(), FlowEuler(6))
         decoded = model.decode(ours)
-    theirs = pipeline_pictures(pipeline, output_type="latent", **arguments)
+    theirs = pipeline_images(pipeline, output_type="latent", **arguments)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(decoded.clamp(0, 1), pipeline_pictures(pipeline, **arguments), rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoded.clamp(0, 1), pipeline_images(pipeline, **arguments), rtol=0, atol=1e-5)
     assert ((decoded > 0) & (decoded < 1)).float().mean() > 0.1
 
 
-def test_pictures_of_another_resolution(tiny_sd3: Path) -> None:
+def test_images_of_another_resolution(tiny_sd3: Path) -> None:
     model = opened(tiny_sd3, height=24, width=32)
     assert model.image_size == (24, 32)
     start = model.noise(2, torch.Generator().manual_seed(5))
@@ -143,8 +143,8 @@ def test_pictures_of_another_resolution(tiny_sd3: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_times_are_those_of_the_pipelines_scheduler(tiny_sd3: Path, tmp_path: Path) -> None:
-    """Whatever its shift; what the network is given is the flow's time in units of training timesteps."""
+def test_times_equal_those_of_the_pipelines_scheduler(tiny_sd3: Path, tmp_path: Path) -> None:
+    """For any shift; the input of the network is the flow's time in units of training timesteps."""
     folder = edited(tiny_sd3, tmp_path / "shifted", "scheduler/scheduler_config.json", shift=5.0)
     model = opened(folder, guidance=Guidance(1.0))
     assert model.schedule == RectifiedFlow(5.0, 1000)
@@ -160,8 +160,8 @@ def test_times_are_those_of_the_pipelines_scheduler(tiny_sd3: Path, tmp_path: Pa
     torch.testing.assert_close(torch.stack(given), scheduler.timesteps[:, None].expand(7, 2))
 
 
-def test_decoding_follows_the_autoencoders_scaling_and_shift(tiny_sd3: Path) -> None:
-    """Whole, in chunks, and recomputed in the backward pass."""
+def test_decoding_uses_the_scaling_and_shift_of_the_autoencoder(tiny_sd3: Path) -> None:
+    """At once, in chunks, and recomputed in the backward pass."""
     model = opened(tiny_sd3).double()
     latents = noise(3, torch.float64).requires_grad_()
     expected = model.vae.decode(latents / 1.5305 + 0.0609, return_dict=False)[0] / 2 + 0.5
@@ -173,7 +173,7 @@ def test_decoding_follows_the_autoencoders_scaling_and_shift(tiny_sd3: Path) -> 
         torch.testing.assert_close(torch.autograd.grad(images.square().sum(), latents)[0], slope)
 
 
-def test_stochastic_sampling_without_noise_is_the_flow(tiny_sd3: Path) -> None:
+def test_stochastic_sampling_without_noise_equals_the_flow(tiny_sd3: Path) -> None:
     model = opened(tiny_sd3)
     with torch.no_grad():
         expected = sample(model, noise())
@@ -185,14 +185,14 @@ def test_a_pipeline_saved_without_the_t5_opens_without_an_option(tiny_sd3: Path,
     plain(tiny_sd3, **WITHOUT_T5).save_pretrained(tmp_path / "light")
     model = opened(tmp_path / "light")
     assert model.text_encoder_3 is None
-    assert torch.equal(pictures(model), pictures(opened(tiny_sd3, omit=OMIT_T5)))
+    assert torch.equal(sampled_images(model), sampled_images(opened(tiny_sd3, omit=OMIT_T5)))
 
 
 # Text.
 
 
 @pytest.mark.parametrize("t5", [True, False])
-def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd3: Path, t5: bool) -> None:
+def test_embeddings_equal_those_of_the_pipeline_and_are_cached(tiny_sd3: Path, t5: bool) -> None:
     model = opened(tiny_sd3, guidance=Guidance(negative_prompt="tree"), omit=() if t5 else OMIT_T5)
     calls: list[int] = []
     assert model.text_encoder_2 is not None
@@ -215,7 +215,7 @@ def test_embeddings_are_those_of_the_pipeline_and_computed_once(tiny_sd3: Path, 
 
 
 def test_every_embedding_reaches_the_network(tiny_sd3: Path) -> None:
-    """Guidance off: the network reads the text of each encoder and the pooled one, and nothing of the negative."""
+    """Without guidance, each text embedding and the pooled one have an effect, and the negative prompt has none."""
     model = opened(tiny_sd3, guidance=Guidance(1.0))
     conditioning = model.encode(PROMPTS)
     assert conditioning.negative is None
@@ -228,16 +228,16 @@ def test_every_embedding_reaches_the_network(tiny_sd3: Path) -> None:
 def test_text_encoders_can_be_released(tiny_sd3: Path) -> None:
     model = opened(tiny_sd3)
     model.precompute(PROMPTS)
-    before = pictures(model)
+    before = sampled_images(model)
     model.release_text_encoder()
     assert not any(name.startswith("text_encoder") for name in model.state_dict())
-    assert torch.equal(pictures(model), before)
+    assert torch.equal(sampled_images(model), before)
     with pytest.raises(RuntimeError, match="'a new one' has no embedding; pass all prompts.* to precompute"):
         model.encode(["a new one"])
 
 
-def test_prompts_that_are_cut_are_named(tiny_sd3: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """By what the longest reader reads: the T5, or the CLIPs where there is none."""
+def test_truncated_prompts_are_named_in_a_warning(tiny_sd3: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The limit is that of the T5, or of the CLIPs without a T5."""
     opened(tiny_sd3).encode(["a prompt for it"])
     assert not [warning for warning in recwarn if "cuts" in str(warning.message)]
     with pytest.warns(UserWarning, match="reads 20 tokens and cuts: a very long prompt"):
@@ -250,8 +250,8 @@ def test_prompts_that_are_cut_are_named(tiny_sd3: Path, recwarn: pytest.Warnings
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_gradients_are_finite_differences(exact: Path, guidance_scale: float) -> None:
-    """Through all steps and the decoder, on the attention of image, text, and the second one of the image."""
+def test_gradients_equal_finite_differences(exact: Path, guidance_scale: float) -> None:
+    """Through all steps and the decoder, for both attentions of the image and that of the text."""
     model = stirred(exact, guidance=Guidance(guidance_scale)).double()
     conditioning, start = model.encode(PROMPTS), noise(dtype=torch.float64)
 
@@ -276,7 +276,7 @@ def test_gradients_are_finite_differences(exact: Path, guidance_scale: float) ->
             assert slope.abs() > 1e-6, name
 
 
-def test_guidance_gradients_against_hand_computation(exact: Path) -> None:
+def test_guidance_gradients_equal_hand_computation(exact: Path) -> None:
     """`v_u + w (v_c - v_u)`: weights `w` and `1 - w` in full, `w` and 0 in conditional."""
     w, x = 3.0, noise(dtype=torch.float64)
     model = stirred(exact, guidance=Guidance(w, "tree")).double()
@@ -315,7 +315,7 @@ def test_checkpointing_gives_equal_gradients(tiny_sd3: Path) -> None:
     assert_close(found(steps=True, blocks=True), expected, 1e-12)
 
 
-def test_block_checkpointing_keeps_fewer_activations(tiny_sd3: Path) -> None:
+def test_block_checkpointing_stores_fewer_activations(tiny_sd3: Path) -> None:
     model = opened(tiny_sd3)
     conditioning = model.encode(PROMPTS)
 
@@ -339,16 +339,16 @@ def test_block_checkpointing_keeps_fewer_activations(tiny_sd3: Path) -> None:
 # Adapters.
 
 
-def test_base_is_bitwise_the_pipeline_without_adapters(tiny_sd3: Path) -> None:
-    expected = pictures(opened(tiny_sd3, lora=None))
-    assert torch.equal(pictures(opened(tiny_sd3)), expected)
+def test_base_equals_the_pipeline_without_adapters_bitwise(tiny_sd3: Path) -> None:
+    expected = sampled_images(opened(tiny_sd3, lora=None))
+    assert torch.equal(sampled_images(opened(tiny_sd3)), expected)
     model = stirred(tiny_sd3)
-    assert (pictures(model) - expected).abs().mean() > 1e-3
+    assert (sampled_images(model) - expected).abs().mean() > 1e-3
     with model.base():
-        assert torch.equal(pictures(model), expected)
+        assert torch.equal(sampled_images(model), expected)
 
 
-def test_default_adapters_are_on_the_attention_of_image_and_text() -> None:
+def test_default_adapters_cover_the_attention_of_image_and_text() -> None:
     """Of Stable Diffusion 3.5 medium: 243 square layers of width 1536, 13 blocks with a second attention."""
     with torch.device("meta"):
         network = SD3Transformer2DModel(
@@ -367,28 +367,28 @@ def test_default_adapters_are_on_the_attention_of_image_and_text() -> None:
 
 
 @pytest.mark.parametrize("lora", [LoRA(rank=4), LoRA(rank=3, alpha=6.0, target_modules=["attn.to_q", "ff.net.2"])])
-def test_saved_file_gives_our_pictures_in_a_plain_pipeline(tiny_sd3: Path, tmp_path: Path, lora: LoRA) -> None:
+def test_saved_lora_gives_the_same_images_in_diffusers(tiny_sd3: Path, tmp_path: Path, lora: LoRA) -> None:
     model = stirred(tiny_sd3, lora=lora)
     file = tmp_path / "lora" / "last.safetensors"
     model.save_lora(file, {"step": "12"})
     pipeline = plain(tiny_sd3)
-    base = pipeline_pictures(pipeline)
+    base = pipeline_images(pipeline)
     pipeline.load_lora_weights(str(file))
-    torch.testing.assert_close(pipeline_pictures(pipeline), pictures(model), rtol=0, atol=1e-5)
-    assert (pictures(model) - base).abs().mean() > 1e-3
-    scaled = pipeline_pictures(pipeline, joint_attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(pipeline_images(pipeline), sampled_images(model), rtol=0, atol=1e-5)
+    assert (sampled_images(model) - base).abs().mean() > 1e-3
+    scaled = pipeline_images(pipeline, joint_attention_kwargs={"scale": 0.5})
     with model.adapter_scale(0.5):
-        torch.testing.assert_close(scaled, pictures(model), rtol=0, atol=1e-5)
+        torch.testing.assert_close(scaled, sampled_images(model), rtol=0, atol=1e-5)
     with safe_open(file, "pt") as header:
         assert header.metadata()["step"] == "12"
         assert json.loads(header.metadata()["lora_adapter_metadata"])["transformer.r"] == lora.rank
     again = opened(tiny_sd3, lora=LoRA(rank=lora.rank, target_modules=lora.target_modules))
     again.load_lora(file)
-    torch.testing.assert_close(pictures(again), pictures(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sampled_images(again), sampled_images(model), rtol=0, atol=1e-5)
 
 
-def test_load_reads_what_diffusers_writes(tiny_sd3: Path, tmp_path: Path) -> None:
-    """And says how to build a model for it: the second attention is left out by its targets."""
+def test_load_lora_reads_files_written_by_diffusers(tiny_sd3: Path, tmp_path: Path) -> None:
+    """The error says how to build a matching model; the targets exclude the second attention."""
     pipeline = plain(tiny_sd3)
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["attn.to_q", "attn.add_k_proj"], init_lora_weights=False)
     pipeline.transformer.add_adapter(config)
@@ -399,10 +399,10 @@ def test_load_reads_what_diffusers_writes(tiny_sd3: Path, tmp_path: Path) -> Non
         opened(tiny_sd3).load_lora(file)
     model = opened(tiny_sd3, lora=LoRA(rank=2, target_modules=["add_k_proj", "attn.to_q"]))
     model.load_lora(file)
-    torch.testing.assert_close(pictures(model), pipeline_pictures(pipeline), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sampled_images(model), pipeline_images(pipeline), rtol=0, atol=1e-5)
 
 
-def test_a_file_of_the_other_family_is_refused(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+def test_lora_of_another_family_is_rejected(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     StableDiffusion(str(tiny_sd)).save_lora(tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"adapts something other than the denoiser \(unet"):
         opened(tiny_sd3).load_lora(tmp_path / "lora.safetensors")
@@ -432,7 +432,7 @@ def trainer_of(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("truncation", [LastK(3), DRTune(2, m=2)], ids=["last_k", "drtune"])
-def test_training_moves_the_adapters_alone_and_raises_the_reward(
+def test_training_changes_only_the_adapters_and_raises_the_reward(
     tiny_sd3: Path, tmp_path: Path, truncation: Truncation, precision: Any
 ) -> None:
     """In float32, and with the frozen parts in bfloat16 under autocast."""
@@ -461,14 +461,14 @@ def test_training_moves_the_adapters_alone_and_raises_the_reward(
     assert last["val/gain"] > 0.001
 
 
-def test_half_precision_stays_near_float32(tiny_sd3: Path) -> None:
-    whole, half = (pictures(opened(tiny_sd3, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+def test_half_precision_is_close_to_float32(tiny_sd3: Path) -> None:
+    whole, half = (sampled_images(opened(tiny_sd3, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert half.dtype == torch.float32
     assert 0 < (half - whole).abs().mean() < 0.02
 
 
-def test_callbacks_of_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
-    """Pictures, gradient norms a step, and adapters that diffusers opens."""
+def test_callbacks_work_in_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
+    """Images, gradient norms per step, and adapters that diffusers opens."""
     draft = module(opened(tiny_sd3, lora=LoRA(4, seed=0)), LastK(2), kl_weight=0.1, checkpointing="both")
     logger = TensorBoardLogger(tmp_path, name="run", version="")
     callbacks = [SampleLogger(every_n_steps=1), GradientNormMonitor(), LoRAExport()]
@@ -477,7 +477,7 @@ def test_callbacks_of_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
     assert trainer.callback_metrics["train/prediction_drift"] > 0
     pipeline = plain(tiny_sd3)
     pipeline.load_lora_weights(str(tmp_path / "run" / "lora" / "last.safetensors"))
-    torch.testing.assert_close(pipeline_pictures(pipeline), pictures(draft.model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipeline_images(pipeline), sampled_images(draft.model), rtol=0, atol=1e-5)
     norms = [name for name in trainer.callback_metrics if "grad" in name]
     assert norms
     assert all(trainer.callback_metrics[name].isfinite() for name in norms)
@@ -487,7 +487,7 @@ def test_callbacks_of_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
 # What is refused.
 
 
-def test_each_wrapper_points_to_the_other(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+def test_error_names_the_model_class_of_the_pipeline(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a StableDiffusion3Pipeline, .*; open it with StableDiffusion3$"):
         StableDiffusion(str(tiny_sd3))
     with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline, .*; open it with StableDiffusion$"):
@@ -500,7 +500,7 @@ def test_each_wrapper_points_to_the_other(tiny_sd: Path, tiny_sd3: Path, tmp_pat
         StableDiffusion3(str(tmp_path / "model.safetensors"))
 
 
-def test_samplers_of_the_other_kind_are_refused(tiny_sd3: Path) -> None:
+def test_samplers_for_other_schedules_are_rejected(tiny_sd3: Path) -> None:
     draft = DraftModule(opened(tiny_sd3), ColorBalance(), DDIM(4), LowVariance())
     draft.trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match="DDIM needs a variance-preserving model; use FlowEuler"):
@@ -514,13 +514,13 @@ def test_samplers_of_the_other_kind_are_refused(tiny_sd3: Path) -> None:
         ({"use_karras_sigmas": True}, "remove use_karras_sigmas from"),
     ],
 )
-def test_grids_that_are_refused(tiny_sd3: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_invalid_grids_are_rejected(tiny_sd3: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = edited(tiny_sd3, tmp_path / "pipeline", "scheduler/scheduler_config.json", **changes)
     with pytest.raises(ValueError, match=message):
         StableDiffusion3(str(folder))
 
 
-def test_invalid_components_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
+def test_invalid_components_are_rejected(tiny_sd3: Path, tmp_path: Path) -> None:
     pipeline = plain(tiny_sd3)
     scheduler, pipeline.scheduler = pipeline.scheduler, DDIMScheduler()
     pipeline.save_pretrained(tmp_path / "ddim")
@@ -545,6 +545,6 @@ def test_invalid_components_are_refused(tiny_sd3: Path, tmp_path: Path) -> None:
         ({"height": 16, "width": 52}, "width=52 must be a multiple of 4 up to 48"),
     ],
 )
-def test_wrong_arguments(tiny_sd3: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_rejected(tiny_sd3: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StableDiffusion3(str(tiny_sd3), **arguments)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL against diffusers' own pipeline, on a small random one."""
+"""Stable Diffusion XL against diffusers' pipeline, with a small random pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ PROMPTS = ["a red cat", "dog, cat"]
 
 
 def plain(folder: Path) -> StableDiffusionXLPipeline:
-    """The same pipeline as diffusers opens it, with a deterministic sampler."""
+    """The same pipeline, opened by diffusers, with a deterministic sampler."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -32,7 +32,7 @@ def plain(folder: Path) -> StableDiffusionXLPipeline:
 
 
 def opened(folder: Path, **arguments: Any) -> StableDiffusionXL:
-    """A model whose adapters do something."""
+    """A model whose adapters are not zero."""
     model = StableDiffusionXL(str(folder), **arguments)
     generator = torch.Generator().manual_seed(3)
     for _, value in model.trainable_parameters():
@@ -41,7 +41,7 @@ def opened(folder: Path, **arguments: Any) -> StableDiffusionXL:
 
 
 @torch.no_grad()
-def pictures(model: StableDiffusionXL, noise: Tensor, steps: int = 4) -> Tensor:
+def sampled_images(model: StableDiffusionXL, noise: Tensor, steps: int = 4) -> Tensor:
     """Images of both prompts."""
     chain = SamplingChain(model, DDIM(steps), model.encode(PROMPTS))
     return model.decode(chain.advance(chain.start(noise)).x)
@@ -57,14 +57,14 @@ def noise(height: int = 8, width: int = 8) -> Tensor:
     [(1.0, "", None), (3.0, "", None), (3.0, "tree", None), (3.0, "tree", (16, 24))],
     ids=["no guidance", "empty negative prompt", "negative prompt", "non-square"],
 )
-def test_pictures_are_those_of_the_diffusers_pipeline(
+def test_images_equal_those_of_the_diffusers_pipeline(
     tiny_sdxl: Path, scale: float, negative: str, size: tuple[int, int] | None
 ) -> None:
-    """An empty negative prompt is embedded as zeros, and the network is told the size."""
+    """An empty negative prompt is embedded as zeros, and the size conditioning is the image size."""
     options: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
     start = noise() if size is None else noise(size[0] // 2, size[1] // 2)
     model = opened(tiny_sdxl, lora=None, guidance=Guidance(scale, negative), **options)
-    ours = pictures(model, start, steps=6)
+    ours = sampled_images(model, start, steps=6)
     theirs = plain(tiny_sdxl)(
         PROMPTS,
         negative_prompt=[negative] * 2 if negative else None,
@@ -79,7 +79,7 @@ def test_pictures_are_those_of_the_diffusers_pipeline(
     assert ((ours > 0) & (ours < 1)).float().mean() > 0.1
 
 
-def test_exported_lora_gives_our_pictures_in_a_plain_pipeline(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_exported_lora_gives_the_same_images_in_diffusers(tiny_sdxl: Path, tmp_path: Path) -> None:
     model = opened(tiny_sdxl, lora=LoRA(4, alpha=6.0), guidance=Guidance(2.0))
     model.save_lora(tmp_path / "lora.safetensors")
     pipeline = plain(tiny_sdxl)
@@ -87,7 +87,7 @@ def test_exported_lora_gives_our_pictures_in_a_plain_pipeline(tiny_sdxl: Path, t
     base = pipeline(PROMPTS, height=16, width=16, **options).images
     pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
     theirs = pipeline(PROMPTS, height=16, width=16, **options).images
-    ours = pictures(model, noise()).clamp(0, 1)
+    ours = sampled_images(model, noise()).clamp(0, 1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
     assert (ours - base).abs().mean() > 0.004
 
@@ -101,7 +101,7 @@ def module(method: str, model: StableDiffusionXL) -> RewardModule:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["last_k", "ppo"])
-def test_training_moves_the_adapters_alone(tiny_sdxl: Path, tmp_path: Path, method: str, dtype: Any) -> None:
+def test_training_changes_only_the_adapters(tiny_sdxl: Path, tmp_path: Path, method: str, dtype: Any) -> None:
     model = StableDiffusionXL(str(tiny_sdxl), dtype=dtype, guidance=Guidance(2.0), lora=LoRA(2, seed=0))
     before = {name: value.clone() for name, value in model.named_parameters()}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -113,7 +113,7 @@ def test_training_moves_the_adapters_alone(tiny_sdxl: Path, tmp_path: Path, meth
     assert {before[name].dtype for name in trained} == {torch.float32}
 
 
-def test_the_decoder_runs_in_float32_where_its_config_says_so(tiny_sdxl: Path) -> None:
+def test_decoder_with_force_upcast_runs_in_float32(tiny_sdxl: Path) -> None:
     half = StableDiffusionXL(str(tiny_sdxl), dtype="bfloat16", lora=None)
     assert half.unet.dtype == torch.bfloat16
     assert half.vae.dtype == torch.float32
@@ -125,7 +125,7 @@ def test_the_decoder_runs_in_float32_where_its_config_says_so(tiny_sdxl: Path) -
     assert chosen.vae.dtype == torch.bfloat16
 
 
-def test_other_families_are_named(tiny_sdxl: Path, tiny_sd: Path) -> None:
+def test_error_for_other_families_names_the_class(tiny_sdxl: Path, tiny_sd: Path) -> None:
     with pytest.raises(ConfigurationError, match="open it with StableDiffusionXL"):
         StableDiffusion(str(tiny_sdxl))
     with pytest.raises(ConfigurationError, match="open it with StableDiffusion$"):

@@ -1,4 +1,4 @@
-"""Training of the denoiser's own weights, and their export."""
+"""Training and export of the denoiser's own weights."""
 
 import json
 from pathlib import Path
@@ -33,14 +33,14 @@ def noise() -> Tensor:
 
 
 @torch.no_grad()
-def pictures(model: StableDiffusion) -> Tensor:
+def sampled_images(model: StableDiffusion) -> Tensor:
     """Images of both prompts."""
     chain = SamplingChain(model, DDIM(3), model.encode(PROMPTS))
     return model.decode(chain.advance(chain.start(noise())).x)
 
 
 def moved(folder: Path, trainable: Any = "full") -> StableDiffusion:
-    """A model whose trained weights are no longer the original ones."""
+    """A model whose trained weights differ from the original ones."""
     model = StableDiffusion(str(folder), trainable=trainable, guidance=Guidance(2.0))
     generator = torch.Generator().manual_seed(3)
     for _, value in model.trainable_parameters():
@@ -48,7 +48,7 @@ def moved(folder: Path, trainable: Any = "full") -> StableDiffusion:
     return model
 
 
-def test_full_trains_every_weight_of_the_denoiser_in_float32(tiny_sd: Path) -> None:
+def test_full_trains_all_denoiser_weights_in_float32(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), trainable="full", dtype="bfloat16")
     names = {name for name, _ in model.trainable_parameters()}
     assert names == {name for name, _ in model.named_parameters() if name.startswith("unet.")}
@@ -56,7 +56,7 @@ def test_full_trains_every_weight_of_the_denoiser_in_float32(tiny_sd: Path) -> N
     assert model.vae.dtype == torch.bfloat16
 
 
-def test_names_choose_weights_by_whole_parts(tiny_sd: Path) -> None:
+def test_names_select_weights_by_complete_name_parts(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), trainable=["attn2.to_k", "conv_out"])
     names = {name for name, _ in model.trainable_parameters()}
     expected = {
@@ -71,23 +71,23 @@ def test_names_choose_weights_by_whole_parts(tiny_sd: Path) -> None:
 
 
 @pytest.mark.parametrize("trainable", ["attn2", []])
-def test_a_name_outside_a_list_and_an_empty_list_are_refused(trainable: Any) -> None:
+def test_single_name_and_empty_list_are_rejected(trainable: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"must be lora, full, or a list of names such as \[attn2\]"):
         unfreeze(nn.Linear(1, 1), trainable)
 
 
 @pytest.mark.parametrize("trainable", ["full", ["attn1"]])
-def test_base_is_bitwise_the_pipeline_before_training(tiny_sd: Path, trainable: Any) -> None:
+def test_base_equals_the_original_pipeline_bitwise(tiny_sd: Path, trainable: Any) -> None:
     model = moved(tiny_sd, trainable)
     bare = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(2.0))
     before = dict(model.trainable_parameters())
-    tuned = pictures(model)
+    tuned = sampled_images(model)
     with model.base():
-        assert torch.equal(pictures(model), pictures(bare))
+        assert torch.equal(sampled_images(model), sampled_images(bare))
         assert not model.trainable_parameters()
     assert all(value is before[name] for name, value in model.trainable_parameters())
-    assert torch.equal(pictures(model), tuned)
-    assert (tuned - pictures(bare)).abs().mean() > 1e-3
+    assert torch.equal(sampled_images(model), tuned)
+    assert (tuned - sampled_images(bare)).abs().mean() > 1e-3
 
 
 def test_base_within_a_graph_does_not_change_its_gradient(tiny_sd: Path) -> None:
@@ -111,10 +111,10 @@ def test_scale_interpolates_between_original_and_trained_weights(tiny_sd: Path) 
     for name, value in bare.named_parameters():
         value.data += 0.3 * (trained[name].detach() - value)
     with model.adapter_scale(0.3):
-        torch.testing.assert_close(pictures(model), pictures(bare), rtol=0, atol=1e-4)
+        torch.testing.assert_close(sampled_images(model), sampled_images(bare), rtol=0, atol=1e-4)
 
 
-def test_saved_pipeline_gives_our_pictures_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
+def test_saved_pipeline_gives_the_same_images_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
     model = moved(tiny_sd, ["attn1", "conv_out"])
     model.save_pipeline(tmp_path / "tuned", {"step": "3"})
     model.save_pipeline(tmp_path / "tuned", {"step": "4"})
@@ -124,13 +124,14 @@ def test_saved_pipeline_gives_our_pictures_in_diffusers(tiny_sd: Path, tmp_path:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     options = {"guidance_scale": 2.0, "num_inference_steps": 3, "latents": noise(), "output_type": "pt"}
     theirs = pipeline(PROMPTS, **options).images
-    torch.testing.assert_close(theirs, pictures(model).clamp(0, 1), rtol=0, atol=2e-4)
+    torch.testing.assert_close(theirs, sampled_images(model).clamp(0, 1), rtol=0, atol=2e-4)
     assert torch.equal(
-        pictures(StableDiffusion(str(tmp_path / "tuned"), lora=None, guidance=Guidance(2.0))), pictures(model)
+        sampled_images(StableDiffusion(str(tmp_path / "tuned"), lora=None, guidance=Guidance(2.0))),
+        sampled_images(model),
     )
 
 
-def test_the_wrong_export_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_wrong_export_is_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="save_pipeline needs .*trainable='full', or write the adapters"):
         StableDiffusion(str(tiny_sd), lora=LoRA(2)).save_pipeline(tmp_path / "tuned")
     with pytest.raises(ConfigurationError, match="save_lora needs adapters"):
@@ -148,7 +149,7 @@ def module(method: str, model: StableDiffusion) -> RewardModule:
 
 
 @pytest.mark.parametrize("method", ["draft", "ppo", "prdp"])
-def test_methods_train_weights_and_a_resumed_run_is_the_uninterrupted_one(
+def test_methods_train_weights_and_resumed_run_equals_uninterrupted_run(
     tiny_sd: Path, tmp_path: Path, method: str
 ) -> None:
     def fit(steps: int, folder: str, resume: Path | None = None) -> RewardModule:

@@ -1,4 +1,4 @@
-"""What must work with the oldest and with the newest supported releases: import, train, export, reload, score.
+"""Import, train, export, reload and score with the oldest and the newest supported releases.
 
 `make test-oldest` runs this file alone, on the releases in constraints-oldest.txt.
 """
@@ -80,7 +80,7 @@ def noise_for(model: StableDiffusion, number: int) -> Tensor:
 
 
 def random_images() -> Tensor:
-    """Images of whole 8-bit levels, so that PIL holds the same."""
+    """Images with values that are multiples of 1/255, so that PIL images are equal."""
     levels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     return levels.float() / 255
 
@@ -107,8 +107,8 @@ def test_trainer_options_take_an_integer_as_a_count_of_batches() -> None:
     assert [(type(parsed[name]), parsed[name]) for name in names] == [(int, 1)] * len(names)
 
 
-def test_32_px_model_draws_its_captions_recognizably() -> None:
-    """With a text encoder whose weights were not read, its CLIP would recognize one image in hundreds."""
+def test_32_px_model_generates_recognizable_images() -> None:
+    """If the weights of the text encoder were not loaded, the CLIP would recognize almost no image."""
     captions = (SMALL.parent / "prompts" / "emoji32.txt").read_text().splitlines()[::60]
     model = StableDiffusion(str(SMALL), lora=None, guidance=Guidance(1.0))
     images = sample(model, captions, noise_for(model, len(captions)), steps=10)
@@ -131,17 +131,17 @@ def test_a_finished_run_is_resumed_and_sampled(trained: Path) -> None:
     folder = trained.parents[1]
     resumed = run(folder, "fit", "--config", "runs/quickstart", "--ckpt_path", "last", "--trainer.max_steps", "4")
     assert "step 4/4" in resumed
-    run(folder, "sample", "runs/quickstart", "--max", "2", "-o", "pictures.png")
-    assert Image.open(folder / "pictures.png").width > 0
+    run(folder, "sample", "runs/quickstart", "--max", "2", "-o", "samples.png")
+    assert Image.open(folder / "samples.png").width > 0
 
 
 def test_clip_score_is_the_similarity_that_transformers_computes() -> None:
     images = random_images()
     clip = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
-    pictures = [Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+    pil_images = [Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()) for image in images]
     processor = CLIPProcessor.from_pretrained(CLIP)
     with torch.no_grad():
-        inputs = processor(text=PROMPTS, images=pictures, return_tensors="pt", padding="max_length")
+        inputs = processor(text=PROMPTS, images=pil_images, return_tensors="pt", padding="max_length")
         logits = clip(**inputs).logits_per_image
     expected = logits.diagonal() / clip.logit_scale.exp()
     torch.testing.assert_close(CLIPScore(CLIP)(images, PROMPTS), expected, rtol=0, atol=1e-5)

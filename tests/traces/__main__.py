@@ -39,19 +39,19 @@ def traces(names: Iterable[str]) -> Iterator[tuple[str, Trace]]:
 
 
 def environment() -> dict[str, str]:
-    """Where and on which code traces are recorded."""
+    """Return the environment and the commit of the traces."""
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
     capability = torch.backends.cpu.get_cpu_capability()
     return {"commit": commit, "torch": torch.__version__, "lightning": L.__version__, "cpu": capability}
 
 
 def chosen(names: Iterable[str], prefixes: list[str] | None) -> list[str]:
-    """The names that start with one of the prefixes; all of them without any."""
+    """Return the names that start with one of the prefixes; all names without prefixes."""
     return [name for name in names if not prefixes or name.startswith(tuple(prefixes))]
 
 
 def record_file(file: Path, prefixes: list[str] | None) -> int:
-    """Record cases to a file; where some are chosen, replace these and keep the others."""
+    """Record cases to a file; with prefixes, replace these cases and keep the others."""
     known: dict[str, Any] = json.loads(file.read_text())["cases"] if prefixes and file.exists() else {}
     start = time.monotonic()
     new = dict(traces(chosen(CASES, prefixes)))

@@ -1,4 +1,4 @@
-"""The cases, and everything that the traces need to know of the package: names, constructors and logged metrics."""
+"""The cases, and all names of the package that the traces use: constructors, attributes and logged metrics."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +70,7 @@ def trainable(module: Any) -> dict[str, Tensor]:
 
 
 def exported(folder: Path) -> list[Path]:
-    """The LoRA files that a run wrote below its folder."""
+    """The LoRA files in the folder of a run."""
     return sorted((folder / "lora").glob("*.safetensors"))
 
 
@@ -120,7 +120,7 @@ def draft(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
 
 
 def policy(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
-    """Policy gradients on four noisy steps and two samples a prompt."""
+    """Policy gradients on four noisy steps with two samples per prompt."""
     defaults: dict[str, Any] = {"sampler": DDIM(4, eta=1.0), "samples_per_prompt": 2}
 
     def make(folder: Path) -> PolicyGradientModule:

@@ -15,11 +15,11 @@ INPUTS = "network_sha256"
 
 @dataclass(frozen=True)
 class Verdict:
-    """How two traces of a case compare.
+    """Result of the comparison of two traces of a case.
 
     Args:
         outcome: `identical`, `equal to rounding` or `different`.
-        detail: What differs.
+        detail: The difference.
     """
 
     outcome: str
@@ -27,15 +27,15 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether it is as expected of a refactoring."""
+        """Whether the result is valid for a refactoring."""
         return self.outcome != "different"
 
 
 def compare(expected: Trace, found: Trace, tolerance: float = TOLERANCE) -> Verdict:
     """Compare a trace with a recorded one.
 
-    Floats are compared relative to the largest of their kind in the trace. SHA-256 sums alone never make a difference,
-    as long as all floats agree; costs are reported only.
+    Floats are compared relative to the largest of their kind in the trace. Different SHA-256 sums are not a difference
+    if all floats agree; costs are only reported.
 
     Args:
         expected: The recorded trace.

@@ -45,11 +45,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Package:
-    """What the tool needs to know of the package.
+    """Functions and names of the package that the tool uses.
 
     Args:
         metrics: Logged metrics by their names in the trace.
-        trainable: What a module optimizes.
+        trainable: The optimized parameters of a module.
         denoiser: The network whose calls are counted.
         exported: The LoRA files below a run's folder.
     """
@@ -61,19 +61,19 @@ class Package:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor with the parts that other processes hold, detached."""
+    """Return the full tensor, gathered from all processes and detached."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of tensors, whatever their names and order."""
+    """Return the SHA-256 of tensors, independent of their names and order."""
     each = sorted(hashlib.sha256(f"{tuple(t.shape)}".encode() + _bytes(t)).hexdigest() for t in tensors)
     return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm in float64, whatever the order of the tensors."""
+    """Return the Euclidean norm in float64, independent of the order of the tensors."""
     return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
@@ -81,8 +81,7 @@ class Recorder(L.Callback):
     """Measures every batch.
 
     Args:
-        package: What is known of the package.
-        checkpoint: Where to save a checkpoint after batch `save_after`.
+        package: What is known of the package. checkpoint: Where to save a checkpoint after batch `save_after`.
         save_after: Number of the batch, from 1.
     """
 
@@ -97,7 +96,7 @@ class Recorder(L.Callback):
         self._batches = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note where training starts, and count the network's calls from now on."""
+        """Record the initial state, and start counting the network's calls."""
         self._initial = self._values(pl_module)
         network = self.package.denoiser(pl_module)
         self.trace["network_sha256"] = digest([whole(value) for value in network.parameters()])
@@ -126,7 +125,7 @@ class Recorder(L.Callback):
             trainer.save_checkpoint(self.checkpoint)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add up the calls."""
+        """Sum the calls."""
         self.trace["network_forwards"], self.trace["network_forwards_with_grad"] = self.calls
 
     def _values(self, module: L.LightningModule) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Benchmarks of cost and memory, compared with the cost expected of the algorithms."""
+"""Benchmarks of time and memory, compared with the expected cost of the algorithms."""

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: models of a chosen size, and tables."""
+"""Helpers of the benchmarks: models with a given size, and tables."""
 
 import argparse
 import tempfile
@@ -51,24 +51,24 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "text": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     },
 }
-"""Architectures with random weights: one for tests, one for two cores, and that of Stable Diffusion 1.5."""
+"""Architectures with random weights: one for tests, a small one, and that of Stable Diffusion 1.5."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> None:
-    """Arguments of every benchmark."""
+    """Add the arguments of every benchmark."""
     parser.add_argument(
-        "--model", default="small", help="small, sd15 (random weights), or whatever StableDiffusion opens"
+        "--model", default="small", help="small, sd15 (random weights), or anything that StableDiffusion opens"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", help="of the frozen parts: float32, bfloat16 or float16")
+    parser.add_argument("--dtype", default="float32", help="dtype of the frozen parts: float32, bfloat16 or float16")
     parser.add_argument("--steps", type=int, default=steps, help="sampling steps T")
-    parser.add_argument("--batch", type=int, default=batch, help="prompts a step")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is none: g = 1, else g = 2")
+    parser.add_argument("--batch", type=int, default=batch, help="prompts per step")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="with 1 (no guidance) g = 1, else g = 2")
     parser.add_argument("--output", type=Path, help="also write the page to this file")
 
 
 def open_model(arguments: argparse.Namespace, **options: Any) -> StableDiffusion:
-    """The model that the arguments name, with rank-8 adapters."""
+    """Open the model that the arguments name, with rank-8 adapters."""
     options = {"dtype": arguments.dtype, "guidance": Guidance(arguments.guidance_scale), **options}
     lora = LoRA(rank=8, seed=0)
     if arguments.model not in SIZES:
@@ -123,12 +123,12 @@ def _write(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[s
         requires_safety_checker=False,
     )
     if text["hidden_size"] > 512:
-        pipeline.to(torch.bfloat16)  # half the size on disk; the weights are random
+        pipeline.to(torch.bfloat16)  # half of the size on disk; the weights are random
     pipeline.save_pretrained(folder)
 
 
 def quiet() -> None:
-    """Silence Lightning's advice."""
+    """Suppress Lightning's notices."""
     disable_possible_user_warnings()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
@@ -138,7 +138,7 @@ def quiet() -> None:
 
 
 def describe(arguments: argparse.Namespace, model: StableDiffusion) -> str:
-    """One line on what is measured, and where."""
+    """Describe the measured model and the machine in one line."""
     cuda = torch.device(arguments.device).type == "cuda"
     where = torch.cuda.get_device_name(arguments.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     size = sum(value.numel() for value in model.unet.parameters()) / 1e6
@@ -151,7 +151,7 @@ def describe(arguments: argparse.Namespace, model: StableDiffusion) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, its columns padded; the first is text, the others are numbers."""
+    """Return a Markdown table with padded columns, of which the first is text and the others are numbers."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -165,7 +165,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(page: str, output: Path | None) -> None:
-    """Print a page, and write it where that is asked for."""
+    """Print a page, and write it to a file if one is given."""
     print(page)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Moments at which a training process can be killed, and how: signals, and a disk that fills up.
+"""Points at which a training process can be killed, and ways to kill it: signals and a full disk.
 
-Everything here is installed in the process that is to be killed, after the fork; the package knows nothing of it.
+All hooks are installed after the fork in the process that will be killed; the package does not contain them.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ _OFTEN = {
     "on_validation_start": 2,
     "on_validation_batch_start": 4,
     "on_validation_end": 2,
-}  # up to which occurrence a run is killed; of the others, the first
+}  # largest occurrence at which a run is killed; for other points, the first
 _SECOND_SIGNAL_S = 0.03
 
 
 @dataclass(frozen=True)
 class Kill:
-    """How and when a process is killed.
+    """How and when to kill a process.
 
     Args:
         how: One of `SIGNALS`, `disk full`, or `file limit`.
         moment: One of `MOMENTS`.
-        number: At which occurrence of the moment, counted from 1; for `file limit` the limit in KiB.
+        number: Occurrence of the moment, from 1; for `file limit` the limit in KiB.
         delay: Seconds between two signals.
-        place: Position among the run's callbacks, from 0 (first) to 1, of one that sends a signal in a hook.
+        place: Relative position among the run's callbacks, from 0 to 1, of the callback that sends a signal in a hook.
         other_tmpdir: Whether `TMPDIR` is on another file system.
     """
 
@@ -86,7 +86,7 @@ class Kill:
         return f"{self.how} at {self.moment} {self.number}{where}"
 
     def install(self) -> None:
-        """Let this process be killed at the moment; `time` is the parent's task."""
+        """Install the kill in this process; the parent handles `time`."""
         if self.how == "file limit":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.number * 1024, resource.RLIM_INFINITY))
@@ -112,7 +112,7 @@ class Kill:
 
 
 def choose(generator: random.Random, how: str, first: bool, rollouts: bool) -> Kill:
-    """Choose a moment at random.
+    """Choose how and when to kill at random.
 
     Args:
         generator: Random numbers.
@@ -137,7 +137,7 @@ def choose(generator: random.Random, how: str, first: bool, rollouts: bool) -> K
 
 
 class _Countdown:
-    """Calls a function at the `number`-th call; of a full disk also at every later one."""
+    """Call a function at the `number`-th call, and for a full disk also at every later call."""
 
     def __init__(self, number: int, act: Callable[..., None]) -> None:
         self.left = number

@@ -1,12 +1,12 @@
-"""Kill training runs again and again, resume them, and compare all that they leave with a run that was not killed.
+"""Kill and resume training runs repeatedly, and compare their results with those of an uninterrupted run.
 
     python -m benchmarks.kill_storm --kills 200
 
-Each trial is the command `lightning-draft fit --config METHOD.yaml --name run --resume auto` in a process of its own: a
-tiny random pipeline, trained by DRaFT on a `ZScoreSum` or by LOOP with two inner epochs, with a moving average, the
-guard, samples, exported adapters and checkpoints. The process is killed one to five times and started again each time:
-by SIGKILL, SIGTERM, or SIGINT once or twice, after a random time or at a chosen moment (see `kill_moments`), or by a
-disk that is full. At the end every file, every logged value and every image must be equal, bit by bit.
+Each trial runs `lightning-draft fit --config METHOD.yaml --name run --resume auto` in a separate process. It trains a
+tiny random pipeline by DRaFT on a `ZScoreSum`, or by LOOP with two inner epochs, with a moving average, the guard,
+samples, exported adapters and checkpoints. The process is stopped one to five times and restarted each time. It is
+stopped by SIGKILL, SIGTERM, or one or two SIGINT, after a random time or at a chosen point (see `kill_moments`), or by
+a full disk. At the end all files, logged values and images must be bitwise equal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.run_differences import differences
 STEPS = 7
 KINDS = (*SIGNALS, *SIGNALS, "disk full", "file limit")
 _MOST_KILLS = 5  # of one run
-_CAUGHT = {2, 130, 143}  # exit statuses of a process that was not ended by a signal itself
+_CAUGHT = {2, 130, 143}  # exit statuses of a process that was not ended directly by a signal
 
 _METHODS = {
     "direct": """\
@@ -77,13 +77,13 @@ METHODS = tuple(_METHODS)
 
 @dataclass
 class Outcome:
-    """What a storm found.
+    """The result of all trials.
 
     Attributes:
-        kills: Number of kills that happened, by kind.
-        runs: Number of runs that were killed and resumed to their end.
-        runs_that_differ: How many of them differ from the uninterrupted run, or failed.
-        faults: What differed, and in which trial.
+        kills: Number of kills by kind.
+        runs: Number of runs that were killed and resumed until they finished.
+        runs_that_differ: Number of these runs that failed or differ from the uninterrupted run.
+        faults: Differences, with the trial.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -93,10 +93,10 @@ class Outcome:
 
 
 def storm(root: Path, kills: int, seed: int = 0, methods: tuple[str, ...] = METHODS) -> Outcome:
-    """Run trials, of the methods in turn, until there were `kills` kills.
+    """Run trials, alternating between the methods, until there were `kills` kills.
 
     Args:
-        root: An empty folder to write in.
+        root: An empty folder for the runs.
         kills: Number of kills.
         seed: Seed of kinds and moments.
         methods: Some of `METHODS`.
@@ -136,14 +136,14 @@ def _storm(root: Path, launchers: dict[str, Launcher], kills: int, generator: ra
 
 
 def _trial(launcher: Launcher, attempts: list[Attempt], whole: Path) -> tuple[list[str], int]:
-    """Kill a run as planned, resume it to its end, and compare; return what differs and how many kills happened."""
+    """Kill a run as planned, resume it until it finishes, and return the differences and the number of kills."""
     done = 0
     for attempt in attempts:
         status = launcher.attempt(attempt)
         if status is None:
             return [f"still running after {PATIENCE_S:g} s"], done + 1
         if status == 0:
-            break  # the moment did not come
+            break  # the point was not reached
         done += 1
         if status > 0 and status not in _CAUGHT:
             return [f"exit status {status}"], done
@@ -155,7 +155,7 @@ def _trial(launcher: Launcher, attempts: list[Attempt], whole: Path) -> tuple[li
 
 
 def _arguments(root: Path, method: str) -> list[str]:
-    """Write the pipeline and the method's config, and return the command that starts and resumes a run."""
+    """Write the pipeline and the config of the method, and return the command that starts and resumes a run."""
     if not (root / "model").exists():
         write_pipeline(root / "model", "tiny")
     config = root / f"{method}.yaml"
@@ -164,16 +164,16 @@ def _arguments(root: Path, method: str) -> list[str]:
 
 
 def _shuffled(generator: random.Random, number: int) -> list[str]:
-    """Return that many kinds of kills, about as many of each, in random order."""
+    """Return a number of kinds of kills in random order, with about the same number of each."""
     kinds = [KINDS[index % len(KINDS)] for index in range(number)]
     generator.shuffle(kinds)
     return kinds
 
 
 def main() -> int:
-    """Run a storm and print what differed."""
+    """Run the trials and print the differences."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="number of kills in all")
+    parser.add_argument("--kills", type=int, default=200, help="total number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments")
     parser.add_argument("--method", choices=METHODS, action="append", help="by default all, in turn")
     parser.add_argument("--folder", type=Path, help="keep runs that differ here; by default a temporary folder")

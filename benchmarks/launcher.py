@@ -1,4 +1,4 @@
-"""Start one command again and again, each time in a process of its own, without importing and parsing anew."""
+"""Start a command repeatedly, each time in a new process, without repeated imports and parsing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Attempt:
     Args:
         folder: The current folder of the process; its output is appended to `log.txt` there.
         kill: How the process is killed, if it is.
-        seconds: When, if that is after a time.
+        seconds: Time until the kill, for kills after a time.
     """
 
     folder: Path
@@ -38,10 +38,10 @@ class Attempt:
 
 
 class Launcher:
-    """A process that has parsed a command of `lightning-draft` and forks for each attempt; what follows is as usual.
+    """A process that has parsed a `lightning-draft` command and forks for each attempt to run it.
 
     Args:
-        arguments: Of the command; paths are absolute.
+        arguments: Arguments of the command, with absolute paths.
     """
 
     def __init__(self, arguments: list[str]) -> None:
@@ -65,7 +65,7 @@ class Launcher:
 
 
 def _serve(arguments: list[str], requests: Connection) -> int:
-    """Parse the command, and then continue with it in a fork for each request."""
+    """Parse the command, and run it in a fork for each request."""
     parse: Any = DraftCLI.parse_arguments
 
     def parse_arguments(self: DraftCLI, parser: Any, args: Any) -> None:
@@ -85,7 +85,7 @@ def _serve(arguments: list[str], requests: Connection) -> int:
 
 
 def _prepare(attempt: Attempt) -> None:
-    """Make this process one that was just started in the attempt's folder."""
+    """Set up this process as if it had been started in the attempt's folder."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,7 +104,7 @@ def _prepare(attempt: Attempt) -> None:
 
 
 def _wait(process: int, attempt: Attempt) -> int | None:
-    """Wait for the end of a process, and kill it on the way if that is to happen after a time."""
+    """Wait for the end of a process; kill it after a time if the attempt requires it."""
     started, kill = time.monotonic(), attempt.kill
     due = kill is not None and kill.moment == "time"
     while True:
@@ -123,7 +123,7 @@ def _wait(process: int, attempt: Attempt) -> int | None:
 
 
 def _end(work: Any) -> None:
-    """Call `work` and end this process with the exit status that it returns or that its exception stands for."""
+    """Call `work` and end this process with its exit status or that of its exception."""
     status = 1
     try:
         status = work()

@@ -3,9 +3,9 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --model sd15 --device cuda --dtype bfloat16 --steps 50
 
-Memory beyond the weights, of one step: sampling with gradient, decoder, reward, backward. On CUDA it is the allocator's
-peak; on the CPU it is the peak of the bytes that live tensors hold, counted operation by operation, which is exact and
-repeatable (the libraries' scratch space is not in it).
+The memory is that of one step beyond the weights: sampling with gradient, decoder, reward, backward pass. On CUDA it is
+the peak of the allocator. On the CPU it is the peak size of live tensors, counted after each operation, which is exact
+and reproducible but does not include the scratch space of libraries.
 """
 
 import argparse
@@ -30,11 +30,11 @@ MIB = 2**20
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make within this context.
+    """Count the bytes of the storages that operations create within this context.
 
     Attributes:
-        now: Bytes alive.
-        peak: Most bytes alive at once.
+        now: Current number of bytes.
+        peak: Largest number of bytes.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made: outputs that share no storage with an input."""
+        """Run the operation and count its new storages: outputs that share no storage with an input."""
         kwargs = kwargs or {}
         old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **kwargs)
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak(step: Callable[[], Tensor], device: torch.device) -> float:
-    """MiB that a forward and backward pass take at most, beyond what was there before."""
+    """Return the peak memory of a forward and backward pass in MiB, beyond the memory before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -75,7 +75,7 @@ def peak(step: Callable[[], Tensor], device: torch.device) -> float:
 
 
 class Bench:
-    """One model, measured under several settings."""
+    """Measure one model with several settings."""
 
     def __init__(self, model: StableDiffusion, batch: int) -> None:
         self.model = model
@@ -83,7 +83,7 @@ class Bench:
         model.memory = Memory(decode_chunk=1, checkpoint_decoder=True)
 
     def __call__(self, steps: int, truncation: Truncation, checkpointing: Checkpointing) -> float:
-        """Peak MiB of one training step."""
+        """Return the peak memory of one training step in MiB."""
         module = DraftModule(
             self.model, ColorTarget(), DDIM(steps, spacing="trailing"), truncation, checkpointing=checkpointing
         )
@@ -93,13 +93,13 @@ class Bench:
         return found
 
     def latents(self) -> float:
-        """MiB of a batch of float32 latents."""
+        """Return the size of a batch of float32 latents in MiB."""
         channels, height, width = self.model.latent_shape
         return self.batch * channels * height * width * 4 / MIB
 
 
 def against_steps(bench: Bench, steps: int) -> str:
-    """Full back-propagation: flat when each step is recomputed, but for the latents; else proportional to T."""
+    """Measure full back-propagation against T: constant except for the latents if steps are recomputed."""
     rows = []
     lengths = sorted({max(2, steps // 4), max(2, steps // 2), steps, 2 * steps})
     first: dict[str, float] = {}
@@ -123,7 +123,7 @@ def against_steps(bench: Bench, steps: int) -> str:
 
 
 def against_k(bench: Bench, steps: int) -> str:
-    """DRaFT-K: the prefix keeps nothing, so memory follows K, or is flat where steps are recomputed."""
+    """Measure DRaFT-K against K: memory is proportional to K, or constant if steps are recomputed."""
     rows = []
     one = bench(steps, LastK(1), "none")
     for k in sorted({1, 2, max(1, steps // 4), max(1, steps // 2), steps}):
@@ -138,7 +138,7 @@ def against_k(bench: Bench, steps: int) -> str:
 
 
 def against_modes(bench: Bench, steps: int) -> str:
-    """What is recomputed, for full back-propagation."""
+    """Measure full back-propagation for each mode of recomputation."""
     expected = {"none": "1", "block": "< none", "step": "about 1/T", "both": "< step"}
     found = {mode: bench(steps, Full(), mode) for mode in expected}  # type: ignore[arg-type]
     rows = [[mode, text, f"{found[mode] / found['none']:.3f}", f"{found[mode]:.1f}"] for mode, text in expected.items()]
@@ -147,7 +147,7 @@ def against_modes(bench: Bench, steps: int) -> str:
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the benchmark and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_arguments(parser, steps=8, batch=1)
     arguments = parser.parse_args()

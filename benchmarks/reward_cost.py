@@ -4,9 +4,9 @@
     python -m benchmarks.reward_cost --rewards HPSv2 PickScore --device cuda --batch 8
 
 The weights are random and are written to a temporary folder in the published format, one reward at a time, so that the
-reward's own constructor reads them. The seconds are those of a call after the first, in which the features of prompts
-are known where a reward keeps them; on the CPU they are seconds of the processor's work. The megabytes come on top of
-the weights: on CUDA the allocator's peak, on the CPU that of live tensors. Black boxes have no backward pass.
+constructor of the reward reads them. The seconds are those of a call after the first, when prompt features are cached;
+on the CPU they are CPU time. The megabytes do not include the weights: on CUDA they are the peak of the allocator, on
+the CPU that of live tensors. Black boxes have no backward pass.
 """
 
 import argparse
@@ -42,8 +42,8 @@ class Case:
 
     Args:
         reward: Name of its class.
-        architecture: What it runs on.
-        build: Writes the weights into a folder and opens the reward.
+        architecture: Description of the network.
+        build: Writes the weights to a folder and opens the reward.
     """
 
     reward: str
@@ -51,8 +51,8 @@ class Case:
     build: Callable[[Path], Reward]
 
 
-def draw(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Random bfloat16 tensors; scales of norms are 1. One million numbers are drawn and repeated."""
+def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return random bfloat16 tensors, made of one million repeated numbers; scales of norms are 1."""
     numbers = (0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))).bfloat16()
     tensors = {}
     for name, shape in shapes.items():
@@ -67,20 +67,20 @@ def draw(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def write_model(folder: Path, kind: str, config: Any, *parts: Any) -> str:
-    """Write a model of transformers, its processor and tokenizer, and return the folder."""
+    """Write a transformers model, its processor and tokenizer, and return the folder."""
     with torch.device("meta"):
         model = getattr(transformers, kind)(config)
     config.architectures = [kind]
     config.save_pretrained(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    save_file(draw(shapes), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(random_tensors(shapes), folder / "model.safetensors", metadata={"format": "pt"})
     for part in parts:
         part.save_pretrained(folder)
     return str(folder)
 
 
 def write_clip_words(folder: Path, length: int = 77) -> Any:
-    """A tokenizer in CLIP's files, of as many tokens, that knows letters."""
+    """Write a tokenizer of letters in CLIP's format, with the full number of tokens."""
     letters = string.ascii_lowercase
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
     tokens += [f"unused{number}" for number in range(CLIP_WORDS - 2 - len(tokens))]
@@ -94,7 +94,7 @@ def write_clip_words(folder: Path, length: int = 77) -> Any:
 
 
 def write_bert_words(folder: Path) -> str:
-    """A vocabulary of BERT's length that knows letters."""
+    """Write a vocabulary of letters with the length of BERT's."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
     words += [f"##{letter}" for letter in string.ascii_lowercase]
     words += [f"[unused{number}]" for number in range(BERT_WORDS - len(words))]
@@ -103,7 +103,7 @@ def write_bert_words(folder: Path) -> str:
 
 
 def write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], embedding: int) -> str:
-    """A CLIP with its tokenizer and image processor."""
+    """Write a CLIP with its tokenizer and image processor."""
     config = transformers.CLIPConfig(
         text_config={"vocab_size": CLIP_WORDS, "eos_token_id": CLIP_WORDS - 1, "projection_dim": embedding, **text},
         vision_config={"image_size": 224, "projection_dim": embedding, **vision},
@@ -114,7 +114,7 @@ def write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], embed
 
 
 def tower(width: int, depth: int, heads: int) -> dict[str, int]:
-    """A transformer whose layers are four times as wide inside."""
+    """Return the config of a transformer whose hidden layers are four times as wide."""
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -136,7 +136,7 @@ def open_clip_shapes(
     places: tuple[int, int] = (257, 77),
     patch: int = 14,
 ) -> Shapes:
-    """Names and shapes of an open_clip checkpoint, by default of ViT-H-14."""
+    """Return names and shapes of an open_clip checkpoint, by default of ViT-H-14."""
     width, length = vision[0], text[0]
     found: Shapes = {
         "logit_scale": (),
@@ -161,7 +161,7 @@ def open_clip_shapes(
 def image_reward_shapes(
     vision: tuple[int, int] = (1024, 24), text: tuple[int, int] = (768, 12), words: int = BERT_WORDS + 2, grid: int = 14
 ) -> Shapes:
-    """Names and shapes of ImageReward.pt, by default of the published one, without the parts that are not used."""
+    """Return names and shapes of ImageReward.pt, by default of the published file, without unused parts."""
     (width, blocks), (length, layers) = vision, text
     eye, mind = "blip.visual_encoder.", "blip.text_encoder."
     found: Shapes = {
@@ -192,35 +192,35 @@ def image_reward_shapes(
 
 
 def linear(name: str, to: int, of: int) -> Shapes:
-    """A linear layer."""
+    """Return names and shapes of a linear layer."""
     return {f"{name}.weight": (to, of), f"{name}.bias": (to,)}
 
 
 def hps(folder: Path) -> Reward:
-    """HPSv2 from a file in the published layout."""
+    """Open HPSv2 from a file in the published layout."""
     write_clip_words(folder)
-    torch.save({"state_dict": draw(open_clip_shapes())}, folder / "random.pt")
+    torch.save({"state_dict": random_tensors(open_clip_shapes())}, folder / "random.pt")
     return rewards.HPSv2(weights=str(folder / "random.pt"), tokenizer=str(folder))
 
 
 def image_reward(folder: Path) -> Reward:
-    """ImageReward from files in the published layout."""
+    """Open ImageReward from files in the published layout."""
     config = {**tower(768, 12, 12), "vocab_size": BERT_WORDS + 2, "max_position_embeddings": 512}
     (folder / "med_config.json").write_text(
         json.dumps({**config, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0})
     )
-    torch.save(draw(image_reward_shapes()), folder / "random.pt")
+    torch.save(random_tensors(image_reward_shapes()), folder / "random.pt")
     return rewards.ImageReward(str(folder / "random.pt"), tokenizer=write_bert_words(folder))
 
 
 def aesthetic(folder: Path) -> Reward:
-    """LAION's first predictor, a linear layer, over CLIP."""
-    torch.save(draw({"weight": (1, 768), "bias": (1,)}), folder / "head.pth")
+    """Open LAION's first predictor, a linear layer on CLIP features."""
+    torch.save(random_tensors({"weight": (1, 768), "bias": (1,)}), folder / "head.pth")
     return rewards.AestheticScore("v1", write_clip(folder, **L14), str(folder / "head.pth"))
 
 
 def owl(folder: Path, version: str = "OwlViT", patch: int = 32, size: int = 768) -> str:
-    """OWL-ViT or OWLv2 of the base size."""
+    """Write an OWL-ViT or OWLv2 of the base size."""
     config = getattr(transformers, f"{version}Config")(
         text_config={**tower(512, 12, 8), "vocab_size": CLIP_WORDS, "max_position_embeddings": 16},
         vision_config={**tower(768, 12, 12), "image_size": size, "patch_size": patch},
@@ -241,21 +241,21 @@ def yolos(folder: Path) -> str:
 
 
 def vit(folder: Path) -> str:
-    """ViT-B/16 for ImageNet."""
+    """Write a ViT-B/16 for ImageNet."""
     config = transformers.ViTConfig(num_labels=1000)
     return write_model(folder, "ViTForImageClassification", config, transformers.ViTImageProcessor())
 
 
 def resnet(folder: Path) -> str:
-    """ResNet-50 for ImageNet."""
+    """Write a ResNet-50 for ImageNet."""
     config = transformers.ResNetConfig(num_labels=1000)
     processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 224})
     return write_model(folder, "ResNetForImageClassification", config, processor)
 
 
 @contextmanager
-def judge() -> Iterator[str]:
-    """The address of the example's service, on this machine."""
+def reward_service() -> Iterator[str]:
+    """Start the example service on this machine, and yield its address."""
     server = Server(redness)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -264,13 +264,13 @@ def judge() -> Iterator[str]:
         server.shutdown()
 
 
-def by_mean(images: Tensor, prompts: list[str]) -> Tensor:
-    """What a function of one's own might do at least."""
+def mean_pixel(images: Tensor, prompts: list[str]) -> Tensor:
+    """Return the mean pixel, as a minimal Python function."""
     return images.mean((1, 2, 3))
 
 
 def cases(url: str) -> list[Case]:
-    """Every reward, the cheap ones first."""
+    """Return all rewards to measure, from cheap to expensive."""
     captions = [f"caption {number}" for number in range(100)]
     return [
         Case("Brightness", "-", lambda folder: rewards.Brightness()),
@@ -282,10 +282,10 @@ def cases(url: str) -> list[Case]:
         Case("JPEGCompressibility", "-", lambda folder: rewards.JPEGCompressibility()),
         Case("JPEGIncompressibility", "-", lambda folder: rewards.JPEGIncompressibility()),
         Case("JPEGRate", "-", lambda folder: rewards.JPEGRate()),
-        Case("ImageQuality", "shipped judge, at 64x64", lambda folder: rewards.ImageQuality("emoji64-judge")),
+        Case("ImageQuality", "shipped classifier, at 64x64", lambda folder: rewards.ImageQuality("emoji64-judge")),
         Case("CleanFraction", "the same, black box", lambda folder: rewards.CleanFraction("emoji64-judge-eval")),
         Case("JPEGSize", "black box", lambda folder: rewards.JPEGSize()),
-        Case("PythonFunction", "black box, a mean", lambda folder: rewards.PythonFunction(by_mean, "tensor")),
+        Case("PythonFunction", "black box, a mean", lambda folder: rewards.PythonFunction(mean_pixel, "tensor")),
         Case("HTTPReward", "black box, on this machine", lambda folder: rewards.HTTPReward(url)),
         Case("CLIPScore", "CLIP ViT-B/32", lambda folder: rewards.CLIPScore(write_clip(folder, **B32))),
         Case("CLIPScore", "CLIP ViT-L/14", lambda folder: rewards.CLIPScore(write_clip(folder, **L14))),
@@ -342,7 +342,7 @@ def measure(reward: Reward, images: Tensor, repeats: int) -> tuple[float, float,
 
 
 def now(device: torch.device) -> float:
-    """Seconds: of the clock on CUDA, of the processor's work on the CPU, which other programs do not disturb."""
+    """Return seconds: wall-clock time on CUDA, CPU time on the CPU, which other programs do not affect."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -350,7 +350,7 @@ def now(device: torch.device) -> float:
 
 
 def line(case: Case, arguments: argparse.Namespace) -> list[str]:
-    """The case's line of the table."""
+    """Measure a case, and return its row of the table."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, generator=generator)
     with tempfile.TemporaryDirectory() as folder:
@@ -360,19 +360,21 @@ def line(case: Case, arguments: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="*", default=[], help="only those whose name starts with one of these")
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=1, help="images a call")
-    parser.add_argument("--repeats", type=int, default=1, help="calls after the first; the fastest counts")
+    parser.add_argument("--batch", type=int, default=1, help="images per call")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="calls after the first, of which the fastest is reported"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="also write the page to this file")
     arguments = parser.parse_args()
     common.quiet()
     transformers.logging.set_verbosity_error()
     chosen = tuple(arguments.rewards) or ("",)
-    with judge() as url:
+    with reward_service() as url:
         rows = [line(case, arguments) for case in cases(url) if case.reward.startswith(chosen)]
     cuda = torch.device(arguments.device).type == "cuda"
     where = torch.cuda.get_device_name(arguments.device) if cuda else f"CPU, {torch.get_num_threads()} threads"

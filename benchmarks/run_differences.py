@@ -17,7 +17,7 @@ _TIMES = ("seconds",)  # differ between any two runs
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """Return what differs between a run and the run that it must be equal to, bit by bit.
+    """Return the differences between a run and its reference, which must be bitwise equal.
 
     Args:
         ours: The folder of the run to check.
@@ -32,7 +32,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def logged(folder: Path) -> dict[str, Any]:
-    """Return the logged scalars and images by name and step; values of repeated steps that differ are all kept."""
+    """Return the logged scalars and images by name and step; different values of repeated steps are all kept."""
     values: dict[str, set[Any]] = {}
     for file in sorted(folder.glob(f"{_EVENTS}*")):
         for event in EventFileLoader(str(file)).Load():
@@ -47,7 +47,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _content(path: Path) -> Any:
-    """Return what a file holds; the order of the metadata of a safetensors file is arbitrary."""
+    """Return the content of a file; the order of metadata in a safetensors file is arbitrary."""
     if path.suffix == ".ckpt":
         return torch.load(path, weights_only=True)
     if path.suffix != ".safetensors":
@@ -57,7 +57,7 @@ def _content(path: Path) -> Any:
 
 
 def _unequal(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
-    """Yield where two nested containers of tensors differ."""
+    """Yield the differences of two nested containers of tensors."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*ours, *theirs}, key=str):
             if not any(part in str(key) for part in _TIMES):

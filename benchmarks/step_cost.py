@@ -1,12 +1,12 @@
-"""Step time of each method against the time of its network calls, measured in the same run.
+"""Step time of each method compared with the time of its network calls, measured in the same run.
 
     python -m benchmarks.step_cost
     python -m benchmarks.step_cost --model sd15 --device cuda --dtype bfloat16 --steps 50 --batch 4 --guidance-scale 7.5
 
-The floor of a method is its network calls and nothing else: forward without a graph, forward with one, backward. Each
-kind is timed on its own, between the training steps, and multiplied by how often the steps made it. The step is a whole
-training step of Lightning's Trainer: sampling, decoder, reward, backward, optimizer. What the decoder and the reward
-take is timed too, so that the last column shows what is left for everything else.
+The lower bound of a method is the time of its network calls: forward passes without and with a graph, and backward
+passes. Each kind is timed separately, between the training steps, and multiplied by its number of calls. The step is a
+complete training step of Lightning's Trainer: sampling, decoder, reward, backward pass, optimizer. The decoder and the
+reward are timed too, so that the last column shows the overhead of everything else.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK
 
 @dataclass(frozen=True)
 class Method:
-    """A line of the table.
+    """A method to measure.
 
     Args:
-        name: As in the literature.
-        truncation: What is trained.
-        checkpointing: What is recomputed.
-        forwards: Expected network cost of a sample, in forward passes and without the factor g, from the number of
-            steps: a backward pass counts as one.
+        name: Name in the table.
+        truncation: The truncation.
+        checkpointing: The option `checkpointing`.
+        forwards: Expected network passes per sample without the factor g, as a function of the number of steps; a
+            backward pass counts as one.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Method:
 
 
 def methods(steps: int) -> list[Method]:
-    """Every truncation, with the cost that it must have."""
+    """Return every truncation with its expected cost."""
     k = m = max(2, steps // 5)
     chances = sum((i + 1) / (steps + 1) for i in range(steps))
     return [
@@ -69,15 +69,15 @@ def methods(steps: int) -> list[Method]:
 
 
 Kind = tuple[str, int, bool]
-"""`without`, `with` or `again` a graph; batch; whether the input carries a gradient."""
+"""Kind of call (`without` or `with` a graph, or `again` for a recomputation), batch size, gradient of the input."""
 
 
 @dataclass
 class Clock(Callback):
-    """Times training steps, notes their network and decoder calls, and times those on their own.
+    """Time training steps, record their network and decoder calls, and time these calls separately.
 
     Args:
-        repeats: Timings of each kind of call, before the steps and after them.
+        repeats: Number of timings of each kind of call, before and after the steps.
     """
 
     repeats: int = 3
@@ -90,12 +90,12 @@ class Clock(Callback):
     _backward: bool = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Add hooks to the network and the decoder."""
+        """Register hooks on the network and the decoder."""
         pl_module.model.unet.register_forward_pre_hook(self._note_network)
         pl_module.model.vae.decoder.register_forward_pre_hook(self._note_decoder)
 
     def on_before_backward(self, *_: Any) -> None:
-        """From now on calls are recomputed ones."""
+        """Count further calls as recomputed."""
         self._backward = True
 
     def on_after_backward(self, *_: Any) -> None:
@@ -103,7 +103,7 @@ class Clock(Callback):
         self._backward = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The first step warms up and shows which kinds of calls there are."""
+        """Use the first step as warm-up and to find the kinds of calls."""
         if trainer.global_step == 1:
             self._measure(trainer, pl_module)
             self.calls.clear()
@@ -113,7 +113,7 @@ class Clock(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """After the last step, time the calls again."""
+        """Time the calls again after the last step."""
         synchronize(pl_module.device)
         if trainer.global_step > 1:
             self.seconds.append(time.perf_counter() - self._start)
@@ -159,7 +159,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_network(model: StableDiffusion, kind: str, batch: int, attached: bool) -> float:
-    """Seconds of one call of the bare network, and of its backward pass where it has a graph (`with`).
+    """Return the seconds of one network call, including its backward pass if it has a graph (`with`).
 
     A recomputed call (`again`) is a forward pass with a graph; its backward pass belongs to the call it repeats.
     """
@@ -178,7 +178,7 @@ def time_network(model: StableDiffusion, kind: str, batch: int, attached: bool) 
 
 
 def time_rewards(module: DraftModule, batch: int) -> float:
-    """Seconds of decoding and rewarding a batch of latents, with the backward pass."""
+    """Return the seconds of decoding and scoring a batch of latents, including the backward pass."""
     latents = module.model.noise(batch).requires_grad_()
     synchronize(module.device)
     start = time.perf_counter()
@@ -189,7 +189,7 @@ def time_rewards(module: DraftModule, batch: int) -> float:
 
 
 def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespace) -> list[str]:
-    """The method's line of the table."""
+    """Measure a method, and return its row of the table."""
     module = DraftModule(
         model,
         ColorTarget(),
@@ -230,17 +230,17 @@ def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespac
 HEAD = ["method", "expected F", "counted F", "network s", "decoder, reward s", "step s", "step / network", "step / all"]
 NOTES = """\
 F is one forward pass of the network for one sample; a backward pass counts as one F, and its time is measured. Expected
-is the mean over the method's random choices, counted is what the measured steps drew. The aim is below 1.10 for the
-step against its network calls; where the decoder is large beside the network, for the step against all."""
+is the mean over the method's random choices, counted is the number in the measured steps. The target is below 1.10 for
+`step / network`, or for `step / all` if the decoder is large compared with the network."""
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_arguments(parser, steps=10, batch=2)
-    parser.add_argument("--precision", default="32-true", help="the Trainer's: 32-true or bf16-mixed")
+    parser.add_argument("--precision", default="32-true", help="precision of the Trainer: 32-true or bf16-mixed")
     parser.add_argument(
-        "--repeats", type=int, default=4, help="measured steps, and timings of each call before and after"
+        "--repeats", type=int, default=4, help="number of measured steps, and of timings of each call before and after"
     )
     parser.add_argument("--methods", nargs="*", default=[], help="only those whose name starts with one of these")
     arguments = parser.parse_args()

@@ -222,7 +222,7 @@ def test_crd_is_prdp_with_the_denoising_error_as_the_log_probability() -> None:
 
 
 @battery
-def test_network_calls(objective: ForwardObjective) -> None:
+def test_number_of_network_calls(objective: ForwardObjective) -> None:
     """One with gradient per time; one without for the base, and for the old policy only once the model has moved."""
     module = linear(objective=objective)
     rollout = module.collect_rollout(PROMPTS)

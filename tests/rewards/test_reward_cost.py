@@ -36,10 +36,10 @@ def test_benchmark_files_can_be_read_by_the_rewards(tmp_path: Path) -> None:
     words = reward_cost.write_clip_words(tmp_path)
     assert (len(words), words.eos_token_id) == (reward_cost.CLIP_WORDS, reward_cost.CLIP_WORDS - 1)
     small = reward_cost.open_clip_shapes((32, 1), (16, 1), 8, places=(5, 77), patch=8)
-    torch.save({"state_dict": reward_cost.draw(small)}, tmp_path / "clip.pt")
+    torch.save({"state_dict": reward_cost.random_tensors(small)}, tmp_path / "clip.pt")
     hps = HPSv2(weights=str(tmp_path / "clip.pt"), tokenizer=str(tmp_path))
     small = reward_cost.image_reward_shapes((64, 1), (16, 1), grid=2)
-    torch.save(reward_cost.draw(small), tmp_path / "blip.pt")
+    torch.save(reward_cost.random_tensors(small), tmp_path / "blip.pt")
     config = {**reward_cost.tower(16, 1, 2), "vocab_size": reward_cost.BERT_WORDS + 2, "max_position_embeddings": 512}
     config |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
     (tmp_path / "med_config.json").write_text(json.dumps(config))

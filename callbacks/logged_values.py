@@ -1,4 +1,4 @@
-"""Values that are logged once per optimization step, and loggers that have written what they got."""
+"""Log the values of each optimization step once, and flush the loggers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import lightning as L
 
 @dataclass(frozen=True)
 class StepLog:
-    """What the loggers get at the end of an optimization step.
+    """The values that are logged at the end of an optimization step.
 
-    Lightning gives it to them after the last hook of the step, in which a checkpoint is written: if the process is
-    killed in between, the resumed run has to log it.
+    Lightning logs them after the last hook of the step, in which a checkpoint is written. If the process is killed in
+    between, the resumed run must log them.
 
     Attributes:
         step: Step number in the loggers.
-        values: Values by name; empty where nothing is logged.
+        values: Values by name; empty if nothing is logged.
     """
 
     step: int = 0
@@ -24,7 +24,7 @@ class StepLog:
 
     @classmethod
     def current(cls, trainer: L.Trainer) -> StepLog:
-        """Return what Lightning will log of the step that has just ended."""
+        """Return the values that Lightning will log for the step that has just ended."""
         connector = trainer._logger_connector
         if not connector.should_update_logs:
             return cls()
@@ -36,7 +36,7 @@ class StepLog:
         return cls(int(step), values)
 
     def repeat(self, trainer: L.Trainer) -> None:
-        """Log it again; loggers that have it get the same values twice."""
+        """Log the values again; a logger that already has them gets the same values twice."""
         for logger in trainer.loggers if self.values else ():
             logger.log_metrics(dict(self.values), self.step)
             logger.save()
@@ -47,6 +47,6 @@ class StepLog:
 
 
 def save_loggers(trainer: L.Trainer) -> None:
-    """Let the loggers write what they have, so that it is not lost if the process is killed."""
+    """Flush the loggers, so that no values are lost if the process is killed."""
     for logger in trainer.loggers:
         logger.save()

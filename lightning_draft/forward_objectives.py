@@ -1,9 +1,10 @@
-"""Objectives of the forward process: denoising losses at noised samples, weighted by how good the samples are.
+"""Objectives of the forward process: denoising losses on noised samples, weighted by their advantages.
 
-Notation: `x_0` a sample of a rollout, `x_t = alpha_t x_0 + sigma_t eps` with fresh noise, `x0(x_t)` the model's
-estimate of `x_0`. `e = mean |u_theta(x_t) - u|^2` is the denoising error of a sample in what the network predicts
-(noise, velocity or flow), averaged over its dimensions; `e_old` and `e_ref` are those of the old policy and of the base
-model. `A` is the advantage; every `G` samples in a row share a prompt.
+Notation: `x_0` is a sample of a rollout, `x_t = alpha_t x_0 + sigma_t eps` with new noise `eps`, and `x0(x_t)` the
+    model's estimate of `x_0`. `e = mean |u_theta(x_t) - u|^2` is the denoising error of a sample, averaged over its
+    dimensions, with `u` the quantity that the network predicts (noise, velocity or flow). `e_old` and `e_ref` are the
+    errors of the old policy and of the base model. `A` is the advantage; each `G` consecutive samples have the same
+    prompt.
 """
 
 from abc import abstractmethod
@@ -22,17 +23,17 @@ Reference = Literal["old", "base"]
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Samples, and estimates of them at one time.
+    """Samples, and estimates of the samples at one time.
 
     Args:
         samples: `x_0`, `(B, ...)`.
         estimate: The current model's estimate of `x_0`, with a graph.
         advantages: `(B,)`.
-        group: How many samples in a row share a prompt.
+        group: Number of consecutive samples with the same prompt.
         sigma: Noise level of the time.
         slope: Change of the estimate of `x_0` per change of the network's output, which is not 0.
-        old: The old policy's estimate, where the objective `needs_old`.
-        ref: The base model's estimate, where the objective `needs_reference`.
+        old: The old policy's estimate, if the objective `needs_old`.
+        ref: The base model's estimate, if the objective `needs_reference`.
     """
 
     samples: Tensor
@@ -49,7 +50,7 @@ class ForwardBatch:
         return self.distance(estimate, self.samples)
 
     def distance(self, estimate: Tensor, other: Tensor) -> Tensor:
-        """Return the mean squared difference of the network outputs that two estimates stand for, `(B,)`."""
+        """Return the mean squared difference of the network outputs of two estimates, `(B,)`."""
         wide = torch.promote_types(estimate.dtype, torch.float32)
         return ((estimate.to(wide) - other.to(wide)) / self.slope).square().flatten(1).mean(1)
 
@@ -68,10 +69,11 @@ class ForwardObjective(RolloutObjective):
     """A denoising loss of noised samples.
 
     Attributes:
-        needs_old: Whether it compares with the old policy.
-        needs_reference: Whether it compares with the base model.
-        couples_group: Whether the loss couples the samples of a prompt, so that a minibatch must hold whole groups.
-        shares_noise: Whether the samples of a prompt are noised with the same noise.
+        needs_old: Whether the loss needs estimates of the old policy.
+        needs_reference: Whether the loss needs estimates of the base model.
+        couples_group: Whether the loss couples the samples of a prompt, so that a minibatch must contain complete
+            groups.
+        shares_noise: Whether the same noise is added to all samples of a prompt.
     """
 
     needs_old: bool = False
@@ -88,18 +90,18 @@ class ForwardObjective(RolloutObjective):
         return torch.arange(advantages.shape[1], device=advantages.device).expand_as(advantages)
 
     def clipped(self, batch: ForwardBatch) -> Tensor | None:
-        """Return which samples have left the trust region, bool `(B,)`; `None` without one."""
+        """Return which samples have left the trust region, bool `(B,)`; `None` without a trust region."""
         return None
 
 
 class DiffusionNFT(ForwardObjective):
-    """Negative-aware fine-tuning: towards good samples, and with the opposite change away from bad ones.
+    """Negative-aware fine-tuning: towards good samples, and away from bad ones by the opposite change.
 
         x0+ = (1 - beta) x0_old + beta x0_theta,  x0- = (1 + beta) x0_old - beta x0_theta
         q = clip(A, -c, c) / (2 c) + 1/2,  w+- = sg(mean |x0+- - x_0|)
         L = c / beta mean_i [q |x0+ - x_0|^2 / w+ + (1 - q) |x0- - x_0|^2 / w-]
 
-    Where the model is the old policy, the gradient is that of `A |x0_theta - x_0|^2 / w`, whatever `beta` and `c` are.
+    If the model is the old policy, the gradient is that of `A |x0_theta - x_0|^2 / w` for any `beta` and `c`.
 
     Args:
         beta: Strength of the implicit guidance, positive; the authors use 1 and 0.1.
@@ -140,12 +142,13 @@ class AWM(ForwardObjective):
     With `Reinforce` the gradient is that of `A sigma_t^power e`.
 
     Args:
-        policy: The objective of log-probabilities, `PPO` or `Reinforce`; its `reduction` says whether `e` is a mean or
-            a sum over the latent's dimensions.
-        power: Of the weight of a time, at least 0; the authors' weights are `uniform` (0), `t` (1) and `t**2` (2).
+        policy: The objective of log-probabilities, `PPO` or `Reinforce`; with its `reduction`, `e` is a mean or a sum
+            over the latent's dimensions.
+        power: Exponent of the weight of a time, at least 0; the authors' weights are `uniform` (0), `t` (1) and `t**2`
+            (2).
 
     Raises:
-        ConfigurationError: The objective couples steps or compares with the base model.
+        ConfigurationError: The objective couples steps or needs the base model.
 
     References:
         Xue et al., "Advantage Weighted Matching", arXiv:2509.25050, and the authors' code.
@@ -156,7 +159,7 @@ class AWM(ForwardObjective):
         self.power = at_least("power", power, 0)
         if not self.policy.separable or self.policy.needs_reference:
             raise ConfigurationError(
-                f"policy={type(self.policy).__name__} must be an objective of single steps; write PPO or Reinforce, or "
+                f"policy={type(self.policy).__name__} must be an objective of single steps; use PPO or Reinforce, or "
                 "the objective CRD for differences of rewards"
             )
         self.needs_old, self.on_policy = not self.policy.on_policy, self.policy.on_policy
@@ -187,7 +190,7 @@ class RWR(ForwardObjective):
     With the module's `kl_weight` it is ORW-CFM, whose regularization is `kl_weight |u_theta - u_ref|^2`.
 
     Args:
-        temperature: Of the weights, in units of the advantage, positive.
+        temperature: Temperature of the weights, in units of the advantage, positive.
         max_weight: Upper bound of a weight, positive.
 
     Raises:

@@ -18,7 +18,7 @@ class OnlineDPO(ForwardObjective):
 
     `L = mean_prompts -log sigmoid(-beta / 2 [(e^best - e_ref^best) - (e^worst - e_ref^worst)])`
 
-    Prompts whose samples have equal advantages have no loss. Only the two samples pass through the network.
+    Prompts whose samples have equal advantages have no loss. The network is called for these two samples only.
 
     Args:
         beta: Strength of the regularization towards the base model, positive.
@@ -28,7 +28,7 @@ class OnlineDPO(ForwardObjective):
 
     References:
         Wallace et al., "Diffusion Model Alignment Using Direct Preference Optimization", arXiv:2311.12908, eq. (14);
-        with pairs of the current model's own samples as in Flow-GRPO's code, arXiv:2505.05470.
+        with pairs of samples of the current model as in Flow-GRPO's code, arXiv:2505.05470.
     """
 
     needs_reference = True
@@ -58,13 +58,15 @@ class DGPO(ForwardObjective):
     `L = mean_prompts 1 / beta softplus(beta / G sum_i A_i (e_i - e_ref,i))`
 
     The gradient of a prompt is that of `w / G sum_i A_i e_i` with `w = sigmoid(beta / G sum_i A_i (e_i - e_ref,i))`. A
-    sample has none once `exp(e_old - e)` has moved by more than `clip` in the direction of its advantage.
+    sample has no gradient if `exp(e_old - e)` has changed by more than `clip` in the direction of its advantage.
 
     Args:
         beta: Strength of the preference, positive.
-        clip: Width of the trust region, positive; `null` for none, which saves the old policy's network call.
+        clip: Width of the trust region, positive; `null` for no trust region, which saves the network call of the old
+            policy.
         advantage_clip: Advantages are clipped to `-advantage_clip..advantage_clip`.
-        reference: What `e_ref` is of: the `base` model, or the `old` policy, as the authors have it after some steps.
+        reference: Reference of `e_ref`: the `base` model, or the `old` policy, as in the authors' code after some
+            steps.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -103,7 +105,7 @@ class DGPO(ForwardObjective):
         return (F.softplus(self.beta * batch.groups(advantages * gain).mean(1)) / self.beta).mean()
 
     def clipped(self, batch: ForwardBatch) -> Tensor | None:
-        """Return which samples have moved far enough."""
+        """Return which samples have left the trust region."""
         if self.clip is None:
             return None
         ratio = (batch.error(batch.reference("old")) - batch.error(batch.estimate)).exp().detach()
@@ -115,12 +117,12 @@ class CRD(ForwardObjective):
 
         rhat_i = e_old,i - e_i,  L = mean_i (beta (rhat_i - mean_G rhat) - (A_i - mean_G A))^2
 
-    The means are over the samples of a prompt, in which the normalizing constant of the optimal policy cancels. It is
-    PRDP with the denoising error in place of the log-probability.
+    The means are over the samples of a prompt, so that the normalizing constant of the optimal policy cancels. It is
+    PRDP with the negative denoising error as the log-probability.
 
     Args:
         beta: Units of the advantage per unit of the denoising error, positive.
-        reference: What the implicit reward is relative to: the `old` policy or the `base` model.
+        reference: Reference of the implicit reward: the `old` policy or the `base` model.
 
     Raises:
         ConfigurationError: An option is out of range.

@@ -1,4 +1,4 @@
-"""The forward-process module and its objectives: values and gradients by hand on a linear model, in float64."""
+"""The forward-process module and its objectives: values and gradients of a linear model by hand, in float64."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -47,14 +47,14 @@ VARIANTS: list[ForwardObjective] = [
 battery = pytest.mark.parametrize("objective", VARIANTS, ids=lambda o: f"{type(o).__name__}")
 
 
-def test_the_battery_covers_every_objective() -> None:
+def test_list_covers_every_objective() -> None:
     members = [each for module in (pointwise, grouped) for _, each in inspect.getmembers(module, inspect.isclass)]
     shipped = {each for each in members if issubclass(each, ForwardObjective)} - {ForwardObjective}
     assert {type(objective) for objective in VARIANTS} == shipped
 
 
 def linear(**options: Any) -> ForwardProcessModule:
-    """A module on a linear velocity model, whose base has `theta = BASE`."""
+    """A module with a linear velocity model, whose base has `theta = BASE`."""
     defaults: dict[str, Any] = {
         "model": LinearModel(BASE, "flow", RectifiedFlow(), (3, 2, 2)),
         "reward": BlackBox(),
@@ -71,7 +71,7 @@ def in_float64(rollout: Rollout) -> Rollout:
 
 
 def moved(module: ForwardProcessModule) -> Rollout:
-    """Collect a rollout with `theta = OLD` and move on to `THETA`."""
+    """Collect a rollout with `theta = OLD`, then set `theta = THETA`."""
     module.model.theta.data.fill_(OLD)
     rollout = in_float64(module.collect_rollout(PROMPTS))
     module.model.theta.data.fill_(THETA)
@@ -147,7 +147,7 @@ def by_hand(objective: ForwardObjective, x: Tensor, target: Tensor, advantages: 
 @battery
 @pytest.mark.parametrize("schedule", [RectifiedFlow(3.0), MILD], ids=["flow", "epsilon"])
 def test_loss_and_gradient_equal_the_paper_s_equations(objective: ForwardObjective, schedule: Schedule) -> None:
-    """After the model has moved away from the old policy, averaged over all times of two prompts of three samples."""
+    """For a model that differs from the old policy, averaged over all times of two prompts with three samples."""
     flow = isinstance(schedule, RectifiedFlow)
     if not flow and isinstance(objective, DiffusionNFT):
         pytest.skip("its equation by hand is for velocities")
@@ -166,7 +166,7 @@ def test_loss_and_gradient_equal_the_paper_s_equations(objective: ForwardObjecti
     assert logs["train/loss"].item() == loss.item()
 
 
-def test_the_kl_term_is_the_squared_distance_from_the_base_s_prediction() -> None:
+def test_kl_term_equals_the_squared_distance_from_the_base_prediction() -> None:
     """For a linear model `mean (theta - theta_base)^2 x_t^2`."""
     module = linear(objective=RWR(), kl_weight=0.5)
     rollout = moved(module)
@@ -179,8 +179,8 @@ def test_the_kl_term_is_the_squared_distance_from_the_base_s_prediction() -> Non
     assert loss.item() == pytest.approx((logs["train/denoising_loss"] + 0.5 * logs["train/kl"]).item())
 
 
-def test_on_policy_nft_is_the_advantage_weighted_denoising_gradient() -> None:
-    """Whatever `beta` and the clip are, with the old policy's call saved or made."""
+def test_on_policy_nft_gradient_equals_the_advantage_weighted_denoising_gradient() -> None:
+    """For any `beta` and clip, with and without a network call of the old policy."""
     found = []
     for beta, clip in ((0.1, 5.0), (1.0, 5.0), (2.0, 9.0)):
         for saved in (True, False):
@@ -199,7 +199,7 @@ def test_on_policy_nft_is_the_advantage_weighted_denoising_gradient() -> None:
         torch.testing.assert_close(gradient, torch.stack(expected).mean(), rtol=1e-9, atol=0)
 
 
-def test_ppo_and_reinforce_give_awm_the_same_on_policy_gradient() -> None:
+def test_awm_has_the_same_on_policy_gradient_with_ppo_and_reinforce() -> None:
     gradients = []
     for policy in (PPO(advantage_clip=None), Reinforce()):
         module = linear(objective=AWM(policy))
@@ -209,8 +209,8 @@ def test_ppo_and_reinforce_give_awm_the_same_on_policy_gradient() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=0)
 
 
-def test_crd_is_prdp_with_the_denoising_error_as_the_log_probability() -> None:
-    """The mean over pairs of squared differences is `2 G / (G - 1)` times the variance, and `beta` divides there."""
+def test_crd_equals_prdp_with_the_negative_denoising_error_as_log_probability() -> None:
+    """The mean of squared differences over pairs is `2 G / (G - 1)` times the variance; PRDP divides by `beta`."""
     module = linear(objective=CRD(0.8))
     rollout = moved(module)
     module.num_times = 1
@@ -223,7 +223,7 @@ def test_crd_is_prdp_with_the_denoising_error_as_the_log_probability() -> None:
 
 @battery
 def test_number_of_network_calls(objective: ForwardObjective) -> None:
-    """One with gradient per time; one without for the base, and for the old policy only once the model has moved."""
+    """One call with gradient per time; one without for the base, and for a different old policy."""
     module = linear(objective=objective)
     rollout = module.collect_rollout(PROMPTS)
     (minibatch,) = module.minibatches(2)
@@ -236,7 +236,7 @@ def test_number_of_network_calls(objective: ForwardObjective) -> None:
 
 
 @battery
-def test_minibatches_add_up_to_the_rollout(objective: ForwardObjective) -> None:
+def test_minibatch_gradients_add_up_to_that_of_the_rollout(objective: ForwardObjective) -> None:
     gradients = []
     for options in ({}, {"micro_batch_size": GROUP, "timesteps_per_minibatch": 3}):
         module = linear(objective=objective, kl_weight=0.1, **options)
@@ -261,7 +261,7 @@ def test_online_dpo_trains_on_the_best_and_the_worst_sample() -> None:
     [(FlowEuler(4), RectifiedFlow()), (DDIM(3), MILD), (DDIM(3, eta=1.0), MILD), (DPMSolverPlusPlus(3), None)],
     ids=["flow", "ddim", "ddpm", "multistep"],
 )
-def test_rollouts_are_samples_of_the_chain_whatever_the_micro_batch(sampler: Sampler, schedule: Any) -> None:
+def test_rollouts_equal_samples_of_the_chain_for_any_micro_batch_size(sampler: Sampler, schedule: Any) -> None:
     model = LinearModel(BASE, "flow" if isinstance(schedule, RectifiedFlow) else "epsilon", schedule, (3, 2, 2))
     whole = linear(model=model, sampler=sampler).collect_rollout(PROMPTS)
     parts = linear(model=model, sampler=sampler, micro_batch_size=2).collect_rollout(PROMPTS)
@@ -312,7 +312,7 @@ def fit(folder: Path, module: ForwardProcessModule, steps: int, *callbacks: Call
 
 
 class Shifted(GaussianModel):
-    """The exact denoiser of `N(mean, std^2)` with a mean that is trained."""
+    """The exact denoiser of `N(mean, std^2)` with a trained mean."""
 
     def __init__(self) -> None:
         super().__init__(0.5, 0.3, RectifiedFlow(), (3, 1, 1))
@@ -320,7 +320,7 @@ class Shifted(GaussianModel):
         self.in_base = False
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """Return the posterior mean for data that are shifted."""
+        """Return the posterior mean for shifted data."""
         shift = self.shift * (not self.in_base)
         return super().forward(x - (1 - t) * shift, t, conditioning) + shift
 
@@ -333,8 +333,8 @@ class Shifted(GaussianModel):
 
 
 @battery
-def test_rewards_without_gradient_increase(tmp_path: Path, objective: ForwardObjective) -> None:
-    """The reward is the brightness, and the mean of the exact model of its data goes up."""
+def test_reward_without_gradient_increases(tmp_path: Path, objective: ForwardObjective) -> None:
+    """The reward is the brightness, and the mean of the model increases."""
     module = linear(model=Shifted(), sampler=FlowEuler(3), objective=objective, samples_per_prompt=8)
     fit(tmp_path, module, 8)
     assert module.reward_queries == 8 * 16
@@ -352,7 +352,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("stop", [3, 4], ids=["within a rollout", "between rollouts"])
-def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path, stop: int) -> None:
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, stop: int) -> None:
     def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> Any:
         module = linear(**SETTINGS)
         options = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "ckpt_path": ckpt}
@@ -370,7 +370,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path, stop: int) ->
 
 
 def test_a_run_interrupted_in_the_first_minibatch_of_a_rollout_resumes_bitwise(tmp_path: Path) -> None:
-    """The old policy was updated for that rollout, and is updated again."""
+    """The old policy was updated for this rollout, and is updated again."""
 
     def run(*callbacks: Callback, ckpt: Path | None = None) -> Any:
         module = linear(**SETTINGS)
@@ -416,7 +416,7 @@ def test_invalid_options_are_configuration_errors(make: Callable[[], Any], messa
         ),
     ],
 )
-def test_what_does_not_fit_stops_before_training(
+def test_invalid_combinations_are_errors_before_training(
     tmp_path: Path, options: dict[str, Any], trainer: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):

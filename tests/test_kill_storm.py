@@ -1,4 +1,4 @@
-"""A short kill storm; `python -m benchmarks.kill_storm --kills 200` is a long one."""
+"""A short version of `python -m benchmarks.kill_storm --kills 200`."""
 
 from pathlib import Path
 

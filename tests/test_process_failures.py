@@ -1,4 +1,4 @@
-"""Two processes of which one is stopped, killed or fails: all end soon with an error, and the last checkpoint stays."""
+"""If one of two processes is stopped or killed or fails, both end soon and the last checkpoint remains."""
 
 import os
 import select
@@ -36,7 +36,7 @@ TIME_LIMIT_S = 1.0
 
 
 class Fault(L.Callback):
-    """Lets something happen to processes, by their ranks, after `STEP` steps."""
+    """Calls a function for each rank after `STEP` steps."""
 
     def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
         self.actions = actions
@@ -100,7 +100,7 @@ def train(rank: int, root: Path, module: DraftModule, strategy: str, fault: Faul
 
 
 def start(root: Path, work: Callable[..., None], *args: Any) -> list[int]:
-    """Call `work(rank, root, ...)` in two processes as torchrun starts them, and return their numbers."""
+    """Call `work(rank, root, ...)` in two processes as torchrun does, and return their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -153,7 +153,7 @@ def wait_for(processes: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(("strategy", "rank"), [("ddp", 1), ("fsdp2", 0)])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_all_processes_end_when_one_does(
+def test_all_processes_end_if_one_ends(
     fault: str, rank: int, strategy: str, tmp_path: Path, module: DraftModule
 ) -> None:
     action, message = FAULTS[fault]
@@ -168,10 +168,10 @@ def test_all_processes_end_when_one_does(
         assert statuses[rank] == -signal.SIGKILL
 
 
-def test_a_process_ends_soon_after_a_signal_while_it_waits_for_one_that_does_not_answer(
+def test_process_that_waits_for_an_unresponsive_one_ends_soon_after_a_signal(
     tmp_path: Path, module: DraftModule
 ) -> None:
-    """The wait is in C++ code, where no Python handler runs."""
+    """The process waits in C++ code, where no Python signal handler runs."""
 
     def terminate_later() -> None:
         threading.Timer(0.5, send(signal.SIGTERM)).start()
@@ -187,7 +187,7 @@ def test_a_process_ends_soon_after_a_signal_while_it_waits_for_one_that_does_not
 
 
 class Forked:
-    """In place of `subprocess.Popen` in Lightning's launcher: a fork of this process, which has imported everything."""
+    """Replaces `subprocess.Popen` in Lightning's launcher by a fork of this process, which has imported all modules."""
 
     def __init__(self, command: list[str], env: dict[str, str], work: Callable[[], None], log: Path, **_: Any) -> None:
         self.returncode: int | None = None
@@ -208,7 +208,7 @@ class Forked:
 
 
 def launch(root: Path, module: DraftModule, fault: Fault) -> None:
-    """Train in two processes, of which this one starts the other as Lightning does."""
+    """Train in two processes; this one starts the other with Lightning's launcher."""
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     other = partial(train, 1, root, module, "ddp", fault)
@@ -217,7 +217,7 @@ def launch(root: Path, module: DraftModule, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT"])
-def test_the_other_process_ends_with_the_one_that_launched_it(fault: str, tmp_path: Path, module: DraftModule) -> None:
+def test_process_ends_with_its_launcher(fault: str, tmp_path: Path, module: DraftModule) -> None:
     reading, writing = os.pipe()  # closed at its writing end when all processes have ended
     launcher = os.fork() or run_child(
         tmp_path / "0.txt", partial(launch, tmp_path, module, Fault({0: FAULTS[fault][0]}))

@@ -1,4 +1,4 @@
-"""Tab completion for bash and zsh: a static script, so that completing a word starts no Python."""
+"""Tab completion for bash and zsh: a static script, so that completion does not start Python."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 def script(shell: str) -> str:
     """Return the script that defines the completion.
 
-    It completes commands, shipped configs, options, and the values of none of them; other words are completed as files.
+    It completes commands, shipped configs and options; other words, such as values, are completed as files.
 
     Args:
         shell: `bash` or `zsh`.
@@ -50,7 +50,7 @@ def script(shell: str) -> str:
 
 
 def _options(verb: str) -> set[str]:
-    """Return the options that the help page of a verb names and, where it takes a config, those of shipped configs."""
+    """Return the options on the help page of a command and, if it has `--config`, those of the shipped configs."""
     named = set(re.findall(r"--[a-z][a-z_]*(?:\.[a-z_]+)*(?![.\w])", pages.VERBS[verb])) | {"--help"}
     if verb not in ("fit", "validate"):
         return named
@@ -59,7 +59,7 @@ def _options(verb: str) -> set[str]:
 
 
 def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of a config's options as the command line has them, without `init_args`."""
+    """Yield the dotted option names of a config, without `init_args`."""
     for key, value in content.items():
         name = prefix.rstrip(".") if key in ("class_path", "init_args") else f"{prefix}{key}"
         if name and key != "init_args":

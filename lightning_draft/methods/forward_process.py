@@ -1,4 +1,4 @@
-"""Fine-tuning by the forward process: noise the model's own samples again, and regress on the good ones.
+"""Fine-tuning with the forward process: add noise to the model's own samples, and train a denoising loss on them.
 
 References:
     Zheng et al., "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXiv:2509.16117.
@@ -32,36 +32,36 @@ from lightning_draft.timesteps import TimeSpread, training_times
 class ForwardProcessModule(RolloutModule):
     """Increase any reward, differentiable or not, by a denoising loss on the model's own samples.
 
-    The old policy samples a rollout with any sampler, deterministic ones included, of which only the samples `x_0` and
-    their advantages are kept. They are noised afresh, `x_t = alpha_t x_0 + sigma_t eps`, and with an objective `L` of
-    the estimates `x0(x_t)` the loss is
+    The old policy samples a rollout with any sampler, including deterministic ones; only the samples `x_0` and their
+    advantages are stored. New noise is added, `x_t = alpha_t x_0 + sigma_t eps`, and with an objective `L` of the
+    estimates `x0(x_t)` the loss is
 
         mean over times of L(x0_theta(x_t), x0_old(x_t), x_0, A) + kl_weight * mean |u_theta(x_t) - u_ref(x_t)|^2
 
-    with `u` what the network predicts. A training step trains on one minibatch of the rollout, as in
-    `PolicyGradientModule`. Images are clamped to [0, 1] before they are rewarded.
+    with `u` the network's prediction. A training step uses one minibatch of the rollout, as in `PolicyGradientModule`.
+    Images are clamped to [0, 1] before their rewards are computed.
 
     Args:
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase.
         sampler: The sampler of rollouts and in validation; `DDIM(50)` by default.
         objective: The denoising loss; `DiffusionNFT()` by default.
-        advantage_estimator: From rewards to advantages; `GroupRelative(divide_by_std=True)` by default.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        advantage_estimator: Map from rewards to advantages; `GroupRelative(divide_by_std=True)` by default.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, as in `RewardModule`.
         samples_per_prompt: Number of samples for each prompt of a batch.
-        inner_epochs: How often a rollout is trained on, each time with other noise.
-        old_policy: How the policy that samples rollouts follows the trained parameters.
+        inner_epochs: Number of epochs on each rollout, each with new noise.
+        old_policy: How the old policy, which samples rollouts, follows the trained parameters.
         kl_weight: Weight of the distance from the base model's predictions, at least 0; it costs one more network call
             per sample and time.
-        times: `grid` takes training times from the sampler's grid, `uniform` from the whole schedule, one in each of
+        times: `grid` chooses training times from the sampler's grid, `uniform` from the whole schedule, one in each of
             `num_times` equal parts.
         num_times: Number of training times of each sample; by default the sampler's number of steps. With `grid` they
-            are drawn without replacement.
+            are chosen without replacement.
         micro_batch_size: Number of samples that are sampled and trained on at a time; by default all. It does not
-            change the rollout. Objectives that compare the samples of a prompt need whole groups.
-        timesteps_per_minibatch: Number of times that are trained on at a time; by default all. Memory is proportional
+            change the rollout. Objectives that compare the samples of a prompt need complete groups.
+        timesteps_per_minibatch: Number of training times per minibatch; by default all. Memory is proportional
             to it.
         checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
         seed: Seed of all noise and of the training times, in `0..2^63 - 1`.
@@ -119,19 +119,19 @@ class ForwardProcessModule(RolloutModule):
         self.num_times = self.sampler.num_steps if num_times is None else at_least("num_times", num_times, 1)
         if times == "grid" and self.num_times > self.sampler.num_steps:
             raise ConfigurationError(
-                f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, from whose grid times"
-                " are drawn; lower it, or write times: uniform"
+                f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, from whose grid "
+                "times are chosen; lower it, or set times to uniform"
             )
         self._recompute_blocks = one_of("checkpointing", checkpointing, ("none", "block")) == "block"
 
     def setup(self, stage: str) -> None:
-        """Check the configuration before a fit, and start with the model as the old policy in a new run."""
+        """Check the configuration before training; in a new run, the old policy is initially the model."""
         super().setup(stage)
         if stage == "fit" and self.trainer.global_step == 0:
             self.old.values = {}
 
     def check_configuration(self) -> None:
-        """Check that groups, minibatches and the strategy fit the objective.
+        """Check that groups, minibatches and the strategy suit the objective.
 
         Raises:
             ConfigurationError: One of them does not.
@@ -140,8 +140,8 @@ class ForwardProcessModule(RolloutModule):
         check_whole_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)
         if self._keeps_old_policy and (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer)):
             raise ConfigurationError(
-                f"{type(self.objective).__name__} needs a copy of the trained parameters, which are sharded here; "
-                "write strategy: ddp"
+                f"{type(self.objective).__name__} needs a copy of the trained parameters, which is not supported with "
+                "sharding; set the Trainer's strategy to ddp"
             )
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
@@ -168,7 +168,7 @@ class ForwardProcessModule(RolloutModule):
 
         Args:
             number: Number of the rollout.
-            epoch: Which of the `inner_epochs`.
+            epoch: Number of the inner epoch.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, epoch))
         return training_times(self._grid, self.model.schedule, self.num_times, self.times, generator)
@@ -190,22 +190,22 @@ class ForwardProcessModule(RolloutModule):
     def minibatch_loss(
         self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a minibatch of the current rollout, and what to log."""
+        """Return the loss of a minibatch of the current rollout, and metrics."""
         epoch = self.buffer.index // len(self.minibatches(len(prompts)))
         return self.loss_and_logs(prompts, rollout, minibatch, epoch, moved=rollout.step != self.trainer.global_step)
 
     def loss_and_logs(
         self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch, epoch: int = 0, moved: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss averaged over a minibatch of a rollout, a scalar with a graph, and what to log, detached.
+        """Return the loss averaged over a minibatch of a rollout, a scalar with a graph, and detached metrics.
 
         Args:
             prompts: The batch that the rollout was collected for.
             rollout: From `collect_rollout`.
             minibatch: One of `minibatches`.
-            epoch: Which of the `inner_epochs`; the noise and the times depend on it.
-            moved: Whether the model has changed since the rollout was collected. If not, and if the old policy is the
-                model as it was then, the old policy's network calls are saved.
+            epoch: Number of the inner epoch, on which the noise and the times depend.
+            moved: Whether the model has changed since the rollout was collected. If not, and if the old policy was then
+                the model, the network calls of the old policy are not needed.
         """
         every = repeat_prompts(prompts, self.samples_per_prompt)
         rows, group = self._selected(rollout.advantages, minibatch.samples)
@@ -224,17 +224,17 @@ class ForwardProcessModule(RolloutModule):
         return torch.stack(losses).mean(), {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what training changes besides parameters: also `old_policy`, the old parameters by name."""
+        """Return the training state besides parameters, including `old_policy`, the old parameters by name."""
         return {**super().extra_state(), "old_policy": self.old.values}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep also the old policy."""
+        """Save the old policy, too."""
         super().on_save_checkpoint(checkpoint)
         old = self.last_step_state()["old_policy"]
         checkpoint["old_policy"] = {name: value.cpu() for name, value in old.items()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue with the old policy; the checkpoint of another method has none."""
+        """Restore the old policy; the checkpoint of another method has none."""
         super().on_load_checkpoint(checkpoint)
         self.old.values = dict(checkpoint.get("old_policy", {}))
 
@@ -253,7 +253,7 @@ class ForwardProcessModule(RolloutModule):
         return samples
 
     def _selected(self, advantages: Tensor, samples: slice) -> tuple[list[int], int]:
-        """Return the rows of a minibatch that the objective trains on, and how many in a row share a prompt."""
+        """Return the trained rows of a minibatch, and the number of consecutive rows with the same prompt."""
         rows = range(*samples.indices(len(advantages)))
         if not self.objective.couples_group:
             return list(rows), self.samples_per_prompt

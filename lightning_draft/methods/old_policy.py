@@ -19,9 +19,9 @@ class OldPolicy:
         theta_old <- d theta_old + (1 - d) theta,  d = min(max_decay, rate max(0, n - start)).
 
     Args:
-        max_decay: Largest `d`, in [0, 1); with 0 the old policy is the model as it was before the rollout.
+        max_decay: Largest `d`, in [0, 1); with 0 the old policy is the model before the rollout.
         rate: Growth of `d` per optimizer step, at least 0.
-        start: Until which optimizer step `d` is 0, at least 0.
+        start: Optimizer step until which `d` is 0, at least 0.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -49,10 +49,10 @@ class OldParameters:
     """The old policy's copy of the trained parameters.
 
     Args:
-        policy: How it follows them.
+        policy: How the copy follows the trained parameters.
 
     Attributes:
-        values: The copy by name, which is replaced and never changed; empty before the first update.
+        values: The copies by name, which are replaced and never changed in place; empty before the first update.
     """
 
     def __init__(self, policy: OldPolicy) -> None:
@@ -61,7 +61,7 @@ class OldParameters:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Follow the trained parameters, which are given by name, after `step` optimizer steps."""
+        """Update the copy with the trained parameters, given by name, after `step` optimizer steps."""
         decay = self.policy.decay(step) if self.values else 0.0
         copies = {name: value.detach().clone() for name, value in parameters.items()}
         if decay > 0:
@@ -70,7 +70,7 @@ class OldParameters:
 
     @contextmanager
     def in_use(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Within this context the parameters have the old values, if there are any; for calls without a graph."""
+        """Within this context, the parameters have the old values, if there are any; for calls without a graph."""
         own = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, value in self.values.items():

@@ -1,4 +1,4 @@
-"""What `callbacks/position.py` assumes of Lightning's loops, against what the Trainer does."""
+"""The assumptions of `callbacks/position.py` about Lightning's loops, compared with the Trainer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ class Unsized(IterableDataset[Tensor]):
 
 
 class Compare(Callback):
-    """After each batch, what was predicted and whether a validation followed."""
+    """Records after each batch the prediction, and whether a validation followed."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
@@ -88,7 +88,7 @@ def fit(trainer: L.Trainer, data: Any = None) -> None:
     ],
     ids=str,
 )
-def test_validation_is_due_exactly_where_the_trainer_validates(
+def test_validation_is_due_exactly_when_the_trainer_validates(
     options: dict[str, Any], data: Any, stop_at: int | None, tmp_path: Path
 ) -> None:
     compare = Compare(stop_at)
@@ -97,7 +97,7 @@ def test_validation_is_due_exactly_where_the_trainer_validates(
     assert any(compare.happened) == ("limit_val_batches" not in options)
 
 
-def test_with_a_time_between_validations_one_may_be_due_after_every_batch(tmp_path: Path) -> None:
+def test_time_based_validation_can_be_due_after_every_batch(tmp_path: Path) -> None:
     compare = Compare()
     fit(trainer_of(tmp_path, compare, val_check_interval="00:01:00:00", max_steps=2, check_val_every_n_epoch=None))
     assert compare.predicted == [True, True]
@@ -134,7 +134,7 @@ class SetLimits(Callback):
 
 
 @pytest.mark.parametrize(("limits", "steps"), [((4, -1), 4), ((-1, 2), 12), ((8, 5), 8)])
-def test_limits_that_are_set_end_training(limits: tuple[int, int | None], steps: int, tmp_path: Path) -> None:
+def test_set_limits_end_training(limits: tuple[int, int | None], steps: int, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, SetLimits(*limits), max_epochs=1)
     fit(trainer)
     assert trainer.global_step == steps, CHANGED
@@ -144,7 +144,7 @@ def test_limits_that_are_set_end_training(limits: tuple[int, int | None], steps:
 @pytest.mark.parametrize(
     ("limits", "raised"), [((4, 2), (5, 3)), ((-1, 2), (-1, 3)), ((4, -1), (5, -1)), ((4, None), (5, None))]
 )
-def test_raised_limits_leave_what_is_unlimited(limits: Any, raised: Any, tmp_path: Path) -> None:
+def test_raising_limits_keeps_unlimited_ones(limits: Any, raised: Any, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_steps=limits[0], max_epochs=limits[1])
     raise_limits(trainer)
     assert (trainer.max_steps, trainer.max_epochs) == raised, CHANGED
@@ -162,7 +162,7 @@ class Held(Callback):
         self.epochs.append(trainer.current_epoch)
 
 
-def test_a_validation_that_is_held_shows_the_epoch_that_it_belongs_to(tmp_path: Path) -> None:
+def test_held_validation_has_the_epoch_that_it_belongs_to(tmp_path: Path) -> None:
     held = Held()
     fit(trainer_of(tmp_path, held, max_epochs=1))
     assert held.epochs == [7, 0], CHANGED

@@ -11,7 +11,7 @@ from lightning_draft.cli.completion import script
 
 
 def complete(*words: str) -> list[str]:
-    """Return what bash offers for the last of `words`."""
+    """Return bash's completions for the last of `words`."""
     line = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _lightning_draft"
     program = f'{script("bash")}\n{line}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
     done = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True, check=True)
@@ -33,7 +33,7 @@ def complete(*words: str) -> list[str]:
         (["lightning-draft", "score", "runs"], []),
     ],
 )
-def test_bash_completes(words: list[str], expected: list[str]) -> None:
+def test_bash_completes_commands_configs_and_options(words: list[str], expected: list[str]) -> None:
     assert complete(*words) == expected
 
 

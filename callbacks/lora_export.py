@@ -51,6 +51,8 @@ class LoRAExport(Callback):
         mode: Whether the best value is the greatest (`max`) or the least (`min`).
         every_n_steps: Optimization steps between files.
         dirpath: Folder of the files; by default `lora` in the run's folder.
+        comfy: Also write `last.comfy.safetensors` and `best.comfy.safetensors` with the names that ComfyUI, Forge and
+            AUTOMATIC1111 read, for model families whose names are known.
 
     Attributes:
         best_score: Value of the metric for the best adapters; `None` before the first validation.
@@ -64,7 +66,9 @@ class LoRAExport(Callback):
         mode: Literal["max", "min"] = "max",
         every_n_steps: int = 100,
         dirpath: str | None = None,
+        comfy: bool = True,
     ) -> None:
+        self.comfy = comfy
         self.monitor = monitor
         self.mode = one_of("LoRAExport: mode", mode, ("max", "min"))
         self.every_n_steps = at_least("LoRAExport: every_n_steps", every_n_steps, 1)
@@ -151,7 +155,7 @@ class LoRAExport(Callback):
             if trainer.is_global_zero:
                 metadata = header(trainer, module, validated)
                 for path in [self.last_path] if score is None else [self.last_path, self.best_path]:
-                    write(trainer, module, path, metadata, values)
+                    write(trainer, module, path, metadata, values, self.comfy)
         self._last_step = step  # only now: an export that failed or was interrupted is repeated
         if score is not None:
             self.best_score, self.best_step = score, step
@@ -205,7 +209,12 @@ class SavesLoRA(Protocol):
 
 
 def write(
-    trainer: L.Trainer, module: RewardModule, path: Path, metadata: dict[str, str], values: dict[str, Tensor]
+    trainer: L.Trainer,
+    module: RewardModule,
+    path: Path,
+    metadata: dict[str, str],
+    values: dict[str, Tensor],
+    comfy: bool = False,
 ) -> None:
     """Write the model's adapters to a file, or its pipeline to a folder if the model trains its own weights.
 
@@ -215,6 +224,7 @@ def write(
         path: The file.
         metadata: Text for its header.
         values: Result of `gather_full`; used if this process holds only a shard of the adapters.
+        comfy: Also write the file for ComfyUI, `NAME.comfy.safetensors`, if the names of the layers are known.
 
     Raises:
         ConfigurationError: The file cannot be written, for example because the disk is full.
@@ -230,6 +240,9 @@ def write(
             model.save_lora(partial, metadata)
         else:
             model.save_lora(partial, metadata, own)
+    if comfy and isinstance(module.model, PipelineModel) and module.model.family.comfy is not None:
+        title = {"title": path.parent.parent.name or path.stem}
+        module.model.save_lora(path.with_suffix(f".comfy{path.suffix}"), {**metadata, **title}, own, "comfy")
 
 
 def copy_from_resumed_run(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
@@ -273,8 +286,10 @@ def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> 
         for name, value in trainer.callback_metrics.items()
         if name.startswith(prefixes) and math.isfinite(float(value))
     }
+    sha256 = module.model.source_sha256 if isinstance(module.model, PipelineModel) else None
     return {
         "base": module.model.source,
+        **({} if sha256 is None else {"base_sha256": sha256}),
         **{name: describe(part) for name, part in module.strategies().items()},
         "step": str(trainer.global_step),
         "scores": json.dumps(scores, sort_keys=True),

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_draft.models.lora import ATTENTION
+from lightning_draft.models.lora_names import ComfyNames
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Family:
         unused: Components that are not loaded, as arguments of `from_pretrained`.
         single_file: The same for `from_single_file`; `None` if single files of the family lack components.
         upcast_vae: Run an autoencoder with `force_upcast` in its config in float32, unless `memory.vae_dtype` is given.
+        comfy: Names of the layers in the LoRA files that ComfyUI reads; `None` if they are not known.
     """
 
     pipeline: str
@@ -41,6 +43,7 @@ class Family:
     unused: Mapping[str, Any] = field(default_factory=dict)
     single_file: Mapping[str, Any] | None = None
     upcast_vae: bool = False
+    comfy: ComfyNames | None = None
 
     @property
     def pipeline_class(self) -> Any:

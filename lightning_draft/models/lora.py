@@ -8,17 +8,18 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
 
 ADAPTER = "default"
+DEFAULT_RANK = 8
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -28,19 +29,33 @@ class LoRA:
     """Low-rank adapters: which layers are adapted, and how.
 
     Args:
-        rank: Rank of the update, at least 1.
+        rank: Rank of the update, at least 1; by default 8, or that of `init`.
         alpha: The update is scaled by `alpha / rank`; by default `rank`, a scale of 1.
         target_modules: Layers, by the end of their names; by default the projections of the model's attention.
         seed: Seed of the initial values of `A`; by default torch's global generator is used.
+        init: A LoRA file that training starts from; its layers are adapted. At a lower rank than the file's the closest
+            update of that rank is kept, and the relative error is printed. A part for text encoders is added to their
+            frozen weights, and written out again.
+        reference: The base model that gain and KL divergence refer to: the `pretrained` model, or the one with `init`.
     """
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float | None = None
     target_modules: Sequence[str] | None = None
     seed: int | None = None
+    init: str | None = None
+    reference: Literal["pretrained", "init"] = "pretrained"
 
     def __post_init__(self) -> None:
-        at_least("lora.rank", self.rank, 1, "write a rank such as 8")
+        if self.rank is not None:
+            at_least("lora.rank", self.rank, 1, "write a rank such as 8")
+        one_of("lora.reference", self.reference, ("pretrained", "init"))
+        if self.init is None and self.reference == "init":
+            raise ConfigurationError("lora.reference=init needs lora.init; write lora.init FILE, or leave it out")
+        if self.init is not None and self.target_modules is not None:
+            raise ConfigurationError(
+                "lora.init adapts the layers of its file; leave lora.target_modules out, or leave lora.init out"
+            )
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigurationError(f"lora.alpha={self.alpha} must be positive; leave it out for alpha = rank")
         if isinstance(self.target_modules, str) or (self.target_modules is not None and not self.target_modules):
@@ -51,13 +66,14 @@ class LoRA:
     @property
     def scale(self) -> float:
         """The factor `alpha / rank` of `B A`."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return 1.0 if self.alpha is None else self.alpha / (self.rank or DEFAULT_RANK)
 
     def config(self, default: Sequence[str] = ATTENTION) -> LoraConfig:
         """Return the configuration for peft, with the layers of `default` if none are named."""
+        rank = self.rank or DEFAULT_RANK
         return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,
+            r=rank,
+            lora_alpha=rank if self.alpha is None else self.alpha,
             target_modules=list(self.target_modules or default),
             init_lora_weights=True,
         )

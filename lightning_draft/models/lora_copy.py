@@ -32,22 +32,22 @@ def copy_into(network: nn.Module, file: LoRAFile) -> None:
     If a layer has a lower rank than the adapters, it fills their first rows and columns; the rest of `B` becomes 0.
 
     Raises:
-        ConfigurationError: The layers or the largest rank are not those of the adapters.
+        ConfigurationError: The layers are not those of the adapters, or the file has a higher rank.
     """
     own = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     _check_fit(network, own, file)
-    for layer, (a, b) in file.factors.items():
-        ratio = file.scales[layer] / network.get_submodule(layer).scaling[ADAPTER]  # type: ignore[index]
+    for layer, update in file.denoiser.items():
+        ratio = update.scale / network.get_submodule(layer).scaling[ADAPTER]  # type: ignore[index]
         own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
-        own_a[: len(a)].copy_(a)
+        own_a[: update.rank].copy_(update.a)
         own_b.zero_()
-        own_b[:, : b.shape[1]].copy_(b if ratio == 1 else b.to(own_b) * ratio)
+        own_b[:, : update.rank].copy_(update.b if ratio == 1 else update.b.to(own_b) * ratio)
 
 
 def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) -> None:
     names = {key.rsplit(".", 2)[0] for key in own}
     rank = len(next(value for key, value in own.items() if "lora_A" in key))
-    if names == set(file.factors) and rank == file.rank:
+    if names == set(file.denoiser) and file.rank <= rank:
         mismatched = [layer for layer in file.layers if not _shapes_fit(own, layer, file)]
         if not mismatched:
             return
@@ -73,7 +73,7 @@ def _is_layer(network: nn.Module, layer: str) -> bool:
 
 
 def _shapes_fit(own: Mapping[str, Tensor], layer: str, file: LoRAFile) -> bool:
-    a, b = file.factors[layer]
+    a, b = file.denoiser[layer].a, file.denoiser[layer].b
     own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
     return own_a.shape[1:] == a.shape[1:] and (own_b.shape[0], own_b.shape[2:]) == (b.shape[0], b.shape[2:])
 

@@ -1,24 +1,26 @@
-"""LoRA files: written in the format of diffusers, and read in the formats of diffusers, peft and kohya's scripts."""
+"""Reading of LoRA files in the formats of diffusers, peft, kohya's scripts and ComfyUI."""
 
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import convert_unet_state_dict_to_peft
-from peft import get_peft_model_state_dict
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.family import Family
-from lightning_draft.models.lora import ADAPTER
+from lightning_draft.models.lora_update import Update
 
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -29,116 +31,79 @@ _OTHER_KINDS = {
     "lora_mid": "a LoRA with a middle factor (LoCon with Tucker decomposition)",
     ".diff": "full weight differences",
 }
-_KOHYA = ("lora_unet_", "lora_te")
+_FACTORS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+Updates = Mapping[str, Update]
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """The content of a LoRA file for one network.
+    """The content of a LoRA file.
 
     Args:
-        path: The file.
-        factors: `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, or those of convolutions, by layer.
-        scales: The factor of `B A`, by layer.
+        path: Where it was read.
+        denoiser: Updates of the denoiser by layer.
+        encoders: Updates of the text encoders by component and layer.
+        metadata: Text of the header, without peft's settings.
     """
 
     path: Path
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    scales: Mapping[str, float]
+    denoiser: Updates
+    encoders: Mapping[str, Updates] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
-        """The largest rank."""
-        return max(len(a) for a, _ in self.factors.values())
+        """The largest rank in the denoiser."""
+        return max(update.rank for update in self.denoiser.values())
 
     @property
     def layers(self) -> list[str]:
-        """Names of the adapted layers."""
-        return sorted(self.factors)
+        """Names of the adapted layers of the denoiser."""
+        return sorted(self.denoiser)
 
 
-def save(
-    network: Any,
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, str],
-    family: Family,
-    values: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a file in diffusers' format, which the pipeline's `load_lora_weights` opens.
-
-    Args:
-        network: Network with adapters.
-        path: Ends in `.safetensors`; missing folders are created.
-        metadata: Text for the file's header.
-        family: Of the pipeline.
-        values: The adapters by their names in the network, if the network holds only a shard of them.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ConfigurationError(f"{path} must end in .safetensors, or diffusers does not find it")
-    if values is None:
-        state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    else:  # peft would look for these names in a network whose modules FSDP has renamed
-        state = {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
-    tensors = {f"{family.denoiser}.{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
-    config = {f"{family.denoiser}.{key}": value for key, value in network.peft_config[ADAPTER].to_dict().items()}
-    header = {
-        **metadata,
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=sorted, indent=2, sort_keys=True),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=header)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-    partial.replace(path)
-
-
-def read(path: str | os.PathLike[str], family: Family, network: Any) -> LoRAFile:
+def read(path: str | os.PathLike[str], family: Family, networks: Mapping[str, nn.Module]) -> LoRAFile:
     """Read a LoRA file.
 
     Args:
-        path: A `.safetensors` file in the format of diffusers, old or new, peft, or kohya's scripts.
+        path: A `.safetensors` file in the format of diffusers, old or new, peft, kohya's scripts or ComfyUI.
         family: Of the pipeline.
-        network: The denoiser.
+        networks: The denoiser and the text encoders, by their names in the pipeline; they may be on the meta device.
 
     Raises:
-        ConfigurationError: The file does not exist, is damaged, has values that are not finite, is of another kind
-            (DoRA, LoKr), or adapts something other than the denoiser.
+        ConfigurationError: There is no such file; it is damaged, not finite, of another kind (DoRA, LoKr), or adapts
+            something other than these networks.
     """
     file = Path(path)
-    keys, metadata = check(file)
-    alphas: dict[str, float] = {}
-    if any(key.startswith(f"{family.denoiser}.") and ".lora_A." in key for key in keys):
-        state = _read_all(file)
-    else:
-        state, alphas, metadata = _convert(file, family, network, metadata)
-    state, alphas = _split_alphas(state, alphas)
-    state = _of_denoiser(state, file, family.denoiser)
-    settings = {key.removeprefix(f"{family.denoiser}."): value for key, value in metadata.items()}
-    if settings.get("use_dora"):
-        raise _unsupported(file, "DoRA")
-    factors = {layer: _factors(state, layer, file) for layer in sorted({key.rsplit(".", 2)[0] for key in state})}
-    alphas = {key.removeprefix(f"{family.denoiser}."): value for key, value in alphas.items()}
-    return LoRAFile(
-        file, factors, {layer: _scale(layer, len(a), alphas, settings) for layer, (a, _) in factors.items()}
-    )
+    keys, header = check(file)
+    settings: dict[str, Any] = json.loads(header.pop(LORA_ADAPTER_METADATA_KEY, "{}"))
+    state = _renamed(read_tensors(file), family, networks)
+    if state is None:
+        if any(key.startswith(f"{family.denoiser}.") and ".lora_A." in key for key in keys):
+            state = read_tensors(file)
+        else:
+            state, settings = _convert(file, family, networks[family.denoiser], settings)
+        state = _peft_names(state, family, networks)
+    parts = {name: _select(state, name) for name in networks}
+    _check_known(state, file, family, parts)
+    updates = {name: _updates(part, _select(settings, name), file) for name, part in parts.items() if part}
+    if family.denoiser not in updates:
+        raise ConfigurationError(f"{file} adapts no layer of the denoiser; give a LoRA file of {family.title}")
+    return LoRAFile(file, updates.pop(family.denoiser), updates, header)
 
 
-def check(file: Path) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of a LoRA file's tensors and peft's settings from its header.
+def check(file: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the names of a LoRA file's tensors and its header.
 
     Raises:
-        ConfigurationError: The file does not exist, is not a safetensors file, or contains no LoRA of a supported kind.
+        ConfigurationError: There is no such file, it is not a safetensors file, or holds no LoRA of a supported kind.
     """
     if not file.is_file():
         raise ConfigurationError(f"there is no LoRA file {file}; give the path of a .safetensors file")
     try:
         with safe_open(file, framework="pt") as content:
             keys = list(content.keys())
-            header = content.metadata() or {}
+            header = dict(content.metadata() or {})
     except SafetensorError as error:
         raise ConfigurationError(f"{file} is damaged or not a safetensors file: {error}; copy it again") from error
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in keys)), None)
@@ -146,65 +111,94 @@ def check(file: Path) -> tuple[list[str], dict[str, Any]]:
         raise _unsupported(file, kind)
     if not any("lora" in key for key in keys):
         raise ConfigurationError(f"{file} contains no LoRA: none of its tensors has lora in its name; give a LoRA file")
-    settings: dict[str, Any] = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    return keys, settings
+    return keys, header
 
 
-def _read_all(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file."""
     with safe_open(file, framework="pt") as content:
         return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
 
 
+def _renamed(
+    state: Mapping[str, Tensor], family: Family, networks: Mapping[str, nn.Module]
+) -> dict[str, Tensor] | None:
+    """Return peft's names of a file with the names of kohya's scripts; `None` if it has others."""
+    if family.comfy is None or not family.comfy.underscores:
+        return None
+    places = family.comfy.lookup(family.denoiser, networks)
+    if any(key.partition(".")[0] not in places for key in state):
+        return None
+    renamed = {}
+    for key, value in state.items():
+        stem, _, factor = key.partition(".")
+        component, layer = places[stem]
+        renamed[f"{component}.{layer}.{_FACTORS.get(factor, factor)}"] = value
+    return renamed
+
+
 def _convert(
-    file: Path, family: Family, network: Any, metadata: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any]]:
-    """Read a file in another format through the pipeline's own converter, and return peft's names."""
+    file: Path, family: Family, network: Any, settings: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file in another format through the pipeline's own converter."""
     reader = getattr(family.pipeline_class, "lora_state_dict", None)
     if reader is None:
         raise ConfigurationError(
             f"{file} is not in diffusers' format, and {family.pipeline_name} converts no other format; give a file "
             f"whose tensors have names such as {family.denoiser}.<layer>.lora_A.weight"
         )
-    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # kohya numbers its blocks differently
+    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # whose blocks kohya numbers otherwise
     options = {"unet_config": network.config} if is_sdxl else {}
     try:
-        state, *alphas, metadata = reader(
+        state, *alphas, converted = reader(
             str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True, **options
         )
     except (ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
         raise ConfigurationError(
             f"{file} cannot be read as a LoRA of {family.title} ({str(error)[:200]}); give one that was trained on it"
         ) from error
-    converted = state if any("lora_A" in key for key in state) else convert_unet_state_dict_to_peft(state)
-    return converted, dict((alphas[0] or {}) if alphas else {}), metadata or {}
+    return {**state, **((alphas[0] or {}) if alphas else {})}, converted or settings
 
 
-def _split_alphas(state: Mapping[str, Any], alphas: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Separate alphas from factors, and name the alphas by layer.
+def _peft_names(state: Mapping[str, Any], family: Family, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return peft's names of tensors that may have the names of older releases of diffusers."""
+    own = f"{family.denoiser}."
+    of_denoiser = {key: value for key, value in state.items() if key.startswith(own)}
+    others = {key: value for key, value in state.items() if not key.startswith(own)}
+    if not any("lora_A" in key for key in of_denoiser):
+        of_denoiser = convert_unet_state_dict_to_peft(of_denoiser)
+    if others and not any("lora_A" in key for key in others):
+        others = convert_state_dict_to_peft(convert_state_dict_to_diffusers(others))
+    renamed = {key.replace(".processor.", "."): value for key, value in of_denoiser.items()}
+    for key, value in others.items():
+        component, _, layer = key.partition(".")
+        flat = component in networks and not hasattr(networks[component], "text_model")
+        renamed[f"{component}.{layer.removeprefix('text_model.') if flat else layer}"] = value
+    return renamed
 
-    diffusers' reader names the alphas of attention layers `attn1.processor.to_k_lora.down.weight.alpha`.
-    """
-    own = {key: float(value) for key, value in state.items() if key.endswith(".alpha")}
-    named = {}
-    for key, value in {**own, **alphas}.items():
-        weight = key.removesuffix(".alpha").removesuffix(".weight")
-        (converted,) = convert_unet_state_dict_to_peft({f"{weight}.": None})
-        layer = re.sub(r"\.lora_A$", "", converted.removesuffix("."))
-        named[layer.replace(".processor.", ".")] = value
-    return {key: value for key, value in state.items() if key not in own}, named
+
+def _select(content: Mapping[str, Any], component: str) -> dict[str, Any]:
+    prefix = f"{component}."
+    return {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
 
 
-def _of_denoiser(state: Mapping[str, Tensor], file: Path, denoiser: str) -> dict[str, Tensor]:
-    others = sorted(key for key in state if not key.startswith(f"{denoiser}."))
+def _check_known(state: Mapping[str, Any], file: Path, family: Family, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    others = sorted(key for key in state if key.partition(".")[0] not in parts)
     if others:
         raise ConfigurationError(
-            f"{file} also adapts something other than the denoiser ({others[0]}), which is not supported; give a LoRA "
-            "file of the denoiser only"
+            f"{file} adapts something other than {', '.join(parts)} ({others[0]}); give a LoRA file that was trained "
+            f"on {family.title}"
         )
-    return {key.removeprefix(f"{denoiser}.").replace(".processor.", "."): value for key, value in state.items()}
 
 
-def _factors(state: Mapping[str, Tensor], layer: str, file: Path) -> tuple[Tensor, Tensor]:
+def _updates(state: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> dict[str, Update]:
+    if settings.get("use_dora"):
+        raise _unsupported(file, "DoRA")
+    layers = sorted({key.rsplit(".", 2)[0] for key in state if not key.endswith(".alpha")})
+    return {layer: _update(state, layer, settings, file) for layer in layers}
+
+
+def _update(state: Mapping[str, Any], layer: str, settings: Mapping[str, Any], file: Path) -> Update:
     try:
         a, b = state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]
     except KeyError as error:
@@ -215,15 +209,15 @@ def _factors(state: Mapping[str, Tensor], layer: str, file: Path) -> tuple[Tenso
         raise ConfigurationError(
             f"{file} has values that are not finite, first in {layer}, because training diverged; use an earlier file"
         )
-    return a, b
+    return Update(a, b, _scale(layer, len(a), state.get(f"{layer}.alpha"), settings))
 
 
-def _scale(layer: str, rank: int, alphas: Mapping[str, float], settings: Mapping[str, Any]) -> float:
+def _scale(layer: str, rank: int, own_alpha: Any, settings: Mapping[str, Any]) -> float:
     """Return the factor of a layer's `B A`; a missing alpha is the rank, as in diffusers."""
     patterns: Mapping[str, float] = settings.get("alpha_pattern") or {}
     pattern = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
     default = settings.get("lora_alpha", rank) if pattern is None else pattern
-    alpha = float(alphas.get(layer, default))
+    alpha = float(default if own_alpha is None else own_alpha)
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

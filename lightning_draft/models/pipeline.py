@@ -2,8 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -14,20 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import lora as adapters
-from lightning_draft.models import lora_copy, lora_files
+from lightning_draft.models.adapted import AdaptedModel
 from lightning_draft.models.base import Conditioning
+from lightning_draft.models.base_hash import weights_sha256
 from lightning_draft.models.decoder import Memory, Precision, decode
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.latents import latent_size, scale_factor
 from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA
-from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.text_encoding import TextEncoding
-from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
+from lightning_draft.models.trainable import Trainable
 
 
-class PipelineModel(PromptEmbedding):
+class PipelineModel(AdaptedModel):
     """A text-to-image pipeline, frozen except for its adapters or for the chosen weights of its denoiser.
 
     A family sets the class attribute `family`, reads its pipeline in `_configure`, embeds one prompt in `_embed`, and
@@ -78,7 +76,7 @@ class PipelineModel(PromptEmbedding):
         text.check(self.family)
         self.pretrained = pretrained
         self.pretrained_config = pretrained_config
-        self.lora = lora if trainable == "lora" else None
+        self.lora = lora
         self.trainable = trainable
         self.guidance = guidance.or_default(self.family.guidance_scale)
         self.text = text
@@ -92,12 +90,7 @@ class PipelineModel(PromptEmbedding):
         self._configure(self.pipeline)
         self._set_decoder_precision(dtype)
         self.requires_grad_(False).eval()
-        self._original: OriginalWeights | None = None
-        if self.lora is not None:
-            self.lora.attach(self.denoiser, self.family.lora_targets)
-        elif trainable != "lora":
-            self._original = unfreeze(self.denoiser, trainable)
-        self._weight_name = next(name for name, _ in self.denoiser.named_parameters())
+        self._prepare_training()
 
     @property
     def denoiser(self) -> Any:
@@ -150,70 +143,16 @@ class PipelineModel(PromptEmbedding):
         """Decode latents into images `(B, 3, H, W)` in their dtype, in [0, 1] by convention and not clamped."""
         return decode(self.vae, latents, self.memory)
 
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Within this context, the model is bitwise the pipeline that was loaded."""
-        with adapters.disabled(self.denoiser) if self._original is None else self._original.scaled(0.0):
-            yield
-
-    @contextmanager
-    def adapter_scale(self, scale: float) -> Iterator[None]:
-        """Within this context, the weights are `theta_0 + scale dW` for sampling; 0 is the base model."""
-        if self._original is not None:
-            with self._original.scaled(scale):
-                yield
-            return
-        self._check_adapters("adapter_scale")
-        with self.base() if scale == 0 else adapters.scaled(self.denoiser, scale):
-            yield
-
     @property
     def source(self) -> str:
         """The pretrained pipeline: a folder, a file or a hub id."""
         return str(self.pretrained)
 
-    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the trainable parameters by name."""
-        return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
-
-    def save_lora(
-        self,
-        path: str | os.PathLike[str],
-        metadata: Mapping[str, str] | None = None,
-        values: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write the adapters to a `.safetensors` file that the pipeline's `load_lora_weights` opens.
-
-        Args:
-            path: The file; missing folders are created.
-            metadata: Text for its header.
-            values: The full adapters by their names in this model, from `distributed.gather_full`; for sharded models.
-        """
-        self._check_adapters("save_lora")
-        lora_files.save(self.denoiser, path, metadata or {}, self.family, self._denoiser_names(values))
-
-    def load_lora(self, path: str | os.PathLike[str]) -> None:
-        """Copy a LoRA file into the adapters; a model without adapters gets those of the file.
-
-        Args:
-            path: A `.safetensors` file written by this package, diffusers, peft or kohya's scripts.
-
-        Raises:
-            ConfigurationError: The file does not exist, is damaged or of another kind, or has another rank or other
-                layers.
-        """
-        if self._original is not None:
-            raise ConfigurationError(
-                f"load_lora needs adapters, and this model trains its own weights (trainable={self.trainable!r}); "
-                "build it with trainable='lora'"
-            )
-        file = lora_files.read(path, self.family, self.denoiser)
-        lora_copy.check_layers(self.denoiser, file)
-        if self.lora is None:
-            self.lora = LoRA(file.rank, target_modules=file.layers)
-            self.lora.attach(self.denoiser)
-            self._weight_name = next(name for name, _ in self.denoiser.named_parameters())
-        lora_copy.copy_into(self.denoiser, file)
+    @property
+    def source_sha256(self) -> str | None:
+        """SHA-256 of the file with the denoiser's weights, `None` if it is not on this disk; see `weights_sha256`."""
+        folder = getattr(self.denoiser.config, "_name_or_path", None)
+        return weights_sha256(Path(self.source).expanduser(), None if folder is None else Path(folder))
 
     def save_pipeline(
         self,
@@ -282,14 +221,6 @@ class PipelineModel(PromptEmbedding):
         dtype = self._weight.dtype
         time = torch.full((), self.schedule.network_time(t), device=x.device)
         return self._network(x.to(dtype), time, conditioning.to(dtype)).to(x.dtype)
-
-    def _denoiser_names(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-        prefix = f"{self.family.denoiser}."
-        return None if values is None else {name.removeprefix(prefix): value for name, value in values.items()}
-
-    def _check_adapters(self, what: str) -> None:
-        if self.lora is None:
-            raise ConfigurationError(f"{what} needs adapters, and this model has none; build it with lora=LoRA()")
 
 
 def _checkpoint_block(block: nn.Module, *inputs: Any) -> Any:

@@ -39,6 +39,15 @@ class PromptEmbedding(DiffusionModel):
     def device(self) -> torch.device:
         """The denoiser's device."""
 
+    @property
+    def text_scale(self) -> float:
+        """The scale of an update of the text encoders' weights; embeddings are kept for each."""
+        return 1.0
+
+    def clear_embeddings(self) -> None:
+        """Forget the kept embeddings, after the text encoders have changed."""
+        self._cache = TextCache()
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embed prompts, and the negative prompt if guidance needs it; each is embedded once and cached.
 
@@ -105,7 +114,8 @@ class PromptEmbedding(DiffusionModel):
 
     def _cached(self, key: tuple[str, str], embed: Callable[[], Embedding], keep: bool) -> Mapping[str, Tensor]:
         encoder = self._last_encoder
-        if key not in self._cache:
+        scaled_key = (*key, self.text_scale)
+        if scaled_key not in self._cache:
             if encoder is None:
                 raise RuntimeError(
                     f"the text encoder was released and {key[1]!r} has no embedding; pass all prompts, including "
@@ -113,7 +123,7 @@ class PromptEmbedding(DiffusionModel):
                 )
             self._warn_if_cut(encoder[0].replace("text_encoder", "tokenizer"), key[1])
         with quiet_diffusers():
-            return self._cache.get(key, embed, self._text_device.type, keep)
+            return self._cache.get(scaled_key, embed, self._text_device.type, keep)
 
     def _warn_if_cut(self, name: str, prompt: str) -> None:
         tokenizer = getattr(self.pipeline, name)

@@ -12,8 +12,14 @@ from torch import Tensor
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.checks import check_unet
 from lightning_draft.models.family import Family
+from lightning_draft.models.lora_names import ComfyNames
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import variance_preserving
+
+
+def _architecture(config: Any) -> tuple[str, str]:
+    is_second = config.cross_attention_dim == 1024
+    return ("sd_v2", "stable-diffusion-v2-768-v") if is_second else ("sd_v1", "stable-diffusion-v1")
 
 
 class StableDiffusion(PipelineModel):
@@ -35,6 +41,7 @@ class StableDiffusion(PipelineModel):
         clip_skip=True,
         unused={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         single_file={"safety_checker": None},
+        comfy=ComfyNames({"unet": "lora_unet_", "text_encoder": "lora_te_"}, _architecture),
     )
 
     def _configure(self, pipeline: Any) -> None:

@@ -13,6 +13,7 @@ from lightning_draft.models.base import Conditioning
 from lightning_draft.models.checks import check_channels
 from lightning_draft.models.family import Family
 from lightning_draft.models.lora import JOINT_ATTENTION
+from lightning_draft.models.lora_names import ComfyNames
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import rectified_flow
 
@@ -45,6 +46,9 @@ class StableDiffusion3(PipelineModel):
         clip_skip=True,
         lora_targets=JOINT_ATTENTION,
         unused={"image_encoder": None, "feature_extractor": None},
+        comfy=ComfyNames(
+            {"transformer": "transformer."}, lambda config: ("sd3", "stable-diffusion-3-medium"), underscores=False
+        ),
     )
 
     def _configure(self, pipeline: Any) -> None:

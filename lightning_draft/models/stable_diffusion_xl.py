@@ -14,6 +14,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.checks import check_unet
 from lightning_draft.models.family import Family
+from lightning_draft.models.lora_names import ComfyNames, original_unet_name
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import variance_preserving
 
@@ -43,6 +44,11 @@ class StableDiffusionXL(PipelineModel):
         unused={"image_encoder": None, "feature_extractor": None},
         single_file={},
         upcast_vae=True,
+        comfy=ComfyNames(
+            {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+            lambda config: ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+            original_unet_name,
+        ),
     )
 
     def _configure(self, pipeline: Any) -> None:

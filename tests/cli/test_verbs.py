@@ -120,7 +120,8 @@ def test_last_is_the_newest_run_with_the_name_or_the_given_one(command: Callable
 def test_callbacks_can_be_changed_removed_and_added(command: Callable, config: Path) -> None:
     options = ["--samples", "null", "--export.dirpath", "elsewhere", "--checkpoint", "null", "--gradients", "null"]
     assert command("fit", "--config", config, *options).status == 0
-    assert {path.name for path in Path("elsewhere").iterdir()} == {"best.safetensors", "last.safetensors"}
+    names = {"best.safetensors", "last.safetensors", "best.comfy.safetensors", "last.comfy.safetensors"}
+    assert {path.name for path in Path("elsewhere").iterdir()} == names
     assert not {"samples", "lora", "checkpoints"} & {path.name for path in Path("runs/small").iterdir()}
     own = "[{class_path: ModelCheckpoint, init_args: {dirpath: kept, every_n_train_steps: 1}}]"
     assert command("fit", "--config", config, "--trainer.callbacks", own, "--ema.decay", "0.5").status == 0

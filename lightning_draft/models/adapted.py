@@ -1,0 +1,216 @@
+"""Adapters of a pipeline: attached, loaded, scaled, written, and left out for the base model."""
+
+import os
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models import lora as adapters
+from lightning_draft.models import lora_copy, lora_edit, lora_files, lora_writing
+from lightning_draft.models.lora import LoRA
+from lightning_draft.models.lora_files import LoRAFile
+from lightning_draft.models.lora_text import TextUpdates
+from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
+
+
+class AdaptedModel(PromptEmbedding):
+    """Base class for the adapters of pipelines, or the trained weights in their place.
+
+    Attributes:
+        lora: The adapters' settings, `None` without adapters.
+        trainable: What is trained: `lora`, `full` or names of parameters.
+        text_updates: The part of a LoRA file for the text encoders.
+    """
+
+    lora: LoRA | None
+    trainable: Trainable
+    text_updates: TextUpdates
+    _original: OriginalWeights | None = None
+    _initial: OriginalWeights | None = None
+    _weight_name: str
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that is trained."""
+
+    @property
+    def text_scale(self) -> float:
+        """The scale of the text encoders' part of a LoRA; embeddings are kept for each."""
+        return self.text_updates.scale if self.text_updates.updates else 1.0
+
+    def precompute(self, prompts: Iterable[str]) -> None:
+        """Embed prompts, and the negative prompt, ahead of time and keep all of them, also for the base model."""
+        prompts = list(prompts)
+        super().precompute(prompts)
+        if self.text_updates.updates:
+            with self.text_updates.scaled(0.0):
+                super().precompute(prompts)
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoders' memory; from then on only prompts whose embeddings are kept can be used."""
+        super().release_text_encoder()
+        self.text_updates.release()
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Within this context the model is the one before training.
+
+        That is the pipeline as it was loaded, bit for bit, or, with `lora.reference: init`, the pipeline with the LoRA
+        that training started from.
+        """
+        if self._initial is not None:
+            with self._initial.scaled(0.0):
+                yield
+            return
+        with self._pretrained():
+            yield
+
+    @contextmanager
+    def adapter_scale(self, scale: float) -> Iterator[None]:
+        """Within this context the weights are `theta_0 + scale dW`; 0 is the pretrained model, 1 the tuned one.
+
+        For sampling. Prompts are to be encoded in the context too if a LoRA file has a part for the text encoders.
+        """
+        if self._original is not None:
+            with self._original.scaled(scale):
+                yield
+            return
+        self._check_adapters("adapter_scale")
+        if scale == 0:
+            with self._pretrained():
+                yield
+            return
+        with adapters.scaled(self.denoiser, scale), self.text_updates.scaled(scale):
+            yield
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return names and values of what is trained."""
+        return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
+
+    def save_lora(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, str] | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        form: lora_writing.Format = "diffusers",
+    ) -> None:
+        """Write the adapters to a `.safetensors` file, with the text encoders' part of a LoRA that was loaded.
+
+        Args:
+            path: The file; missing folders are created.
+            metadata: Text for its header.
+            values: The full adapters by their names in this model, from `distributed.gather_full`; for sharded models.
+            form: `diffusers` for a file that the pipeline's `load_lora_weights` opens; `comfy` for the names that
+                ComfyUI, Forge and AUTOMATIC1111 read.
+        """
+        self._check_adapters("save_lora")
+        own = lora_writing.adapters_of(self.denoiser, self._denoiser_names(values))
+        updates = {self.family.denoiser: own, **self.text_updates.updates}
+        lora_writing.write(path, updates, metadata or {}, self.family, self.denoiser.config, form)
+
+    def load_lora(self, path: str | os.PathLike[str]) -> None:
+        """Copy a LoRA file into the adapters; a model without any gets those of the file.
+
+        A part for the text encoders is added to their weights.
+
+        Args:
+            path: A `.safetensors` file written by this package, diffusers, peft, kohya's scripts or for ComfyUI.
+
+        Raises:
+            ConfigurationError: There is no such file, it is damaged or of another kind, or its rank or layers differ.
+        """
+        if self._original is not None:
+            raise ConfigurationError(
+                f"load_lora needs adapters, and this model trains its own weights (trainable={self.trainable!r}); "
+                "build it with trainable='lora'"
+            )
+        file = self.read_lora(path)
+        if self.lora is None:
+            self._attach(LoRA(file.rank, target_modules=file.layers))
+        self._copy(file)
+
+    def read_lora(self, path: str | os.PathLike[str]) -> LoRAFile:
+        """Read a LoRA file of this model, without applying it.
+
+        Raises:
+            ConfigurationError: There is no such file, it is damaged, of another kind or for another model.
+        """
+        file = lora_files.read(path, self.family, self._adaptable())
+        lora_copy.check_layers(self.denoiser, file)
+        return file
+
+    def _prepare_training(self) -> None:
+        """Attach the adapters, or make the chosen weights trainable."""
+        self.text_updates = TextUpdates({}, {})
+        self._weight_name = _first_name(self.denoiser)
+        if self.trainable != "lora":
+            if self.lora is not None and self.lora.init is not None:
+                raise ConfigurationError(
+                    f"lora.init={self.lora.init!r} has no effect with trainable: {self.trainable}; write lora there"
+                )
+            self.lora = None
+            self._original = unfreeze(self.denoiser, self.trainable)
+        elif self.lora is not None and self.lora.init is not None:
+            self._start_from(self.lora, self.lora.init)
+        elif self.lora is not None:
+            self._attach(self.lora)
+
+    def _attach(self, lora: LoRA) -> None:
+        lora.attach(self.denoiser, self.family.lora_targets)
+        self.lora = lora
+        self._weight_name = _first_name(self.denoiser)
+
+    def _start_from(self, lora: LoRA, path: str) -> None:
+        """Attach the adapters of a file, at another rank if one is given."""
+        file = self.read_lora(path)
+        rank = lora.rank or file.rank
+        if rank < file.rank:
+            file, error = lora_edit.resize(file, rank)
+            warnings.warn(
+                f"lora.init: rank {rank} keeps the update of {path} with a relative error of {error:.2%}", stacklevel=5
+            )
+        self._attach(LoRA(rank, lora.alpha, file.layers, lora.seed))
+        self._copy(file)
+        if lora.reference == "init":
+            trained = [name for name, value in self.denoiser.named_parameters() if value.requires_grad]
+            self._initial = OriginalWeights(self.denoiser, trained)
+
+    def _copy(self, file: LoRAFile) -> None:
+        lora_copy.copy_into(self.denoiser, file)
+        with self.text_updates.scaled(0.0):
+            self.text_updates = TextUpdates(self._adaptable(), file.encoders, file.path)
+        self.clear_embeddings()
+
+    def _adaptable(self) -> dict[str, nn.Module]:
+        """Return the denoiser and the text encoders that are loaded."""
+        networks = {name: getattr(self, name) for name in (self.family.denoiser, *self.family.text_encoders)}
+        return {name: network for name, network in networks.items() if network is not None}
+
+    @contextmanager
+    def _pretrained(self) -> Iterator[None]:
+        """Within this context the model is the pipeline as it was loaded."""
+        if self._original is not None:
+            with self._original.scaled(0.0):
+                yield
+            return
+        with adapters.disabled(self.denoiser), self.text_updates.scaled(0.0):
+            yield
+
+    def _denoiser_names(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        prefix = f"{self.family.denoiser}."
+        return None if values is None else {name.removeprefix(prefix): value for name, value in values.items()}
+
+    def _check_adapters(self, what: str) -> None:
+        if self.lora is None:
+            raise ConfigurationError(f"{what} needs adapters, and this model has none; build it with lora=LoRA()")
+
+
+def _first_name(network: nn.Module) -> str:
+    return next(name for name, _ in network.named_parameters())

@@ -1,0 +1,32 @@
+"""SHA-256 of a base model's weight files, for the headers of LoRA files."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+
+def weights_sha256(pretrained: Path, denoiser_folder: Path | None) -> str | None:
+    """Return the SHA-256 of the files with the denoiser's weights, in hexadecimal; `None` if they are not on this disk.
+
+    Of one file this is what `sha256sum` prints; of several, in the order of their names, that of their digests.
+
+    Args:
+        pretrained: The single file, where the model was one.
+        denoiser_folder: Otherwise the folder of the denoiser.
+    """
+    if pretrained.is_file():
+        files = [pretrained]
+    elif denoiser_folder is not None and denoiser_folder.is_dir():
+        files = sorted(denoiser_folder.glob("*.safetensors")) or sorted(denoiser_folder.glob("*.bin"))
+    else:
+        files = []
+    digests = [_file_sha256(file.resolve()) for file in files]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@cache
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

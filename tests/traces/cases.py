@@ -70,8 +70,8 @@ def trainable(module: Any) -> dict[str, Tensor]:
 
 
 def exported(folder: Path) -> list[Path]:
-    """The LoRA files in the folder of a run."""
-    return sorted((folder / "lora").glob("*.safetensors"))
+    """The LoRA files in the folder of a run, without those for ComfyUI."""
+    return sorted(path for path in (folder / "lora").glob("*.safetensors") if ".comfy" not in path.name)
 
 
 def prompts(batch_size: int = 2) -> PromptDataModule:

@@ -124,7 +124,7 @@ class AdaptedModel(PromptEmbedding):
             path: A `.safetensors` file written by this package, diffusers, peft, kohya's scripts or for ComfyUI.
 
         Raises:
-            ConfigurationError: The file does not exist, is damaged or of another kind, has other layers or a higher rank.
+            ConfigurationError: The file does not exist, is damaged, is of another kind, or does not fit the adapters.
         """
         if self._original is not None:
             raise ConfigurationError(

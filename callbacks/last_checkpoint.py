@@ -33,6 +33,7 @@ from lightning_draft.callbacks.position import (
 from lightning_draft.callbacks.step_state import callback_states
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.files import remove_partial_files
+from lightning_draft.methods.base import RewardModule
 from lightning_draft.parameter_gradients import gradient_scaler
 
 _NORM = "gradient_norm/total"
@@ -173,10 +174,14 @@ class LastCheckpoint(Checkpoint):
         finished = self._finished
         if trainer.state.fn != "fit" or finished is None or finished.step != trainer.global_step:
             return
+        self._interruption.hold()
+        if isinstance(pl_module, RewardModule):
+            pl_module.finish_validation()
         self._finished = replace(finished, validation_due=False, metrics=_metrics(trainer), callbacks={})
         if finished.validation_due and self._saved == trainer.global_step:
             self._saved = -1
             self.save(trainer)
+        self._interruption.release()
 
     def keep_callback_states(self, trainer: L.Trainer) -> None:
         """Keep the states before a validation; when that is interrupted, some callbacks have seen it and some not."""
@@ -219,11 +224,10 @@ class LastCheckpoint(Checkpoint):
         finished = self._finished
         if finished is None:
             return {name: value for name, value in self._loaded.items() if name != "position"}
-        metrics = {name: float(value) for name, value in finished.metrics.items()}
         return {
             "step": finished.step,
             "validation_due": finished.validation_due,
-            "metrics": metrics,
+            "metrics": {name: float(value) for name, value in finished.metrics.items()},
             "log": finished.log.state(),
             "ended": self._ended,
         }

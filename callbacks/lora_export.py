@@ -19,7 +19,7 @@ from lightning_draft.callbacks.common import reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.distributed import gather_full, uses_fsdp
 from lightning_draft.errors import ConfigurationError, DivergenceError
-from lightning_draft.files import atomic_path, remove_partial_files, writing
+from lightning_draft.files import atomic_folder, atomic_path, remove_partial_files
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.redaction import redact
@@ -231,8 +231,7 @@ def write(
     """
     own = {name.removeprefix("model."): value for name, value in values.items()} if uses_fsdp(trainer) else None
     if isinstance(module.model, PipelineModel) and module.model.trainable != "lora":
-        with writing(path):
-            module.model.save_pipeline(path.with_suffix(""), metadata, own)
+        module.model.save_pipeline(path.with_suffix(""), metadata, own)
         return
     model = cast(SavesLoRA, module.model)
     with atomic_path(path) as partial:
@@ -246,17 +245,22 @@ def write(
 
 
 def copy_from_resumed_run(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
-    """Copy a file of the resumed run into the folder of this run, if the folders differ.
+    """Copy a file of the resumed run, or the pipeline folder in its place, into this run's folder if that is another.
 
     Args:
         trainer: The trainer.
         folder: The folder of the resumed run, if any.
         path: The file in this run's folder.
     """
-    source = None if folder is None else folder / path.name
-    if trainer.is_global_zero and source is not None and source.is_file() and source.resolve() != path.resolve():
+    if not trainer.is_global_zero or folder is None or folder.resolve() == path.parent.resolve():
+        return
+    file, pipeline = folder / path.name, folder / path.stem
+    if file.is_file():
         with atomic_path(path) as partial:
-            shutil.copyfile(source, partial)
+            shutil.copyfile(file, partial)
+    if pipeline.is_dir():
+        with atomic_folder(path.with_suffix("")) as partial:
+            shutil.copytree(pipeline, partial, dirs_exist_ok=True)
 
 
 def check_exportable(module: RewardModule, callback: object) -> None:

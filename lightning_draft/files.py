@@ -49,6 +49,36 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which replaces the folder `path` when the context ends without an error.
+
+    The files reach the disk before the replacement. After an error the temporary folder is removed and the previous
+    folder stays as it was.
+
+    Args:
+        path: The folder to write; folders on the way are made.
+
+    Raises:
+        ConfigurationError: The disk is full, or the folder cannot be written to.
+    """
+    path = Path(path)
+    partial, previous = (path.with_name(f".{path.name}.{os.getpid()}{_MARK}{end}") for end in ("", "-previous"))
+    try:
+        with writing(path):
+            partial.mkdir(parents=True)
+            yield partial
+            for written in (*partial.rglob("*"), partial):
+                _sync(written)
+            if path.exists():
+                path.rename(previous)
+            partial.rename(path)
+            _sync(path.parent)
+    finally:
+        remove(partial)
+        remove(previous)
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Within this context, convert errors of writing to a `ConfigurationError` with the reason.
 

@@ -35,8 +35,9 @@ def find_checkpoint(path: str) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest `.ckpt` in a folder or in its `checkpoints`, or `None`."""
-    files = [file for place in (folder, folder / "checkpoints") for file in place.glob("*.ckpt")]
+    """Return the newest `.ckpt` in a folder or in its `checkpoints`, or `None`; unfinished files do not count."""
+    found = (file for place in (folder, folder / "checkpoints") for file in place.glob("*.ckpt"))
+    files = [file for file in found if not file.name.startswith(".")]
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 

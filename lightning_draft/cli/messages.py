@@ -26,6 +26,11 @@ def print_error(message: str) -> None:
     print(f"lightning-draft: {printable(message)}", file=sys.stderr, flush=True)
 
 
+def print_warning(message: str) -> None:
+    """Write a warning in one line to the error stream, with control characters escaped."""
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
     r"""Return `text` with terminal control characters escaped, such as `\x1b`; line ends and tabs stay."""
     return "".join(

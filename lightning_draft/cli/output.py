@@ -3,13 +3,12 @@
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_draft.cli.messages import printable
+from lightning_draft.cli.messages import print_warning, printable
 
 VERBOSE = "LIGHTNING_DRAFT_VERBOSE"
 _NOTICES = (
@@ -57,7 +56,7 @@ def quiet_output() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"warning: {printable(str(message))}", file=sys.stderr, flush=True)
+    print_warning(str(message))
 
 
 def _escape(record: logging.LogRecord) -> logging.LogRecord:

@@ -1,7 +1,6 @@
 """The configuration of a run, written into its folder and compared when the run is resumed."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,30 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_draft import __version__
-from lightning_draft.cli.messages import flatten
+from lightning_draft.cli.messages import flatten, print_warning
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_path, remove_partial_files
 from lightning_draft.redaction import redact
 
 _NOT_COMPARED = ("name", "resume", "ckpt_path", "weights_only")
+_FREE = (  # changes of these leave the result of the remaining steps as it would be
+    "trainer.max_",
+    "trainer.min_",
+    "trainer.logger",
+    "trainer.log_every_n_steps",
+    "trainer.default_root_dir",
+    "trainer.enable_",
+    "trainer.profiler",
+    "trainer.callbacks",
+    "trainer.detect_anomaly",
+    "progress",
+    "samples",
+    "export",
+    "checkpoint",
+    "cost",
+    "conflict",
+    "data.num_workers",
+)
 _FIXED = (
     "model.class_path",
     "model.model.class_path",
@@ -22,7 +40,7 @@ _FIXED = (
     "model.model.lora",
     "model.model.trainable",
     "model.optimizer.class_path",
-    "model.lr_scheduler.class_path",
+    "model.lr_scheduler",
 )
 _OPTIMIZER = "model.optimizer."
 
@@ -31,8 +49,10 @@ class RunRecord(Callback):
     """Write `config.yaml` when training starts, and the changes of a resumed run to `config-resume-N.yaml`.
 
     `config.yaml` is never replaced. The configuration is part of every checkpoint, so that a resumed run can be
-    compared with the run that wrote the checkpoint. Changes of the model, its adapters or the class of the optimizer
-    are errors; changed options of the optimizer are applied; other changes take effect and are printed.
+    compared with the run that wrote the checkpoint. Changes of the model, its adapters, the class of the optimizer or
+    the learning-rate schedule are errors; changed options of the optimizer are applied; other changes take effect and
+    are printed. A change of something that training depends on, such as the reward or the batch size, also gives a
+    warning, because the resumed run then differs from an uninterrupted one.
 
     Args:
         config: The configuration of this run; secrets are removed.
@@ -66,17 +86,22 @@ class RunRecord(Callback):
         if trainer.is_global_zero:
             for key, (old, new) in self.changes.items():
                 print(f"changed since the checkpoint: --{key} {old!r} -> {new!r}", flush=True)
+            if decisive := decisive_changes(self.changes):
+                print_warning(
+                    f"this run differs from an uninterrupted one, because training depends on --{', --'.join(decisive)}"
+                )
             self._write()
 
     def _write(self) -> None:
         """Write the configuration, unless the folder has the same one."""
+        remove_partial_files(self.folder)
         first = self.folder / "config.yaml"
         if not first.exists():
-            write_text(first, f"# lightning-draft {__version__}\n{_dump(self.config)}")
+            _write_text(first, f"# lightning-draft {__version__}\n{_dump(self.config)}")
         elif self.changes:
             number = 1 + len(list(self.folder.glob("config-resume-*.yaml")))
             lines = "".join(f"# --{key}: {old!r} -> {new!r}\n" for key, (old, new) in self.changes.items())
-            write_text(self.folder / f"config-resume-{number}.yaml", lines + _dump(self.config))
+            _write_text(self.folder / f"config-resume-{number}.yaml", lines + _dump(self.config))
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -86,6 +111,11 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
     return {
         key: (before.get(key), after.get(key)) for key in names if _comparable(before, key) != _comparable(after, key)
     }
+
+
+def decisive_changes(changes: Iterable[str]) -> list[str]:
+    """Return which of these options change what is trained, so that a resumed run differs from an uninterrupted one."""
+    return [key for key in changes if not key.startswith(_FREE)]
 
 
 def check_changes(changes: Mapping[str, tuple[Any, Any]], config: Mapping[str, Any]) -> None:
@@ -108,17 +138,6 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], config: Mapping[str, A
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: first under another name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _comparable(options: Mapping[str, Any], key: str) -> Any:
     value = options.get(key)
     return list(value) if isinstance(value, tuple) else value
@@ -126,3 +145,8 @@ def _comparable(options: Mapping[str, Any], key: str) -> Any:
 
 def _dump(config: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")

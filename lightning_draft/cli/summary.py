@@ -30,18 +30,21 @@ def folder_line(trainer: Trainer, folder: Path) -> str:
 
 
 def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Iterator[str]:
-    """Yield the LoRA files, the command that samples from them, and code that loads the first."""
-    files = lora_files(trainer)
-    if not files:
-        return
+    """Yield the LoRA files or the pipeline folders, and how to use the first."""
     base, pipeline = "...", "DiffusionPipeline"
     if isinstance(module.model, PipelineModel):
         base, pipeline = str(module.model.pretrained), module.model.family.pipeline_name
-    yield f"LoRA files: {'  '.join(map(str, files))}"
-    yield f"sample:     lightning-draft sample {folder}"
-    yield "in diffusers:"
-    yield f"    {loading_code(base, pipeline)}"
-    yield f'    pipe.load_lora_weights("{files[0]}")'
+    exported = exported_paths(trainer)
+    if files := [path for path in exported if path.is_file()]:
+        yield f"LoRA files: {'  '.join(map(str, files))}"
+        yield f"sample:     lightning-draft sample {folder}"
+        yield "in diffusers:"
+        yield f"    {loading_code(base, pipeline)}"
+        yield f'    pipe.load_lora_weights("{files[0]}")'
+    elif folders := [path.with_suffix("") for path in exported if path.with_suffix("").is_dir()]:
+        yield f"pipelines:  {'  '.join(map(str, folders))}"
+        yield "in diffusers:"
+        yield f"    {loading_code(str(folders[0]), pipeline)}"
 
 
 def loading_code(base: str, pipeline: str) -> str:
@@ -56,11 +59,9 @@ def loading_code(base: str, pipeline: str) -> str:
     return f'pipe = {pipeline}.{method}("{place}")'
 
 
-def lora_files(trainer: Trainer) -> list[Path]:
-    """Return the LoRA files of a run, the recommended one first: the guard's, the best by validation, the last."""
+def exported_paths(trainer: Trainer) -> list[Path]:
+    """Return where a run exports to, the recommended path first: the guard's, the best by validation, the last."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     exports = [callback for callback in callbacks if isinstance(callback, LoRAExport)]
-    files = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimizationGuard)]
-    files += [export.best_path for export in exports]
-    files += [export.last_path for export in exports]
-    return [file for file in files if file.is_file()]
+    paths = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimizationGuard)]
+    return [*paths, *(export.best_path for export in exports), *(export.last_path for export in exports)]

@@ -83,6 +83,7 @@ class RewardModule(EvaluationModule, ABC):
         self.probes: list[Probe] = []
         self.has_running_statistics = any(is_reward_state(f"reward.{key}") for key in reward.state_dict())
         self.nonfinite_gradients = NonFiniteGradients()
+        self._plateau_is_due = False
         self._marked_step = -1
         self._marked_state: dict[str, Any] = {}
 
@@ -182,12 +183,20 @@ class RewardModule(EvaluationModule, ABC):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_validation_start(self) -> None:
+        """Note that this validation has yet to step a `ReduceLROnPlateau`."""
+        self._plateau_is_due = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+
     def on_validation_end(self) -> None:
         """Step a `ReduceLROnPlateau` with the metric that it monitors."""
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+        self.finish_validation()
+
+    def finish_validation(self) -> None:
+        """Do what follows a validation, once: `LastCheckpoint` calls it earlier, so that the checkpoint includes it."""
+        due, self._plateau_is_due = self._plateau_is_due, False
+        if due:
             step_on_plateau(self.trainer.lr_scheduler_configs, self.trainer.callback_metrics)
 
-    @stop_iteration_is_error
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Mark the state before each optimizer step, and calibrate a reward that needs it on the first prompts."""
         if self._marked_step != self.trainer.global_step:

@@ -1,7 +1,6 @@
 """Opening of diffusers' pipelines (shipped names, folders, single files, hub ids), and writing of trained ones."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_draft.arguments import one_of
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_folder
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.families import class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
@@ -89,15 +89,9 @@ def save_pipeline(
     with torch.no_grad():
         for name, value in trained.items():
             own[name].copy_(value)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with atomic_folder(folder) as partial, _quiet():
         pipeline.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+        (partial / "training.json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
 
 
 def opener(pretrained: str) -> str | None:

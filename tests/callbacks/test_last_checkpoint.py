@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import ReduceLROnPlateau
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -90,7 +92,7 @@ def callbacks(folder, every=4):
 def train(make_module, make_trainer, logger):
     """Train, or resume from a checkpoint if there is one; return all states and files of the run."""
 
-    def fit(folder, *extra, every=4, **options):
+    def fit(folder, *extra, every=4, data=None, **options):
         torch.manual_seed(0)
         reward = ZScoreSum({"light": WeightedReward(Brightness()), "sharp": WeightedReward(Sharpness(), -0.5)})
         module = make_module(model=Saving(0.1), reward=reward, eval_rewards={"bright": Brightness()})
@@ -100,8 +102,8 @@ def train(make_module, make_trainer, logger):
             *extra, *mine, logger=logger, enable_checkpointing=True, num_sanity_val_steps=0, **{**settings, **options}
         )
         last = folder / "checkpoints" / "last.ckpt"
-        data = PromptDataModule(PROMPTS, batch_size=2, val_size=2)
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+        prompts = PromptDataModule(PROMPTS, **(data or {"batch_size": 2, "val_size": 2}))
+        trainer.fit(module, prompts, ckpt_path=last if last.exists() else None)
         files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".ckpt"]
         return {
             "theta": module.model.theta.item(),
@@ -115,6 +117,29 @@ def train(make_module, make_trainer, logger):
         }
 
     return fit
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_repeated_validation_has_all_its_batches(train, tmp_path, logger):
+    """The checkpoint has seen another validation before, whose batches must not be left out."""
+    options = {"val_size": 5, "batch_size": 1}
+    whole = train(tmp_path / "whole", data=options)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "killed", Stop("interrupted", "on_validation_batch_start", 4), data=options)
+    logger.metrics.clear()
+    resumed = train(tmp_path / "killed", data=options)
+    validations = [metrics["val/reward"] for _, metrics in logger.of("val/reward")]
+    assert validations[0] == whole["logged"][3, "val/reward"]
+    assert equal(resumed["callbacks"], whole["callbacks"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_values_of_a_step_are_logged_although_the_run_is_killed_after_its_checkpoint(train, tmp_path, logger):
+    with pytest.raises(SystemExit):
+        train(tmp_path, Stop("interrupted", "on_train_batch_end", 4))
+    assert max(step for step, _ in logger.of("train/reward")) == 2
+    train(tmp_path)
+    assert [step for step, _ in logger.of("train/reward")] == list(range(STEPS))
 
 
 def content(path):
@@ -232,6 +257,37 @@ def test_full_disk_is_a_configuration_error_and_keeps_the_previous_checkpoint(tr
         train(tmp_path, every=1, limit_val_batches=0)
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+class Copy(Callback):
+    """Keeps the checkpoint that there is when the step after a number of steps begins."""
+
+    def __init__(self, step, last):
+        self.step, self.last = step, last
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            shutil.copyfile(self.last, self.last.with_name("copy.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_holds_the_learning_rate_that_follows_its_validation(make_module, make_trainer, data, tmp_path):
+    def schedule(optimizer):
+        return ReduceLROnPlateau(optimizer, "val/reward", mode="max", factor=0.5, patience=0, threshold=1e9)
+
+    def fit(checkpoint=None):
+        last = LastCheckpoint(2, dirpath=str(tmp_path))
+        extra = [Copy(4, tmp_path / "last.ckpt")] if checkpoint is None else []
+        options = {"max_steps": 6, "check_val_every_n_epoch": None, "val_check_interval": 2, "num_sanity_val_steps": 0}
+        trainer = make_trainer(*extra, last, enable_checkpointing=True, **options)
+        trainer.fit(make_module(lr_scheduler=schedule), data, ckpt_path=checkpoint)
+        return trainer.optimizers[0].param_groups[0]["lr"]
+
+    assert fit() == 0.01 / 4  # after 3 validations, of which the first is the best so far
+    saved = torch.load(tmp_path / "copy.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.01 / 2
+    assert saved["lr_schedulers"][0]["num_bad_epochs"] == 0
+    assert fit(tmp_path / "copy.ckpt") == 0.01 / 4
 
 
 class Explode(Callback):

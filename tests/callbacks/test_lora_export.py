@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
-from lightning_draft.callbacks.lora_export import describe
+from lightning_draft.callbacks.lora_export import copy_from_resumed_run, describe
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.rewards import Brightness, Sharpness
@@ -316,3 +316,21 @@ def test_invalid_arguments_are_rejected():
         LoRAExport(every_n_steps=0)
     with pytest.raises(ConfigurationError, match="give it a dirpath"):
         _ = LoRAExport().last_path
+
+
+class OneProcess:
+    is_global_zero = True
+
+
+def test_the_best_file_or_pipeline_of_a_resumed_run_is_copied_into_another_folder(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "best" / "unet").mkdir(parents=True)
+    (old / "best" / "unet" / "config.json").write_text("{}")
+    (old / "guarded.safetensors").write_text("adapters")
+    for name in ("best", "guarded", "last"):
+        copy_from_resumed_run(OneProcess(), old, new / f"{name}.safetensors")
+        copy_from_resumed_run(OneProcess(), old, old / f"{name}.safetensors")
+    assert {str(path.relative_to(new)) for path in new.rglob("*") if path.is_file()} == {
+        "best/unet/config.json",
+        "guarded.safetensors",
+    }

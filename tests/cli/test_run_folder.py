@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lightning_draft.cli import run_folder
-from lightning_draft.cli.run_record import changed_options, check_changes, write_text
+from lightning_draft.cli.run_record import changed_options, check_changes, decisive_changes
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.redaction import redact
 
@@ -63,6 +63,16 @@ def test_last_is_the_newest_run_not_the_newest_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no checkpoint in .*small-2, the newest run; .*--ckpt_path .*small"):
         run_folder.newest(tmp_path, "small")
     assert old.exists()
+
+
+def test_unfinished_file_of_a_killed_process_is_not_a_checkpoint(tmp_path: Path) -> None:
+    unfinished = tmp_path / "checkpoints" / ".last.4711.partial.ckpt"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"PK")
+    assert run_folder.start_or_resume(tmp_path).checkpoint is None
+    saved = _checkpoint(tmp_path)
+    os.utime(saved, ns=(0, 0))
+    assert run_folder.start_or_resume(tmp_path).checkpoint == saved
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text"])
@@ -126,6 +136,7 @@ REFUSED = [
     ({"model": _model("other")}, "--model.model.pretrained: .*'emoji64' .*'other'"),
     ({"model": {"class_path": "SD3", "init_args": {"pretrained": "emoji64"}}}, "--model.model"),
     ({"optimizer": {"class_path": "SGD", "init_args": {"lr": 1e-3}}}, "--model.optimizer.class_path"),
+    ({"lr_scheduler": {"class_path": "StepLR", "init_args": {"step_size": 2}}}, "--model.lr_scheduler"),
 ]
 
 
@@ -137,9 +148,11 @@ def test_invalid_changes_of_a_resumed_run_are_errors(changes: dict, message: str
 
 def test_valid_changes_of_a_resumed_run_are_accepted() -> None:
     new = _config(kl_weight=0.5, optimizer={"class_path": "AdamW", "init_args": {"lr": 1e-4, "betas": [0.9, 0.999]}})
-    changes = changed_options(_config(), {**new, "name": "y"})
-    assert changes == {"model.kl_weight": (0.0, 0.5), "model.optimizer.lr": (1e-3, 1e-4)}
+    changes = changed_options(_config(), {**new, "name": "y", "trainer": {"max_steps": 9}})
+    expected = {"model.kl_weight": (0.0, 0.5), "model.optimizer.lr": (1e-3, 1e-4), "trainer.max_steps": (None, 9)}
+    assert changes == expected
     check_changes(changes, new)
+    assert set(decisive_changes(changes)) == {"model.kl_weight", "model.optimizer.lr"}
     new["model"]["init_args"]["lr_scheduler"] = {"class_path": "StepLR"}
     with pytest.raises(ConfigurationError, match="is set by its lr_scheduler"):
         check_changes(changes, new)
@@ -160,6 +173,7 @@ def test_rejected_resume_changes_nothing_and_valid_change_is_applied_and_recorde
     assert resumed.status == 0, resumed.err
     assert "continuing from runs/small/checkpoints/last.ckpt" in resumed.out
     assert "changed since the checkpoint: --model.optimizer.lr 0.001 -> 0.0005" in resumed.out
+    assert "because training depends on --model.optimizer.lr\n" in resumed.err
     state = torch.load(run / "checkpoints/last.ckpt")
     assert state["global_step"] == 4
     assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.0005]
@@ -167,14 +181,6 @@ def test_rejected_resume_changes_nothing_and_valid_change_is_applied_and_recorde
     text = (run / "config-resume-1.yaml").read_text()
     assert text.startswith("# --trainer.max_steps: 2 -> 4\n")
     assert yaml.safe_load(text)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.0005
-
-
-def test_files_are_written_completely_or_not_at_all(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.yaml", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "a.yaml", "new \ud800")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
-    assert (tmp_path / "a.yaml").read_text() == "old"
 
 
 LOGGER = """

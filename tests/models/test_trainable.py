@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_draft.callbacks import LoRAExport
 from lightning_draft.chain import SamplingChain
+from lightning_draft.cli.summary import closing_lines
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
@@ -177,6 +178,9 @@ def test_methods_train_weights_and_resumed_run_equals_uninterrupted_run(
     ours, original = resumed.trainable_parameters(), StableDiffusion(str(tiny_sd), lora=None).state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in whole.trainable_parameters().items())
     assert any(not torch.equal(value, original[name.removeprefix("model.")]) for name, value in ours.items())
+    lines = list(closing_lines(whole.trainer, whole, tmp_path / "whole"))
+    assert lines[0] == f"pipelines:  {tmp_path / 'whole/lora/best'}  {tmp_path / 'whole/lora/last'}"
+    assert lines[-1].strip() == f'pipe = StableDiffusionPipeline.from_pretrained("{tmp_path / "whole/lora/best"}")'
     exported = StableDiffusion(str(tmp_path / "whole" / "lora" / "last"), lora=None)
     assert torch.equal(exported.unet.conv_in.weight, original["unet.conv_in.weight"])
     weights = exported.state_dict()

@@ -1,0 +1,47 @@
+"""Files and folders are written as a whole or not at all, and what a killed process leaves is removed."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_folder, atomic_path, remove_partial_files
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    with atomic_path(file) as partial:
+        partial.write_text("old")
+    with pytest.raises(UnicodeEncodeError), atomic_path(file) as partial:
+        partial.write_text("new \ud800", encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert file.read_text() == "old"
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "lora" / "best"
+    for content in ("old", "new"):
+        with atomic_folder(folder) as partial:
+            (partial / "unet").mkdir()
+            (partial / "unet" / content).write_text(content)
+    assert [path.name for path in folder.rglob("*")] == ["unet", "new"]
+    full = pytest.raises(ConfigurationError, match="cannot write .*best: No space left on device")
+    with full, atomic_folder(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [path.name for path in folder.rglob("*")] == ["unet", "new"]
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("write", [atomic_path, atomic_folder])
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path, write: type) -> None:
+    process = os.fork()
+    if process == 0:
+        with write(tmp_path / "config.yaml"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_partial_files(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,11 @@
-"""Draw the same captions from the same noise before and after fine-tuning, as one picture, and measure both.
+"""Generate images of the same captions and noise before and after fine-tuning, and measure them.
 
     python -m lightning_draft fit --config quickstart
     python -m examples.before_after --lora runs/quickstart/lora/best.safetensors --out examples/results/quickstart.png
 
-The twelve pairs are not picked: the captions are put in an order by seed 0, the noise is that of seed 0, and the first
-twelve are shown. The figures are means over all captions with `--noises` noises each, with standard errors; for the
-distance to the clean picture, the emoji pictures are needed (`python -m examples.emoji_model.data`).
+The twelve pairs are not selected: the captions are shuffled with seed 0, the noise has seed 0, and the first twelve are
+shown. The results are means over all captions with `--noises` noises each, and standard errors. The distance to the
+clean image needs the emoji images (`python -m examples.emoji_model.data`).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from examples.emoji_model.evaluate import draw, mean_and_error, open_pipeline
-from examples.emoji_model.truth import OwnPicture, SceneRecognized
+from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
 from lightning_draft.assets import FOLDER
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Reward
@@ -33,24 +33,24 @@ def ordered(prompts: str) -> list[str]:
 
 
 def rewards(data: Path) -> dict[str, Reward]:
-    """Return what both sets are measured with."""
+    """Return the rewards that measure the images."""
     found: dict[str, Reward] = {
         "reward: log p(clean)": ImageQuality("emoji64-judge"),
-        "evaluation judge: log p(clean)": ImageQuality("emoji64-judge-eval"),
-        "evaluation judge: clean fraction": CleanFraction("emoji64-judge-eval"),
+        "evaluation classifier: log p(clean)": ImageQuality("emoji64-judge-eval"),
+        "evaluation classifier: clean fraction": CleanFraction("emoji64-judge-eval"),
     }
-    pictures = data / "emoji64.npz"
-    if pictures.exists():
-        found["truth: PSNR to the clean picture (dB)"] = OwnPicture(str(pictures))
-        found["truth: nearest picture is the caption's"] = SceneRecognized(str(pictures))
+    emoji_file = data / "emoji64.npz"
+    if emoji_file.exists():
+        found["truth: PSNR to the clean image (dB)"] = ReferencePSNR(str(emoji_file))
+        found["truth: nearest image is the caption's"] = SceneRecognized(str(emoji_file))
     return found
 
 
 def compare(drawings: dict[str, Tensor], captions: list[str], data: Path) -> dict[str, dict[str, list[float]]]:
-    """Return (mean, standard error) of each reward for every set, and of its difference from the first, by pairs."""
+    """Return mean and standard error of each reward for every set, and of the paired differences from the first set."""
     figures = {}
     for name, reward in rewards(data).items():
-        scores = {label: reward(pictures, captions) for label, pictures in drawings.items()}
+        scores = {label: reward(images, captions) for label, images in drawings.items()}
         first, *others = scores
         columns = scores | {f"{label} - {first}": scores[label] - scores[first] for label in others}
         figures[name] = {label: [round(x, 3) for x in mean_and_error(s)] for label, s in columns.items()}
@@ -68,22 +68,22 @@ def grid(drawings: dict[str, Tensor], captions: list[str], path: Path, zoom: int
     for i, caption in enumerate(captions):
         left, top = 8 + i % columns * width, 4 + i // columns * height
         pen.text((left, top), f"{caption}   {labels}", fill=(30, 30, 30), font=font)
-        for k, pictures in enumerate(sets):
-            canvas.paste(_image(pictures[i], side), (left + k * (side + 4), top + 18))
+        for k, images in enumerate(sets):
+            canvas.paste(_image(images[i], side), (left + k * (side + 4), top + 18))
     canvas.save(path)
 
 
-def _image(picture: Tensor, side: int) -> Image.Image:
-    pixels = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+def _image(image: Tensor, side: int) -> Image.Image:
+    pixels = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
 def main() -> None:
-    """Write the picture and print the figures as JSON."""
+    """Write the figure and print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, nargs="+", required=True)
     parser.add_argument("--labels", nargs="+", default=["before", "after"], help="of the base model and each file")
-    parser.add_argument("--out", type=Path, required=True, help="PNG; the figures are written beside it as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file; the results are written beside it as JSON")
     parser.add_argument("--model", default=str(FOLDER / "emoji64"))
     parser.add_argument("--prompts", default="emoji64_eval")
     parser.add_argument("--steps", type=int, default=10)

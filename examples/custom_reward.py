@@ -1,4 +1,4 @@
-"""Example of a custom reward; `custom_reward.yaml` uses it in place of the reward of a shipped config.
+"""Example of a custom reward; `custom_reward.yaml` uses it instead of the reward of a shipped config.
 
     lightning-draft fit --config quickstart --config examples/custom_reward.yaml
 

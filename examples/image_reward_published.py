@@ -33,8 +33,8 @@ def scores(reward: Reward, folder: Path) -> dict[str, float]:
     """Return the score of each image by file name."""
     found = {}
     for name in PUBLISHED:
-        picture = np.array(Image.open(folder / name).convert("RGB"))
-        image = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0) / 255
+        single = np.array(Image.open(folder / name).convert("RGB"))
+        image = torch.from_numpy(single).permute(2, 0, 1).unsqueeze(0) / 255
         found[name] = reward(image, [PROMPT]).item()
     return found
 

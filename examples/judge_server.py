@@ -1,4 +1,4 @@
-"""A service for `HTTPReward`, with the standard library only. Replace `redness` by your own scoring function.
+"""A service for `HTTPReward`, with only the standard library. Replace `redness` by your own scoring function.
 
     python -m examples.judge_server --port 8000
     lightning-draft fit --config quickstart --model.eval_rewards.judge.class_path HTTPReward \

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.emoji_model.evaluate import mean_and_error
-from examples.emoji_model.truth import OwnPicture
+from examples.emoji_model.truth import ReferencePSNR
 from lightning_draft.callbacks import OverOptimizationGuard
 from lightning_draft.callbacks.evaluation import Evaluation
 from lightning_draft.data import PromptDataModule
@@ -44,7 +44,7 @@ def build(arguments: argparse.Namespace) -> DraftModule:
         reward=JPEGRate(),
         sampler=DDIM(arguments.sampling_steps),
         truncation=LastK(1),
-        eval_rewards={"judge": ImageQuality(arguments.judge)},
+        eval_rewards={"clean": ImageQuality(arguments.classifier)},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=arguments.lr),
     )
 
@@ -81,30 +81,33 @@ def run(arguments: argparse.Namespace, action: str) -> tuple[DraftModule, OverOp
 
 
 def criteria(arguments: argparse.Namespace) -> dict[str, Reward]:
-    """Return what the images are measured with."""
-    found: dict[str, Reward] = {"JPEG rate (trained)": JPEGRate(), "clean (evaluation)": CleanFraction(arguments.judge)}
-    if arguments.pictures.exists():
-        found["PSNR to the clean image (dB)"] = OwnPicture(str(arguments.pictures))
+    """Return the rewards that measure the images."""
+    found: dict[str, Reward] = {
+        "JPEG rate (trained)": JPEGRate(),
+        "clean (evaluation)": CleanFraction(arguments.classifier),
+    }
+    if arguments.clean_images.exists():
+        found["PSNR to the clean image (dB)"] = ReferencePSNR(str(arguments.clean_images))
     return found
 
 
 def table(images: dict[str, Tensor], prompts: list[str], criteria: dict[str, Reward]) -> str:
     """Return the means and standard errors of the images of each model as markdown."""
     lines = ["| adapters | " + " | ".join(criteria) + " |", "|---" * (len(criteria) + 1) + "|"]
-    for name, pictures in images.items():
-        cells = (mean_and_error(reward(pictures, prompts)) for reward in criteria.values())
+    for name, batch in images.items():
+        cells = (mean_and_error(reward(batch, prompts)) for reward in criteria.values())
         lines.append(f"| {name} | " + " | ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(history: dict[int, Evaluation], stopped: int, kept: int | None, rows: dict[str, Tensor], path: Path) -> None:
-    """Draw both rewards by step, and a row of images of each model."""
+    """Plot both rewards by step, and a row of images of each model."""
     figure = Figure(figsize=(9, 3 + 1.1 * len(rows)), layout="constrained")
     curves, gallery = figure.subfigures(2, 1, height_ratios=[3, 1.1 * len(rows)])
     left = curves.subplots()
     right = left.twinx()
     left.plot(list(history), [each.reward for each in history.values()], "C0.-")
-    right.plot(list(history), [each.eval_rewards["judge"] for each in history.values()], "C3.-")
+    right.plot(list(history), [each.eval_rewards["clean"] for each in history.values()], "C3.-")
     left.axvspan(stopped, max(history), color="0.9")
     if kept is not None:
         left.axvline(kept, color="C2", linestyle="--")
@@ -125,10 +128,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/over_optimization"))
     parser.add_argument("--model", default="emoji64")
-    parser.add_argument("--judge", default="emoji64-judge-eval")
+    parser.add_argument("--classifier", default="emoji64-judge-eval")
     parser.add_argument("--prompts", default="emoji64")
     parser.add_argument("--val-prompts", default="emoji64_eval")
-    parser.add_argument("--pictures", type=Path, default=Path("runs/emoji/emoji64.npz"), help="the clean images")
+    parser.add_argument("--clean-images", type=Path, default=Path("runs/emoji/emoji64.npz"), help="the clean images")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=4, help="steps between evaluations")
     parser.add_argument("--sampling-steps", type=int, default=5)
@@ -160,7 +163,7 @@ def main() -> None:
     images[f"without the guard, step {max(watcher.history)}"] = unguarded.generate(prompts, seed=1).clamp(0, 1)
     text = table(images, prompts, criteria(arguments))
     (arguments.out / "over_optimization.md").write_text(text)
-    shown = {name: pictures[: arguments.shown] for name, pictures in images.items()}
+    shown = {name: batch[: arguments.shown] for name, batch in images.items()}
     plot(watcher.history, max(guard.history), guard.best_step, shown, arguments.out / "over_optimization.png")
     print(text, f"stopped at step {max(guard.history)}; {trained - start:.0f} s of CPU time for both runs", sep="\n")
 

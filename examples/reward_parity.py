@@ -36,7 +36,7 @@ PROMPTS = [
 SIZES = [(512, 512), (384, 640), (500, 301), (224, 224)]
 
 
-def pictures() -> list[Image.Image]:
+def make_images() -> list[Image.Image]:
     """Return one smooth synthetic image per prompt, in several shapes."""
     drawn = []
     for n, (height, width) in enumerate(SIZES):
@@ -55,7 +55,7 @@ def tensors(images: Sequence[Image.Image]) -> list[Tensor]:
 
 
 def by_hpsv2(images: Sequence[Image.Image], prompts: Sequence[str], **arguments: Any) -> list[float]:
-    """Scores of the hpsv2 package."""
+    """Return the scores of the hpsv2 package."""
     from lightning_draft.rewards.hpsv2_reference import HPSv2Reference
 
     reward = HPSv2Reference(**arguments)
@@ -70,7 +70,7 @@ def by_clip(
     processor: str | None = None,
     scaled: bool = False,
 ) -> list[float]:
-    """Cosines of transformers' CLIP on PIL pictures, times its logit scale if `scaled`."""
+    """Return cosines of transformers' CLIP on PIL images, times its logit scale if `scaled`."""
     from transformers import CLIPModel, CLIPProcessor
 
     model, process = (
@@ -93,7 +93,7 @@ def by_laion(
     version: str = "v2",
     pretrained: str = "openai/clip-vit-large-patch14",
 ) -> list[float]:
-    """Scores of LAION's predictors, layer by layer, on unit embeddings of transformers' CLIP."""
+    """Return scores of LAION's predictors, layer by layer, on unit embeddings of transformers' CLIP."""
     from transformers import CLIPModel, CLIPProcessor
 
     weights = torch.load(head, map_location="cpu", weights_only=True)
@@ -108,11 +108,11 @@ def by_laion(
 
 @dataclass(frozen=True)
 class Case:
-    """A reward, its reference, and what the two take by default.
+    """A reward, its reference, and the default arguments of both.
 
     Args:
-        reward: Ours.
-        reference: Theirs.
+        reward: The reward of this package.
+        reference: The reference implementation.
         tolerance: Largest difference allowed.
         defaults: Arguments of both.
         reference_only: Arguments of the reference alone.
@@ -147,7 +147,7 @@ def record(name: str, arguments: dict[str, str], file: Path) -> list[float]:
     import transformers
 
     case = CASES[name]
-    scores = case.reference(pictures(), PROMPTS, **{**case.defaults, **arguments, **case.reference_only})
+    scores = case.reference(make_images(), PROMPTS, **{**case.defaults, **arguments, **case.reference_only})
     figures = json.loads(file.read_text())
     software = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}"
     given = {key: Path(value).name if Path(value).exists() else value for key, value in arguments.items()}
@@ -157,10 +157,10 @@ def record(name: str, arguments: dict[str, str], file: Path) -> list[float]:
 
 
 def compare(name: str, arguments: dict[str, str], file: Path) -> float:
-    """The largest difference between our scores and the recorded ones, which are printed side by side.
+    """Print our scores and the recorded ones side by side, and return the largest difference.
 
     Raises:
-        SystemExit: None are recorded.
+        SystemExit: There are no recorded scores.
     """
     figures = json.loads(file.read_text())
     if name not in figures:
@@ -168,7 +168,7 @@ def compare(name: str, arguments: dict[str, str], file: Path) -> float:
     case = CASES[name]
     reward = case.reward(**{**case.defaults, **arguments})
     largest = 0.0
-    for x, prompt, theirs in zip(tensors(pictures()), PROMPTS, figures[name]["scores"], strict=True):
+    for x, prompt, theirs in zip(tensors(make_images()), PROMPTS, figures[name]["scores"], strict=True):
         with torch.no_grad():
             ours = reward(x, [prompt]).item()
         print(f"{x.shape[-2]}x{x.shape[-1]:<5} ours {ours:10.5f}   reference {theirs:10.5f}   {prompt}")
@@ -178,7 +178,7 @@ def compare(name: str, arguments: dict[str, str], file: Path) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare or record; 1 if our scores are not the reference's."""
+    """Compare or record scores; return 1 if our scores differ from those of the reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reward", choices=sorted(CASES))
     parser.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="arguments of the reward")

@@ -1,11 +1,11 @@
-"""Pictures of several things, or of one thing on a colored ground, with captions: what count and layout rewards need.
+"""Images of several objects, or of one object on a colored background, with captions, for count and layout rewards.
 
-| caption | picture |
+| caption | image |
 |---|---|
 | `noto cat` | the emoji on white |
 | `cat` | the same, in either style |
 | `noto two cat` | two copies at 36/64 of the size, top left and bottom right |
-| `noto cat on blue` | the emoji at 48/64 of the size on a ground of that color |
+| `noto cat on blue` | the emoji at 48/64 of the size on a background of that color |
 | `noto cat and dog` | the first top left, the second bottom right, at 36/64 of the size |
 """
 
@@ -29,12 +29,12 @@ PARTS_OF_64 = {"pair": 36, "ground": 48}
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption names.
+    """The scene that a caption describes.
 
     Attributes:
-        style: `"noto"`, `"twemoji"`, or empty for a bare name, which either style fits.
+        style: `"noto"`, `"twemoji"`, or empty for a bare name, which matches both styles.
         names: One name, or two for a pair; "two NAME" repeats the name.
-        color: A key of `COLORS`, or empty for a white ground.
+        color: A key of `COLORS`, or empty for a white background.
     """
 
     style: str
@@ -50,7 +50,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The caption; `parse` is its inverse."""
+        """The caption; `parse` inverts it."""
         first = f"{self.style} " if self.style else ""
         if self.kind == "two":
             return f"{first}two {self.names[0]}"
@@ -58,7 +58,7 @@ class Scene:
 
     @classmethod
     def parse(cls, caption: str) -> "Scene":
-        """Read a caption back; names that contain " on " or " and " are not supported."""
+        """Parse a caption; names that contain " on " or " and " are not supported."""
         style, _, rest = caption.partition(" ")
         if style not in ("noto", "twemoji"):
             style, rest = "", caption
@@ -69,18 +69,18 @@ class Scene:
 
 
 def render(scene: Scene, emoji: Emoji, style: str = "") -> Tensor:
-    """Draw `scene` as `(3, S, S)` in [0, 1]; a bare name is drawn in `style`."""
+    """Render `scene` as `(3, S, S)` in [0, 1]; a bare name has the style `style`."""
     size = emoji.rgba.shape[-1]
-    pictures = [emoji.rgba[emoji.row(scene.style or style, name)] for name in scene.names]
+    images = [emoji.rgba[emoji.row(scene.style or style, name)] for name in scene.names]
     ground = torch.tensor(COLORS[scene.color]).view(3, 1, 1) if scene.color else torch.ones(3, 1, 1)
     canvas = ground.expand(3, size, size).clone()
-    for picture, (top, left, side) in zip(pictures, boxes(scene, size), strict=True):
-        _paste(canvas, picture, top, left, side)
+    for image, (top, left, side) in zip(images, boxes(scene, size), strict=True):
+        _paste(canvas, image, top, left, side)
     return canvas
 
 
 def boxes(scene: Scene, size: int) -> list[tuple[int, int, int]]:
-    """Return (top, left, side) of each thing in `scene`, in pixels of a picture of `size`."""
+    """Return (top, left, side) of each object in `scene`, in pixels of an image of `size`."""
     if scene.kind in ("two", "pair"):
         side = size * PARTS_OF_64["pair"] // 64
         return [(0, 0, side), (size - side, size - side, side)]
@@ -90,13 +90,13 @@ def boxes(scene: Scene, size: int) -> list[tuple[int, int, int]]:
     return [(0, 0, size)]
 
 
-def resize(pictures: Tensor, side: int) -> Tensor:
+def resize(images: Tensor, side: int) -> Tensor:
     """Resize `(N, C, S, S)` to `side`, anti-aliased."""
-    return F.interpolate(pictures, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _paste(canvas: Tensor, rgba: Tensor, top: int, left: int, side: int) -> None:
-    """Composite one picture, premultiplied `(4, S, S)`, onto `canvas` in place."""
+    """Composite one image, premultiplied `(4, S, S)`, onto `canvas` in place."""
     small = rgba if side == rgba.shape[-1] else resize(rgba[None], side)[0]
     region = canvas[:, top : top + side, left : left + side]
     region.mul_(1 - small[3:]).add_(small[:3])

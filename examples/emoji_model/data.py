@@ -1,6 +1,6 @@
-"""Emoji pictures with captions: Noto and Twemoji, from the npm packages that carry them.
+"""Emoji images with captions: Noto and Twemoji, from npm packages.
 
-`npm` must be installed; the two packages (135 MB) are fetched once and reduced to one small `.npz`.
+`npm` must be installed; the two packages (135 MB) are downloaded once and reduced to one small `.npz` file.
 
     python -m examples.emoji_model.data --out runs/emoji
 """
@@ -31,21 +31,21 @@ QUOTAS = {
     "Activities": 25,
     "Smileys & Emotion": 20,
 }
-"""How many names of each category the generator learns to draw (305 in all)."""
+"""Number of names of each category that the generator is trained on (305 in total)."""
 SKIPPED = {"time", "person", "family", "keycap", "country-flag", "skin-tone"}
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """Pictures and what they show.
+    """Images with their names and styles.
 
     Attributes:
         rgba: float32, `(N, 4, size, size)` in [0, 1]; the colors are multiplied by the alpha.
         images: float32, `(N, 3, size, size)` in [0, 1], composited on white.
-        names: What each picture shows, e.g. `"red apple"`.
-        styles: `"noto"` or `"twemoji"`, one a picture.
-        drawn: bool `(N,)`: the name is among those that the generator learns.
-        held_out: bool `(N,)`: a drawn (name, style) pair that the generator never trains on.
+        names: Name of each image, such as `"red apple"`.
+        styles: `"noto"` or `"twemoji"` for each image.
+        drawn: bool `(N,)`: the generator is trained on this name.
+        held_out: bool `(N,)`: a pair of a trained name and a style that is excluded from training.
     """
 
     rgba: Tensor
@@ -57,11 +57,11 @@ class Emoji:
 
     @property
     def captions(self) -> list[str]:
-        """`"<style> <name>"`, one a picture."""
+        """`"<style> <name>"` for each image."""
         return [f"{style} {name}" for style, name in zip(self.styles, self.names, strict=True)]
 
     def row(self, style: str, name: str) -> int:
-        """Return the index of the picture of `name` in `style`."""
+        """Return the index of the image of `name` in `style`."""
         return self._rows[f"{style} {name}"]
 
     @cached_property
@@ -70,7 +70,7 @@ class Emoji:
 
     @classmethod
     def load(cls, path: Path) -> "Emoji":
-        """Read what `prepare` wrote."""
+        """Read the file that `prepare` wrote."""
         with np.load(path) as file:
             rgba = torch.from_numpy(file["rgba"]).permute(0, 3, 1, 2).float() / 255
             rgba[:, :3] *= rgba[:, 3:]
@@ -85,7 +85,7 @@ class Emoji:
 
 
 def prepare(out: Path, size: int = 64, seed: int = 0) -> Path:
-    """Fetch the packages (unless they are there), reduce them to `out/emoji<size>.npz` and return its path."""
+    """Download the packages if necessary, reduce them to `out/emoji<size>.npz` and return its path."""
     path = out / f"emoji{size}.npz"
     if path.exists():
         return path
@@ -95,14 +95,14 @@ def prepare(out: Path, size: int = 64, seed: int = 0) -> Path:
     images, names, styles, categories = [], [], [], []
     for name, (category, file) in entries.items():
         for style, package in STYLES.items():
-            images.append(_picture(folders[style] / "img" / package / "64" / file, size))
+            images.append(_read_image(folders[style] / "img" / package / "64" / file, size))
             names.append(name)
             styles.append(style)
             categories.append(category)
-    pictures = np.stack(images)
-    drawn = _distinct(_on_white(pictures, 32), names, categories)
+    batch = np.stack(images)
+    drawn = _distinct(_on_white(batch, 32), names, categories)
     held_out = _held_out(names, drawn, seed)
-    np.savez_compressed(path, rgba=pictures, names=names, styles=styles, drawn=drawn, held_out=held_out)
+    np.savez_compressed(path, rgba=batch, names=names, styles=styles, drawn=drawn, held_out=held_out)
     return path
 
 
@@ -112,7 +112,10 @@ def _package(name: str, out: Path) -> Path:
         return folder
     npm = shutil.which("npm")
     if npm is None:
-        raise SystemExit("npm is not installed; it fetches the emoji pictures (try: apt-get install npm)")
+        raise SystemExit(
+            "npm is not installed, and it is needed to download the emoji images; install it, for "
+            "example with apt-get install npm"
+        )
     with tempfile.TemporaryDirectory(dir=out) as temporary:
         subprocess.run([npm, "pack", "--silent", f"{name}@{VERSION}"], cwd=temporary, check=True)
         (archive,) = Path(temporary).glob("*.tgz")
@@ -123,7 +126,7 @@ def _package(name: str, out: Path) -> Path:
 
 
 def _entries(path: Path) -> dict[str, tuple[str, str]]:
-    """Name to (category, file), for every emoji of at most four words that both styles draw."""
+    """Return (category, file) by name for every emoji with at most four words that exists in both styles."""
     entries: dict[str, tuple[str, str]] = {}
     for entry in json.loads(path.read_text()):
         name = re.sub(r"[^a-z0-9 ]", "", entry["name"].lower().replace("-", " ")).strip()
@@ -134,13 +137,13 @@ def _entries(path: Path) -> dict[str, tuple[str, str]]:
     return entries
 
 
-def _picture(path: Path, size: int) -> np.ndarray:
+def _read_image(path: Path, size: int) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGBA").resize((size, size), Image.Resampling.BOX))
 
 
-def _on_white(pictures: np.ndarray, size: int) -> np.ndarray:
+def _on_white(batch: np.ndarray, size: int) -> np.ndarray:
     """Composite uint8 `(N, S, S, 4)` on white and reduce to `(N, size, size, 3)`."""
-    color, alpha = np.split(pictures.astype(np.float32) / 255, [3], axis=-1)
+    color, alpha = np.split(batch.astype(np.float32) / 255, [3], axis=-1)
     images = color * alpha + 1 - alpha
     factor = images.shape[1] // size
     reduced = images.reshape(len(images), size, factor, size, factor, 3).mean((2, 4))
@@ -148,7 +151,7 @@ def _on_white(pictures: np.ndarray, size: int) -> np.ndarray:
 
 
 def _distinct(images: np.ndarray, names: list[str], categories: list[str]) -> np.ndarray:
-    """Mark the names that the generator learns: short ones first, and none that looks like one already chosen."""
+    """Mark the names that the generator is trained on: short ones first, and none that resembles a chosen one."""
     flat = images.reshape(len(images), -1).astype(np.float32) / 255
     chosen: list[int] = []
     counts = dict.fromkeys(QUOTAS, 0)
@@ -169,7 +172,7 @@ def _distinct(images: np.ndarray, names: list[str], categories: list[str]) -> np
 
 
 def _held_out(names: list[str], drawn: np.ndarray, seed: int, share: float = 0.1) -> np.ndarray:
-    """Hold out one style of a fifth of the drawn names: a tenth of the pairs, each seen in the other style."""
+    """Hold out one style of a fifth of the trained names: a tenth of the pairs, whose other style is trained on."""
     generator = np.random.default_rng(seed)
     first = np.flatnonzero(drawn)[:: len(STYLES)]
     picked = generator.choice(first, int(len(first) * len(STYLES) * share), replace=False)

@@ -1,7 +1,7 @@
-"""Degradations that anyone sees at a glance: what separates a poor picture from a clean one.
+"""Clearly visible degradations, which distinguish degraded from clean images.
 
-Strengths are for 64x64 pictures and every one survives an autoencoder that reduces each side by four: noise is
-coarse-grained, because white noise has more numbers than the latents.
+The strengths are for 64x64 images, and every degradation is preserved by an autoencoder that reduces each side by four.
+The noise has coarse grains, because the latents cannot represent white noise.
 """
 
 import io
@@ -60,7 +60,7 @@ def pixelate(image: Tensor) -> Tensor:
 
 
 KINDS: tuple[Callable[[Tensor], Tensor], ...] = (pixelate, blur, wash, cast, noise, jpeg)
-"""Every degradation, in the order in which two of them are applied."""
+"""All degradations, in the order in which two of them are applied."""
 
 
 def degrade(image: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     python -m examples.emoji_model.evaluate --sheet examples/results/emoji64_samples.png
     python -m examples.emoji_model.evaluate --steps 10 --guidance 1 --lora runs/quickstart/lora/best.safetensors
 
-Subjects and compositions are recognized by the nearest clean picture (`truth.SceneRecognized`), degraded pictures by
-the judge that is kept for evaluation. Standard errors are of the mean over the pictures.
+Subjects and compositions are recognized by the nearest clean image (`truth.SceneRecognized`), degraded images by the
+classifier for evaluation. Standard errors are those of the mean over images.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from examples.emoji_model.compositions import Scene, render
 from examples.emoji_model.data import Emoji, prepare
 from examples.emoji_model.degradations import degrade_all
 from examples.emoji_model.mixture import scenes
-from examples.emoji_model.truth import OwnPicture, SceneRecognized
+from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 
 
 @torch.no_grad()
 def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, steps: int = 20, seed: int = 0) -> Tensor:
-    """Sample one image per caption, `(N, 3, S, S)` in [0, 1]; the noise depends on the seed and the position alone."""
+    """Sample one image per caption, `(N, 3, S, S)` in [0, 1]; the noise depends only on the seed and the position."""
     shape = (pipe.unet.config.in_channels, *(pipe.unet.config.sample_size,) * 2)
     noise = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
-    pictures = [
+    images = [
         pipe(
             captions[i : i + 32],
             latents=noise[i : i + 32],
@@ -41,12 +41,12 @@ def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, st
         ).images
         for i in range(0, len(captions), 32)
     ]
-    return torch.cat(pictures)
+    return torch.cat(images)
 
 
 def open_pipeline(folder: Path, lora: Path | None = None) -> StableDiffusionPipeline:
     """Open a pipeline in float32, with adapters if a file is given."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         pipe.load_lora_weights(lora)
@@ -59,41 +59,39 @@ def mean_and_error(scores: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def figures_of_drawings(pictures: Tensor, captions: list[str], data: Path, assets: Path) -> dict[str, Tensor]:
-    """Score drawings `(N, 3, 64, 64)` of `captions`; each figure is `(N,)`."""
+def measure(images: Tensor, captions: list[str], data: Path, assets: Path) -> dict[str, Tensor]:
+    """Return scores `(N,)` of images `(N, 3, 64, 64)` of `captions`, by name."""
     file = str(prepare(data))
     return {
-        "recognized": SceneRecognized(file)(pictures, captions),
-        "PSNR to the own clean picture": OwnPicture(file)(pictures, captions),
-        "reward": ImageQuality(str(assets / "emoji64-judge"))(pictures, captions),
-        "evaluation judge": ImageQuality(str(assets / "emoji64-judge-eval"))(pictures, captions),
-        "degraded": 1 - CleanFraction(str(assets / "emoji64-judge-eval"))(pictures, captions),
+        "recognized": SceneRecognized(file)(images, captions),
+        "PSNR to the clean image": ReferencePSNR(file)(images, captions),
+        "reward": ImageQuality(str(assets / "emoji64-judge"))(images, captions),
+        "evaluation classifier": ImageQuality(str(assets / "emoji64-judge-eval"))(images, captions),
+        "degraded": 1 - CleanFraction(str(assets / "emoji64-judge-eval"))(images, captions),
     }
 
 
 @torch.no_grad()
-def autoencoder_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Return the mean PSNR of decoded pictures, in dB."""
-    decoded = torch.cat(
-        [vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5 for x in pictures.split(32)]
-    )
-    errors = (decoded.clamp(0, 1) - pictures).square().mean((1, 2, 3))
+def autoencoder_psnr(vae: AutoencoderKL, images: Tensor) -> float:
+    """Return the mean PSNR of decoded images, in dB."""
+    decoded = torch.cat([vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample / 2 + 0.5 for x in images.split(32)])
+    errors = (decoded.clamp(0, 1) - images).square().mean((1, 2, 3))
     return -10 * errors.log10().mean().item()
 
 
 @torch.no_grad()
-def retrieval_rate(folder: Path, pictures: Tensor, captions: list[str]) -> float:
-    """Return the share of `pictures` whose caption the CLIP ranks first among `captions`."""
+def retrieval_rate(folder: Path, batch: Tensor, captions: list[str]) -> float:
+    """Return the fraction of images whose caption the CLIP ranks first among `captions`."""
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CLIPProcessor.from_pretrained(folder)
-    images = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in pictures]
+    images = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in batch]
     inputs = processor(text=captions, images=images, return_tensors="pt", padding="max_length", truncation=True)
     return (clip(**inputs).logits_per_image.argmax(1) == torch.arange(len(captions))).float().mean().item()
 
 
-def sheet(pictures: Tensor, path: Path, columns: int = 8, zoom: int = 3) -> None:
-    """Write `pictures` as one PNG, `columns` a row."""
-    big = pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+def sheet(images: Tensor, path: Path, columns: int = 8, zoom: int = 3) -> None:
+    """Write images as one PNG with `columns` images per row."""
+    big = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     rows = [torch.cat(list(row), 2) for row in big.split(columns)]
     Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()).save(path)
 
@@ -108,37 +106,35 @@ def chosen_scenes(emoji: Emoji, count: int) -> dict[str, list[Scene]]:
 
 
 def static_figures(pipe: StableDiffusionPipeline, emoji: Emoji, assets: Path) -> Mapping[str, float]:
-    """Measure the autoencoder and the CLIP on real pictures."""
+    """Measure the autoencoder and the CLIP on emoji images."""
     known = scenes(emoji)
     singles = torch.stack([render(scene, emoji) for scene in known["single"]])
     composed = [scene for kind in ("two", "ground", "pair") for scene in known[kind]]
-    pictures = torch.stack([render(scene, emoji) for scene in composed])
+    images = torch.stack([render(scene, emoji) for scene in composed])
     torch.manual_seed(0)
     return {
         "autoencoder, the model's emoji (dB)": autoencoder_psnr(pipe.vae, singles),
         "autoencoder, the same degraded (dB)": autoencoder_psnr(pipe.vae, degrade_all(singles)),
-        "autoencoder, compositions (dB)": autoencoder_psnr(pipe.vae, pictures),
+        "autoencoder, compositions (dB)": autoencoder_psnr(pipe.vae, images),
         "autoencoder, all emoji (dB)": autoencoder_psnr(pipe.vae, emoji.images[::4]),
         "CLIP retrieval, the model's emoji": retrieval_rate(
             assets / "emoji64-clip", singles, [s.caption for s in known["single"]]
         ),
-        "CLIP retrieval, compositions": retrieval_rate(
-            assets / "emoji64-clip", pictures, [s.caption for s in composed]
-        ),
+        "CLIP retrieval, compositions": retrieval_rate(assets / "emoji64-clip", images, [s.caption for s in composed]),
     }
 
 
 def main() -> None:
-    """Print the figures as JSON, and write a contact sheet where one is asked for."""
+    """Print the results as JSON, and optionally write a contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--assets", type=Path, default=Path("lightning_draft/assets"))
     parser.add_argument("--count", type=int, default=240, help="captions of each kind")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--lora", type=Path, help="load these adapters into the pipeline, by diffusers")
-    parser.add_argument("--sheet", type=Path, help="PNG of 32 single emoji and 8 drawings of each other kind")
-    parser.add_argument("--no-static", action="store_true", help="leave the autoencoder and the CLIP out")
+    parser.add_argument("--lora", type=Path, help="LoRA file to load into the diffusers pipeline")
+    parser.add_argument("--sheet", type=Path, help="PNG with 32 single emoji and 8 images of each other kind")
+    parser.add_argument("--no-static", action="store_true", help="do not measure the autoencoder and the CLIP")
     arguments = parser.parse_args()
     emoji = Emoji.load(prepare(arguments.data))
     pipe = open_pipeline(arguments.assets / "emoji64", arguments.lora)
@@ -146,9 +142,9 @@ def main() -> None:
     samples = []
     for kind, some in chosen_scenes(emoji, arguments.count).items():
         captions = [scene.caption for scene in some]
-        pictures = draw(pipe, captions, arguments.guidance, arguments.steps)
-        samples.append(pictures[: 32 if kind == "single" else 8])
-        scores = figures_of_drawings(pictures, captions, arguments.data, arguments.assets)
+        images = draw(pipe, captions, arguments.guidance, arguments.steps)
+        samples.append(images[: 32 if kind == "single" else 8])
+        scores = measure(images, captions, arguments.data, arguments.assets)
         figures[f"{kind} ({len(captions)})"] = {k: [round(x, 3) for x in mean_and_error(v)] for k, v in scores.items()}
         print(kind, json.dumps(figures[f"{kind} ({len(captions)})"]), flush=True)
     if arguments.sheet:

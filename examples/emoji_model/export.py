@@ -1,4 +1,4 @@
-"""Pack the trainings into what ships: a diffusers pipeline, a transformers CLIP, two judges, and prompt lists.
+"""Export the trained models as shipped: a diffusers pipeline, a transformers CLIP, two classifiers, and prompt lists.
 
 python -m examples.emoji_model.export --folder runs/emoji --out lightning_draft/assets
 """
@@ -19,12 +19,12 @@ from examples.emoji_model.mixture import scenes, split
 
 SHIPPED = Path("lightning_draft/assets")
 SMALL = Path("tests/assets/emoji32")
-"""The 32x32 pipeline that the trainings start from."""
+"""The 32x32 pipeline from which the trainings start."""
 JUDGES = {"convnet": "emoji64-judge", "resnet": "emoji64-judge-eval"}
 
 
 def weights(checkpoint: Path, prefix: str = "network.") -> dict[str, Tensor]:
-    """Return what lies under `prefix` in a training checkpoint."""
+    """Return the tensors under `prefix` in a training checkpoint."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -63,7 +63,7 @@ def pipeline(folder: Path, source: Path) -> StableDiffusionPipeline:
 def use_published_names(file: Path) -> None:
     """Rename the weights of a CLIP text encoder to the names of published checkpoints, which start with `text_model.`.
 
-    Newer releases of transformers write shorter names, which older ones ignore.
+    Newer releases of transformers write shorter names, which older releases ignore.
     """
     named = {"text_model." + key.removeprefix("text_model."): value for key, value in load_file(file).items()}
     save_file(named, file, metadata={"format": "pt"})
@@ -80,7 +80,7 @@ def export_clip(folder: Path, source: Path, out: Path) -> None:
 
 
 def export_prompts(emoji: Emoji, out: Path) -> None:
-    """Write the captions for fine-tuning and, of other things, those for evaluation: single emoji and compositions."""
+    """Write the captions of single emoji and compositions for fine-tuning, and of other objects to evaluate."""
     known = scenes(emoji)
     lists = {"emoji64": known["single"], "emoji64_scenes": [*known["two"], *known["ground"], *known["pair"]]}
     for name, some in lists.items():
@@ -89,7 +89,7 @@ def export_prompts(emoji: Emoji, out: Path) -> None:
 
 
 def main() -> None:
-    """Export everything that has been trained."""
+    """Export all trained parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--source", type=Path, default=SMALL, help="the 32x32 pipeline")

@@ -53,9 +53,9 @@ def encode(images: Tensor, vae: AutoencoderKL) -> Tensor:
 
 
 def _bank(some: list[Scene], emoji: Emoji, vae: AutoencoderKL, copies: int) -> Bank:
-    pictures = torch.stack([render(scene, emoji) for scene in some])
-    degraded = [encode(degrade_all(pictures), vae).half() for _ in range(copies)]
-    return Bank([scene.caption for scene in some], encode(pictures, vae).half(), torch.stack(degraded))
+    images = torch.stack([render(scene, emoji) for scene in some])
+    degraded = [encode(degrade_all(images), vae).half() for _ in range(copies)]
+    return Bank([scene.caption for scene in some], encode(images, vae).half(), torch.stack(degraded))
 
 
 class Latents(IterableDataset[tuple[Tensor, Tensor]]):

@@ -1,7 +1,7 @@
 """What the 64x64 model is trained on: scenes by kind, each drawn clean or degraded.
 
-Real base models are trained on good and poor pictures alike, and a reward moves them to the good ones. Here three
-quarters of the training pictures are degraded, and the captions do not say so.
+Large base models are trained on images of different quality, and a reward shifts them to the better ones. Here three
+quarters of the training images are degraded, and the captions do not mention it.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from examples.emoji_model.data import Emoji
 from examples.emoji_model.degradations import degrade
 
 DEGRADED = 0.75
-"""Probability that a training picture of the denoiser is degraded."""
+"""Probability that a training image of the denoiser is degraded."""
 SUBJECTS = 160
 WEIGHTS = {"single": 0.60, "bare": 0.08, "two": 0.08, "ground": 0.12, "pair": 0.12}
 """Probability of each kind of scene."""
@@ -60,7 +60,7 @@ def split(some: list[Scene]) -> tuple[list[str], list[str]]:
     return sorted(captions[0]), sorted(captions[1])
 
 
-class Pictures(IterableDataset[Tensor]):
+class RenderedImages(IterableDataset[Tensor]):
     """Endless batches for the autoencoder: two thirds scenes, one third any emoji; half are degraded."""
 
     def __init__(self, emoji: Emoji, batch_size: int) -> None:
@@ -70,9 +70,9 @@ class Pictures(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         """Yield float32 `(batch_size, 3, S, S)` in [0, 1]."""
         while True:
-            yield torch.stack([self._picture() for _ in range(self.batch_size)])
+            yield torch.stack([self._render() for _ in range(self.batch_size)])
 
-    def _picture(self) -> Tensor:
+    def _render(self) -> Tensor:
         if torch.rand(()) < 0.33:
             image = self.emoji.images[int(torch.randint(len(self.emoji.images), ()))]
         else:
@@ -83,10 +83,10 @@ class Pictures(IterableDataset[Tensor]):
 
 
 class Captioned(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches of clean pictures and token ids for the CLIP: half compositions, half single emoji.
+    """Endless batches of clean images and token ids for the CLIP: half compositions, half single emoji.
 
     Most scenes come with a similar one (`similar`), which the loss must tell apart. No two captions of a batch fit the
-    same picture: a caption is written without its style only if no other of the batch has the same words.
+    same image: a caption is written without its style only if no other of the batch has the same words.
     """
 
     def __init__(self, emoji: Emoji, words: CLIPTokenizer, batch_size: int) -> None:
@@ -105,10 +105,10 @@ class Captioned(IterableDataset[tuple[Tensor, Tensor]]):
                 some |= {scene.caption: scene for scene in with_similar(known, count)}
             chosen = without_needless_styles(list(some.values()))
             styles = [STYLES[int(torch.randint(2, ()))] for _ in chosen]
-            pictures = torch.stack([render(s, self.emoji, style) for s, style in zip(chosen, styles, strict=True)])
+            images = torch.stack([render(s, self.emoji, style) for s, style in zip(chosen, styles, strict=True)])
             captions = [scene.caption for scene in chosen]
             ids = self.words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            yield pictures, ids
+            yield images, ids
 
 
 def similar(scene: Scene) -> Scene:

@@ -1,4 +1,4 @@
-"""The parts of the shipped pipeline and of the shipped CLIP, as diffusers and transformers build them."""
+"""The parts of the shipped pipeline and the shipped CLIP, built with diffusers and transformers."""
 
 import json
 from pathlib import Path
@@ -41,9 +41,9 @@ def enlarge(first: AutoencoderKL) -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """The denoiser of 16x16x4 latents, 10.7 M parameters; from 2x2 a caption becomes a layout by upsampling.
+    """The denoiser of 16x16x4 latents, 10.7 M parameters; at the resolution 2x2 the caption determines the layout.
 
-    The caption reaches every block twice: by attention, and pooled beside the time, which scales and shifts.
+    Every block receives the caption twice: by attention, and pooled and added to the time embedding.
     """
     return UNet2DConditionModel(
         sample_size=16,
@@ -76,7 +76,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> CLIPTokenizer:
-    """Train CLIP's byte-pair encoding on the captions, write it in CLIP's own files and load it back."""
+    """Train CLIP's byte-pair encoding on the captions, write it in CLIP's format and load it."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -120,7 +120,7 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def clip(words: CLIPTokenizer) -> CLIPModel:
-    """A two-tower CLIP over 64x64 pictures in patches of 8."""
+    """A two-tower CLIP over 64x64 images in patches of 8."""
     vision = {
         "hidden_size": 128,
         "intermediate_size": 384,

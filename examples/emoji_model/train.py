@@ -8,7 +8,7 @@
     python -m examples.emoji_model.export
 
 The autoencoder and the denoiser start from those of the 32x32 model in `tests/assets` (`--pipeline`). Each training
-saves a checkpoint every 200 steps under `runs/emoji/<part>` and continues from there when started again.
+saves a checkpoint every 200 steps under `runs/emoji/<part>`, from which it continues when started again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from examples.emoji_model import export, latents, parts
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.mixture import Captioned, Pictures
+from examples.emoji_model.mixture import Captioned, RenderedImages
 
 
 class Part(L.LightningModule):
@@ -55,9 +55,9 @@ class Part(L.LightningModule):
 
 
 class Autoencoder(Part):
-    """L1 on pixels and on their differences, a weak KL to the unit Gaussian, and a pull to the 32x32 model's latents.
+    """L1 loss of pixels and of their differences, a weak KL to the unit Gaussian, and a loss towards the 32x32 latents.
 
-    The decoder and the latent space start as those of the 32x32 model: its latents of the picture reduced to
+    The decoder and the latent space start as those of the 32x32 model: its latents of the image reduced to
     32x32 are what the encoder first learns to predict, so that the denoiser can start from the 32x32 one too.
     """
 
@@ -81,13 +81,13 @@ class Autoencoder(Part):
 
 
 class Denoiser(Part):
-    """v-prediction, `E |v(alpha z + sigma e, t, c) - (alpha e - sigma z)|^2`; the text encoder trains along.
+    """v-prediction, `E |v(alpha z + sigma e, t, c) - (alpha e - sigma z)|^2`; the text encoder is trained too.
 
-    Both networks start from those of `pipeline`. What is exported is the exponential moving average of the weights.
+    Both networks start from those of `pipeline`. The exponential moving average of the weights is exported.
     """
 
     def __init__(self, steps: int, pipeline: Path) -> None:
-        unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32)
         text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
         networks = nn.ModuleDict({"unet": unet.train(), "text": text.train()})
         super().__init__(networks, 6e-4, steps, 1e-3)
@@ -100,7 +100,8 @@ class Denoiser(Part):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """`batch` is latents `(B, 4, 16, 16)` and token ids `(B, 16)`."""
         latents, tokens = batch
-        # One time from each of B equal strata, for less variance; then towards noise, where the caption decides.
+        # One time from each of B equal strata, for less variance; then moved towards noise, where the caption has the
+        # most effect.
         u = (torch.rand(len(latents)) + torch.arange(len(latents))) / len(latents)
         t = (1000 * (1 - (1 - u) ** 1.5)).long().clamp_max(999)
         noise = torch.randn_like(latents)
@@ -113,14 +114,14 @@ class Denoiser(Part):
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Fold the new weights into the average."""
+        """Update the average with the new weights."""
         self.average.update_parameters(self.network)
 
 
 class Contrast(Part):
-    """CLIP's symmetric contrastive loss on pictures augmented so that its gradient is useful.
+    """CLIP's symmetric contrastive loss on augmented images, so that its gradient is useful as a reward.
 
-    Pairs of a batch whose captions fit the same picture (a bare name and its styles) are not negatives: captions of a
+    Pairs of a batch whose captions fit the same image (a bare name and its styles) are not negatives: captions of a
     batch have different subjects.
     """
 
@@ -128,7 +129,7 @@ class Contrast(Part):
         super().__init__(parts.clip(words), 1e-3, steps, 0.05)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """`batch` is pictures `(B, 3, 64, 64)` in [0, 1] and token ids `(B, 16)`."""
+        """`batch` is images `(B, 3, 64, 64)` in [0, 1] and token ids `(B, 16)`."""
         images, tokens = batch
         images = _shift(images, 4)
         tint = torch.empty(len(images), 3, 1, 1).uniform_(0.85, 1.1)
@@ -149,7 +150,7 @@ def _flip(images: Tensor) -> Tensor:
 
 
 def _shift(images: Tensor, most: int) -> Tensor:
-    """Move each picture by up to `most` pixels, filling with the colors of its border."""
+    """Move each image by up to `most` pixels, filling with the colors of its border."""
     size = images.shape[-1]
     padded = F.pad(images, (most,) * 4, mode="replicate")
     dx, dy = torch.randint(0, 2 * most + 1, (2, len(images)))
@@ -157,10 +158,10 @@ def _shift(images: Tensor, most: int) -> Tensor:
 
 
 def build(part: str, emoji: Emoji, arguments: argparse.Namespace) -> tuple[Part, IterableDataset[Any]]:
-    """Return the training of `part`, and the batches it sees."""
+    """Return the training of `part`, and its batches."""
     if part == "vae":
-        first = AutoencoderKL.from_pretrained(arguments.pipeline / "vae", torch_dtype=torch.float32)
-        return Autoencoder(arguments.steps, first), Pictures(emoji, arguments.batch_size)
+        first = AutoencoderKL.from_pretrained(arguments.pipeline / "vae", dtype=torch.float32)
+        return Autoencoder(arguments.steps, first), RenderedImages(emoji, arguments.batch_size)
     words = CLIPTokenizer.from_pretrained(arguments.pipeline / "tokenizer")
     if part == "unet":
         vae = export.autoencoder(arguments.folder / "vae" / "last.ckpt")
@@ -176,10 +177,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--pipeline", type=Path, default=export.SMALL, help="32x32 pipeline to start from")
     parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--hours", type=float, default=2.0, help="stop after this long, wherever the schedule is")
+    parser.add_argument("--hours", type=float, default=2.0, help="stop after this time, independent of the schedule")
     parser.add_argument("--batch-size", type=int, default=32, help="a process")
     parser.add_argument("--devices", type=int, default=1, help="processes")
-    parser.add_argument("--init", type=Path, help="a checkpoint whose weights to start from, where names agree")
+    parser.add_argument(
+        "--init", type=Path, help="checkpoint from which weights with equal names are loaded at the start"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,6 +1,6 @@
-"""What a drawing truly shows, by comparison with clean pictures and without a network: black-box rewards.
+"""Black-box rewards that recognize the content of an image by comparison with clean images, without a network.
 
-No gradient reaches them and no network is in them, so training cannot find pictures that only please a network.
+They have no gradient and use no network, so that training cannot exploit them with adversarial images.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from examples.emoji_model.mixture import COMPOSED, STYLES, scenes
 from lightning_draft.rewards import Reward
 
 
-class OwnPicture(Reward):
-    """PSNR to the clean picture that the caption names, `-10 log10 mean (x - y)^2` in dB; of two styles the nearer.
+class ReferencePSNR(Reward):
+    """PSNR to the clean image that the caption names, `-10 log10 mean (x - y)^2` in dB; of the closer of two styles.
 
     Args:
-        file: What `examples.emoji_model.data` prepared, for 64x64 pictures.
+        file: What `examples.emoji_model.data` prepared, for 64x64 images.
     """
 
     differentiable = False
@@ -40,14 +40,14 @@ class OwnPicture(Reward):
 
 
 class SceneRecognized(Reward):
-    """1 where the nearest of all scenes shows the names and the ground that the caption names, in either style, else 0.
+    """1 if the nearest of all scenes has the names and the background of the caption, in either style, else 0.
 
-    Near means a high correlation of the pixels, `<x - mean x, y - mean y> / (|x - mean x| |y - mean y|)`, which does
-    not depend on contrast and brightness. A single emoji is compared with all single emoji that the model learns; a
-    composition with all compositions and with the single emoji that they are made of.
+    The similarity is the correlation of the pixels, `<x - mean x, y - mean y> / (|x - mean x| |y - mean y|)`, which
+    does not depend on contrast and brightness. A single emoji is compared with all single emoji of the training set; a
+    composition with all compositions and the single emoji in them.
 
     Args:
-        file: What `examples.emoji_model.data` prepared, for 64x64 pictures.
+        file: What `examples.emoji_model.data` prepared, for 64x64 images.
     """
 
     differentiable = False
@@ -62,8 +62,8 @@ class SceneRecognized(Reward):
             "composed": [*known["two"], *known["ground"], *known["pair"], *parts],
         }
         for group, some in self.candidates.items():
-            pictures = torch.stack([render(scene, emoji) for scene in some])
-            self.register_buffer(group, _standardize(pictures), persistent=False)
+            images = torch.stack([render(scene, emoji) for scene in some])
+            self.register_buffer(group, _standardize(images), persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -72,14 +72,14 @@ class SceneRecognized(Reward):
         scores = [self._score(x, Scene.parse(str(p))) for x, p in zip(flat, prompts, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
-    def _score(self, picture: Tensor, scene: Scene) -> bool:
+    def _score(self, image: Tensor, scene: Scene) -> bool:
         group = "single" if scene.kind in ("single", "bare") else "composed"
-        nearest = self.candidates[group][int((getattr(self, group) @ picture).argmax())]
+        nearest = self.candidates[group][int((getattr(self, group) @ image).argmax())]
         return (nearest.names, nearest.color) == (scene.names, scene.color)
 
 
-def _standardize(pictures: Tensor) -> Tensor:
-    """Subtract each picture's mean over all values and scale to length 1: `(N, 3, H, W)` to `(N, 3 H W)`."""
-    flat = pictures.flatten(1)
+def _standardize(images: Tensor) -> Tensor:
+    """Subtract each image's mean over all values and scale to length 1: `(N, 3, H, W)` to `(N, 3 H W)`."""
+    flat = images.flatten(1)
     flat = flat - flat.mean(1, keepdim=True)
     return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-6)

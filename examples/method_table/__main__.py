@@ -5,10 +5,10 @@
 
 Cost is counted in network passes: one is one forward or one backward pass of the denoiser over one latent, and
 recomputation counts. All direct methods have the same budget; policy gradients have four times as much. Tuning is the
-same for every method and uses the trained reward: three learning rates and, where a method has a parameter of its own
-(clip of PPO and LOOP, beta of PRDP), three values of it are run for a quarter of the budget; the best settings of the
-two best learning rates are run at full length on another seed, and the better one is used. Every run is written to
-`OUT/runs.jsonl` when it ends, so an interrupted table continues where it stopped, and `--methods`, `--tasks` and
+same for every method and uses the trained reward: three learning rates and, if a method has its own parameter (clip of
+PPO and LOOP, beta of PRDP), three values of it are run for a quarter of the budget. The best settings of the two best
+learning rates are run at full length on another seed, and the better one is used. Every run is written to
+`OUT/runs.jsonl` when it ends, so that an interrupted table continues where it stopped, and `--methods`, `--tasks` and
 `--seeds` split the work between processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
 """
 
@@ -36,7 +36,7 @@ SHORT, FINAL = 1000, 1001
 
 
 class Table:
-    """All runs, kept in one file.
+    """All runs, stored in one file.
 
     Args:
         setting: Settings that all methods share.
@@ -55,7 +55,7 @@ class Table:
         if kept is None:
             module = METHODS[TASKS[task].methods[0]].build(self.setting, task, Trial(1e-3, 1.0), seed=0)
             evaluation = self._evaluation(task)
-            images, _ = evaluation.pictures(module)
+            images, _ = evaluation.images(module)
             kept = self.kept.add({"task": task, "method": "base", "scores": evaluation.scores(module, images)})
         return dict(kept["scores"])
 
@@ -110,8 +110,8 @@ class Table:
         module = METHODS[method].build(self.setting, task, trial, seed)
         evaluation = self._evaluation(task)
         with module.model.base():
-            pictures, _ = evaluation.pictures(module)
-        meter = Meter(budget, lambda: evaluation.scores(module, pictures))
+            images, _ = evaluation.images(module)
+        meter = Meter(budget, lambda: evaluation.scores(module, images))
         trainer(-1, [meter]).fit(module, self._prompts(task, method, seed))
         identity = {"task": task, "method": method, **asdict(trial), "seed": seed, "start": start["reward"]}
         spent = {"peak_mib": self._peak(task, method, trial)} if seed == 0 else {}
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--lrs", nargs="+", type=float, help="learning rates to tune over, by default each method's own"
+        "--lrs", nargs="+", type=float, help="learning rates to tune over; by default those of each method"
     )
     parser.add_argument("--model", default="tests/assets/emoji32")
     parser.add_argument("--clip", default="tests/assets/emoji32-clip")
@@ -181,10 +181,10 @@ def main() -> None:
         "--prompts", default="tests/assets/prompts/emoji32_names.csv", help="prompt list with a column `caption`"
     )
     parser.add_argument(
-        "--pictures",
+        "--training-images",
         type=Path,
         default=Path("runs/emoji/emoji32.npz"),
-        help="training pictures, for the nearest-picture accuracy",
+        help="training images, for the nearest-image accuracy",
     )
     parser.add_argument(
         "--many", default="tests/assets/prompts/emoji32_all_names.csv", help="prompt list of the task `many`"
@@ -207,7 +207,7 @@ def main() -> None:
         arguments.many,
         arguments.captions,
         arguments.sampling_steps,
-        str(arguments.pictures) if arguments.pictures.exists() else None,
+        str(arguments.training_images) if arguments.training_images.exists() else None,
     )
     table = Table(setting, arguments.out, arguments.budget, (arguments.evaluated, arguments.draws))
     for seed in [] if arguments.report else arguments.seeds:

@@ -28,7 +28,7 @@ class Evaluation:
     batch_size: int = 48
 
     @torch.no_grad()
-    def pictures(self, module: RewardModule) -> tuple[Tensor, list[str]]:
+    def images(self, module: RewardModule) -> tuple[Tensor, list[str]]:
         """Return images `(N, 3, H, W)` in [0, 1] and their prompts; the random state is unchanged."""
         prompts = [prompt for prompt in self.prompts for _ in range(self.draws)]
         starts = range(0, len(prompts), self.batch_size)
@@ -37,7 +37,7 @@ class Evaluation:
 
     def scores(self, module: RewardModule, base: Tensor) -> dict[str, float]:
         """Return mean scores, diversity within a prompt, and distance from the base model's images."""
-        images, prompts = self.pictures(module)
+        images, prompts = self.images(module)
         scores = {name: score.mean().item() for name, score in module.score(images, prompts).items()}
         return {
             **scores,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from examples.emoji_model.nearest import NearestPicture
+from examples.emoji_model.nearest import NearestImage
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.methods.draft import DraftModule, RewardModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
@@ -17,7 +17,7 @@ from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
 LAYERS = ("attn2.to_k", "attn2.to_v", "add_embedding.proj", "time_emb_proj")
-"""The layers through which the caption enters: cross-attention, and the pooled caption added to the time embedding."""
+"""The layers whose input is the caption: cross-attention, and the pooled caption added to the time embedding."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Setting:
         many: A longer prompt list of the same kind.
         captions: The candidate captions of the classification reward.
         sampling_steps: T of DDPM ancestral sampling; all methods use it, as policy gradients need a stochastic sampler.
-        pictures: File of the training pictures, for the nearest-picture accuracy; `None` leaves it out.
+        images: File of the training images, for the nearest-image accuracy; `None` omits it.
         rank: Rank of the adapters.
     """
 
@@ -41,12 +41,12 @@ class Setting:
     many: str
     captions: str
     sampling_steps: int
-    pictures: str | None = None
+    training_images: str | None = None
     rank: int = 8
 
     def eval_rewards(self) -> dict[str, Reward]:
         """Return rewards that no method of any task is trained on."""
-        nearest = {} if self.pictures is None else {"nearest": NearestPicture(self.pictures)}
+        nearest = {} if self.training_images is None else {"nearest": NearestImage(self.training_images)}
         retrieval = CaptionRetrieval(self.clip, captions=self.captions, column="caption")
         return {"retrieval": retrieval, **nearest, "sharpness": Sharpness()}
 

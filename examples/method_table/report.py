@@ -88,7 +88,7 @@ def efficiency(runs: Sequence[Run], fraction: float = 0.5, window: int = 10, riv
     - the total queries of the `rival`, divided by those that the method needs to reach the rival's mean final reward;
     - medians of the norm of the gradient over the first `window` steps, before clipping, and of the training reward
       after as many optimization steps as the shortest run has, a mean over `window` steps;
-    - the best mean over seeds at any milestone, of the reward and of the nearest-picture accuracy; biased upward, as a
+    - the best mean over seeds at any milestone, of the reward and of the nearest-image accuracy; biased upward, as a
       maximum of noisy values.
     """
     lines: list[str] = []

@@ -82,7 +82,8 @@ def save_pipeline(
     Args:
         pipeline: From `load_pipeline`; its denoiser is changed.
         folder: Folder to write.
-        family: Of the pipeline. trained: Weights of the denoiser, by name.
+        family: The family of the pipeline.
+        trained: Weights of the denoiser, by name.
         metadata: Text for `training.json`.
     """
     own = dict(getattr(pipeline, family.denoiser).named_parameters())

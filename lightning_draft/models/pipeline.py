@@ -43,8 +43,8 @@ class PipelineModel(AdaptedModel):
         guidance: Classifier-free guidance.
         text: How prompts are embedded.
         memory: Options that lower the decoder's peak memory.
-        height: Of the images in pixels, with `width`; by default the size that the denoiser was trained for. width: Of
-            the images in pixels.
+        height: Height of the images in pixels, with `width`; by default the size that the denoiser was trained for.
+        width: Width of the images in pixels.
         pretrained_config: For a single file: the folder or hub id of a pipeline with the same architecture; by default
             it is recognized, and its configuration comes from the hub.
         omit: Names of components that are not loaded; the tokenizer of an omitted text encoder is omitted too.

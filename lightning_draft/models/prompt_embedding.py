@@ -21,7 +21,8 @@ class PromptEmbedding(DiffusionModel):
     Attributes:
         family: The family, which names the text encoders.
         guidance: The guidance, with the negative prompt.
-        text: How prompts are embedded. device: Device of the conditioning.
+        text: How prompts are embedded.
+        device: Device of the conditioning.
         pipeline: The pipeline of diffusers, whose `encode_prompt` reads prompts.
     """
 

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from examples.emoji_model import degradations, mixture, parts, truth
 from examples.emoji_model.compositions import COLORS, Scene, boxes, render
 from examples.emoji_model.data import Emoji
-from examples.emoji_model.nearest import NearestPicture
+from examples.emoji_model.nearest import NearestImage
 
 NAMES = (*mixture.COMPOSED, "cat", "dog", "bed")
 
@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "emoji.npz"
 
 
-def smooth_picture(size: int = 64) -> Tensor:
+def smooth_image(size: int = 64) -> Tensor:
     """A disc on a gradient, `(3, size, size)`."""
     y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing="ij")
     disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).float()
@@ -50,8 +50,8 @@ def pil(image: Tensor) -> Image.Image:
 def test_images_are_composited_on_white_as_in_pillow(file: Path) -> None:
     emoji = Emoji.load(file)
     with np.load(file) as arrays:
-        picture = Image.fromarray(arrays["rgba"][3])
-    expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        image = Image.fromarray(arrays["rgba"][3])
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     assert np.abs(np.asarray(pil(emoji.images[3])).astype(int) - np.asarray(expected)).max() <= 1
     assert emoji.captions[emoji.row("twemoji", emoji.names[3])] == emoji.captions[3]
 
@@ -87,21 +87,21 @@ def test_fine_tuning_and_evaluation_share_nothing_but_the_style(file: Path) -> N
 
 def test_blur_equals_the_gaussian_blur_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(degradations, "_uniform", lambda low, high: 3.0)
-    image = smooth_picture()
+    image = smooth_image()
     theirs = torch.from_numpy(np.array(pil(image).filter(ImageFilter.GaussianBlur(3.0)))).permute(2, 0, 1) / 255
     assert (degradations.blur(image) - theirs).abs()[:, 8:-8, 8:-8].max() < 0.02
 
 
 def test_every_degradation_lowers_the_psnr_visibly() -> None:
     torch.manual_seed(0)
-    image = smooth_picture()
+    image = smooth_image()
     for kind in degradations.KINDS:
         errors = torch.stack([(kind(image).clamp(0, 1) - image).square().mean() for _ in range(8)])
         assert (-10 * errors.log10() < 32).all(), kind.__name__
 
 
 def test_low_contrast_is_affine_and_color_cast_is_a_gain_per_channel() -> None:
-    image = smooth_picture()
+    image = smooth_image()
     washed = degradations.wash(image)
     slope = (washed.max() - washed.min()) / (image.max() - image.min())
     assert torch.allclose(washed - washed.min(), slope * (image - image.min()), atol=1e-5)
@@ -130,25 +130,25 @@ def test_true_scene_scores_highest_for_any_contrast(file: Path) -> None:
         Scene("noto", ("bell",) * 2),
         Scene("noto", ("pig",), "red"),
     ]
-    pictures = torch.stack([render(scene, emoji, "twemoji") for scene in scenes])
+    images = torch.stack([render(scene, emoji, "twemoji") for scene in scenes])
     captions = [scene.caption for scene in scenes]
     recognized = truth.SceneRecognized(str(file))
-    assert recognized(0.4 * pictures + 0.3, captions).tolist() == [1, 1, 1, 1]
-    assert recognized(pictures, ["noto key", "bell", "noto bell", "noto pig on blue"]).tolist() == [0, 0, 0, 0]
-    psnr = truth.OwnPicture(str(file))(pictures + torch.tensor([0.1, -0.1]).repeat(32), captions)
-    errors = ((pictures + torch.tensor([0.1, -0.1]).repeat(32)).clamp(0, 1) - pictures).square().mean((1, 2, 3))
+    assert recognized(0.4 * images + 0.3, captions).tolist() == [1, 1, 1, 1]
+    assert recognized(images, ["noto key", "bell", "noto bell", "noto pig on blue"]).tolist() == [0, 0, 0, 0]
+    psnr = truth.ReferencePSNR(str(file))(images + torch.tensor([0.1, -0.1]).repeat(32), captions)
+    errors = ((images + torch.tensor([0.1, -0.1]).repeat(32)).clamp(0, 1) - images).square().mean((1, 2, 3))
     torch.testing.assert_close(psnr, -10 * errors.log10())
 
 
 def test_nearest_image_is_searched_among_training_images_only(file: Path) -> None:
     emoji = Emoji.load(file)
-    judge = NearestPicture(str(file))
+    nearest = NearestImage(str(file))
     noisy = (emoji.images + 0.01).clamp(0, 1)
     name = emoji.names[0]
-    assert judge(noisy[:1].repeat(2, 1, 1, 1), [name, f"noto {name}"]).tolist() == [1, 1]
-    assert judge(noisy[:1], ["dog"]).tolist() == [0]
+    assert nearest(noisy[:1].repeat(2, 1, 1, 1), [name, f"noto {name}"]).tolist() == [1, 1]
+    assert nearest(noisy[:1], ["dog"]).tolist() == [0]
     unseen = torch.nonzero(~emoji.drawn).squeeze(1)
-    assert judge(noisy[unseen], [emoji.names[row] for row in unseen.tolist()]).tolist() == [0, 0]
+    assert nearest(noisy[unseen], [emoji.names[row] for row in unseen.tolist()]).tolist() == [0, 0]
 
 
 def test_captions_are_unchanged_by_the_tokenizer(tmp_path: Path) -> None:

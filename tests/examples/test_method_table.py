@@ -41,7 +41,7 @@ def run(
             "sampling-steps": STEPS,
             "prompts": prompts,
             "captions": "animals",
-            "pictures": tmp_path / "none",
+            "training-images": tmp_path / "none",
             "many": prompts,
             "evaluated": 2,
             "draws": 2,
@@ -229,7 +229,7 @@ def test_evaluation_is_reproducible(tiny_sd: Path, tiny_clip: Path) -> None:
     setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", "animals", STEPS)
     module = methods.METHODS["DRaFT-1"].build(setting, "recognized", methods.Trial(1e-3), 0)
     evaluation = Evaluation([Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})], draws=2)
-    images, prompts = evaluation.pictures(module)
+    images, prompts = evaluation.images(module)
     first = evaluation.scores(module, images)
     torch.randn(3)
     assert evaluation.scores(module, images) == first

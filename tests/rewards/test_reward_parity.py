@@ -27,15 +27,15 @@ def test_recorded_figures_name_existing_rewards(parity: ModuleType, figures: Pat
 
 
 def test_images_depend_only_on_their_number(parity: ModuleType) -> None:
-    pictures = parity.pictures()
-    assert [picture.size[::-1] for picture in pictures] == parity.SIZES
+    batch = parity.make_images()
+    assert [image.size[::-1] for image in batch] == parity.SIZES
     y, x, c = 123, 200, 2
     height, width = parity.SIZES[1]
     v, u = y / (height - 1), x / (width - 1)
     wave = math.sin((5 + 3 * c + 1) * u + (4 + 2 * 1) * v + c) + math.cos(40 * u * v * 2)
-    assert pictures[1].getpixel((x, y))[c] == round((wave / 4 + 0.5) * 255)
-    for picture, images in zip(pictures, parity.tensors(pictures), strict=True):
-        assert torch.tensor(picture.getpixel((5, 7))).div(255).tolist() == images[0, :, 7, 5].tolist()
+    assert batch[1].getpixel((x, y))[c] == round((wave / 4 + 0.5) * 255)
+    for image, images in zip(batch, parity.tensors(batch), strict=True):
+        assert torch.tensor(image.getpixel((5, 7))).div(255).tolist() == images[0, :, 7, 5].tolist()
 
 
 def test_recorded_scores_are_compared(

@@ -81,7 +81,8 @@ class Recorder(L.Callback):
     """Measures every batch.
 
     Args:
-        package: What is known of the package. checkpoint: Where to save a checkpoint after batch `save_after`.
+        package: Functions and names of the package.
+        checkpoint: Where to save a checkpoint after batch `save_after`.
         save_after: Number of the batch, from 1.
     """
 

@@ -55,6 +55,8 @@ def shipped_lists() -> list[str]:
 
 
 def _read_object(source: Any, column: str) -> PromptTable:
+    if isinstance(source, PromptTable):
+        return source
     if isinstance(source, (list, tuple)):
         return to_prompts(source, column, "the list of prompts", "element")
     names = getattr(source, "column_names", None)

@@ -205,6 +205,7 @@ def test_python_objects_are_accepted(name: str) -> None:
 
 
 BAD_OBJECTS = {
+    "prompt table": read_prompts([{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]),
     "None": (None, "prompts are a NoneType; give a list of strings"),
     "number": (3, "prompts are a int"),
     "bytes": (b"a cat", "prompts are a bytes"),

@@ -171,7 +171,7 @@ def test_plateau_schedule_of_an_unlogged_metric_is_rejected(tmp_path: Path) -> N
             "does not say which metric it monitors; use lightning.pytorch.cli.ReduceLROnPlateau",
         ),
         ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.0)}, "optimizer.lr=0.0 must be a positive"),
-        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=-1.0)}, "refuses its options: Invalid learn"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=-1.0)}, "rejects its options: Invalid learn"),
         ({"optimizer": lambda parameters: torch.optim.LBFGS(list(parameters))}, "LBFGS evaluates the loss several"),
     ],
 )

@@ -749,10 +749,10 @@ def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
         (
             {"timesteps_per_minibatch": 1},
             {"accumulate_grad_batches": 2},
-            "would not end where rollouts end, as accumulate_grad_batches=2 .* in 3 training steps; set .* to 3",
+            "would not end with rollouts, because accumulate_grad_batches=2 .* in 3 training steps; set .* to 3",
         ),
-        ({"sampler": DDIM(4)}, {}, r"DDIM adds no noise here.*DDIM\(eta=1\)"),
-        ({"sampler": DPMSolverPlusPlus(4)}, {}, "DPMSolverPlusPlus adds no noise here"),
+        ({"sampler": DDIM(4)}, {}, r"DDIM adds no noise.*DDIM\(eta=1\)"),
+        ({"sampler": DPMSolverPlusPlus(4)}, {}, "DPMSolverPlusPlus adds no noise"),
         ({"sampler": FlowSDE(4)}, {}, "the sampler does not fit the model: FlowSDE needs a rectified-flow model"),
         ({"samples_per_prompt": 1}, {}, "LeaveOneOut compares samples.*set samples_per_prompt to 2 or more"),
         (
@@ -782,7 +782,9 @@ class Unused(LinearModel):
 def test_log_probabilities_that_ignore_what_is_trained_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="the log-probability's gradient reaches none of the trainable"):
         fit(tmp_path, linear(model=Unused(0.1)))
-    with pytest.raises(ConfigurationError, match="trainable parameters are in bfloat16, in which small updates round"):
+    with pytest.raises(
+        ConfigurationError, match="trainable parameters have dtype bfloat16, in which small updates round"
+    ):
         fit(tmp_path, make(tiny_sd), precision="bf16-true")
 
 
@@ -802,7 +804,9 @@ def test_a_second_fit_collects_its_own_rollouts(tmp_path: Path) -> None:
 def test_an_optimizer_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:
     """As Lightning makes it at the end of an epoch that was cut short."""
     module = linear(objective=Reinforce(), timesteps_per_minibatch=1)
-    with pytest.raises(ConfigurationError, match="before a rollout was used up, and Reinforce is on-policy; leave out"):
+    with pytest.raises(
+        ConfigurationError, match="before all minibatches of a rollout were used, and Reinforce is on-policy; leave out"
+    ):
         fit(tmp_path, module, steps=4, accumulate_grad_batches=3, limit_train_batches=2)
 
 

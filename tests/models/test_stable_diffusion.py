@@ -347,7 +347,7 @@ def test_prompts_embedded_in_validation_can_be_used_in_training(tiny_sd: Path) -
 
 
 def test_long_prompts_are_truncated_with_a_warning(tiny_sd: Path) -> None:
-    with pytest.warns(UserWarning, match="reads 12 tokens and cuts: a very long"):
+    with pytest.warns(UserWarning, match="reads 12 tokens and truncates the prompt: a very long"):
         StableDiffusion(str(tiny_sd)).encode(["a very long prompt"])
 
 

@@ -187,6 +187,7 @@ def test_error_for_an_invalid_file_names_the_line(name: str, tmp_path: Path) -> 
 
 
 OBJECTS: dict[str, object] = {
+    "prompt table": read_prompts([{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]),
     "list": ["two cats", "a bed"],
     "tuple": ("two cats", "a bed"),
     "prompts": [Prompt("two cats", {"count": 2}), "a bed"],
@@ -205,7 +206,6 @@ def test_python_objects_are_accepted(name: str) -> None:
 
 
 BAD_OBJECTS = {
-    "prompt table": read_prompts([{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]),
     "None": (None, "prompts are a NoneType; give a list of strings"),
     "number": (3, "prompts are a int"),
     "bytes": (b"a cat", "prompts are a bytes"),

@@ -301,7 +301,7 @@ def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> 
 
 
 def describe(thing: object) -> str:
-    """Return class and plain public attributes, such as `LastK(k=1)`; secrets are left out."""
+    """Return class and plain public attributes, such as `LastK(k=1)`, without secrets."""
     plain = {
         name: redact(value, name)
         for name, value in vars(thing).items()

@@ -63,7 +63,7 @@ def hold_validation(trainer: L.Trainer, epoch: int) -> None:
     progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
     current, progress.completed = progress.completed, epoch
     counted = loop.batch_progress.state_dict()
-    restarting, loop.restarting = loop.restarting, False  # else the batches of the last validation are left out
+    restarting, loop.restarting = loop.restarting, False  # else the batches of the last validation are skipped
     trainer.validating = True
     loop.run()
     trainer.training = True

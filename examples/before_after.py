@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from examples.emoji_model.evaluate import draw, mean_and_error, open_pipeline
+from examples.emoji_model.evaluate import generate, mean_and_error, open_pipeline
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
 from lightning_draft.assets import FOLDER
 from lightning_draft.prompt_sources import read_prompts
@@ -93,7 +93,7 @@ def main() -> None:
     captions = ordered(arguments.prompts)
     everything = captions * arguments.noises
     drawings = {
-        label: draw(open_pipeline(Path(arguments.model), lora), everything, guidance=1.0, steps=arguments.steps)
+        label: generate(open_pipeline(Path(arguments.model), lora), everything, guidance=1.0, steps=arguments.steps)
         for label, lora in zip(arguments.labels, (None, *arguments.lora), strict=True)
     }
     grid({label: x[:SHOWN] for label, x in drawings.items()}, captions[:SHOWN], arguments.out)

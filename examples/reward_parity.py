@@ -38,15 +38,15 @@ SIZES = [(512, 512), (384, 640), (500, 301), (224, 224)]
 
 def make_images() -> list[Image.Image]:
     """Return one smooth synthetic image per prompt, in several shapes."""
-    drawn = []
+    images = []
     for n, (height, width) in enumerate(SIZES):
         y = torch.linspace(0, 1, height, dtype=torch.float64).view(-1, 1)
         x = torch.linspace(0, 1, width, dtype=torch.float64)
         waves = [
             torch.sin((5 + 3 * c + n) * x + (4 + 2 * n) * y + c) + torch.cos(40 * x * y * (1 + n)) for c in range(3)
         ]
-        drawn.append(Image.fromarray(((torch.stack(waves, -1) / 4 + 0.5) * 255).round().byte().numpy()))
-    return drawn
+        images.append(Image.fromarray(((torch.stack(waves, -1) / 4 + 0.5) * 255).round().byte().numpy()))
+    return images
 
 
 def tensors(images: Sequence[Image.Image]) -> list[Tensor]:

@@ -250,7 +250,7 @@ class SamplingChain:
         remaining = self.num_steps - state.step
         steps = remaining if steps is None else steps
         if not minimum <= steps <= remaining:
-            raise ValueError(f"cannot advance {steps} steps: {remaining} of {self.num_steps} are left")
+            raise ValueError(f"cannot advance {steps} steps: {remaining} of {self.num_steps} remain")
         return steps
 
     def _step(self, state: State, end: int, input_gain: float, output_gain: float) -> tuple[Transition, Any]:

@@ -53,7 +53,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which replaces the folder `path` when the context ends without an error.
 
     The files reach the disk before the replacement. After an error the temporary folder is removed and the previous
-    folder stays as it was.
+    folder is unchanged.
 
     Args:
         path: The folder to write; folders on the way are made.

@@ -92,7 +92,7 @@ def _read(source: str, column: str, split: str) -> PromptTable:
             f"{source!r} has a suffix that is not known; prompt files end in {', '.join(SUFFIXES)}: rename it"
         )
     if not path.exists():
-        _refuse_mistakes(source)
+        _raise_for_mistakes(source)
     return _read_data_set(str(path) if path.exists() else source, column, split)
 
 
@@ -102,7 +102,7 @@ def _shipped() -> dict[str, Path]:
     return {file.stem: file for file in folder.iterdir() if file.suffix in (".txt", ".csv")}
 
 
-def _refuse_mistakes(source: str) -> None:
+def _raise_for_mistakes(source: str) -> None:
     """Raise if a source cannot be the name of a data set; the message suggests what was probably meant."""
     near = difflib.get_close_matches(source, shipped_lists(), n=1, cutoff=0.75)
     if near:

@@ -121,9 +121,9 @@ def contact_sheet(
     for index, row in enumerate(ordered):
         left, top = index % per_row * side, index // per_row * height
         with Image.open(Path(folder) / row.file) as image:
-            picture = image.convert("RGB")
-        picture.thumbnail((side, side))
-        sheet.paste(picture, (left, top))
+            thumbnail_image = image.convert("RGB")
+        thumbnail_image.thumbnail((side, side))
+        sheet.paste(thumbnail_image, (left, top))
         pen.text((left + 2, top + side + 2), f"{row.scores[reward]:.4g}", fill="black")
     return sheet
 

@@ -44,14 +44,14 @@ def dpm_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | None
 def training_times(
     grid: Grid, schedule: Schedule, count: int, spread: TimeSpread, generator: torch.Generator
 ) -> list[float]:
-    """Draw times to train at.
+    """Choose random training times.
 
     Args:
         grid: Of the sampler.
         schedule: Of the model.
         count: How many; at most the grid's length for `grid`.
-        spread: `grid` draws from the grid without replacement; `uniform` draws one time in each of `count` equal parts
-            of the schedule.
+        spread: `grid` chooses from the grid without replacement; `uniform` chooses one time in each of `count` equal
+            parts of the schedule.
         generator: Source of the randomness.
     """
     if spread == "grid":

@@ -79,7 +79,7 @@ def test_sampling_does_not_change_the_chain() -> None:
 @pytest.mark.parametrize("steps", [-1, 4])
 def test_more_steps_than_remain_are_rejected(steps: int) -> None:
     chain = chain_of(LinearModel(shape=(2, 3)))
-    with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 are left"):
+    with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 remain"):
         chain.advance(State(noise(), 2), steps)
 
 
@@ -123,9 +123,9 @@ def test_renoise_equals_the_forward_process(left: int) -> None:
     assert (state.step, state.solver_state) == (STEPS - left, None)
     torch.testing.assert_close(state.x, abar**0.5 * x0 + (1 - abar) ** 0.5 * eps)
     torch.manual_seed(1)
-    drawn = chain.renoise(x0, left).x
+    renoised = chain.renoise(x0, left).x
     torch.manual_seed(1)
-    assert torch.equal(drawn, chain.renoise(x0, left, torch.randn_like(x0)).x)
+    assert torch.equal(renoised, chain.renoise(x0, left, torch.randn_like(x0)).x)
 
 
 def test_renoised_data_has_the_marginal_of_its_step() -> None:
@@ -261,7 +261,7 @@ def test_leap_of_one_step_equals_that_step() -> None:
     state = chain.advance(chain.start(noise()), 2)
     assert torch.equal(chain.leap(state, 1).x, chain.advance(state, 1).x)
     for steps in (0, 4):
-        with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 are left"):
+        with pytest.raises(ValueError, match=f"cannot advance {steps} steps: 3 of 5 remain"):
             chain.leap(state, steps)
 
 
@@ -408,14 +408,14 @@ def test_checkpointed_steps_store_no_activations() -> None:
 
 
 def test_random_choices_use_the_generator_and_cover_their_range() -> None:
-    def draws(seed: int) -> list[float]:
+    def choices(seed: int) -> list[float]:
         chain = chain_of(LinearModel(), generator=torch.Generator().manual_seed(seed))
         return [chain.randint(2, 4) if i % 2 else chain.rand() for i in range(60)]
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = draws(1)
+    first = choices(1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert first == draws(1) != draws(2)
+    assert first == choices(1) != choices(2)
     assert set(first[1::2]) == {2, 3, 4}
     assert all(0 <= number < 1 for number in first[::2])

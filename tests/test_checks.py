@@ -154,7 +154,7 @@ def fit(module: DraftModule, folder: Path, **options: Any) -> L.Trainer:
     return trainer
 
 
-REFUSALS: list[tuple[str, dict[str, Any], str]] = [
+INVALID: list[tuple[str, dict[str, Any], str]] = [
     (
         "black box",
         {"reward": BlackBox()},
@@ -207,7 +207,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), [case[1:] for case in REFUSALS], ids=[case[0] for case in REFUSALS])
+@pytest.mark.parametrize(("options", "message"), [case[1:] for case in INVALID], ids=[case[0] for case in INVALID])
 def test_configurations_that_cannot_improve_the_reward_are_rejected(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:

@@ -364,7 +364,7 @@ gradients: {{figure_every_n_steps: 0}}
 """
 
 
-def refuse(rank: int, root: Path, module: Any, strategy: Any, options: dict[str, Any]) -> None:
+def expect_error(rank: int, root: Path, module: Any, strategy: Any, options: dict[str, Any]) -> None:
     try:
         trainer(root, strategy, **options).fit(module, data())
     except ConfigurationError as error:
@@ -379,30 +379,30 @@ def half(folder: Path) -> DraftModule:
     return draft(folder, model=StableDiffusion(str(folder), dtype="bfloat16", lora=LoRA(rank=2)))
 
 
-REFUSED: dict[str, tuple[Callable[[Path], Any], Callable[[], Any], dict[str, Any]]] = {
+INVALID: dict[str, tuple[Callable[[Path], Any], Callable[[], Any], dict[str, Any]]] = {
     "has no child module that is its denoiser; add a property": (no_denoiser, fsdp2, {}),
     "tensor_parallel_size: 1": (draft, lambda: fsdp2(data_parallel_size=1, tensor_parallel_size=2), {}),
     "write save_distributed_checkpoint: false": (draft, lambda: fsdp2(save_distributed_checkpoint=True), {}),
     "write precision: bf16-mixed": (half, CPUFSDP, {}),
 }
 if find_spec("deepspeed"):
-    REFUSED |= {
+    INVALID |= {
         "not called equally often on all processes": (draft, lambda: CPUDeepSpeed(stage=3), {}),
         "write precision: 32-true": (draft, lambda: CPUDeepSpeed(stage=2), {"precision": "bf16-mixed"}),
         "write dtype: float32 on the model": (half, lambda: CPUDeepSpeed(stage=2), {}),
     }
 
 
-def refusals(rank: int, root: Path, pipeline: Path) -> None:
-    for number, (make, strategy, options) in enumerate(REFUSED.values()):
+def expect_errors(rank: int, root: Path, pipeline: Path) -> None:
+    for number, (make, strategy, options) in enumerate(INVALID.values()):
         place = root / str(number)
         place.mkdir(exist_ok=True)
-        refuse(rank, place, make(pipeline), strategy(), options)
+        expect_error(rank, place, make(pipeline), strategy(), options)
 
 
 def test_unsupported_strategies_are_rejected_before_training(tmp_path: Path, tiny_sd_v: Path) -> None:
-    assert together(refusals, tmp_path, tiny_sd_v) == [0, 0]
-    for number, message in enumerate(REFUSED):
+    assert together(expect_errors, tmp_path, tiny_sd_v) == [0, 0]
+    for number, message in enumerate(INVALID):
         for rank in range(2):
             assert message in (tmp_path / str(number) / f"{rank}.txt").read_text()
 

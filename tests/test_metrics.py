@@ -23,12 +23,12 @@ PROMPTS = ["cat", "dog", "cat", "bird", "dog", "cat"]
 PAIRS = {"cat": [(0, 2), (0, 5), (2, 5)], "dog": [(1, 4)]}
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_diversity_of_images_is_the_mean_over_pairs_of_each_prompt() -> None:
-    images = 0.5 + 0.4 * draw(6, 3, 4, 5)
+    images = 0.5 + 0.4 * gaussian(6, 3, 4, 5)
     clamped = images.clamp(0, 1)
     means = [
         sum((clamped[a] - clamped[b]).square().mean().sqrt() for a, b in pairs) / len(pairs) for pairs in PAIRS.values()
@@ -37,7 +37,7 @@ def test_diversity_of_images_is_the_mean_over_pairs_of_each_prompt() -> None:
 
 
 def test_diversity_of_features_is_one_minus_the_cosine_for_any_length() -> None:
-    features = draw(6, 7)
+    features = gaussian(6, 7)
     means = [
         sum(1 - F.cosine_similarity(features[a], features[b], 0) for a, b in pairs) / len(pairs)
         for pairs in PAIRS.values()
@@ -57,7 +57,7 @@ def test_diversity_is_zero_for_equal_and_largest_for_opposite_images() -> None:
 
 def test_diversity_needs_two_samples_of_a_prompt() -> None:
     with pytest.raises(ConfigurationError, match="needs two samples or more of one prompt; repeat the prompts"):
-        within_prompt_diversity(draw(2, 3), ["a", "b"])
+        within_prompt_diversity(gaussian(2, 3), ["a", "b"])
 
 
 def test_saturation_counts_values_at_or_beyond_the_range() -> None:
@@ -77,7 +77,7 @@ def test_drift_is_the_root_mean_square_difference_of_clamped_images() -> None:
 
 
 def test_the_kernel_distance_is_the_unbiased_estimate() -> None:
-    ours, theirs = draw(9, 4), 0.5 + draw(9, 4, seed=1)
+    ours, theirs = gaussian(9, 4), 0.5 + gaussian(9, 4, seed=1)
 
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x @ y / 4 + 1) ** 3
@@ -93,8 +93,10 @@ def test_the_kernel_distance_is_the_unbiased_estimate() -> None:
 
 
 def test_the_kernel_distance_of_one_distribution_is_around_zero() -> None:
-    alike = torch.stack([kernel_distance(draw(40, 4, seed=2 * i), draw(40, 4, seed=2 * i + 1)) for i in range(30)])
-    apart = kernel_distance(draw(40, 4), 1 + draw(40, 4, seed=1))
+    alike = torch.stack(
+        [kernel_distance(gaussian(40, 4, seed=2 * i), gaussian(40, 4, seed=2 * i + 1)) for i in range(30)]
+    )
+    apart = kernel_distance(gaussian(40, 4), 1 + gaussian(40, 4, seed=1))
     assert abs(alike.mean()) < 3 * alike.std() / 30**0.5
     assert (alike < 0).any()
     assert apart > 5 * alike.std()
@@ -102,7 +104,7 @@ def test_the_kernel_distance_of_one_distribution_is_around_zero() -> None:
 
 def test_frechet_distance_of_gaussians_equals_the_closed_form() -> None:
     """For commuting covariances: `|mu - nu|^2 + sum (sqrt(a_i) - sqrt(b_i))^2`, with the moments of the sets."""
-    base = draw(50, 3).double()
+    base = gaussian(50, 3).double()
     base = torch.linalg.qr(base - base.mean(0))[0] * 7  # mean 0, covariance the identity
     scales, shift = torch.tensor([2.0, 0.5, 3.0]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
     distance = frechet_distance(base, base * scales + shift)

@@ -197,8 +197,8 @@ class Hide:
 sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 for name in {core!r}:
     importlib.import_module(name)
-drawn = [name for name in sys.modules if name.startswith(("lightning_draft.callbacks", "lightning_draft.cli"))]
-assert not drawn, drawn
+imported = [name for name in sys.modules if name.startswith(("lightning_draft.callbacks", "lightning_draft.cli"))]
+assert not imported, imported
 for name in {others!r}:
     importlib.import_module(name)
 assert not set({EXTRAS!r}) & set(sys.modules)

@@ -61,9 +61,9 @@ def trajectory(chain: SamplingChain) -> list[Tensor]:
 def test_flow_bp_bridge_gradient_equals_hand_computation(seed: int, bridge: float) -> None:
     model = flow()
     truncation = FlowBPBridge(k=3, late_bias=1.0, rescale=0.5, bridge=bridge)
-    draws, chain = chain_of(flow(), seed), chain_of(model, seed)
-    trained = sorted(draws.choose([i + 1.0 for i in range(STEPS)], 3))
-    j = trained[draws.randint(1, 2)]
+    choices, chain = chain_of(flow(), seed), chain_of(model, seed)
+    trained = sorted(choices.choose([i + 1.0 for i in range(STEPS)], 3))
+    j = trained[choices.randint(1, 2)]
     latents = truncation(chain, noise())
     x = trajectory(chain)
     torch.testing.assert_close(latents, x[-1])

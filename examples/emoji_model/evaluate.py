@@ -27,7 +27,9 @@ from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 
 
 @torch.no_grad()
-def draw(pipe: StableDiffusionPipeline, captions: list[str], guidance: float, steps: int = 20, seed: int = 0) -> Tensor:
+def generate(
+    pipe: StableDiffusionPipeline, captions: list[str], guidance: float, steps: int = 20, seed: int = 0
+) -> Tensor:
     """Sample one image per caption, `(N, 3, S, S)` in [0, 1]; the noise depends only on the seed and the position."""
     shape = (pipe.unet.config.in_channels, *(pipe.unet.config.sample_size,) * 2)
     noise = torch.randn(len(captions), *shape, generator=torch.Generator().manual_seed(seed))
@@ -142,7 +144,7 @@ def main() -> None:
     samples = []
     for kind, some in chosen_scenes(emoji, arguments.count).items():
         captions = [scene.caption for scene in some]
-        images = draw(pipe, captions, arguments.guidance, arguments.steps)
+        images = generate(pipe, captions, arguments.guidance, arguments.steps)
         samples.append(images[: 32 if kind == "single" else 8])
         scores = measure(images, captions, arguments.data, arguments.assets)
         figures[f"{kind} ({len(captions)})"] = {k: [round(x, 3) for x in mean_and_error(v)] for k, v in scores.items()}

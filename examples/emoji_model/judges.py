@@ -34,7 +34,7 @@ class Pool:
     """Pairs of a clean image and a degraded copy, as rendered and as decoded by the autoencoder.
 
     Attributes:
-        clean: float16 `(2, N, 3, 64, 64)`: as drawn, and decoded.
+        clean: float16 `(2, N, 3, 64, 64)`: as rendered, and decoded.
         degraded: The same of one degraded copy each.
         half: int64 `(N,)`, 0 or 1: the half of the names to which the image belongs.
     """

@@ -1,4 +1,4 @@
-"""What the 64x64 model is trained on: scenes by kind, each drawn clean or degraded.
+"""The training data of the 64x64 model: scenes by kind, each clean or degraded.
 
 Large base models are trained on images of different quality, and a reward shifts them to the better ones. Here three
 quarters of the training images are degraded, and the captions do not mention it.

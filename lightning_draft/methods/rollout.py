@@ -198,7 +198,7 @@ def summarize(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, floa
 
 
 def sample_noise(model: DiffusionModel, count: int, seeds: Sequence[int]) -> Tensor:
-    """Return Gaussian latents `(count, N, ...)`; each sample has its own seed, whatever samples are beside it."""
+    """Return Gaussian latents `(count, N, ...)`; each sample has its own seed, independent of the other samples."""
     each = [model.noise(count, torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(each, 1)
 

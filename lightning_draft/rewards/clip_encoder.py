@@ -143,7 +143,7 @@ class CLIPEncoder(ImageEncoder):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        # transformers 4 builds its masks in the default dtype, whatever the model's.
+        # transformers 4 builds its masks in the default dtype, not in that of the model.
         with full_precision(self.model.logit_scale) as precision, default_dtype(precision.dtype):
             features = self.model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]

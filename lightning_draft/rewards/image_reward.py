@@ -168,7 +168,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
 
 
 def convert_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the published state dict for `PreferenceModel`; BLIP's unused projections are left out."""
+    """Rename the published state dict for `PreferenceModel`; BLIP's unused projections are omitted."""
     result: dict[str, Tensor] = {}
     layers: dict[str, int] = {}
     for name, tensor in tensors.items():

@@ -101,13 +101,13 @@ def test_diffusers_pipeline_generates_the_same_images(make_diffusion_module, mak
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw():
+    def generate():
         images = pipeline(prompts, num_inference_steps=3, latents=noise.clone(), output_type="np").images
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    base = draw()
+    base = generate()
     pipeline.load_lora_weights(callback.last_path.parent, weight_name=callback.last_path.name)
-    torch.testing.assert_close(draw(), tuned.clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(generate(), tuned.clamp(0, 1), rtol=0, atol=1e-5)
     assert (base - tuned.clamp(0, 1)).abs().max() > 1e-2
 
 

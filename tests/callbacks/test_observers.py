@@ -39,11 +39,11 @@ class Trace(Callback):
     """Records prompts, rewards, gradients, and numbers of the global generators."""
 
     def __init__(self):
-        self.prompts, self.rewards, self.gradients, self.drawn = [], [], [], []
+        self.prompts, self.rewards, self.gradients, self.random_numbers = [], [], [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.prompts.append(list(batch))
-        self.drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        self.random_numbers.append((random.random(), np.random.rand(), torch.rand(()).item()))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.gradients.append(
@@ -54,7 +54,7 @@ class Trace(Callback):
         self.rewards.append(trainer.callback_metrics["train/reward"].item())
 
     def record(self):
-        return {name: getattr(self, name) for name in ("prompts", "rewards", "gradients", "drawn")}
+        return {name: getattr(self, name) for name in ("prompts", "rewards", "gradients", "random_numbers")}
 
 
 def observers(folder):

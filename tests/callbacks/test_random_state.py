@@ -13,12 +13,12 @@ from lightning_draft.callbacks.common import observing
 from lightning_draft.callbacks.random_state import get_random_state, set_random_state
 
 
-def draws():
+def random_numbers():
     """Return one number from each global generator."""
     return random.random(), float(np.random.rand()), float(torch.rand(())), random.gauss(0, 1), float(np.random.randn())
 
 
-class Drawing(L.LightningModule):
+class RandomTraining(L.LightningModule):
     """Uses numbers from the global generators in training, with data in random order."""
 
     def __init__(self):
@@ -27,7 +27,7 @@ class Drawing(L.LightningModule):
         self.seen = []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append((batch.tolist(), draws()))
+        self.seen.append((batch.tolist(), random_numbers()))
         return self.weight * torch.rand(())
 
     def configure_optimizers(self):
@@ -40,15 +40,15 @@ class Drawing(L.LightningModule):
 def test_resumed_run_uses_the_random_numbers_of_the_uninterrupted_run(make_trainer, tmp_path):
     """The run is resumed between two epochs of three batches each."""
     L.seed_everything(1, verbose=False)
-    whole = Drawing()
+    whole = RandomTraining()
     make_trainer(RandomState(), max_steps=-1, max_epochs=3).fit(whole)
 
     L.seed_everything(1, verbose=False)
     saver = ModelCheckpoint(tmp_path, filename="half", every_n_epochs=1, save_on_train_epoch_end=True)
-    make_trainer(RandomState(), saver, max_steps=-1, max_epochs=1, enable_checkpointing=True).fit(Drawing())
+    make_trainer(RandomState(), saver, max_steps=-1, max_epochs=1, enable_checkpointing=True).fit(RandomTraining())
 
     L.seed_everything(77, verbose=False)
-    resumed = Drawing()
+    resumed = RandomTraining()
     make_trainer(RandomState(), saver, max_steps=-1, max_epochs=3, enable_checkpointing=True).fit(
         resumed, ckpt_path=tmp_path / "half.ckpt"
     )
@@ -59,35 +59,35 @@ def test_resumed_run_uses_the_random_numbers_of_the_uninterrupted_run(make_train
 def test_resumed_epoch_uses_the_same_random_numbers(make_trainer, tmp_path):
     """The data loader must restore its order itself; the random numbers of the steps are the same."""
     L.seed_everything(1, verbose=False)
-    whole = Drawing()
+    whole = RandomTraining()
     make_trainer(RandomState(), max_steps=3).fit(whole)
 
     L.seed_everything(1, verbose=False)
     saver = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2)
-    make_trainer(RandomState(), saver, max_steps=2, enable_checkpointing=True).fit(Drawing())
+    make_trainer(RandomState(), saver, max_steps=2, enable_checkpointing=True).fit(RandomTraining())
 
     L.seed_everything(77, verbose=False)
-    resumed = Drawing()
+    resumed = RandomTraining()
     make_trainer(RandomState(), saver, max_steps=3, enable_checkpointing=True).fit(
         resumed, ckpt_path=tmp_path / "half.ckpt"
     )
-    assert [drawn for _, drawn in resumed.seen] == [drawn for _, drawn in whole.seen[2:]]
+    assert [numbers for _, numbers in resumed.seen] == [numbers for _, numbers in whole.seen[2:]]
 
 
 def test_another_number_of_processes_gives_a_warning(make_trainer):
     callback = RandomState()
     callback.load_state_dict({"processes": [get_random_state()] * 2, "between_epochs": False})
     with pytest.warns(UserWarning, match="2 processes and there are 1 now"):
-        make_trainer(callback, max_steps=1).fit(Drawing())
+        make_trainer(callback, max_steps=1).fit(RandomTraining())
 
 
 def test_states_can_be_loaded_with_weights_only(tmp_path):
     random.gauss(0, 1)
     np.random.randn()
     torch.save(get_random_state(), tmp_path / "state.pt")
-    expected = draws()
+    expected = random_numbers()
     set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draws() == expected
+    assert random_numbers() == expected
 
 
 class Mixed(L.LightningModule):
@@ -101,18 +101,18 @@ def test_observing_restores_modes_and_random_states_on_error():
     module = Mixed()
     modes = [part.training for part in module.modules()]
     state = get_random_state()
-    expected = draws()
+    expected = random_numbers()
     set_random_state(state)
 
     def look():
         with observing(module):
             assert not any(part.training for part in module.modules())
             assert not torch.is_grad_enabled()
-            draws()
+            random_numbers()
             raise RuntimeError("broken reward")
 
     with pytest.raises(RuntimeError, match="broken reward"):
         look()
-    assert draws() == expected
+    assert random_numbers() == expected
     assert [part.training for part in module.modules()] == modes
     assert torch.is_grad_enabled()

@@ -119,20 +119,20 @@ def test_error_without_prompts_says_what_to_write(make_module, make_trainer):
 def test_training_with_the_callback_equals_training_without(make_module, make_trainer, data, sampler):
     """The states of the global generators and the mode are compared too."""
 
-    class Draw(Callback):
+    class RandomNumbers(Callback):
         def __init__(self):
-            self.drawn = []
+            self.numbers = []
 
         def on_train_batch_start(self, trainer, pl_module, *_):
-            self.drawn.append((torch.rand(()).item(), np.random.rand(), pl_module.training))
+            self.numbers.append((torch.rand(()).item(), np.random.rand(), pl_module.training))
 
     traces = []
     for callbacks in ([], [SampleLogger(every_n_steps=1, prompts=["a cat"])]):
         torch.manual_seed(0)
         np.random.seed(0)
-        draw, module = Draw(), make_module(sampler=sampler)
-        make_trainer(draw, *callbacks).fit(module, data)
-        traces.append((draw.drawn, module.model.theta.item(), torch.rand(()).item()))
+        recorder, module = RandomNumbers(), make_module(sampler=sampler)
+        make_trainer(recorder, *callbacks).fit(module, data)
+        traces.append((recorder.numbers, module.model.theta.item(), torch.rand(()).item()))
     assert traces[0] == traces[1]
 
 
@@ -223,10 +223,10 @@ def test_every_panel_has_its_prompt_and_captions():
 def test_accents_and_other_alphabets_are_rendered():
     """Missing characters would all be rendered as the same box."""
     image = {"base": torch.ones(1, 3, 8, 8)}
-    drawn = {
+    rendered = {
         comparison([text], image, {"base": torch.zeros(1)}, min_size=64).tobytes() for text in "\u00fc\u03c9\u0436"
     }
-    assert len(drawn) == 3
+    assert len(rendered) == 3
 
 
 @pytest.mark.parametrize("option", ["every_n_steps", "max_samples", "min_size", "per_row", "batch_size"])

@@ -130,7 +130,7 @@ def _model(pretrained: str = "emoji64", **lora: object) -> dict:
     return {"class_path": "SD", "init_args": {"pretrained": pretrained, "lora": adapters}}
 
 
-REFUSED = [
+INVALID = [
     ({"model": _model(alpha=4.0)}, "--model.model.lora.alpha: .*2.0 .*4.0"),
     ({"model": _model(rank=4)}, "--model.model.lora.rank"),
     ({"model": _model("other")}, "--model.model.pretrained: .*'emoji64' .*'other'"),
@@ -140,7 +140,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED)
+@pytest.mark.parametrize(("changes", "message"), INVALID)
 def test_invalid_changes_of_a_resumed_run_are_errors(changes: dict, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         check_changes(changed_options(_config(), _config(**changes)), _config(**changes))
@@ -165,9 +165,9 @@ def test_rejected_resume_changes_nothing_and_valid_change_is_applied_and_recorde
     run = Path("runs/small")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     more = ["fit", "--config", run, "--ckpt_path", "last", "--trainer.max_steps", "4"]
-    refused = command(*more, "--model.model.lora.alpha", "7")
-    assert refused.status == 2
-    assert "--model.model.lora.alpha" in refused.err
+    rejected = command(*more, "--model.model.lora.alpha", "7")
+    assert rejected.status == 2
+    assert "--model.model.lora.alpha" in rejected.err
     assert {path: path.read_bytes() for path in before} == before
     resumed = command(*more, "--model.optimizer.lr", "0.0005")
     assert resumed.status == 0, resumed.err

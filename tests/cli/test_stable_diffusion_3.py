@@ -63,9 +63,9 @@ def test_printed_code_and_sample_command_work(command: Callable, config: Path, t
         layer, factor, _ = name.removeprefix("transformer.").rsplit(".", 2)
         assert torch.equal(adapted[f"{layer}.{factor}.default_0.weight"], value)
 
-    drawn = command("sample", "runs/flow", "--scale", "0", "1", "--prompt", "red", "-o", "run.png")
-    assert drawn.status == 0, drawn.err
-    rewards = re.findall(r"reward ([\d.e+-]+)", drawn.out)
+    result = command("sample", "runs/flow", "--scale", "0", "1", "--prompt", "red", "-o", "run.png")
+    assert result.status == 0, result.err
+    rewards = re.findall(r"reward ([\d.e+-]+)", result.out)
     assert len(set(rewards)) == 2
     file = Path("runs/flow/lora/last.safetensors").rename("my.safetensors")
     alone = command("sample", file, "--prompt", "a cat", "--steps", "2", "-o", "one.png")

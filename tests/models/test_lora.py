@@ -128,12 +128,12 @@ def test_seed_determines_the_initial_adapters(tiny_sd: Path) -> None:
 
 
 def test_without_a_seed_the_global_generator_is_used(tiny_sd: Path) -> None:
-    drawn = []
+    initial = []
     for seed in (4, 4, 5):
         torch.manual_seed(seed)
-        drawn.append(StableDiffusion(str(tiny_sd)).trainable_parameters()[0][1])
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+        initial.append(StableDiffusion(str(tiny_sd)).trainable_parameters()[0][1])
+    assert torch.equal(initial[0], initial[1])
+    assert not torch.equal(initial[0], initial[2])
 
 
 def test_attention_adapters_of_stable_diffusion_15_have_the_known_size() -> None:

@@ -161,9 +161,9 @@ def test_lora_of_another_model_is_rejected(tiny_sd: Path, tiny_sd3: Path, tmp_pa
     state = load_file(file)
     save_file({name.replace("transformer.", "unet."): value for name, value in state.items()}, file)
     for model in (opened(tiny_sd, LoRA(8)), opened(tiny_sd)):
-        with pytest.raises(ConfigurationError, match="for another model: .* such as .* more; give a file") as refusal:
+        with pytest.raises(ConfigurationError, match="for another model: .* such as .* more; give a file") as error:
             model.load_lora(file)
-        assert len(str(refusal.value)) < 500
+        assert len(str(error.value)) < 500
 
 
 def test_files_are_readable_by_others(tiny_sd: Path, tmp_path: Path) -> None:

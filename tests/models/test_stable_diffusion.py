@@ -353,9 +353,9 @@ def test_long_prompts_are_truncated_with_a_warning(tiny_sd: Path) -> None:
 
 def test_noise_is_generated_on_the_generators_device(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), dtype="bfloat16")
-    drawn = model.noise(2, torch.Generator().manual_seed(5))
+    noise_ours = model.noise(2, torch.Generator().manual_seed(5))
     expected = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(drawn, expected)
+    assert torch.equal(noise_ours, expected)
     assert model.image_size == (16, 16)
 
 

@@ -484,7 +484,7 @@ def test_callbacks_work_in_a_run(tiny_sd3: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "run").rglob("*.png"))
 
 
-# What is refused.
+# Invalid input.
 
 
 def test_error_names_the_model_class_of_the_pipeline(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:

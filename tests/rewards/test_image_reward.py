@@ -122,7 +122,7 @@ def test_other_tokenizers_are_rejected(tiny_image_reward: Path, tmp_path: Path) 
 
 
 def test_other_files_are_rejected(tiny_image_reward: Path, tmp_path: Path) -> None:
-    def refused(weights: dict[str, Tensor], config: Any, message: str) -> None:
+    def expect_error(weights: dict[str, Tensor], config: Any, message: str) -> None:
         torch.save(weights, tmp_path / "small.pt")
         (tmp_path / "med_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
         with pytest.raises(ConfigurationError, match=message):
@@ -134,11 +134,13 @@ def test_other_files_are_rejected(tiny_image_reward: Path, tmp_path: Path) -> No
         for name, tensor in weights.items()
         if name != "blip.text_encoder.encoder.layer.1.output.dense.bias"
     }
-    refused(lacking, config, "lacks tensors \\(1\\), among them text.encoder.layer.1.output.dense.bias")
-    refused({"weight": torch.ones(1)}, config, "is not a checkpoint of ImageReward: it lacks 'blip.visual_encoder")
-    refused(weights, {**config, "hidden_size": 32}, "does not fit: .* has shape")
-    refused(weights, {"hidden_size": 32}, r"med_config.json lacks vocab_size, .*give med_config.json of hub repository")
-    refused(weights, "{", "med_config.json is not a JSON object")
+    expect_error(lacking, config, "lacks tensors \\(1\\), among them text.encoder.layer.1.output.dense.bias")
+    expect_error({"weight": torch.ones(1)}, config, "is not a checkpoint of ImageReward: it lacks 'blip.visual_encoder")
+    expect_error(weights, {**config, "hidden_size": 32}, "does not fit: .* has shape")
+    expect_error(
+        weights, {"hidden_size": 32}, r"med_config.json lacks vocab_size, .*give med_config.json of hub repository"
+    )
+    expect_error(weights, "{", "med_config.json is not a JSON object")
 
 
 def test_weights_are_frozen_in_eval_mode_and_in_the_given_precision(

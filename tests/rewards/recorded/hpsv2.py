@@ -100,13 +100,13 @@ def make_images(height: int, width: int) -> Tensor:
     """One smooth image per prompt, float32 `(B, 3, height, width)`, whole bytes."""
     y = torch.linspace(0, 1, height, dtype=torch.float64).view(-1, 1)
     x = torch.linspace(0, 1, width, dtype=torch.float64)
-    drawn = [
+    images = [
         torch.stack(
             [torch.sin(3 * (c + 1) * x + 2 * (n + 1) * y + n + c) + torch.cos(9 * x * y + 5 * n) for c in range(3)]
         )
         for n in range(len(PROMPTS))
     ]
-    return (torch.stack(drawn) / 4 + 0.5).mul(255).round().div(255).float()
+    return (torch.stack(images) / 4 + 0.5).mul(255).round().div(255).float()
 
 
 def architecture() -> dict[str, Any]:

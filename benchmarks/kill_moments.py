@@ -121,7 +121,7 @@ def choose(generator: random.Random, how: str, first: bool, rollouts: bool) -> K
         rollouts: Whether the method collects rollouts.
     """
     if how == "file limit":
-        return Kill(how, "write", generator.randint(4, 160))
+        return Kill(how, "write", generator.randint(2, 36))
     writes = [moment for moment in MOMENTS if moment.startswith("write")]
     possible = [moment for moment in MOMENTS if (first or ".yaml" not in moment) and (rollouts or moment != "rollout")]
     moment = generator.choice([each for each in possible if each in writes or how != "disk full"])

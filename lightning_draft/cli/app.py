@@ -26,7 +26,7 @@ from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_
 from lightning_draft.cli.preemption import Preemption, requeue
 from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
 from lightning_draft.cli.run_folder import RunFolder
-from lightning_draft.cli.run_record import RunRecord
+from lightning_draft.cli.run_record import RunRecord, without_enums
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers, run_logger
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError, DivergenceError
@@ -196,7 +196,8 @@ class DraftCLI(LightningCLI):
         elif self.verb == "fit":
             with warnings.catch_warnings():  # newer releases of jsonargparse rename the argument
                 warnings.simplefilter("ignore", DeprecationWarning)
-                record = yaml.safe_load(self._parser("fit").dump(self._as_written, skip_none=False))
+                written = without_enums(self._as_written)
+                record = yaml.safe_load(self._parser("fit").dump(written, skip_none=False))
             named = [*named, RunRecord(record, self.run.path), StepNumber(), self.preemption]
         return chosen + [callback for callback in named if callback is not None]
 

@@ -59,6 +59,10 @@ def as_configuration_error() -> Iterator[None]:
         if not f"{_module(error)}.".startswith(_LIBRARIES):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if not _module(error).startswith("lightning.pytorch.callbacks."):
+            raise
+        raise ConfigurationError(" ".join(str(error).split())) from error
     except UnpicklingError as error:
         raise ConfigurationError(
             f"the checkpoint contains objects other than tensors and plain values ({str(error).splitlines()[0]}); "

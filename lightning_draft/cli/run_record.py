@@ -1,10 +1,12 @@
 """The configuration of a run, written into its folder and compared when the run is resumed."""
 
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_draft import __version__
@@ -136,6 +138,17 @@ def check_changes(changes: Mapping[str, tuple[Any, Any]], config: Mapping[str, A
             f"--{_OPTIMIZER}lr: changed from {old!r} to {new!r}, but the learning rate of this run is set by its "
             f"lr_scheduler, whose state is in the checkpoint; write --{_OPTIMIZER}lr {old}, or start a new run"
         )
+
+
+def without_enums(options: Any) -> Any:
+    """Return options with the values of enumerations in place of their members, which YAML cannot represent."""
+    if isinstance(options, Namespace):
+        return Namespace({key: without_enums(value) for key, value in vars(options).items()})  # type: ignore[no-untyped-call]
+    if isinstance(options, dict):
+        return {key: without_enums(value) for key, value in options.items()}
+    if isinstance(options, list):
+        return [without_enums(value) for value in options]
+    return options.value if isinstance(options, Enum) else options
 
 
 def _comparable(options: Mapping[str, Any], key: str) -> Any:

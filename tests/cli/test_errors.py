@@ -58,6 +58,22 @@ def test_errors_of_libraries_and_of_the_file_system_are_configuration_errors(tmp
         raise ConnectionError("the service is down")
 
 
+def test_unknown_monitor_of_a_lightning_callback_is_a_configuration_error(command: Callable, config: Path) -> None:
+    stopping = "[{class_path: EarlyStopping, init_args: {monitor: val/nothing}}]"
+    result = command("fit", "--config", config, "--trainer.callbacks", stopping)
+    assert result.status == 2
+    assert "Early stopping conditioned on metric `val/nothing` which is not available" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_lightning_s_timer_can_be_used_and_resumed(command: Callable, config: Path) -> None:
+    timer = "[{class_path: Timer, init_args: {duration: '00:01:00:00'}}]"
+    assert command("fit", "--config", config, "--trainer.callbacks", timer).status == 0
+    resumed = command("fit", "--config", "runs/small", "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert resumed.status == 0, resumed.err
+    assert "interval: step" in Path("runs/small/config.yaml").read_text()
+
+
 def _logger_without_its_package(module: str) -> None:
     """Raise the exception of Lightning's logger when its package is missing, from the logger's module."""
     exec("raise ModuleNotFoundError('wandb>=0.12.10 not met')", {"__name__": module})

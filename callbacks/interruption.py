@@ -120,7 +120,7 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._stopped = threading.Event()
-        self._wakeup: int | None = None  # where the interpreter writes the numbers of signals as they arrive
+        self._wakeup: int | None = None  # the interpreter writes the numbers of received signals here
         self._previous = -1
 
     def start(self, signals: tuple[int, ...]) -> None:

@@ -245,7 +245,7 @@ def write(
 
 
 def copy_from_resumed_run(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
-    """Copy a file of the resumed run, or the pipeline folder in its place, into this run's folder if that is another.
+    """Copy a file of the resumed run, or its pipeline folder, into the folder of this run, if the folders differ.
 
     Args:
         trainer: The trainer.

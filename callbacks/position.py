@@ -1,7 +1,7 @@
 """Read and set the position of Lightning's training loop.
 
-Lightning documents neither the attributes of its loops nor what a checkpoint holds of them; `tests/callbacks/
-test_position.py` compares everything that is assumed here with what the Trainer does.
+Lightning documents neither the attributes of its loops nor their state in checkpoints;
+`tests/callbacks/test_position.py` compares all assumptions about them with the Trainer.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class StepState(Callback):
 
 
 def callback_states(trainer: L.Trainer, left_out: Callback) -> dict[str, Any]:
-    """Return what a checkpoint holds of the callbacks, by key; tensors are not copied."""
+    """Return the state of the callbacks in a checkpoint, by key; tensors are not copied."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     states = {each.state_key: each.state_dict() for each in callbacks if each is not left_out}
     return {key: tree_map(lambda leaf: leaf, state) for key, state in states.items() if state}

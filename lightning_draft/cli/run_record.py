@@ -116,7 +116,7 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
 
 
 def decisive_changes(changes: Iterable[str]) -> list[str]:
-    """Return which of these options change what is trained, so that a resumed run differs from an uninterrupted one."""
+    """Return the options that affect training, so that a resumed run differs from an uninterrupted one."""
     return [key for key in changes if not key.startswith(_FREE)]
 
 

@@ -60,7 +60,7 @@ def loading_code(base: str, pipeline: str) -> str:
 
 
 def exported_paths(trainer: Trainer) -> list[Path]:
-    """Return where a run exports to, the recommended path first: the guard's, the best by validation, the last."""
+    """Return the exported paths of a run, the recommended first: the guard's, the best by validation, the last."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     exports = [callback for callback in callbacks if isinstance(callback, LoRAExport)]
     paths = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimizationGuard)]

@@ -184,7 +184,7 @@ class RewardModule(EvaluationModule, ABC):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_start(self) -> None:
-        """Note that this validation has yet to step a `ReduceLROnPlateau`."""
+        """Record that `ReduceLROnPlateau` must be stepped after this validation."""
         self._plateau_is_due = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
 
     def on_validation_end(self) -> None:
@@ -192,7 +192,7 @@ class RewardModule(EvaluationModule, ABC):
         self.finish_validation()
 
     def finish_validation(self) -> None:
-        """Do what follows a validation, once: `LastCheckpoint` calls it earlier, so that the checkpoint includes it."""
+        """Step the schedules after a validation, once; `LastCheckpoint` calls this before it saves."""
         due, self._plateau_is_due = self._plateau_is_due, False
         if due:
             step_on_plateau(self.trainer.lr_scheduler_configs, self.trainer.callback_metrics)

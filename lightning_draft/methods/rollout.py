@@ -21,7 +21,7 @@ class Rollout:
         number: Number of the rollout in the run, from 0.
         step: Number of optimizer steps before it was collected.
         prompts: One per sample; samples of one prompt are next to each other.
-        latents: From noise to sample, `(T + 1, N, ...)`; only the samples, `(1, N, ...)`, where training needs no more.
+        latents: From noise to sample, `(T + 1, N, ...)`; only the samples, `(1, N, ...)`, if training needs no others.
         log_probs: Log-probabilities of the stochastic steps under the model that sampled them, `(S, N)`; `S` is 0 where
             they are not used.
         rewards: `(N,)`.

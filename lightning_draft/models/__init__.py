@@ -1,4 +1,4 @@
-"""Diffusion models; each family is a class in a file of its own, listed in `families.py`."""
+"""Diffusion models; each family is a class in a separate file, listed in `families.py`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Adapters of a pipeline: attached, loaded, scaled, written, and left out for the base model."""
+"""Adapters of a pipeline: attach, load, scale and write them, and disable them for the base model."""
 
 import os
 import warnings
@@ -20,11 +20,11 @@ from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreez
 
 
 class AdaptedModel(PromptEmbedding):
-    """Base class for the adapters of pipelines, or the trained weights in their place.
+    """Base class of pipelines for their adapters, or for trained weights instead of adapters.
 
     Attributes:
         lora: The adapters' settings, `None` without adapters.
-        trainable: What is trained: `lora`, `full` or names of parameters.
+        trainable: `lora`, `full` or names of the trained parameters.
         text_updates: The part of a LoRA file for the text encoders.
     """
 
@@ -38,15 +38,15 @@ class AdaptedModel(PromptEmbedding):
     @property
     @abstractmethod
     def denoiser(self) -> Any:
-        """The network that is trained."""
+        """The denoising network, which is trained."""
 
     @property
     def text_scale(self) -> float:
-        """The scale of the text encoders' part of a LoRA; embeddings are kept for each."""
+        """The scale of the text encoders' part of a LoRA; embeddings are cached for each scale."""
         return self.text_updates.scale if self.text_updates.updates else 1.0
 
     def precompute(self, prompts: Iterable[str]) -> None:
-        """Embed prompts, and the negative prompt, ahead of time and keep all of them, also for the base model."""
+        """Embed prompts and the negative prompt ahead of time, and cache all of them, also for the base model."""
         prompts = list(prompts)
         super().precompute(prompts)
         if self.text_updates.updates:
@@ -54,16 +54,16 @@ class AdaptedModel(PromptEmbedding):
                 super().precompute(prompts)
 
     def release_text_encoder(self) -> None:
-        """Free the text encoders' memory; from then on only prompts whose embeddings are kept can be used."""
+        """Free the text encoders' memory; afterwards only prompts with cached embeddings can be used."""
         super().release_text_encoder()
         self.text_updates.release()
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within this context the model is the one before training.
+        """Within this context, the model is the base model.
 
-        That is the pipeline as it was loaded, bit for bit, or, with `lora.reference: init`, the pipeline with the LoRA
-        that training started from.
+        This is bitwise the pipeline that was loaded, or, with `lora.reference: init`, the pipeline with the LoRA from
+        which training started.
         """
         if self._initial is not None:
             with self._initial.scaled(0.0):
@@ -74,9 +74,9 @@ class AdaptedModel(PromptEmbedding):
 
     @contextmanager
     def adapter_scale(self, scale: float) -> Iterator[None]:
-        """Within this context the weights are `theta_0 + scale dW`; 0 is the pretrained model, 1 the tuned one.
+        """Within this context, the weights are `theta_0 + scale dW`; 0 is the pretrained model, 1 the fine-tuned one.
 
-        For sampling. Prompts are to be encoded in the context too if a LoRA file has a part for the text encoders.
+        This is for sampling. If a LoRA file has a part for the text encoders, encode prompts within the context, too.
         """
         if self._original is not None:
             with self._original.scaled(scale):
@@ -91,7 +91,7 @@ class AdaptedModel(PromptEmbedding):
             yield
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return names and values of what is trained."""
+        """Return the trainable parameters by name."""
         return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
 
     def save_lora(
@@ -101,7 +101,7 @@ class AdaptedModel(PromptEmbedding):
         values: Mapping[str, Tensor] | None = None,
         form: lora_writing.Format = "diffusers",
     ) -> None:
-        """Write the adapters to a `.safetensors` file, with the text encoders' part of a LoRA that was loaded.
+        """Write the adapters to a `.safetensors` file, including the text encoders' part of a loaded LoRA.
 
         Args:
             path: The file; missing folders are created.
@@ -116,7 +116,7 @@ class AdaptedModel(PromptEmbedding):
         lora_writing.write(path, updates, metadata or {}, self.family, self.denoiser.config, form)
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
-        """Copy a LoRA file into the adapters; a model without any gets those of the file.
+        """Copy a LoRA file into the adapters; a model without adapters gets those of the file.
 
         A part for the text encoders is added to their weights.
 
@@ -140,7 +140,7 @@ class AdaptedModel(PromptEmbedding):
         """Read a LoRA file of this model, without applying it.
 
         Raises:
-            ConfigurationError: There is no such file, it is damaged, of another kind or for another model.
+            ConfigurationError: The file does not exist, is damaged, is of another kind, or is for another model.
         """
         file = lora_files.read(path, self.family, self._adaptable())
         lora_copy.check_layers(self.denoiser, file)
@@ -195,7 +195,7 @@ class AdaptedModel(PromptEmbedding):
 
     @contextmanager
     def _pretrained(self) -> Iterator[None]:
-        """Within this context the model is the pipeline as it was loaded."""
+        """Within this context, the model is the pipeline that was loaded."""
         if self._original is not None:
             with self._original.scaled(0.0):
                 yield

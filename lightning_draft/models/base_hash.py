@@ -6,12 +6,13 @@ from pathlib import Path
 
 
 def weights_sha256(pretrained: Path, denoiser_folder: Path | None) -> str | None:
-    """Return the SHA-256 of the files with the denoiser's weights, in hexadecimal; `None` if they are not on this disk.
+    """Return the SHA-256 of the files with the denoiser's weights, in hexadecimal; `None` if they are not local.
 
-    Of one file this is what `sha256sum` prints; of several, in the order of their names, that of their digests.
+    For one file it is the output of `sha256sum`; for several files, it is the SHA-256 of their digests in the order of
+    their names.
 
     Args:
-        pretrained: The single file, where the model was one.
+        pretrained: The single file, if the model was loaded from one.
         denoiser_folder: Otherwise the folder of the denoiser.
     """
     if pretrained.is_file():

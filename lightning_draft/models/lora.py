@@ -33,10 +33,10 @@ class LoRA:
         alpha: The update is scaled by `alpha / rank`; by default `rank`, a scale of 1.
         target_modules: Layers, by the end of their names; by default the projections of the model's attention.
         seed: Seed of the initial values of `A`; by default torch's global generator is used.
-        init: A LoRA file that training starts from; its layers are adapted. At a lower rank than the file's the closest
-            update of that rank is kept, and the relative error is printed. A part for text encoders is added to their
-            frozen weights, and written out again.
-        reference: The base model that gain and KL divergence refer to: the `pretrained` model, or the one with `init`.
+        init: A LoRA file from which training starts; its layers are adapted. With a lower rank than that of the file,
+            the closest update of this rank is used, and the relative error is printed. A part for text encoders is
+            added to their frozen weights, and is written to exported files.
+        reference: Base model for gain and KL divergence: the `pretrained` model, or the model with `init`.
     """
 
     rank: int | None = None

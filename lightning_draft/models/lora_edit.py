@@ -1,4 +1,4 @@
-"""Changes of LoRA files: another scale or rank, weighted sums, and what a file holds."""
+"""Changes of LoRA files: scale, rank and weighted sums; and information about their layers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from lightning_draft.models.lora_update import Update, add, truncate
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What a LoRA file says about one layer.
+    """Information about one layer of a LoRA file.
 
     Args:
-        component: Of the pipeline, such as `unet`.
-        layer: Its name in the component.
-        rank: Of the update.
+        component: Component of the pipeline, such as `unet`.
+        layer: Name of the layer in the component.
+        rank: Rank of the update.
         alpha: The update is `alpha / rank` times `B A`.
         norm: Frobenius norm of the update, `|dW|`.
     """
@@ -59,7 +59,7 @@ def resize(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
 
     Args:
         file: From `model.read_lora`.
-        rank: Of all layers, at least 1.
+        rank: Rank of all layers, at least 1.
 
     Returns:
         The file, and the relative error over all layers, `sqrt(sum |dW - dW'|^2 / sum |dW|^2)`.
@@ -78,13 +78,13 @@ def resize(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
 def mix(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = None) -> tuple[LoRAFile, float]:
     """Compute the weighted sum of the updates of several files, `dW = sum_i w_i dW_i`.
 
-    A layer that a file does not adapt has `dW_i = 0` there. The sum of updates of ranks `r_i` has at most the rank
-    `sum_i r_i`, and is exact at this rank.
+    If a file does not adapt a layer, its `dW_i` is 0. The sum of updates of ranks `r_i` has at most the rank `sum_i
+    r_i`, and is exact at this rank.
 
     Args:
         files: Files of the same model.
         weights: One for each file; negative ones subtract.
-        rank: Of the result; by default the largest sum of the ranks of a layer.
+        rank: Rank of the result; by default the largest sum of the ranks of a layer.
 
     Returns:
         The sum, and its relative error, `sqrt(sum |dW - dW'|^2 / sum |dW|^2)` over all layers.

@@ -1,4 +1,4 @@
-"""Reading of LoRA files in the formats of diffusers, peft, kohya's scripts and ComfyUI."""
+"""Read LoRA files in the formats of diffusers, peft, kohya's scripts and ComfyUI."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class LoRAFile:
     """The content of a LoRA file.
 
     Args:
-        path: Where it was read.
+        path: The file.
         denoiser: Updates of the denoiser by layer.
         encoders: Updates of the text encoders by component and layer.
         metadata: Text of the header, without peft's settings.
@@ -71,8 +71,8 @@ def read(path: str | os.PathLike[str], family: Family, networks: Mapping[str, nn
         networks: The denoiser and the text encoders, by their names in the pipeline; they may be on the meta device.
 
     Raises:
-        ConfigurationError: There is no such file; it is damaged, not finite, of another kind (DoRA, LoKr), or adapts
-            something other than these networks.
+        ConfigurationError: The file does not exist, is damaged, has values that are not finite, is of another kind
+            (DoRA, LoKr), or adapts something other than these networks.
     """
     file = Path(path)
     keys, header = check(file)
@@ -96,7 +96,7 @@ def check(file: Path) -> tuple[list[str], dict[str, str]]:
     """Return the names of a LoRA file's tensors and its header.
 
     Raises:
-        ConfigurationError: There is no such file, it is not a safetensors file, or holds no LoRA of a supported kind.
+        ConfigurationError: The file does not exist, is not a safetensors file, or contains no LoRA of a supported kind.
     """
     if not file.is_file():
         raise ConfigurationError(f"there is no LoRA file {file}; give the path of a .safetensors file")
@@ -140,14 +140,14 @@ def _renamed(
 def _convert(
     file: Path, family: Family, network: Any, settings: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file in another format through the pipeline's own converter."""
+    """Read a file in another format with the pipeline's converter."""
     reader = getattr(family.pipeline_class, "lora_state_dict", None)
     if reader is None:
         raise ConfigurationError(
             f"{file} is not in diffusers' format, and {family.pipeline_name} converts no other format; give a file "
             f"whose tensors have names such as {family.denoiser}.<layer>.lora_A.weight"
         )
-    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # whose blocks kohya numbers otherwise
+    is_sdxl = network.config.get("addition_embed_type") == "text_time"  # kohya numbers its blocks differently
     options = {"unet_config": network.config} if is_sdxl else {}
     try:
         state, *alphas, converted = reader(

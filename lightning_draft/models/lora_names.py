@@ -1,7 +1,8 @@
-"""How layers are called in the LoRA files that ComfyUI, Forge and AUTOMATIC1111 read.
+"""Names of layers in the LoRA files of ComfyUI, Forge and AUTOMATIC1111.
 
-For Stable Diffusion these are the names of kohya's training scripts, with underscores in place of dots; SDXL has the
-names of the original network instead of those of diffusers. For diffusion transformers ComfyUI reads diffusers' names.
+For Stable Diffusion these are the names of kohya's training scripts, with underscores instead of dots; for SDXL they
+are the names of the original network instead of those of diffusers. For diffusion transformers ComfyUI reads diffusers'
+names.
 """
 
 import re
@@ -41,7 +42,7 @@ def original_unet_name(layer: str, config: Any) -> str:
 
     Args:
         layer: Its name in diffusers, such as `down_blocks.1.attentions.0.proj_in`.
-        config: Of the UNet.
+        config: Config of the UNet.
     """
     if layer in _OUTER:
         return _OUTER[layer]
@@ -69,15 +70,15 @@ def _inner(kind: str, rest: str) -> str:
 
 @dataclass(frozen=True)
 class ComfyNames:
-    """How ComfyUI calls the layers of a family in LoRA files.
+    """Names of a family's layers in ComfyUI's LoRA files.
 
     Args:
-        prefixes: By component of the pipeline, such as `{"unet": "lora_unet_"}`.
-        architecture: Of the base model as the metadata fields `modelspec.architecture` and `ss_base_model_version` say
-            it, from the denoiser's config.
+        prefixes: Prefixes by component of the pipeline, such as `{"unet": "lora_unet_"}`.
+        architecture: Values of the metadata fields `modelspec.architecture` and `ss_base_model_version`, from the
+            denoiser's config.
         denoiser_name: The name of a denoiser's layer, from diffusers' name and the denoiser's config.
-        underscores: Whether dots become underscores, as kohya's scripts write them, and factors are called `lora_down`
-            and `lora_up`.
+        underscores: Whether dots are replaced by underscores and factors are named `lora_down` and `lora_up`, as in
+            kohya's scripts.
     """
 
     prefixes: Mapping[str, str]
@@ -87,22 +88,22 @@ class ComfyNames:
 
     @property
     def suffixes(self) -> tuple[str, str]:
-        """Endings of the tensors `A` and `B`."""
+        """Suffixes of the tensors `A` and `B`."""
         return (".lora_down.weight", ".lora_up.weight") if self.underscores else (".lora_A.weight", ".lora_B.weight")
 
     def key(self, component: str, layer: str, config: Any = None) -> str:
         """Return the name of a layer in the file.
 
         Args:
-            component: Of the pipeline, such as `unet`.
+            component: Component of the pipeline, such as `unet`.
             layer: The layer in the component.
-            config: Of the denoiser; `None` for the layer of a text encoder.
+            config: Config of the denoiser; `None` for a layer of a text encoder.
         """
         name = with_text_model(component, layer) if config is None else self.denoiser_name(layer, config)
         return self.prefixes[component] + (name.replace(".", "_") if self.underscores else name)
 
     def lookup(self, denoiser: str, networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-        """Return component and layer of each name that a file may have; diffusers' names of the denoiser are included.
+        """Return component and layer by each possible name in a file, including diffusers' names of the denoiser.
 
         Args:
             denoiser: The component that is the denoiser.
@@ -120,6 +121,6 @@ class ComfyNames:
 
 
 def with_text_model(component: str, layer: str) -> str:
-    """Return the name of a text encoder's layer in files; recent releases of transformers leave out `text_model`."""
+    """Return the name of a text encoder's layer in files; recent releases of transformers omit `text_model`."""
     is_clip = layer.startswith("encoder.layers.") and component.startswith("text_encoder")
     return f"text_model.{layer}" if is_clip else layer

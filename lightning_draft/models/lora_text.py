@@ -19,12 +19,12 @@ class TextUpdates:
 
     Args:
         encoders: The text encoders by their names in the pipeline.
-        updates: By component and layer; none by default.
-        path: Of the file, for messages.
+        updates: Updates by component and layer; by default none.
+        path: Path of the file, for messages.
 
     Attributes:
-        updates: As given.
-        scale: The present scale, 1 at first.
+        updates: The updates.
+        scale: The current scale, initially 1.
 
     Raises:
         ConfigurationError: An encoder lacks a layer, or the layer has another shape.
@@ -42,7 +42,8 @@ class TextUpdates:
             if foreign:
                 raise ConfigurationError(
                     f"{path} is a LoRA for another model: {len(foreign)} of its {len(layers)} layers of {component} "
-                    f"are not in this one, such as {shortened(foreign, 2)}; give a file that was trained on this model"
+                    f"are not in this model, such as {shortened(foreign, 2)}; give a file that was trained on this "
+                    "model"
                 )
             for layer, update in layers.items():
                 module: Any = own[layer]
@@ -51,7 +52,7 @@ class TextUpdates:
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """Within this context the updates are multiplied by `scale`; contexts inside each other multiply."""
+        """Within this context, the updates are multiplied by `scale`; scales of nested contexts are multiplied."""
         before = self.scale
         try:
             self._set(scale * before)
@@ -60,7 +61,7 @@ class TextUpdates:
             self._set(before)
 
     def release(self) -> None:
-        """Forget the weights, so that the encoders can be freed."""
+        """Drop the weights, so that the encoders can be freed."""
         self._layers = []
 
     @torch.no_grad()
@@ -71,8 +72,8 @@ class TextUpdates:
         for module, update, original in self._layers:
             if module.weight.shape != original.shape:
                 raise ConfigurationError(
-                    "the text encoders' part of a LoRA cannot be scaled where their weights are sharded over "
-                    "processes; write strategy: ddp, or precompute the prompts"
+                    "the text encoders' part of a LoRA cannot be scaled if their weights are sharded over processes; "
+                    "set the Trainer's strategy to ddp, or precompute the prompts"
                 )
             value = original if scale == 0 else original.float() + scale * update.dense().float().cpu()
             module.weight.copy_(value)

@@ -1,4 +1,4 @@
-"""Writing of LoRA files for diffusers and for ComfyUI, always with alpha."""
+"""Write LoRA files for diffusers and ComfyUI, always with alphas."""
 
 import json
 import os
@@ -28,13 +28,13 @@ def adapters_of(network: Any, values: Mapping[str, Tensor] | None = None) -> dic
     """Return the updates of a network's adapters, by layer.
 
     Args:
-        network: With adapters.
-        values: The adapters by their names in the network, where it holds only a part of them.
+        network: Network with adapters.
+        values: The adapters by their names in the network, if the network holds only a shard of them.
     """
     config = network.peft_config[ADAPTER]
     if values is None:
         state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
-    else:  # peft would look for their names in a network whose modules FSDP has renamed
+    else:  # peft would look for these names in a network whose modules FSDP has renamed
         state = {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
     layers = sorted({name.rsplit(".", 2)[0] for name in state})
     scale = config.lora_alpha / config.r
@@ -53,17 +53,17 @@ def write(
     """Write a LoRA file.
 
     The diffusers format has peft's names, and ranks and alphas in the header; the pipeline's `load_lora_weights` opens
-    it. The other has the names that ComfyUI reads and a tensor `alpha` for each layer. It equals the rank, with
-    the scale in `B`, since some readers ignore alphas.
+    it. The other format has the names that ComfyUI reads and a tensor `alpha` for each layer. Alpha equals the rank and
+    the scale is part of `B`, because some readers ignore alphas.
 
     Args:
-        path: Ends in `.safetensors`; missing folders are created.
-        updates: By component of the pipeline and layer.
+        path: The file, which ends in `.safetensors`; missing folders are created.
+        updates: Updates by component of the pipeline and layer.
         metadata: Text for the header.
-        family: Of the pipeline.
-        config: Of the denoiser.
+        family: The family of the pipeline.
+        config: Config of the denoiser.
         form: The format, `diffusers` or `comfy`.
-        dtype: Of the factors.
+        dtype: Dtype of the factors.
 
     Raises:
         ConfigurationError: The family has no names in ComfyUI, or the file cannot be written.
@@ -89,7 +89,7 @@ def comfy_names(family: Family) -> ComfyNames:
     """Return the names of a family's layers in ComfyUI.
 
     Raises:
-        ConfigurationError: They are not known here.
+        ConfigurationError: The names are not known.
     """
     if family.comfy is None:
         raise ConfigurationError(f"the layer names of {family.title} in ComfyUI are not known; use format diffusers")

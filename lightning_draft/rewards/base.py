@@ -102,7 +102,7 @@ class Reward(nn.Module, ABC):
 
         Args:
             images: float `(B, 3, H, W)` in about [0, 1]. Values may lie slightly outside, because the output of a
-                decoder is not clamped: a clamp has no gradient where a pixel lies outside.
+                decoder is not clamped: a clamp has no gradient for pixels outside.
             prompts: `B` prompts; each may be a `Prompt` with metadata.
 
         Returns:

@@ -70,7 +70,7 @@ class TextDetector(Detector):
         processor: Its image processor.
         dtype: Precision of the weights.
         tokenizer: Of its text encoder.
-        query: Text with `{}` where the object goes.
+        query: Text in which `{}` stands for the object.
     """
 
     threshold = 0.1
@@ -159,7 +159,7 @@ def open_detector(pretrained: str, query: str, dtype: Precision) -> Detector:
 
     Args:
         pretrained: Folder or hub id.
-        query: Text with `{}` where the object goes, for OWL-ViT and OWLv2.
+        query: Text in which `{}` stands for the object, for OWL-ViT and OWLv2.
         dtype: Precision of the weights.
 
     Raises:

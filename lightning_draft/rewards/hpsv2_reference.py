@@ -100,7 +100,7 @@ def import_hpsv2(merges: bytes) -> Any:
     """Import the package's copy of open_clip, with replacements for a file and a module that may be missing.
 
     Args:
-        merges: Content of the vocabulary file, in place of the missing one.
+        merges: Content of the missing vocabulary file.
 
     Raises:
         ConfigurationError: The package, or something else that it imports, is not installed.

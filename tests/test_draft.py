@@ -1,4 +1,4 @@
-"""Training on a small pipeline: what changes, what does not, and what a run may rely on."""
+"""Training a small pipeline with `DraftModule`: parameters, gradients, random states, checkpoints, processes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
 
 
 def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> DraftModule:
-    """DRaFT-1 towards red on a pipeline whose adapters start the same every time, and reach far."""
+    """DRaFT-1 towards red for a pipeline with reproducible, large initial adapters."""
     settings = {"guidance": Guidance(1.0), "lora": LoRA(4, alpha=8.0, target_modules=TARGETS, seed=0), **(model or {})}
     defaults: dict[str, Any] = {
         "model": StableDiffusion(str(folder), **settings),
@@ -76,7 +76,7 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients(module: DraftModule, prompts: Sequence[str] = PROMPTS[:4], seed: int = 0) -> dict[str, Tensor]:
-    """Of the loss of one draw."""
+    """Return the gradients of the loss for one random choice."""
     torch.manual_seed(seed)
     loss, _ = module.loss_and_logs(prompts, torch.Generator().manual_seed(seed))
     parameters = module.trainable_parameters()
@@ -84,7 +84,7 @@ def gradients(module: DraftModule, prompts: Sequence[str] = PROMPTS[:4], seed: i
 
 
 def stir(module: DraftModule) -> DraftModule:
-    """Give the adapters values, so that both their factors have a gradient."""
+    """Set the adapters to random values, so that both factors have a gradient."""
     generator = torch.Generator().manual_seed(3)
     for value in module.trainable_parameters().values():
         value.data = 0.2 * torch.randn(value.shape, generator=generator).to(value)
@@ -98,7 +98,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float
 
 
 class Recorder(Callback):
-    """Keeps what is logged at every step."""
+    """Records the logged values of every step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -114,8 +114,8 @@ class Recorder(Callback):
 # Learning.
 
 
-def test_training_moves_the_adapters_alone_and_raises_the_reward(tiny_sd: Path, tmp_path: Path) -> None:
-    """And validation gains nothing before training."""
+def test_training_changes_only_the_adapters_and_raises_the_reward(tiny_sd: Path, tmp_path: Path) -> None:
+    """The gain in validation is 0 before training."""
     parts = WeightedSum({"red": WeightedReward(ColorBalance(), 2.0), "light": WeightedReward(Brightness(), 0.0)})
     module, recorder = make(tiny_sd, reward=parts, eval_rewards={"brightness": Brightness()}), Recorder()
     before, buffers = values(module), {name: value.clone() for name, value in module.named_buffers()}
@@ -144,7 +144,7 @@ def test_training_moves_the_adapters_alone_and_raises_the_reward(tiny_sd: Path, 
     assert last["val/gain"] > 0.05
 
 
-def test_rewards_and_frozen_parts_stay_in_eval_mode(tiny_sd: Path) -> None:
+def test_rewards_and_frozen_networks_stay_in_eval_mode(tiny_sd: Path) -> None:
     class Noisy(ColorBalance):
         def __init__(self) -> None:
             super().__init__()
@@ -159,7 +159,7 @@ def test_rewards_and_frozen_parts_stay_in_eval_mode(tiny_sd: Path) -> None:
     assert not any("scale" in name for name in module.trainable_parameters())
 
 
-def test_validation_clamps_what_training_does_not() -> None:
+def test_validation_clamps_images_and_training_does_not() -> None:
     class Largest(Reward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return images.flatten(1).amax(1)
@@ -176,8 +176,8 @@ def test_validation_clamps_what_training_does_not() -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_copies_add_up_and_the_batch_is_averaged(copies: int) -> None:
-    """DRaFT-LV: `-mean_b sum_c r`, each copy with its own prompt's reward."""
+def test_losses_of_copies_are_added_and_those_of_the_batch_averaged(copies: int) -> None:
+    """DRaFT-LV: `-mean_b sum_c r`, with the reward of each copy for its prompt."""
 
     class Lengths(Reward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -228,7 +228,7 @@ def test_kl_weight_adds_the_prediction_drift_and_reduces_it(tiny_sd: Path, tmp_p
 
 
 def test_gain_is_relative_to_the_current_base_model(tmp_path: Path) -> None:
-    """Whatever was validated before: with another sampler, other prompts, batches of another size."""
+    """Also after validations with another sampler, other prompts or another batch size."""
     module, trainer = linear(), trainer_of(tmp_path, limit_val_batches=None)
     module.model.theta.data += 0.3
     for sampler, prompts, size in ((DDIM(4), PROMPTS, 2), (DDIM(2), PROMPTS, 2), (DDIM(2), PROMPTS[::-1], 3)):
@@ -245,7 +245,7 @@ def test_gain_is_relative_to_the_current_base_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("truncation", [LastK(2), LowVariance(2), DRTune(k=2, m=2)], ids=lambda t: type(t).__name__)
-def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncation: Any) -> None:
+def test_micro_batches_and_checkpointing_change_no_gradient(tiny_sd: Path, truncation: Any) -> None:
     model = {"guidance": Guidance(2.0)}
     module = stir(make(tiny_sd, model=model, truncation=truncation, checkpointing="none", kl_weight=0.1)).double()
     expected = gradients(module)
@@ -269,13 +269,15 @@ def test_micro_batches_and_checkpointing_change_nothing(tiny_sd: Path, truncatio
         ("both", LastK(2), True, True),
     ],
 )
-def test_what_is_recomputed(tiny_sd: Path, checkpointing: Any, truncation: Any, steps: bool, blocks: bool) -> None:
+def test_recompute_options_follow_checkpointing_and_truncation(
+    tiny_sd: Path, checkpointing: Any, truncation: Any, steps: bool, blocks: bool
+) -> None:
     module = make(tiny_sd, checkpointing=checkpointing, truncation=truncation)
     assert module.chain(["a cat"]).recompute == Recompute(steps=steps, blocks=blocks)
 
 
-def test_block_checkpointing_is_that_of_the_module_whose_step_it_is(tiny_sd: Path) -> None:
-    """Whatever other modules of the same model, direct or policy-gradient, were built or ran before."""
+def test_block_checkpointing_is_that_of_the_module_that_takes_the_step(tiny_sd: Path) -> None:
+    """Even if other modules of the same model, direct or policy-gradient, were built or run before."""
     model = make(tiny_sd).model
     modules = [DraftModule(model, ColorBalance(), DDIM(2), checkpointing=mode) for mode in ("block", "none")]
     policies = [PolicyGradientModule(model, ColorBalance(), DDIM(2, eta=1), checkpointing=m) for m in ("block", "none")]
@@ -296,8 +298,8 @@ def test_a_network_without_blocks_is_rejected_before_the_first_step() -> None:
             module.check_first_step(["a cat"])
 
 
-def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:
-    """Elements saved for the backward pass of four samples, one at a time against all at once."""
+def test_micro_batches_bound_the_stored_activations(tiny_sd: Path) -> None:
+    """Number of saved elements for the backward pass of four samples, one at a time compared with all at once."""
 
     def kept(size: int | None) -> int:
         module, elements = make(tiny_sd, checkpointing="none", micro_batch_size=size), 0
@@ -314,7 +316,7 @@ def test_micro_batches_bound_what_is_kept(tiny_sd: Path) -> None:
     assert kept(1) < 0.1 * kept(None)
 
 
-def test_guidance_gradient_modes_share_their_pictures_and_not_their_gradients(tiny_sd: Path) -> None:
+def test_guidance_gradient_modes_give_equal_images_and_different_gradients(tiny_sd: Path) -> None:
     full = stir(make(tiny_sd, model={"guidance": Guidance(2.0)}))
     half = stir(make(tiny_sd, model={"guidance": Guidance(2.0, gradient="conditional")}))
     assert torch.allclose(full.generate(PROMPTS[:2]), half.generate(PROMPTS[:2]), atol=1e-6)
@@ -322,8 +324,8 @@ def test_guidance_gradient_modes_share_their_pictures_and_not_their_gradients(ti
     assert any((ours[name] - theirs[name]).norm() > 0.1 * theirs[name].norm() for name in ours)
 
 
-def test_accumulated_batches_are_one_large_step(tmp_path: Path) -> None:
-    """The optimizer sees the mean of the batches' gradients, each from noise of its own."""
+def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
+    """The optimizer receives the mean gradient of the batches, which have different noise."""
     seen: list[float] = []
     found: list[float] = []
 
@@ -351,7 +353,7 @@ def test_accumulated_batches_are_one_large_step(tmp_path: Path) -> None:
 # Random states.
 
 
-def test_the_callers_random_state_is_untouched(tmp_path: Path) -> None:
+def test_random_state_of_the_caller_is_not_changed(tmp_path: Path) -> None:
     module = linear(truncation=LowVariance(2), sampler=DDIM(4, eta=1.0))
     torch.manual_seed(8)
     before = torch.get_rng_state()
@@ -360,7 +362,7 @@ def test_the_callers_random_state_is_untouched(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_step_depends_on_seed_and_position_alone(tmp_path: Path) -> None:
+def test_step_depends_only_on_seed_and_position(tmp_path: Path) -> None:
     def rewards(seed: int, state: int) -> list[float]:
         recorder = Recorder()
         torch.manual_seed(state)
@@ -372,7 +374,7 @@ def test_a_step_depends_on_seed_and_position_alone(tmp_path: Path) -> None:
     assert len(set(rewards(0, 1))) == 3
 
 
-def test_generate_draws_from_its_seed() -> None:
+def test_generate_uses_its_seed() -> None:
     module = linear(sampler=DDIM(4, eta=1.0))
     images = module.generate(PROMPTS, seed=5)
     assert torch.equal(module.generate(PROMPTS, seed=5), images)
@@ -383,8 +385,8 @@ def test_generate_draws_from_its_seed() -> None:
     assert not torch.equal(module.generate(PROMPTS, noise=noise, seed=5), images)
 
 
-def test_the_noise_of_the_steps_is_not_the_starting_noise_again() -> None:
-    """By a sampler that takes a step's noise for its latent."""
+def test_noise_of_the_steps_differs_from_the_starting_noise() -> None:
+    """With a sampler that returns the noise of a step as the latent."""
 
     class Forgetful(DDIM):
         def step(self, schedule: Any, x: Tensor, *_: Any) -> Any:
@@ -408,10 +410,10 @@ def test_the_noise_of_the_steps_is_not_the_starting_noise_again() -> None:
     ],
     ids=["at the end of an epoch", "within an epoch, validating", "accumulating"],
 )
-def test_resuming_is_bitwise_the_uninterrupted_run(
+def test_resumed_run_equals_uninterrupted_run(
     tiny_sd: Path, tmp_path: Path, stop: int, pipeline: bool, options: dict[str, Any]
 ) -> None:
-    """Parameters, optimizer, rewards; noise, prompts and structural draws with them."""
+    """Compared are parameters, optimizer, rewards, and thereby noise, prompts and random choices."""
     settings: dict[str, Any] = {"truncation": RandomSteps(), "sampler": DDIM(2, eta=1.0), "seed": 4}
 
     def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> Any:
@@ -434,7 +436,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
             assert torch.equal(resumed[1][index][name], value), (index, name)
 
 
-def test_a_checkpoint_holds_what_is_trained_and_loads_under_weights_only(tiny_sd: Path, tmp_path: Path) -> None:
+def test_checkpoint_contains_the_trained_parameters_and_loads_with_weights_only(tiny_sd: Path, tmp_path: Path) -> None:
     module = make(tiny_sd)
     trainer = trainer_of(tmp_path, max_steps=1)
     trainer.fit(module, data())
@@ -456,7 +458,7 @@ def test_a_checkpoint_holds_what_is_trained_and_loads_under_weights_only(tiny_sd
 
 
 def test_mixed_precision_trains_float32_adapters(tiny_sd: Path, tmp_path: Path) -> None:
-    """The gradient is that of float32 but for rounding, though the chain's prefix runs the same weights without one."""
+    """The gradient equals that of float32 up to rounding, although earlier steps have no graph."""
     found: dict[str, dict[str, Tensor]] = {}
 
     class Keep(Callback):
@@ -473,7 +475,7 @@ def test_mixed_precision_trains_float32_adapters(tiny_sd: Path, tmp_path: Path) 
     assert torch.cosine_similarity(flat["32-true"], flat["bf16-mixed"], dim=0) > 0.98
 
 
-def test_mixed_precision_learns(tiny_sd_v: Path, tmp_path: Path) -> None:
+def test_mixed_precision_raises_the_reward(tiny_sd_v: Path, tmp_path: Path) -> None:
     module, recorder = make(tiny_sd_v, model={"dtype": "bfloat16"}), Recorder()
     trainer_of(tmp_path, recorder, max_steps=8, precision="bf16-mixed").fit(module, data())
     rewards = recorder.of("train/reward")
@@ -484,20 +486,20 @@ def test_mixed_precision_learns(tiny_sd_v: Path, tmp_path: Path) -> None:
 
 
 class Note(Callback):
-    """Writes down what each process drew and what it ended with."""
+    """Records the random choices and the final parameters of each process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         model, self.noise, self.calls = pl_module.model, [], []
-        draw = model.noise
+        sample_noise = model.noise
 
-        def drawn(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-            self.noise.append(draw(batch_size, generator))
+        def recorded_noise(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+            self.noise.append(sample_noise(batch_size, generator))
             return self.noise[-1]
 
-        model.noise = drawn
+        model.noise = recorded_noise
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         pl_module.model.calls_with_gradient = 0
@@ -511,8 +513,8 @@ class Note(Callback):
         torch.save(notes, self.folder / f"{trainer.global_rank}.pt")
 
 
-def test_two_processes_share_structure_and_parameters_and_not_noise(tmp_path: Path) -> None:
-    """And the step they take is that of the mean of their gradients."""
+def test_two_processes_share_random_choices_and_parameters_but_not_noise(tmp_path: Path) -> None:
+    """The update is that of the mean of their gradients."""
 
     def module() -> DraftModule:
         return linear(
@@ -548,8 +550,8 @@ class Save(Callback):
         torch.save(values(pl_module), self.folder / f"{trainer.global_rank}.pt")
 
 
-def test_two_processes_train_a_pipeline_alike(tiny_sd: Path, tmp_path: Path) -> None:
-    """With several steps recomputed in the backward pass, in micro-batches."""
+def test_two_processes_have_equal_parameters_after_training_a_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
+    """With recomputed steps and micro-batches."""
     module = make(tiny_sd, truncation=LastK(2), micro_batch_size=1)
     before = values(module)
     options = {"strategy": "ddp_fork", "devices": 2}
@@ -563,7 +565,7 @@ def test_two_processes_train_a_pipeline_alike(tiny_sd: Path, tmp_path: Path) -> 
 # Settings.
 
 
-def test_the_optimizer_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tmp_path: Path) -> None:
+def test_optimizer_and_schedule_receive_only_the_adapters(tiny_sd: Path, tmp_path: Path) -> None:
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
@@ -586,13 +588,13 @@ def test_the_optimizer_and_its_schedule_see_the_adapters_alone(tiny_sd: Path, tm
         ),
     ],
 )
-def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linear(**options)
 
 
 @pytest.mark.parametrize("name", ["training", "type", "parameters"])
-def test_an_evaluation_reward_may_have_the_name_of_a_module_s_attribute(name: str, tiny_sd: Path) -> None:
+def test_evaluation_reward_can_have_the_name_of_a_module_attribute(name: str, tiny_sd: Path) -> None:
     module = DraftModule(
         StableDiffusion(str(tiny_sd), guidance=Guidance(1.0)), Brightness(), DDIM(2), eval_rewards={name: Brightness()}
     )
@@ -608,12 +610,12 @@ class Listed(Reward):
 @pytest.mark.parametrize(
     "options", [{"reward": Listed()}, {"eval_rewards": {"odd": Listed()}}], ids=["trained", "eval"]
 )
-def test_what_is_scored_in_validation_must_be_a_score_an_image(options: dict[str, Any]) -> None:
+def test_validation_scores_must_have_one_value_per_image(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"^Listed.forward returned a list for 2 images; return a tensor of"):
         linear(**options).score(torch.rand(2, 3, 4, 4), ["a cat", "a dog"])
 
 
 @pytest.mark.parametrize("name", ["a.b", "reward", ""])
-def test_an_evaluation_reward_must_not_hide_another_log_key(name: str, tiny_sd: Path) -> None:
+def test_evaluation_reward_with_the_name_of_a_log_key_is_rejected(name: str, tiny_sd: Path) -> None:
     with pytest.raises(ConfigurationError, match="reward"):
         DraftModule(StableDiffusion(str(tiny_sd)), Brightness(), eval_rewards={name: Brightness()})

@@ -1,4 +1,4 @@
-"""Policy gradients: the gradient is the right one, whatever the parts it is computed in, and runs may be relied on."""
+"""Policy gradients: correct gradients for every split into minibatches, rollouts, checkpoints and processes."""
 
 import warnings
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from lightning_draft.testing import GaussianModel, LinearModel, LinearReward, sc
 
 PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
 MILD = VariancePreserving((0.9, 0.7, 0.4), final_alpha_cumprod=0.97, spacing="trailing")
-"""Three steps, the last one noisy too, that leave latents of the size of pictures."""
+"""Three steps, the last one noisy too, that leave latents of the size of images."""
 
 
 class BlackBox(LinearReward):
@@ -54,7 +54,7 @@ def linear(**options: Any) -> PolicyGradientModule:
 
 
 def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> PolicyGradientModule:
-    """A pipeline whose adapters start the same every time."""
+    """A pipeline with reproducible initial adapters."""
     lora = LoRA(4, alpha=8.0, target_modules=["to_v", "conv_out"], seed=0)
     settings = {"guidance": Guidance(1.0), "lora": lora, **(model or {})}
     defaults = {"model": StableDiffusion(str(folder), **settings), "reward": ColorBalance()}
@@ -62,7 +62,7 @@ def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -
 
 
 def stir(module: PolicyGradientModule) -> PolicyGradientModule:
-    """Give the adapters values, so that the model is not its base."""
+    """Set the adapters to random values, so that the model differs from its base."""
     generator = torch.Generator().manual_seed(3)
     for value in module.trainable_parameters().values():
         value.data = 0.2 * torch.randn(value.shape, generator=generator).to(value)
@@ -91,7 +91,7 @@ def values(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Recorder(Callback):
-    """Keeps what is logged at every optimization step, and the gradient that it was taken with."""
+    """Records the logged values and the gradient of every optimization step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -133,7 +133,7 @@ class Channels(LinearModel):
 
 
 def test_score_function_and_pathwise_gradients_agree_in_expectation() -> None:
-    """`E[A sum_t grad log p]` and `E[grad r]`, each from 300,000 trajectories of a chain whose every step is noisy."""
+    """`E[A sum_t grad log p]` and `E[grad r]`, each from 300,000 trajectories of a chain with noise at every step."""
     samples, target = 300_000, torch.tensor([1.0, -0.5, 0.3])
 
     def reward(images: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def test_score_function_and_pathwise_gradients_agree_in_expectation() -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16 base"])
-def test_the_first_step_of_ppo_is_reinforce_s(tiny_sd: Path, tmp_path: Path, precision: str) -> None:
-    """Ratio 1 and nothing clipped, exactly, in micro-batches and with guidance."""
+def test_first_step_of_ppo_equals_reinforce(tiny_sd: Path, tmp_path: Path, precision: str) -> None:
+    """The ratio is exactly 1 and no step is clipped, with micro-batches and with guidance."""
     found = []
     for objective in (PPO(clip=1e-4), Reinforce()):
         model = {"guidance": Guidance(2.0), "dtype": "bfloat16" if precision == "bf16 base" else "float32"}
@@ -175,7 +175,7 @@ def test_the_first_step_of_ppo_is_reinforce_s(tiny_sd: Path, tmp_path: Path, pre
     assert reinforce["train/reward"] == ppo["train/reward"]
 
 
-def test_ratios_leave_one_as_the_model_moves(tmp_path: Path) -> None:
+def test_ratios_differ_from_one_after_an_update(tmp_path: Path) -> None:
     recorder = fit(tmp_path, linear(objective=PPO(clip=1e-3), inner_epochs=3), steps=4)
     ratios, clipped = recorder.of("train/ratio"), recorder.of("train/clip_fraction")
     assert (ratios[0], clipped[0]) == (1, 0)
@@ -198,10 +198,10 @@ def test_logged_ratios_equal_their_formulas() -> None:
     assert 0 < logs["train/clip_fraction"] < 1
 
 
-def test_the_divergence_is_that_of_gaussians() -> None:
-    """With a linear model it is the squared distance of the means over twice the variance, averaged over dimensions.
+def test_kl_divergence_equals_that_of_gaussians() -> None:
+    """For a linear model it is the squared distance of the means over twice the variance, averaged over dimensions.
 
-    It goes with the square of the distance of the parameters, and its gradient with them.
+    It is proportional to the squared distance of the parameters, and its gradient to the distance.
     """
     module = linear(kl_weight=0.5)
     module.model.theta.data += 0.05
@@ -234,7 +234,7 @@ def test_the_divergence_is_that_of_gaussians() -> None:
 
 
 def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
-    """Bitwise where the arithmetic is element by element; elsewhere as far as it allows."""
+    """Bitwise for elementwise arithmetic; otherwise up to rounding."""
 
     class Wordy(LinearReward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -252,32 +252,32 @@ def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_rollouts_depend_on_seed_and_number_alone() -> None:
-    """Random numbers drawn by a reward included."""
+def test_rollouts_depend_only_on_seed_and_number() -> None:
+    """Also if a reward uses random numbers."""
 
     class Moody(LinearReward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return torch.rand(len(prompts))
 
-    def draw(seed: int, number: int, before: int) -> Rollout:
+    def collect(seed: int, number: int, before: int) -> Rollout:
         torch.manual_seed(before)
         state = torch.get_rng_state()
         rollout = linear(seed=seed, reward=Moody()).collect_rollout(PROMPTS[:2], number)
         assert torch.equal(torch.get_rng_state(), state)
         return rollout
 
-    one, again = draw(0, 0, before=1), draw(0, 0, before=2)
+    one, again = collect(0, 0, before=1), collect(0, 0, before=2)
     assert torch.equal(again.latents, one.latents)
     assert torch.equal(again.rewards, one.rewards)
     assert len(one.latents.unique()) == one.latents.numel()
-    for other in (draw(0, 1, before=1), draw(1, 0, before=1)):
+    for other in (collect(0, 1, before=1), collect(1, 0, before=1)):
         assert not torch.isclose(other.latents[0], one.latents[0]).any()
         assert not torch.isclose(other.rewards, one.rewards).any()
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PPO(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
-def test_minibatches_add_up_to_the_rollout(tmp_path: Path, objective: Objective) -> None:
-    """Uneven ones too: 4 samples by 3, 4 steps by 3. What is logged adds up likewise."""
+def test_minibatch_gradients_add_up_to_that_of_the_rollout(tmp_path: Path, objective: Objective) -> None:
+    """Also for uneven minibatches: 4 samples by 3, 4 steps by 3. Logged values add up too."""
 
     def outcome(accumulate: int, **options: Any) -> tuple[Tensor, dict[str, float]]:
         module = linear(objective=objective, sampler=DDIM(5, eta=1.0), kl_weight=0.1, **options)
@@ -296,8 +296,8 @@ def test_minibatches_add_up_to_the_rollout(tmp_path: Path, objective: Objective)
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)
-def test_an_optimizer_step_over_several_rollouts_is_their_mean(tmp_path: Path, objective: Objective) -> None:
-    """Three of three parts each, although two of them see every prompt."""
+def test_optimizer_step_over_several_rollouts_uses_their_mean_gradient(tmp_path: Path, objective: Objective) -> None:
+    """Three rollouts with three minibatches each, although two rollouts contain every prompt."""
     modules = [linear(objective=objective, timesteps_per_minibatch=1) for _ in range(2)]
     for module in modules:
         module.model.theta.data += 0.05
@@ -311,14 +311,16 @@ def test_an_optimizer_step_over_several_rollouts_is_their_mean(tmp_path: Path, o
     torch.testing.assert_close(ours.squeeze(), torch.stack(slopes).mean(), rtol=1e-4, atol=0)
 
 
-def test_two_passes_of_prdp_equal_autograd() -> None:
-    """In float64, after the model has moved, on a rollout of three samples a prompt."""
+def test_two_pass_gradient_of_prdp_equals_autograd() -> None:
+    """In float64, after an update of the model, for a rollout with three samples per prompt."""
     module = linear(
         objective=PRDP(beta=0.1, clip=1e-3), samples_per_prompt=3, micro_batch_size=2, timesteps_per_minibatch=1
     )
-    drawn, every = module.collect_rollout(PROMPTS[:2]), [prompt for prompt in PROMPTS[:2] for _ in range(3)]
-    doubled = {name: getattr(drawn, name).double() for name in ("latents", "log_probs", "ref_log_probs", "advantages")}
-    rollout = replace(drawn, **doubled)
+    collected, every = module.collect_rollout(PROMPTS[:2]), [prompt for prompt in PROMPTS[:2] for _ in range(3)]
+    doubled = {
+        name: getattr(collected, name).double() for name in ("latents", "log_probs", "ref_log_probs", "advantages")
+    }
+    rollout = replace(collected, **doubled)
     module.model.theta.data += 0.01
     derivatives = module.log_prob_gradients(PROMPTS[:2], rollout)
     minibatches = module.minibatches(2)
@@ -338,8 +340,8 @@ def test_two_passes_of_prdp_equal_autograd() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(loss, module.model.theta)[0], rtol=1e-9, atol=0)
 
 
-def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> None:
-    """The second of a rollout, against autograd, with log-probabilities of the base written out as a reference."""
+def test_every_update_of_prdp_uses_the_current_model(tmp_path: Path) -> None:
+    """The second update of a rollout, compared with autograd and explicit log-probabilities of the base."""
     start, lr = torch.tensor(0.15), 4e-3
     module = linear(
         objective=PRDP(beta=0.1, clip=10.0),
@@ -368,7 +370,7 @@ def test_every_update_of_prdp_is_by_the_model_as_it_is_then(tmp_path: Path) -> N
 
 
 def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
-    """Elements saved for the backward pass of a part, the derivatives included."""
+    """Number of saved elements for the backward pass of a minibatch, including the gradients of log-probabilities."""
 
     def kept(steps: int) -> int:
         module = make(
@@ -389,7 +391,7 @@ def test_memory_of_prdp_does_not_grow_with_the_steps(tiny_sd: Path) -> None:
     assert kept(9) < 1.01 * kept(3)
 
 
-def test_sampled_steps_equal_the_chain_s_and_their_transitions_are_reproduced(tiny_sd: Path) -> None:
+def test_sampled_steps_equal_those_of_the_chain_and_their_transitions_are_reproduced(tiny_sd: Path) -> None:
     module = make(tiny_sd)
     chain = SamplingChain(module.model, DDIM(3, eta=1.0), module.model.encode(PROMPTS[:2]))
     torch.manual_seed(0)
@@ -407,8 +409,8 @@ def test_sampled_steps_equal_the_chain_s_and_their_transitions_are_reproduced(ti
         assert torch.equal(other.log_prob(x), transition.log_prob(x))
 
 
-def test_prompts_are_repeated_for_as_long_as_their_rollout_lasts(tmp_path: Path) -> None:
-    """Every prompt has its turn, passes are whole rollouts, and a resumed loader knows its place."""
+def test_prompts_are_repeated_for_all_training_steps_of_their_rollout(tmp_path: Path) -> None:
+    """Every prompt is used, epochs consist of complete rollouts, and a resumed loader continues at its position."""
     module, datamodule = linear(inner_epochs=2, timesteps_per_minibatch=1), data()
     trainer_of(tmp_path, max_epochs=1).fit(module, datamodule)
     loader = datamodule.train_dataloader()
@@ -440,7 +442,7 @@ def test_prompts_are_repeated_for_as_long_as_their_rollout_lasts(tmp_path: Path)
 def test_rewards_without_gradient_increase(
     tmp_path: Path, objective: Objective, advantage_estimator: Any, epochs: int
 ) -> None:
-    """The model can only scale its pictures: their size, which no gradient leads to, goes down."""
+    """The model can only scale its images: their JPEG size, which has no gradient, decreases."""
 
     class Small(Reward):
         differentiable = False
@@ -463,7 +465,7 @@ def test_rewards_without_gradient_increase(
     assert module.reward_queries == 16 * 30 // epochs
 
 
-def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_path: Path) -> None:
+def test_only_adapters_change_and_validation_is_that_of_all_methods(tiny_sd: Path, tmp_path: Path) -> None:
     module = make(tiny_sd, reward=ColorBalance(), timesteps_per_minibatch=1)
     before = values(module)
     trainer = trainer_of(tmp_path, max_steps=2, accumulate_grad_batches=3, limit_val_batches=None)
@@ -477,7 +479,7 @@ def test_only_adapters_move_and_validation_is_as_everywhere(tiny_sd: Path, tmp_p
     assert header(trainer, module)["method"] == "PPO(reduction='mean', clip=0.0001, advantage_clip=5.0, form='min')"
 
 
-def test_logged_figures_of_a_rollout() -> None:
+def test_logged_metrics_of_a_rollout_equal_their_formulas() -> None:
     class Fixed(Reward):
         differentiable = False
 
@@ -504,7 +506,7 @@ def test_logged_figures_of_a_rollout() -> None:
     )
 
 
-def test_groups_without_signal_are_those_whose_advantages_are_all_zero() -> None:
+def test_zero_advantage_groups_are_those_with_only_zero_advantages() -> None:
     advantages = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, -1.0])
     assert summarize(torch.zeros(6), advantages, 3)["train/zero_advantage_groups"] == 0.5
 
@@ -523,7 +525,7 @@ def test_groups_without_signal_are_those_whose_advantages_are_all_zero() -> None
     ids=["PPO within a rollout", "PPO between rollouts", "PRDP within a rollout", "REINFORCE"],
 )
 @pytest.mark.parametrize("pipeline", [False, True], ids=["linear", "pipeline"])
-def test_resuming_is_bitwise_the_uninterrupted_run(
+def test_resumed_run_equals_uninterrupted_run(
     tiny_sd: Path, tmp_path: Path, stop: int, options: dict[str, Any], pipeline: bool
 ) -> None:
     settings = {"timesteps_per_minibatch": 1, "seed": 4, **options}
@@ -556,7 +558,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
 
 
 class Cut(Callback):
-    """Ctrl-C before a backward pass."""
+    """Raises Ctrl-C before a backward pass."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -578,10 +580,10 @@ class Cut(Callback):
     ],
     ids=["last part of a pass", "last of a rollout", "last of the only pass", "in a step's second rollout", "PRDP"],
 )
-def test_a_run_interrupted_within_a_rollout_resumes_bitwise(
+def test_run_interrupted_within_a_rollout_resumes_bitwise(
     tmp_path: Path, at: int, accumulate: int, options: dict[str, Any]
 ) -> None:
-    """What baselines and rewards learnt of the step that was cut is forgotten with it."""
+    """The statistics of advantage estimator and reward from the interrupted step are discarded."""
 
     def run(*callbacks: Callback, ckpt: Path | None = None) -> Any:
         parts = {"bright": WeightedReward(Brightness(0.2), 3.0), "sharp": WeightedReward(Sharpness(), -1.0)}
@@ -599,10 +601,8 @@ def test_a_run_interrupted_within_a_rollout_resumes_bitwise(
 
 
 @pytest.mark.parametrize("trainable", ["full", ["attn2"]], ids=str)
-def test_prdp_trains_the_denoiser_s_own_weights_and_resumes_bitwise(
-    trainable: Any, tiny_sd: Path, tmp_path: Path
-) -> None:
-    """The reference is the model before training, and a checkpoint holds the trained weights alone."""
+def test_prdp_trains_full_weights_and_resumes_bitwise(trainable: Any, tiny_sd: Path, tmp_path: Path) -> None:
+    """The reference is the model before training, and a checkpoint contains only the trained weights."""
 
     def run(steps: int, *callbacks: Callback, ckpt: Path | None = None) -> PolicyGradientModule:
         module = make(
@@ -642,7 +642,7 @@ def test_prdp_trains_the_denoiser_s_own_weights_and_resumes_bitwise(
 
 
 class Note(Callback):
-    """Writes down what each process drew and what it ended with."""
+    """Records the random choices and the final parameters of each process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -673,7 +673,7 @@ def test_a_checkpoint_of_another_advantage_estimator_or_method_loads_without_the
 
 
 def test_two_processes_share_parameters_and_advantage_estimator_but_not_noise(tmp_path: Path) -> None:
-    """And the step they take is that of the mean of their gradients, with advantages from the rewards of both."""
+    """The update is that of the mean of their gradients, with advantages from the rewards of both."""
 
     def module() -> PolicyGradientModule:
         return linear(
@@ -703,8 +703,8 @@ def test_two_processes_share_parameters_and_advantage_estimator_but_not_noise(tm
     assert one["theta"].item() == pytest.approx((0.1 - 0.1 * torch.stack(slopes).mean()).item(), rel=1e-6)
 
 
-def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
-    """Within a rollout; one process draws a new one, and says so."""
+def test_each_process_resumes_with_its_own_rollout(tmp_path: Path) -> None:
+    """Within a rollout; a single process collects a new rollout and warns."""
     settings = {"objective": PPO(clip=1e-2), "inner_epochs": 2}
     options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": True}
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
@@ -763,7 +763,7 @@ def test_two_processes_resume_each_with_its_own_rollout(tmp_path: Path) -> None:
         ({"model": GaussianModel()}, {}, "no trainable parameters"),
     ],
 )
-def test_what_cannot_learn_is_refused_before_it_starts(
+def test_configurations_that_cannot_improve_the_reward_are_rejected(
     tmp_path: Path, options: dict[str, Any], trainer: dict[str, Any], message: str
 ) -> None:
     module = linear(**options)
@@ -773,13 +773,13 @@ def test_what_cannot_learn_is_refused_before_it_starts(
 
 
 class Unused(LinearModel):
-    """Its parameter takes no part in sampling."""
+    """Its parameter is not used in sampling."""
 
     def forward(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
         return 0.1 * x
 
 
-def test_log_probabilities_that_ignore_what_is_trained_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
+def test_log_probabilities_without_gradient_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="the log-probability's gradient reaches none of the trainable"):
         fit(tmp_path, linear(model=Unused(0.1)))
     with pytest.raises(
@@ -794,7 +794,7 @@ def test_accumulating_over_several_rollouts_is_on_policy(tmp_path: Path) -> None
     assert module.reward_queries == 2 * 2 * 4
 
 
-def test_a_second_fit_collects_its_own_rollouts(tmp_path: Path) -> None:
+def test_second_fit_collects_new_rollouts(tmp_path: Path) -> None:
     module = linear(inner_epochs=2)
     fit(tmp_path, module)
     fit(tmp_path, module)
@@ -802,7 +802,7 @@ def test_a_second_fit_collects_its_own_rollouts(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_step_within_an_on_policy_rollout_is_an_error(tmp_path: Path) -> None:
-    """As Lightning makes it at the end of an epoch that was cut short."""
+    """Lightning makes such a step at the end of an epoch that was limited."""
     module = linear(objective=Reinforce(), timesteps_per_minibatch=1)
     with pytest.raises(
         ConfigurationError, match="before all minibatches of a rollout were used, and Reinforce is on-policy; leave out"
@@ -817,14 +817,14 @@ def test_a_loader_that_changes_prompts_within_a_rollout_is_an_error(tmp_path: Pa
         trainer_of(tmp_path, max_steps=2).fit(module, loader)
 
 
-def test_batches_of_a_loader_of_one_s_own_are_checked_before_they_are_rewarded(tmp_path: Path) -> None:
+def test_batches_of_a_user_loader_are_checked(tmp_path: Path) -> None:
     module = linear(objective=PRDP(), timesteps_per_minibatch=1)
     with pytest.raises(ConfigurationError, match="PRDP couples .*set trainer.accumulate_grad_batches to 3"):
         trainer_of(tmp_path, max_steps=1).fit(module, [PROMPTS[:2]] * 3)
     assert module.reward_queries == 0
 
 
-def test_scores_that_are_not_finite_are_an_error() -> None:
+def test_non_finite_scores_are_an_error() -> None:
     class Broken(LinearReward):
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return super().forward(images, prompts).log() * float("nan")
@@ -843,12 +843,12 @@ def test_scores_that_are_not_finite_are_an_error() -> None:
         ({"kl_weight": -1.0}, "kl_weight=-1.0 must be at least 0"),
     ],
 )
-def test_wrong_settings_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         linear(**options)
 
 
-def test_the_steps_that_are_trained_are_those_that_add_noise() -> None:
+def test_trained_steps_are_those_that_add_noise() -> None:
     assert stochastic_steps(DDIM(4, eta=1.0), scaled_linear()) == [0, 1, 2]
     assert stochastic_steps(DDIM(3, eta=0.5), MILD) == [0, 1, 2]
     assert stochastic_steps(FlowSDE(3), RectifiedFlow()) == [0, 1]
@@ -861,7 +861,7 @@ def test_the_steps_that_are_trained_are_those_that_add_noise() -> None:
         stochastic_steps(Remembering(4, eta=1.0), scaled_linear())
 
 
-def test_a_rectified_flow_learns_by_its_sde(tmp_path: Path) -> None:
+def test_rectified_flow_with_flow_sde_raises_the_reward(tmp_path: Path) -> None:
     model = LinearModel(0.1, prediction="flow", schedule=RectifiedFlow())
     recorder = fit(
         tmp_path, linear(model=model, sampler=FlowSDE(4), advantage_estimator=GroupRelative(divide_by_std=True))

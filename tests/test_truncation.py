@@ -1,7 +1,7 @@
-"""Truncations against gradients worked out by hand.
+"""Truncations against gradients computed by hand.
 
-With the network `eps = theta x` a step of DDIM is `x_{i+1} = A_i x_i + B_i eps = c_i x_i`, so every gradient is a sum
-over the steps that carry one. `Walk` holds these numbers.
+With the network `eps = theta x` a step of DDIM is `x_{i+1} = A_i x_i + B_i eps = c_i x_i`, so that every gradient is a
+sum over the steps with gradient. `Walk` contains these numbers.
 """
 
 import inspect
@@ -57,7 +57,7 @@ def linear(prediction: Prediction = "epsilon", **grid: Any) -> LinearModel:
 
 
 def chain_of(model: LinearModel, sampler: Sampler | None = None, seed: int = 0, **options: Any) -> SamplingChain:
-    """A batch of four prompts that all weigh differently."""
+    """A batch of four prompts with different weights."""
     prompts = [Prompt("a", {"weight": weight}) for weight in (1.0, 0.5, -1.0, 2.0)]
     generator = torch.Generator().manual_seed(seed)
     return SamplingChain(model, sampler or DDIM(STEPS), model.encode(prompts), generator=generator, **options)
@@ -75,7 +75,7 @@ def gradient(latents: Tensor, model: LinearModel) -> float:
 
 @dataclass
 class Walk:
-    """`A_i`, `B_i` and the latents `x_0 .. x_N` of a chain of DDIM, in the conventions of the oracle only."""
+    """`A_i`, `B_i` and the latents `x_0 .. x_N` of a DDIM chain, computed without the package."""
 
     a: list[float]
     b: list[float]
@@ -100,7 +100,7 @@ class Walk:
 
 
 def sample_steps(chain: SamplingChain, start: Tensor, stop: int | None = None) -> Walk:
-    """Walk DDIM by hand; from step `stop` on, jump to the predicted `x_0` (`A = 1/a`, `B = -s/a`)."""
+    """Sample DDIM by hand; at step `stop`, use the predicted `x_0` (`A = 1/a`, `B = -s/a`)."""
     schedule, model = chain.model.schedule, chain.model
     assert isinstance(schedule, VariancePreserving)
     weight = chain.conditioning.tensors["weight"].view(-1, 1, 1)
@@ -136,7 +136,7 @@ GRIDS = pytest.mark.parametrize(
 @PREDICTIONS
 @GRIDS
 @pytest.mark.parametrize("k", range(1, STEPS + 1))
-def test_last_k(prediction: Prediction, grid: dict[str, Any], k: int) -> None:
+def test_last_k_gradient_equals_hand_computation(prediction: Prediction, grid: dict[str, Any], k: int) -> None:
     model = linear(prediction, **grid)
     chain = chain_of(model)
     latents = LastK(k)(chain, noise())
@@ -147,7 +147,7 @@ def test_last_k(prediction: Prediction, grid: dict[str, Any], k: int) -> None:
 
 @PREDICTIONS
 @GRIDS
-def test_full_is_last_k_of_every_step_and_the_closed_form(prediction: Prediction, grid: dict[str, Any]) -> None:
+def test_full_equals_last_k_of_all_steps_and_the_closed_form(prediction: Prediction, grid: dict[str, Any]) -> None:
     model = linear(prediction, **grid)
     chain = chain_of(model)
     ours = gradient(Full()(chain, noise()), model)
@@ -168,7 +168,7 @@ def test_full_is_last_k_of_every_step_and_the_closed_form(prediction: Prediction
     ],
     ids=["DDIM", "DDIM(1)", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE"],
 )
-def test_full_is_the_finite_difference(model: LinearModel, sampler: Sampler) -> None:
+def test_full_gradient_equals_finite_differences(model: LinearModel, sampler: Sampler) -> None:
     def value(theta: float) -> Tensor:
         with torch.no_grad():
             model.theta.fill_(theta)
@@ -183,8 +183,8 @@ def test_full_is_the_finite_difference(model: LinearModel, sampler: Sampler) -> 
 
 @pytest.mark.parametrize("final", [1.0, None])
 @pytest.mark.parametrize("copies", [1, 2, 5])
-def test_low_variance(copies: int, final: float | None) -> None:
-    """The sample's own last step, and each copy's: renoised from the detached sample, then one step."""
+def test_low_variance_gradient_equals_hand_computation(copies: int, final: float | None) -> None:
+    """The last step of the sample, and one step of each copy, which is renoised from the detached sample."""
     model = linear(final_alpha_cumprod=final)
     chain = chain_of(model)
     torch.manual_seed(7)
@@ -208,7 +208,7 @@ def test_low_variance(copies: int, final: float | None) -> None:
 
 @PREDICTIONS
 @pytest.mark.parametrize("seed", range(6))
-def test_refl(prediction: Prediction, seed: int) -> None:
+def test_refl_gradient_equals_hand_computation(prediction: Prediction, seed: int) -> None:
     model = linear(prediction)
     left = chain_of(model, seed=seed).randint(1, 4)
     chain = chain_of(model, seed=seed)
@@ -218,7 +218,7 @@ def test_refl(prediction: Prediction, seed: int) -> None:
     assert gradient(latents, model) == pytest.approx(oracle.sum({STEPS - left}), rel=1e-12)
 
 
-def test_refl_at_the_last_step_is_draft_1_only_where_the_final_alpha_is_1() -> None:
+def test_refl_at_the_last_step_equals_draft_1_only_if_the_final_alpha_is_1() -> None:
     for final, equal in ((1.0, True), (None, False)):
         model = linear(final_alpha_cumprod=final)
         refl = gradient(ReFL(m=1)(chain_of(model), noise()), model)
@@ -226,7 +226,7 @@ def test_refl_at_the_last_step_is_draft_1_only_where_the_final_alpha_is_1() -> N
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_k(seed: int) -> None:
+def test_random_k_gradient_equals_hand_computation(seed: int) -> None:
     model = linear()
     k = chain_of(model, seed=seed).randint(1, STEPS)
     ours = gradient(RandomK()(chain_of(model, seed=seed), noise()), model)
@@ -235,25 +235,25 @@ def test_random_k(seed: int) -> None:
 
 @PREDICTIONS
 @pytest.mark.parametrize("seed", range(8))
-def test_random_steps(prediction: Prediction, seed: int) -> None:
+def test_random_steps_gradient_equals_hand_computation(prediction: Prediction, seed: int) -> None:
     model = linear(prediction)
-    draws = chain_of(model, seed=seed)
-    drawn = {i for i in range(STEPS) if draws.rand() < (i + 1) / (STEPS + 1)} or {STEPS - 1}
+    choices = chain_of(model, seed=seed)
+    chosen = {i for i in range(STEPS) if choices.rand() < (i + 1) / (STEPS + 1)} or {STEPS - 1}
     chain = chain_of(model, seed=seed)
     latents = RandomSteps()(chain, noise())
     oracle = sample_steps(chain, noise())
     torch.testing.assert_close(latents, oracle.x[-1])
-    assert gradient(latents, model) == pytest.approx(oracle.sum(drawn), rel=1e-12)
+    assert gradient(latents, model) == pytest.approx(oracle.sum(chosen), rel=1e-12)
 
 
 @PREDICTIONS
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 3), (3, 5), (4, 2), (5, 5)])
 @pytest.mark.parametrize("seed", range(4))
-def test_drtune(prediction: Prediction, k: int, m: int, seed: int) -> None:
+def test_drtune_gradient_equals_hand_computation(prediction: Prediction, k: int, m: int, seed: int) -> None:
     model = linear(prediction)
-    draws = chain_of(model, seed=seed)
-    stop = STEPS - draws.randint(1, m)
-    trained = DRTune(k, m).trained_steps(draws, stop + 1)
+    choices = chain_of(model, seed=seed)
+    stop = STEPS - choices.randint(1, m)
+    trained = DRTune(k, m).trained_steps(choices, stop + 1)
     chain = chain_of(model, seed=seed)
     latents = DRTune(k, m)(chain, noise())
     oracle = sample_steps(chain, noise(), stop=stop)
@@ -264,31 +264,31 @@ def test_drtune(prediction: Prediction, k: int, m: int, seed: int) -> None:
 @PREDICTIONS
 @pytest.mark.parametrize(("k", "rho"), [(1, 1.0), (3, 0.5), (5, 0.5)])
 @pytest.mark.parametrize("seed", range(4))
-def test_flow_bp_sparse(prediction: Prediction, k: int, rho: float, seed: int) -> None:
-    """The value is the sample; the steps span as many timesteps as all steps, up to `rho`."""
+def test_flow_bp_sparse_gradient_equals_hand_computation(prediction: Prediction, k: int, rho: float, seed: int) -> None:
+    """The value is the sample; the gradient is rescaled by the ratio of all to the trained timesteps, up to `rho`."""
     model = linear(prediction)
     truncation = DRTune(k, m=0, late_bias=1.0, rescale=rho)
     weights = torch.arange(1, STEPS + 1, dtype=torch.float64)
-    drawn = torch.multinomial(weights, k, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = torch.multinomial(weights, k, generator=torch.Generator().manual_seed(seed)).tolist()
     chain = chain_of(model, seed=seed)
     latents = truncation(chain, noise())
     oracle = sample_steps(chain, noise())
     torch.testing.assert_close(latents, oracle.x[-1])
     assert model.calls_with_gradient == k
-    expected = (1 + rho * (STEPS / k - 1)) * oracle.sum(set(drawn), attached=False)  # DDIM's timesteps are even
+    expected = (1 + rho * (STEPS / k - 1)) * oracle.sum(set(chosen), attached=False)  # DDIM's timesteps are even
     assert gradient(latents, model) == pytest.approx(expected, rel=1e-12)
 
 
-def test_flow_bp_sparse_on_a_shifted_flow_counts_time_not_steps() -> None:
+def test_flow_bp_sparse_rescales_by_time_not_steps() -> None:
     model = LinearModel(THETA, "flow", RectifiedFlow(3.0), (2, 3))
     truncation = DRTune(k=2, m=0, late_bias=0.0, rescale=1.0)
     chain = chain_of(model, FlowEuler(STEPS))
     (found,) = torch.autograd.grad(truncation(chain, noise()).sum(), model.theta)
-    drawn = torch.multinomial(torch.ones(STEPS).double(), 2, generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = torch.multinomial(torch.ones(STEPS).double(), 2, generator=torch.Generator().manual_seed(0)).tolist()
     weight = torch.tensor([1.0, 0.5, -1.0, 2.0]).double().view(-1, 1, 1)
     x, total, span = noise(), torch.zeros(()), 0.0
     for i, (t, s) in enumerate(chain.grid):
-        if i in drawn:
+        if i in chosen:
             total, span = total + ((s - t) * weight * x).sum(), span + t - s
         x = x + (s - t) * THETA * weight * x
     assert found.item() == pytest.approx(total.item() * chain.grid[0][0] / span)
@@ -312,7 +312,7 @@ def run(
 @battery
 @pytest.mark.parametrize("sampler", [DDIM(STEPS), DDIM(STEPS, eta=1.0), DPMSolverPlusPlus(STEPS)], ids=["0", "1", "2M"])
 @pytest.mark.parametrize("drift", [False, True])
-def test_recomputing_changes_nothing(truncation: Truncation, sampler: Sampler, drift: bool) -> None:
+def test_recomputation_changes_no_gradient(truncation: Truncation, sampler: Sampler, drift: bool) -> None:
     model = LinearModel(THETA, "v_prediction", shape=(2, 3))
     with torch.no_grad():
         model.theta.add_(0.2)
@@ -329,8 +329,8 @@ def test_recomputing_changes_nothing(truncation: Truncation, sampler: Sampler, d
 
 
 @battery
-def test_equal_generators_make_equal_choices(truncation: Truncation) -> None:
-    """Whatever the processes' own random states are."""
+def test_equal_generators_give_equal_choices(truncation: Truncation) -> None:
+    """For any random states of the processes."""
     results = set()
     for own_state in range(3):
         torch.manual_seed(own_state)
@@ -341,7 +341,7 @@ def test_equal_generators_make_equal_choices(truncation: Truncation) -> None:
 
 
 @battery
-def test_the_choices_leave_the_global_random_state_alone(truncation: Truncation) -> None:
+def test_random_choices_do_not_use_the_global_generator(truncation: Truncation) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     truncation(chain_of(linear()), noise())
@@ -349,7 +349,7 @@ def test_the_choices_leave_the_global_random_state_alone(truncation: Truncation)
 
 
 @battery
-def test_the_gradient_reaches_theta_whatever_is_drawn(truncation: Truncation) -> None:
+def test_gradient_reaches_theta_for_every_random_choice(truncation: Truncation) -> None:
     for seed in range(20):
         model = linear()
         assert gradient(truncation(chain_of(model, seed=seed), noise()), model) != 0
@@ -357,14 +357,14 @@ def test_the_gradient_reaches_theta_whatever_is_drawn(truncation: Truncation) ->
 
 @battery
 def test_gradient_steps_bounds_the_chain(truncation: Truncation) -> None:
-    """The most calls with gradient over many draws, copies aside."""
+    """The largest number of calls with gradient over many random choices, without copies."""
     most = 0
     for seed in range(60):
         model = linear()
         truncation(chain_of(model, seed=seed), noise())
         most = max(most, model.calls_with_gradient)
     bound = truncation.gradient_steps(STEPS)
-    if isinstance(truncation, RandomSteps):  # all steps at once are drawn seldom
+    if isinstance(truncation, RandomSteps):  # all steps at once are chosen rarely
         assert bound == STEPS >= most > 1
     else:
         assert most - isinstance(truncation, LowVariance) == bound
@@ -387,7 +387,7 @@ def test_gradient_steps_bounds_the_chain(truncation: Truncation) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Truncation) else str(value),
 )
-def test_network_calls(truncation: Truncation, without: int, attached: int, checkpointed: bool) -> None:
+def test_number_of_network_calls(truncation: Truncation, without: int, attached: int, checkpointed: bool) -> None:
     """`T` sampling calls; a checkpointed step is called once more in the backward pass."""
     model = linear()
     latents = truncation(chain_of(model, recompute=Recompute(steps=checkpointed)), noise())
@@ -396,7 +396,7 @@ def test_network_calls(truncation: Truncation, without: int, attached: int, chec
     assert (model.calls_without_gradient, model.calls_with_gradient) == (without, attached * (1 + checkpointed))
 
 
-def test_low_variance_costs_one_forward_a_copy() -> None:
+def test_low_variance_needs_one_forward_pass_per_copy() -> None:
     """Samples through the network: `(T + n) B` forward, of which `(1 + n) B` with gradient."""
     sizes: list[tuple[bool, int]] = []
 
@@ -424,8 +424,8 @@ def saved_tensors(make: Callable[[], Tensor]) -> int:
 
 
 @pytest.mark.parametrize("truncation", [LastK(1), LastK(3), LowVariance(2), ReFL(m=1)], ids=lambda t: type(t).__name__)
-def test_the_prefix_without_gradient_saves_nothing(truncation: Truncation) -> None:
-    """What is saved for the backward pass does not grow with the chain."""
+def test_steps_without_gradient_store_no_activations(truncation: Truncation) -> None:
+    """The saved activations do not grow with the length of the chain."""
     counts = {
         steps: saved_tensors(lambda: truncation(chain_of(linear(), DDIM(steps)), noise()))  # noqa: B023
         for steps in (4, 40)
@@ -433,8 +433,8 @@ def test_the_prefix_without_gradient_saves_nothing(truncation: Truncation) -> No
     assert counts[4] == counts[40] > 0
 
 
-def test_a_skipped_step_saves_no_activation_of_the_network() -> None:
-    """DRTune with one trained step: nothing is saved of the others but what the linear path needs."""
+def test_untrained_step_stores_no_network_activations() -> None:
+    """DRTune with one trained step: for other steps, only values for the linear path are saved."""
     model = linear()
     inside = 0
     forward = model.forward
@@ -457,8 +457,8 @@ def test_a_skipped_step_saves_no_activation_of_the_network() -> None:
 
 @pytest.mark.parametrize("truncation", [LastK(1), LastK(3), Full(), DRTune(k=5, m=1)], ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_drift_by_hand(truncation: Truncation, prediction: Prediction) -> None:
-    """`mean (eps_theta - eps_base)^2`, with `eps_base` a constant and `eps_theta` attached to what the network saw."""
+def test_drift_equals_hand_computation(truncation: Truncation, prediction: Prediction) -> None:
+    """`mean (eps_theta - eps_base)^2`, with `eps_base` a constant and `eps_theta` attached to its input."""
     model = linear(prediction)
     shift, moved = 0.05, THETA + 0.05
     with torch.no_grad():
@@ -509,7 +509,7 @@ def test_drift_is_zero_before_training() -> None:
     assert torch.autograd.grad(drift.mean, model.theta)[0].item() == 0
 
 
-# The draws. Frequencies of 3000 draws lie within 4.5 standard errors.
+# Random choices. Frequencies of 3000 choices lie within 4.5 standard errors.
 
 DRAWS = 3000
 
@@ -533,7 +533,7 @@ class Recorder(SamplingChain):
 
 
 def frequencies(truncation: Truncation, key: Callable[[list[bool]], Any], steps: int = 4) -> Counter[Any]:
-    """How often each outcome is drawn; `key` maps which network calls carried a gradient to an outcome."""
+    """Return the frequency of each outcome; `key` maps the network calls with gradient to an outcome."""
     model = linear()
     chain = Recorder(model, DDIM(steps), model.encode(["a"]), generator=torch.Generator().manual_seed(1))
     counts: Counter[Any] = Counter()
@@ -564,7 +564,7 @@ def test_random_k_is_uniform() -> None:
     assert set(frequencies(RandomK(max_k=2), sum)) == {1, 2}
 
 
-def test_random_steps_rise_linearly_and_fall_back_to_the_last() -> None:
+def test_random_steps_probability_is_linear_and_an_empty_choice_uses_the_last_step() -> None:
     counts = frequencies(RandomSteps(), tuple)
     nothing = (4 / 5) * (3 / 5) * (2 / 5) * (1 / 5)
     for i in range(4):
@@ -574,8 +574,8 @@ def test_random_steps_rise_linearly_and_fall_back_to_the_last() -> None:
 
 
 @pytest.mark.parametrize(("coverage", "first"), [("uniform", {0, 1, 2}), ("end", {1, 2})])
-def test_drtune_places_its_steps_uniformly(coverage: Any, first: set[int]) -> None:
-    """Two of five steps, two apart: three placements fit, of which `end` leaves out the one that starts first."""
+def test_drtune_step_positions_are_uniform(coverage: Any, first: set[int]) -> None:
+    """Two of five steps with a distance of two have three positions; `end` excludes the first of them."""
     counts = frequencies(DRTune(k=2, m=1, coverage=coverage), tuple, steps=5)
     assert {calls.index(True) for calls in counts} == first
     for calls, number in counts.items():
@@ -583,13 +583,13 @@ def test_drtune_places_its_steps_uniformly(coverage: Any, first: set[int]) -> No
         assert_frequency(number, 1 / len(first))
 
 
-def test_late_bias_draws_late_steps_more_often() -> None:
+def test_late_bias_selects_late_steps_more_often() -> None:
     counts = frequencies(DRTune(k=1, m=0, late_bias=2.0), tuple, steps=4)
     for calls, number in counts.items():
         assert_frequency(number, (calls.index(True) + 1) ** 2 / 30)
 
 
-def test_drtune_spreads_its_steps_and_stops_uniformly() -> None:
+def test_drtune_steps_are_evenly_spaced_and_the_stop_is_uniform() -> None:
     counts = frequencies(DRTune(k=2, m=3), tuple, steps=8)
     stops: Counter[int] = Counter()
     for calls, number in counts.items():
@@ -632,6 +632,6 @@ def test_invalid_settings_are_configuration_errors(make: Callable[[], Truncation
     [(LastK(7), "k"), (ReFL(m=7), "m"), (RandomK(max_k=7), "max_k"), (DRTune(k=7, m=1), "k"), (DRTune(k=1, m=7), "m")],
     ids=lambda value: type(value).__name__ if isinstance(value, Truncation) else value,
 )
-def test_more_steps_than_the_sampler_has_are_refused(truncation: Truncation, name: str) -> None:
+def test_more_steps_than_the_sampler_has_are_rejected(truncation: Truncation, name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{name}=7 exceeds the sampler's num_steps=5; lower {name}$"):
         truncation(chain_of(linear()), noise())

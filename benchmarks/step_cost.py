@@ -182,7 +182,7 @@ def time_rewards(module: DraftModule, batch: int) -> float:
     latents = module.model.noise(batch).requires_grad_()
     synchronize(module.device)
     start = time.perf_counter()
-    rewards, _, _ = module._rewards(latents, [""] * batch)
+    rewards, _, _ = module.rewards(latents, [""] * batch)
     torch.autograd.grad(module.loss(rewards).sum(), latents)
     synchronize(module.device)
     return time.perf_counter() - start

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from lightning_draft.data import PromptDataModule
     from lightning_draft.errors import ConfigurationError
     from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
+    from lightning_draft.gradient_matching import AdjointMatching, GradientMatching, NablaGFlowNet, VGGFlow
     from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
     from lightning_draft.methods.base import RewardModule
     from lightning_draft.methods.draft import DraftModule
     from lightning_draft.methods.forward_process import ForwardProcessModule
+    from lightning_draft.methods.gradient_matching import GradientMatchingModule
     from lightning_draft.methods.old_policy import OldPolicy
     from lightning_draft.methods.policy_gradient import PolicyGradientModule
     from lightning_draft.models.base import DiffusionModel
@@ -38,10 +40,12 @@ _MODULES = {
     "data": ("PromptDataModule",),
     "errors": ("ConfigurationError",),
     "forward_objectives": ("AWM", "DiffusionNFT", "ForwardObjective", "RWR"),
+    "gradient_matching": ("AdjointMatching", "GradientMatching", "NablaGFlowNet", "VGGFlow"),
     "group_objectives": ("CRD", "DGPO", "OnlineDPO"),
     "methods.base": ("RewardModule",),
     "methods.draft": ("DraftModule",),
     "methods.forward_process": ("ForwardProcessModule",),
+    "methods.gradient_matching": ("GradientMatchingModule",),
     "methods.old_policy": ("OldPolicy",),
     "methods.policy_gradient": ("PolicyGradientModule",),
     "models.base": ("DiffusionModel",),
@@ -66,6 +70,7 @@ __all__ = [
     "PPO",
     "PRDP",
     "RWR",
+    "AdjointMatching",
     "AdvantageEstimator",
     "ConfigurationError",
     "DPMSolverPlusPlus",
@@ -80,6 +85,8 @@ __all__ = [
     "ForwardObjective",
     "ForwardProcessModule",
     "Full",
+    "GradientMatching",
+    "GradientMatchingModule",
     "GroupRelative",
     "Guidance",
     "LastK",
@@ -88,6 +95,7 @@ __all__ = [
     "LoRA",
     "LowVariance",
     "Memory",
+    "NablaGFlowNet",
     "Objective",
     "OldPolicy",
     "OnlineDPO",
@@ -104,6 +112,7 @@ __all__ = [
     "Sampler",
     "TextEncoding",
     "Truncation",
+    "VGGFlow",
     "WeightedReward",
     "WeightedSum",
     *FAMILIES,

@@ -7,6 +7,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_draft.advantages  # noqa: F401 (its classes are known by their short names)
 import lightning_draft.forward_objectives  # noqa: F401
+import lightning_draft.gradient_matching  # noqa: F401
 import lightning_draft.group_objectives  # noqa: F401
 import lightning_draft.losses  # noqa: F401
 import lightning_draft.objectives  # noqa: F401
@@ -21,6 +22,7 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.forward_process import ForwardProcessModule  # noqa: F401
+from lightning_draft.methods.gradient_matching import GradientMatchingModule  # noqa: F401
 from lightning_draft.methods.policy_gradient import PolicyGradientModule  # noqa: F401
 from lightning_draft.models.families import FAMILIES
 

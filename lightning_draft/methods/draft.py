@@ -4,20 +4,17 @@ References:
     Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv:2309.17400 (DRaFT).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import at_least, one_of
-from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain
+from lightning_draft.arguments import at_least
+from lightning_draft.chain import PredictionDrift
 from lightning_draft.losses import Maximize, RewardLoss
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.checks import (
-    check_differentiable,
     check_dtype,
     check_final_step,
     check_gradient,
@@ -25,18 +22,16 @@ from lightning_draft.methods.checks import (
     check_loss,
     check_reward,
 )
+from lightning_draft.methods.direct import Checkpointing, DirectModule
 from lightning_draft.models.base import DiffusionModel
-from lightning_draft.rewards.base import Reward, check_scores
+from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
-from lightning_draft.seeds import derive_seed
 from lightning_draft.truncation import LastK, Truncation
 
 __all__ = ["Checkpointing", "DraftModule", "RewardModule"]
 
-Checkpointing = Literal["auto", "none", "step", "block", "both"]
 
-
-class DraftModule(RewardModule):
+class DraftModule(DirectModule):
     """Back-propagate a differentiable reward through the sampler; the truncation decides where the gradient flows.
 
     With the latents `x_0 = truncation(noise)`, `c` per prompt for DRaFT-LV and one otherwise, and `B` prompts, the loss
@@ -81,16 +76,16 @@ class DraftModule(RewardModule):
         micro_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
+        super().__init__(
+            model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed, checkpointing, micro_batch_size
+        )
         self.truncation = LastK(1) if truncation is None else truncation
         self.loss = Maximize() if loss is None else loss
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
-        one_of("checkpointing", checkpointing, get_args(Checkpointing))
-        if micro_batch_size is not None:
-            at_least("micro_batch_size", micro_batch_size, 1)
-        self.checkpointing = checkpointing
-        self.micro_batch_size = micro_batch_size
-        self.batches = 0
+
+    def gradient_steps(self) -> int:
+        """Return how many steps of a chain have a gradient at most."""
+        return self.truncation.gradient_steps(self.sampler.num_steps)
 
     @property
     def method(self) -> Truncation:
@@ -101,19 +96,12 @@ class DraftModule(RewardModule):
         """Return the strategies of the run, including the loss."""
         return {**super().strategies(), "loss": self.loss}
 
-    def setup(self, stage: str) -> None:
-        """Count training steps from 0 in a new run."""
-        super().setup(stage)
-        if stage == "fit" and self.trainer.global_step == 0:
-            self.batches = 0
-
     def check_configuration(self) -> None:
         """Check that the reward has a gradient, something is trained, and the sampler and the truncation fit the model.
 
         Raises:
             ConfigurationError: One of these is not the case.
         """
-        check_differentiable(self.reward, type(self).__name__)
         super().check_configuration()
         check_final_step(self.truncation, self.sampler, self.model.schedule)
 
@@ -137,35 +125,11 @@ class DraftModule(RewardModule):
                 prompts = list(prompts) * (len(latents) // len(prompts))
                 check_reward(self.reward, images, prompts)
                 if self.gradients_are_whole:
-                    rewards = self._rewards(latents, prompts)[0]
+                    rewards = self.rewards(latents, prompts)[0]
                     check_gradient(rewards.sum(), self.trainable_parameters().values(), "reward")
                     check_loss(self.loss, rewards)
         finally:
             self.probes = probes
-
-    def training_loss(self, prompts: list[str]) -> Tensor:
-        """Sample with gradient, compute the rewards, and return the loss."""
-        with self._random_state(derive_seed(self.seed, self.batches, self.global_rank)):
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.batches))
-            loss, logs = self.loss_and_logs(prompts, generator)
-        self.batches += 1
-        self.log("train/reward", logs.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
-        self.log_dict(logs, batch_size=len(prompts))
-        return loss
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return the training state besides parameters, including `batches`, the number of training steps."""
-        return {**super().extra_state(), "batches": self.batches}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the trained parameters, the rewards' states and the number of training steps."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["batches"] = self.last_step_state()["batches"]
-
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the number of training steps; the checkpoint of another method has none."""
-        super().on_load_checkpoint(checkpoint)
-        self.batches = checkpoint.get("batches", 0)
 
     def loss_and_logs(
         self, prompts: Sequence[str], generator: torch.Generator | None = None
@@ -180,7 +144,7 @@ class DraftModule(RewardModule):
         chain = self.chain(prompts, generator, drift)
         latents = self.truncation(chain, self.model.noise(len(prompts)))
         copies = len(latents) // len(prompts)
-        rewards, components, out_of_range = self._rewards(latents, list(prompts) * copies)
+        rewards, components, out_of_range = self.rewards(latents, list(prompts) * copies)
         self.update_statistics(components)
         # The losses of DRaFT-LV's copies are added; those of the batch are averaged.
         loss = self.loss(rewards).view(copies, -1).sum(0).mean() * _nan_unless_finite(rewards)
@@ -194,51 +158,6 @@ class DraftModule(RewardModule):
             logs["train/reward_loss"] = loss
             loss = loss + self.kl_weight * drift.mean
         return loss, {name: value.detach() for name, value in {**logs, "train/loss": loss}.items()}
-
-    @property
-    def recompute(self) -> Recompute:
-        """Activations that the backward pass of a training step recomputes."""
-        several = self.truncation.gradient_steps(self.sampler.num_steps) > 1
-        steps = self.checkpointing in ("step", "both") or (self.checkpointing == "auto" and several)
-        return Recompute(steps, self.checkpointing in ("block", "both"), self.micro_batch_size)
-
-    def chain(
-        self,
-        prompts: Sequence[str],
-        generator: torch.Generator | None = None,
-        drift: PredictionDrift | None = None,
-    ) -> SamplingChain:
-        """Build the chain of a training step."""
-        return SamplingChain(
-            self.model,
-            self.sampler,
-            self.model.encode(prompts),
-            recompute=self.recompute,
-            generator=generator,
-            drift=drift,
-            probes=tuple(self.probes),
-        )
-
-    def _rewards(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return scores `(B,)`, those of the components, and the fraction of values outside [0, 1] of each image."""
-
-        def reward(latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-            images = self.model.decode(latents).float()
-            total, components = self.reward.breakdown(images, prompts)
-            out_of_range = ((images < 0) | (images > 1)).float().flatten(1).mean(1)
-            return check_scores(total, len(prompts), self.reward), components, out_of_range
-
-        self.reward_queries += len(latents)
-        size = self.micro_batch_size or len(latents)
-        if size >= len(latents):
-            return reward(latents, prompts)
-        results = [
-            checkpoint(reward, latents[i : i + size], prompts[i : i + size], use_reentrant=False)
-            for i in range(0, len(latents), size)
-        ]
-        totals, components, out_of_range = zip(*results, strict=True)
-        joined = {name: torch.cat([scores[name] for scores in components]) for name in components[0]}
-        return torch.cat(totals), joined, torch.cat(out_of_range)
 
 
 def _nan_unless_finite(values: Tensor) -> Tensor:

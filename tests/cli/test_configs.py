@@ -38,6 +38,7 @@ FORWARD = {
     "dgpo": "DGPO",
     "crd": "CRD",
 }
+MATCHING = {"adjoint_matching": "AdjointMatching", "nabla_gflownet": "NablaGFlowNet", "vgg_flow": "VGGFlow"}
 TINY = {
     "trainer.max_steps": 1,
     "trainer.accelerator": "cpu",
@@ -107,7 +108,7 @@ def test_every_method_has_a_config() -> None:
     assert classes == METHODS
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert set(METHODS.values()) == known
-    assert set(EMOJI) == {*METHODS, *POLICIES, *FORWARD, "quickstart", "guard", "compositions"}
+    assert set(EMOJI) == {*METHODS, *POLICIES, *FORWARD, *MATCHING, "quickstart", "guard", "compositions"}
 
 
 def test_every_forward_objective_has_a_config() -> None:
@@ -155,7 +156,7 @@ def test_optimizer_steps_of_policy_configs_end_with_epochs(name: str) -> None:
 
 
 def test_method_configs_differ_only_in_the_method() -> None:
-    method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs", "old_policy")
+    method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs", "old_policy", "matching")
 
     def rest(name: str) -> dict:
         content = _content(name)
@@ -165,6 +166,7 @@ def test_method_configs_differ_only_in_the_method() -> None:
     assert all(rest(name) == rest("draft") for name in METHODS)
     assert all(rest(name) == rest("ppo") for name in POLICIES)
     assert all(rest(name) == rest("nft") for name in FORWARD)
+    assert all(rest(name) == rest("vgg_flow") for name in MATCHING)
 
 
 def test_last_step_of_configs_that_train_only_it_uses_the_network() -> None:

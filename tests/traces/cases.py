@@ -13,10 +13,12 @@ from lightning_draft.advantages import GroupRelative, LeaveOneOut, PerPromptStat
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
 from lightning_draft.data import PromptDataModule
 from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT
+from lightning_draft.gradient_matching import AdjointMatching, NablaGFlowNet, VGGFlow
 from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
 from lightning_draft.losses import Distance, Hinge, SoftHinge
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.forward_process import ForwardProcessModule
+from lightning_draft.methods.gradient_matching import GradientMatchingModule
 from lightning_draft.methods.old_policy import OldPolicy
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, TextEncoding
@@ -138,6 +140,16 @@ def forward(model: Make = sd, lr: float = 0.03, **options: Any) -> Make:
     def make(folder: Path) -> ForwardProcessModule:
         settings = {"reward": ColorBalance(), **defaults, **options}
         return stirred(ForwardProcessModule(model(folder), optimizer=sgd(lr), **settings))
+
+    return make
+
+
+def matching(strategy: Any, model: Make = sd, **options: Any) -> Make:
+    """Gradient matching at two of four noisy steps."""
+
+    def make(folder: Path) -> GradientMatchingModule:
+        settings = {"sampler": DDIM(4, eta=1.0), "trained_steps": 2, **options}
+        return stirred(GradientMatchingModule(model(folder), ColorBalance(), matching=strategy, **settings))
 
     return make
 
@@ -294,6 +306,10 @@ CASES: dict[str, Case] = {
         for name, (options, steps) in VARIANTS.items()
     },
     **{f"forward/{name}": direct(forward(**options), steps=3) for name, options in FORWARD.items()},
+    "matching/adjoint": direct(matching(AdjointMatching(), optimizer=sgd(1e-5))),
+    "matching/adjoint_flow": direct(matching(AdjointMatching(), sd3, sampler=FlowSDE(4, 2**0.5), optimizer=sgd(1e-5))),
+    "matching/nabla_gflownet": direct(matching(NablaGFlowNet(1.0), optimizer=sgd(1e-3))),
+    "matching/vgg_flow": direct(matching(VGGFlow(), optimizer=sgd(1e-2))),
     "forward/flow": direct(forward(sd3, sampler=FlowEuler(4)), steps=3),
     "policy/kl": direct(policy(**TWO_EPOCHS, kl_weight=0.1), steps=4),
     "policy/kl_sum": direct(policy(**{**TWO_EPOCHS, "objective": PPO(0.3, "sum"), "lr": 1e-4}, kl_weight=0.1), steps=4),

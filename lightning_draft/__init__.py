@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from lightning_draft.models.guidance import Guidance
     from lightning_draft.models.lora import LoRA
     from lightning_draft.models.text_encoding import TextEncoding
-    from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce
+    from lightning_draft.objectives import APA, PPO, PRDP, Objective, Reinforce
     from lightning_draft.rewards.base import Prompt, Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
     from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
+    from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
     from lightning_draft.surrogates import DirectAlign, FlowBPBridge, LeapAlign
     from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
@@ -53,16 +54,18 @@ _MODULES = {
     "models.guidance": ("Guidance",),
     "models.lora": ("LoRA",),
     "models.text_encoding": ("TextEncoding",),
-    "objectives": ("Objective", "PPO", "PRDP", "Reinforce"),
+    "objectives": ("APA", "Objective", "PPO", "PRDP", "Reinforce"),
     "rewards.base": ("Prompt", "Reward"),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
     "samplers": ("DDIM", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE", "Sampler"),
+    "stochastic_flow": ("DanceSDE", "FlowCPS"),
     "surrogates": ("DirectAlign", "FlowBPBridge", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "APA",
     "AWM",
     "CRD",
     "DDIM",
@@ -75,11 +78,13 @@ __all__ = [
     "ConfigurationError",
     "DPMSolverPlusPlus",
     "DRTune",
+    "DanceSDE",
     "DiffusionModel",
     "DiffusionNFT",
     "DirectAlign",
     "DraftModule",
     "FlowBPBridge",
+    "FlowCPS",
     "FlowEuler",
     "FlowSDE",
     "ForwardObjective",

@@ -161,6 +161,34 @@ class PPO(Objective):
         return ((batch.log_probs - batch.old_log_probs).expm1().abs() > self.clip).detach()
 
 
+class APA(Objective):
+    """Advantage-induced policy alignment: regress the log-ratio of a step on the advantage.
+
+    `L = mean_{t,i} (log p(x_{t-1,i} | x_{t,i}) - log p_old(x_{t-1,i} | x_{t,i}) - A_i / strength)^2`
+
+    Its gradient at the model that sampled the rollout is that of `Reinforce` times `2 / strength`.
+
+    Args:
+        strength: Strength of the regularization towards the old model, in units of the advantage per unit of
+            log-ratio, positive.
+        reduction: Whether the log-probability of a step is the `mean` or the `sum` over the latent's dimensions.
+
+    Raises:
+        ConfigurationError: An option is out of range.
+
+    References:
+        Zhu et al., "Fine-Tuning Language Models with Advantage-Induced Policy Alignment", arXiv:2306.02231.
+    """
+
+    def __init__(self, strength: float = 1000.0, reduction: Reduction = "mean") -> None:
+        super().__init__(reduction)
+        self.strength = positive("strength", strength)
+
+    def __call__(self, batch: PolicyBatch) -> Tensor:
+        """Return the mean squared error."""
+        return (batch.log_probs - batch.old_log_probs - batch.advantages / self.strength).square().mean()
+
+
 class PRDP(Objective):
     """Regress differences of implicit rewards on differences of rewards, for all pairs of samples of a prompt.
 

@@ -263,13 +263,17 @@ class FlowSDE(FlowEuler):
         super().__init__(num_steps)
         self.noise_level = at_least("noise_level", noise_level, 0)
 
+    def diffusion(self, t: float, s: float) -> float:
+        """Return `sigma_t` of the step from `t` to `s`."""
+        return self.noise_level * math.sqrt(t / (1 - (s if t >= 1 else t)))
+
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
         """Return the Gaussian of one Euler-Maruyama step."""
         if s <= 0:
             return super().step(schedule, x, x0, t, s)
-        sigma = self.noise_level * math.sqrt(t / (1 - (s if t >= 1 else t)))
+        sigma = self.diffusion(t, s)
         velocity, dt = (x - x0) / t, s - t
         half = sigma**2 / (2 * t)
         mean = x * (1 + half * dt) + velocity * (1 + half * (1 - t)) * dt

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
+from lightning_draft.objectives import APA, PPO, PRDP, Objective, PolicyBatch, Reinforce
 
 STEPS, PROMPTS, GROUP = 3, 2, 3
 BATCH = PROMPTS * GROUP
@@ -157,3 +157,15 @@ def test_reductions_differ_by_the_number_of_dimensions() -> None:
 def test_invalid_settings_are_rejected(make: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_apa_regresses_the_log_ratio_on_the_advantage() -> None:
+    """Written out, and at the start `2 / strength` times the gradient of REINFORCE."""
+    moved, advantages = random(STEPS, BATCH, seed=2), random(BATCH)
+    slopes = gradient(APA(strength=4.0), moved, advantages=advantages)
+    torch.testing.assert_close(slopes, 2 * (moved - advantages / 4) / (STEPS * BATCH))
+    still = torch.zeros_like(moved)
+    reinforce = gradient(Reinforce(), still, advantages=advantages)
+    torch.testing.assert_close(gradient(APA(strength=4.0), still, advantages=advantages), reinforce / 2)
+    with pytest.raises(ConfigurationError, match="strength=0"):
+        APA(strength=0)

@@ -1,5 +1,6 @@
 """Policy gradients: correct gradients for every split into minibatches, rollouts, checkpoints and processes."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -228,6 +229,31 @@ def test_kl_divergence_equals_that_of_gaussians() -> None:
     assert not {"train/policy_loss", "train/kl"} & plain.keys()
     slope -= torch.autograd.grad(loss, module.model.theta)[0]
     assert slope.item() == pytest.approx(0.5 * 2 * logs["train/kl"].item() / 0.05, rel=1e-3)
+
+
+def test_kl_per_time_multiplies_each_step_s_divergence_by_its_length() -> None:
+    """Then it is the squared distance of the means over `2 sigma_t^2`, as Flow-GRPO's code has it."""
+    model = LinearModel(0.1, "flow", RectifiedFlow(), (3, 2, 2))
+    module = linear(model=model, sampler=FlowSDE(4), kl_weight=0.5, kl_per_time=True)
+    rollout = module.collect_rollout(PROMPTS[:2])
+    model.theta.data += 0.05
+    _, logs = module.loss_and_logs(PROMPTS[:2], rollout, module.minibatches(2)[0])
+    expected = []
+    for step in module.policy.steps:
+        t, s = module.sampler.grid(model.schedule)[step]
+        x, sigma = rollout.latents[step].double(), 0.7 * math.sqrt(t / (1 - (s if t >= 1 else t)))
+        ours, base = (module.sampler.step(model.schedule, x, x - t * v * x, t, s)[0].mean for v in (0.15, 0.1))
+        expected.append(((ours - base) ** 2).mean() / (2 * sigma**2))
+    assert logs["train/kl"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+
+
+def test_samples_of_a_prompt_can_share_the_starting_noise() -> None:
+    whole = linear(share_start_noise=True).collect_rollout(PROMPTS[:2]).latents
+    parts = linear(share_start_noise=True, micro_batch_size=3).collect_rollout(PROMPTS[:2]).latents
+    assert torch.equal(whole, parts)
+    assert torch.equal(whole[0, 0], whole[0, 1])
+    assert not torch.isclose(whole[0, 1], whole[0, 2]).any()
+    assert not torch.isclose(whole[1, 0], whole[1, 1]).all()
 
 
 # Parts.

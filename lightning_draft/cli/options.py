@@ -13,6 +13,7 @@ import lightning_draft.losses  # noqa: F401
 import lightning_draft.objectives  # noqa: F401
 import lightning_draft.rewards  # noqa: F401
 import lightning_draft.samplers  # noqa: F401
+import lightning_draft.stochastic_flow  # noqa: F401
 import lightning_draft.surrogates  # noqa: F401
 import lightning_draft.truncation  # noqa: F401
 from lightning_draft import callbacks, models

@@ -111,6 +111,7 @@ class ForwardProcessModule(RolloutModule):
             inner_epochs,
             micro_batch_size,
             timesteps_per_minibatch,
+            share_start_noise=False,
         )
         self.old = OldParameters(old_policy)
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
@@ -164,12 +165,7 @@ class ForwardProcessModule(RolloutModule):
         return self.num_times
 
     def training_times(self, number: int, epoch: int) -> list[float]:
-        """Return the times of an epoch over a rollout, the same on every process.
-
-        Args:
-            number: Number of the rollout.
-            epoch: Number of the inner epoch.
-        """
+        """Return the times of inner epoch `epoch` on rollout `number`, the same on every process."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number, epoch))
         return training_times(self._grid, self.model.schedule, self.num_times, self.times, generator)
 
@@ -180,7 +176,9 @@ class ForwardProcessModule(RolloutModule):
             self.old.update(self.trainable_parameters(), step)
         return super().collect_rollout(prompts, number, step)
 
-    def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def sample_rollout(
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
         """Return samples of the old policy, `(1, N, ...)`, and no log-probabilities."""
         with self.old.in_use(self.trainable_parameters()):
             parts = [self._sample(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]

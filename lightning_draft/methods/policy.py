@@ -26,6 +26,7 @@ class Policy:
         reduce: Called with a log-probability summed over latent dimensions, and the number of these dimensions.
         micro_batch_size: Number of samples per network call; by default all.
         recompute: Activations that the backward pass recomputes.
+        kl_per_time: Whether the divergence of a step is multiplied by its length in time.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Policy:
         reduce: Callable[[Tensor, int], Tensor],
         micro_batch_size: int | None,
         recompute: Recompute,
+        kl_per_time: bool = False,
     ) -> None:
         self.model = model
         self.sampler = sampler
         self.reduce = reduce
         self.micro_batch_size = micro_batch_size
         self.recompute = recompute
+        self.kl_per_time = kl_per_time
 
     @cached_property
     def steps(self) -> list[int]:
@@ -48,9 +51,12 @@ class Policy:
         return stochastic_steps(self.sampler, self.model.schedule)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return latents `(T + 1, N, ...)` and log-probabilities `(S, N)`; each sample has its own seed."""
-        results = [self._sample(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
+        parts = slices(len(prompts), self.micro_batch_size)
+        results = [self._sample(prompts[some], seeds[some], start_seeds and start_seeds[some]) for some in parts]
         latents, log_probs = zip(*results, strict=True)
         return torch.cat(latents, 1), torch.cat(log_probs, 1)
 
@@ -80,6 +86,8 @@ class Policy:
         with torch.no_grad(), self.model.base():
             base = list(chain.transitions_at(latents, steps))
         kl = torch.stack([ours.kl(theirs) for ours, theirs in zip(transitions, base, strict=True)])
+        if self.kl_per_time:
+            kl = kl * torch.tensor([self._length(step) for step in steps]).to(kl)[:, None]
         return reduced, self.reduce(kl, elements).mean()
 
     @torch.no_grad()
@@ -88,15 +96,23 @@ class Policy:
         some = slices(len(prompts), self.micro_batch_size)
         return torch.cat([self.evaluate(prompts[part], latents[:, part], self.steps)[0] for part in some], 1)
 
-    def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
         chain = self._chain(prompts)
-        noise = sample_noise(self.model, chain.num_steps + 1, seeds)
+        noise = sample_noise(self.model, chain.num_steps + 1, seeds, start_seeds)
         latents, log_probs = [noise[0]], []
         for transition, x in chain.sample_steps(noise[0], noise[1:]):
             latents.append(x)
             if transition.std > 0:
                 log_probs.append(self.reduce(transition.log_prob(x), x[0].numel()))
         return torch.stack(latents), torch.stack(log_probs)
+
+    def _length(self, step: int) -> float:
+        """Return the length of a step, as a fraction of the schedule."""
+        schedule = self.model.schedule
+        t, s = self.sampler.grid(schedule)[step]
+        return (schedule.network_time(t) - schedule.network_time(s)) / schedule.num_train_timesteps
 
     def _chain(self, prompts: Sequence[str]) -> SamplingChain:
         return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=self.recompute)

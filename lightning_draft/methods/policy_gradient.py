@@ -62,10 +62,13 @@ class PolicyGradientModule(RolloutModule):
         inner_epochs: Number of epochs on each rollout.
         kl_weight: Weight of the KL divergence of each step from that of the base model, at least 0, with the reduction
             of the objective's log-probabilities; it costs one more network call per step.
+        kl_per_time: Whether the divergence of each step is multiplied by the step's length in time, as Flow-GRPO's code
+            does: it divides the squared distance of the means by `2 sigma_t^2` and not by `2 sigma_t^2 (t - s)`.
         micro_batch_size: Number of samples that are sampled and trained on at a time; by default all. It does not
             change the rollout.
         timesteps_per_minibatch: Number of stochastic steps that are trained on at a time; by default all. Memory is
             proportional to it.
+        share_start_noise: Whether the samples of a prompt start from the same noise.
         checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
         seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`.
 
@@ -92,8 +95,10 @@ class PolicyGradientModule(RolloutModule):
         samples_per_prompt: int = 1,
         inner_epochs: int = 1,
         kl_weight: float = 0.0,
+        kl_per_time: bool = False,
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
+        share_start_noise: bool = False,
         checkpointing: Literal["none", "block"] = "none",
         seed: int = 0,
     ) -> None:
@@ -112,10 +117,11 @@ class PolicyGradientModule(RolloutModule):
             inner_epochs,
             micro_batch_size,
             timesteps_per_minibatch,
+            share_start_noise,
         )
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
         recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
-        self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute)
+        self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute, kl_per_time)
 
     def check_configuration(self) -> None:
         """Check that the sampler has log-probabilities, and that groups and optimizer steps suit the objective.
@@ -148,9 +154,11 @@ class PolicyGradientModule(RolloutModule):
         """Return the number of stochastic steps."""
         return len(self.policy.steps)
 
-    def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def sample_rollout(
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
         """Return latents `(T + 1, N, ...)` from noise to sample and log-probabilities `(S, N)`."""
-        return self.policy.sample(prompts, seeds)
+        return self.policy.sample(prompts, seeds, start_seeds)
 
     def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
         """Collect a rollout, with the base model's log-probabilities if the objective needs them."""

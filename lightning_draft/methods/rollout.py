@@ -197,10 +197,22 @@ def summarize(rewards: Tensor, advantages: Tensor, group: int) -> dict[str, floa
     }
 
 
-def sample_noise(model: DiffusionModel, count: int, seeds: Sequence[int]) -> Tensor:
-    """Return Gaussian latents `(count, N, ...)`; each sample has its own seed, independent of the other samples."""
+def sample_noise(
+    model: DiffusionModel, count: int, seeds: Sequence[int], start_seeds: Sequence[int] | None = None
+) -> Tensor:
+    """Return Gaussian latents `(count, N, ...)`; each sample has its own seed, independent of the other samples.
+
+    Args:
+        model: The diffusion model.
+        count: Number of latents per sample.
+        seeds: One per sample.
+        start_seeds: Seeds of the first latent of each sample; by default its own.
+    """
     each = [model.noise(count, torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(each, 1)
+    noise = torch.stack(each, 1)
+    if start_seeds is not None:
+        noise[0] = torch.cat([model.noise(1, torch.Generator().manual_seed(seed)) for seed in start_seeds])
+    return noise
 
 
 def repeat_prompts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:

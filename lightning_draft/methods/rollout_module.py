@@ -31,6 +31,8 @@ from lightning_draft.rewards.inputs import check_finite
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
 
+_START = 1  # distinguishes the shared starting noise of a prompt from the noise of its samples
+
 
 class RolloutModule(RewardModule, ABC):
     """Base class of the methods that collect rollouts and train on each for several steps.
@@ -53,6 +55,7 @@ class RolloutModule(RewardModule, ABC):
         inner_epochs: Number of epochs on each rollout.
         micro_batch_size: Number of samples that are sampled and trained on at a time; by default all.
         timesteps_per_minibatch: Number of timesteps that are trained on at a time; by default all.
+        share_start_noise: Whether the samples of a prompt start from the same noise.
 
     Attributes:
         buffer: The current rollout and the position in it.
@@ -76,6 +79,7 @@ class RolloutModule(RewardModule, ABC):
         inner_epochs: int,
         micro_batch_size: int | None,
         timesteps_per_minibatch: int | None,
+        share_start_noise: bool,
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         self.objective = objective
@@ -87,6 +91,7 @@ class RolloutModule(RewardModule, ABC):
             at_least(name, 1 if size is None else size, 1)
         self.micro_batch_size = micro_batch_size
         self.timesteps_per_minibatch = timesteps_per_minibatch
+        self.share_start_noise = share_start_noise
         self.buffer = RolloutBuffer()
 
     @abstractmethod
@@ -94,12 +99,15 @@ class RolloutModule(RewardModule, ABC):
         """Return the number of trained timesteps of each sample."""
 
     @abstractmethod
-    def sample_rollout(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def sample_rollout(
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
         """Sample without a graph.
 
         Args:
             prompts: `N` prompts.
             seeds: `N` seeds, one for all noise of a sample.
+            start_seeds: Seeds of the starting noise, where they are others.
 
         Returns:
             Latents `(L, N, ...)`, the last of which are the samples, and log-probabilities `(S, N)`.
@@ -183,8 +191,10 @@ class RolloutModule(RewardModule, ABC):
         """
         every = repeat_prompts(prompts, self.samples_per_prompt)
         seeds = [derive_seed(self.seed, number, self.global_rank, i) for i in range(len(every))]
+        groups = [i // self.samples_per_prompt for i in range(len(every))]
+        starts = [derive_seed(self.seed, number, self.global_rank, i, _START) for i in groups]
         with self._random_state(derive_seed(self.seed, number, self.global_rank)):
-            latents, log_probs = self.sample_rollout(every, seeds)
+            latents, log_probs = self.sample_rollout(every, seeds, starts if self.share_start_noise else None)
             parts = slices(len(every), self.micro_batch_size)
             scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
         rewards = torch.cat([total for total, _ in scores])

@@ -29,6 +29,7 @@ POLICIES = {
     "ppo": ("PPO", "PerPromptStatistics"),
     "loop": ("PPO", "LeaveOneOut"),
     "prdp": ("PRDP", "GroupRelative"),
+    "apa": ("APA", "PerPromptStatistics"),
 }
 FORWARD = {
     "nft": "DiffusionNFT",

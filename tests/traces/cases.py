@@ -22,7 +22,7 @@ from lightning_draft.methods.gradient_matching import GradientMatchingModule
 from lightning_draft.methods.old_policy import OldPolicy
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, TextEncoding
-from lightning_draft.objectives import PPO, PRDP, Reinforce
+from lightning_draft.objectives import APA, PPO, PRDP, Reinforce
 from lightning_draft.rewards import (
     Brightness,
     CLIPClassification,
@@ -34,6 +34,7 @@ from lightning_draft.rewards import (
     ZScoreSum,
 )
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE
+from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL
 from tests.conftest import STABLE_DIFFUSION_15, write_pipeline, write_sd3_pipeline
 from tests.traces.record import Case
@@ -244,6 +245,7 @@ VARIANTS = {
     "ppo_sum": ({"objective": PPO(0.3, "sum"), "lr": 1e-4, "inner_epochs": 2}, 4),
     "ppo_clip_only": ({"objective": PPO(form="clip_only"), "lr": 0.03, "inner_epochs": 2}, 4),
     "ppo_advantage_clip": ({"objective": PPO(0.1, advantage_clip=1e-3), "lr": 0.3, "inner_epochs": 2}, 4),
+    "apa": ({"objective": APA(10.0), "lr": 0.03, "inner_epochs": 2}, 4),
     "prdp_sum": ({"objective": PRDP(0.01, 0.1, "sum"), "lr": 1e-10, "inner_epochs": 2}, 4),
     "prdp_beta": ({"objective": PRDP(beta=0.1, clip=1e-3), "lr": 1e-5, "inner_epochs": 2}, 4),
 }
@@ -333,6 +335,15 @@ CASES: dict[str, Case] = {
     "policy/guidance": direct(policy(with_options(sd, guidance=Guidance(3.0)), **TWO_EPOCHS), steps=4),
     "policy/flow_sde": direct(
         policy(sd3, **TWO_EPOCHS, sampler=FlowSDE(4), advantage_estimator=BASELINES["group_mean_std"]), steps=4
+    ),
+    "policy/flow_cps": direct(
+        policy(sd3, **TWO_EPOCHS, sampler=FlowCPS(4), advantage_estimator=LeaveOneOut, share_start_noise=True), steps=2
+    ),
+    "policy/dance_sde": direct(
+        policy(
+            sd3, **TWO_EPOCHS, sampler=DanceSDE(4), advantage_estimator=LeaveOneOut, kl_weight=0.1, kl_per_time=True
+        ),
+        steps=2,
     ),
     "policy/black_box": direct(policy(**TWO_EPOCHS, reward=lambda: JPEGSize(quality=50)), steps=4),
     "policy/validation": direct(

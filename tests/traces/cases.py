@@ -150,7 +150,9 @@ def matching(strategy: Any, model: Make = sd, **options: Any) -> Make:
 
     def make(folder: Path) -> GradientMatchingModule:
         settings = {"sampler": DDIM(4, eta=1.0), "trained_steps": 2, **options}
-        return stirred(GradientMatchingModule(model(folder), ColorBalance(), matching=strategy, **settings))
+        return stirred(
+            GradientMatchingModule(model(folder), ColorBalance(), matching=strategy, optimizer=sgd(0.01), **settings)
+        )
 
     return make
 
@@ -308,10 +310,15 @@ CASES: dict[str, Case] = {
         for name, (options, steps) in VARIANTS.items()
     },
     **{f"forward/{name}": direct(forward(**options), steps=3) for name, options in FORWARD.items()},
-    "matching/adjoint": direct(matching(AdjointMatching(), optimizer=sgd(1e-5))),
-    "matching/adjoint_flow": direct(matching(AdjointMatching(), sd3, sampler=FlowSDE(4, 2**0.5), optimizer=sgd(1e-5))),
-    "matching/nabla_gflownet": direct(matching(NablaGFlowNet(1.0), optimizer=sgd(1e-3))),
-    "matching/vgg_flow": direct(matching(VGGFlow(), optimizer=sgd(1e-2))),
+    **{
+        f"matching/{name}": direct(make, trainer={"gradient_clip_val": 1.0})
+        for name, make in {
+            "adjoint": matching(AdjointMatching(1.0)),
+            "adjoint_flow": matching(AdjointMatching(1.0), sd3, sampler=FlowSDE(4, 2**0.5)),
+            "nabla_gflownet": matching(NablaGFlowNet(1.0)),
+            "vgg_flow": matching(VGGFlow()),
+        }.items()
+    },
     "forward/flow": direct(forward(sd3, sampler=FlowEuler(4)), steps=3),
     "policy/kl": direct(policy(**TWO_EPOCHS, kl_weight=0.1), steps=4),
     "policy/kl_sum": direct(policy(**{**TWO_EPOCHS, "objective": PPO(0.3, "sum"), "lr": 1e-4}, kl_weight=0.1), steps=4),

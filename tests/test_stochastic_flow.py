@@ -45,7 +45,7 @@ def test_without_noise_it_is_euler(sampler: FlowEuler) -> None:
         torch.testing.assert_close(ours.mean, FlowEuler(5).step(schedule, x, x0, t, s)[0].mean)
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [(FlowCPS(40), 0.241), (FlowSDE(40), 0.296), (DanceSDE(40), 0.3)])
+@pytest.mark.parametrize(("sampler", "expected"), [(FlowCPS(40), 0.241), (FlowSDE(40), 0.296), (DanceSDE(40), 0.29)])
 def test_standard_deviation_of_samples_of_exact_gaussian_data(sampler: FlowEuler, expected: float) -> None:
     """Of data with 0.3; the docstring of CPS states these figures."""
     model = GaussianModel(mean=0.5, std=0.3, schedule=RectifiedFlow(), shape=(3, 32, 32))

@@ -58,7 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
-    """Run `fit`, `validate`, `sample` or `score`."""
+    """Run `fit`, `validate`, `sample`, `score` or `lora`."""
     if rest in (["-h"], ["--help"]):
         print(pages.VERBS[verb])
         return 0
@@ -72,6 +72,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from lightning_draft.cli.score import main as score
 
         return score(rest)
+    if verb == "lora":
+        from lightning_draft.cli.lora import main as lora
+
+        return lora(rest)
     rest = shipped.expand(verb, rest)
     from lightning_draft.cli.app import run
 

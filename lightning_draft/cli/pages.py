@@ -10,6 +10,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
+  lightning-draft lora info FILE                   look at, convert, scale, mix and merge LoRA files
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, to copy and change
   lightning-draft completion bash                  print the tab completion of bash or zsh
@@ -81,7 +82,11 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   LORA                  a .safetensors file, or a run's folder for its best LoRA file
   --config NAME|FILE    the config of the model, sampler and reward; by default the one in the run's folder
   --model NAME          instead of a config: a shipped model, a pipeline's folder or file, or a hub id
-  --scale S [S ...]     strengths of the LoRA: 0 is the base model, 1 the trained one; by default 0 1
+  --scale S [S ...]     strengths of the LoRA: 0 is the base model, 1 the trained one; by default 0 1. With three or
+                        more scales (0,0.5,1,1.5) and a reward, a plot of rewards against the scale is written too, and
+                        the scale with the best evaluation reward is printed
+  --reward NAME ...     further rewards to evaluate, with their default arguments
+  --rewards FILE        or a YAML file that maps names to rewards, as for score
   --prompt P [P ...]    prompts; by default the held-out prompts of the config
   --prompts FILE|NAME   or a prompt file, or a shipped list of prompts
   --seed N [N ...]      seeds of the starting noise; by default 0
@@ -105,7 +110,27 @@ lightning-draft score: score folders of existing images with rewards, without a 
   --device NAME         cpu or cuda; by default cpu
   --parquet             write scores.parquet beside scores.csv"""
 
-VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE}
+LORA = """\
+lightning-draft lora: look at LoRA files, convert, scale, mix and merge them
+
+  lightning-draft lora info best.safetensors                 metadata, ranks, alphas, norms of the layers, check for NaN
+  lightning-draft lora convert best.safetensors -o best.comfy.safetensors --format comfy
+  lightning-draft lora scale best.safetensors 0.8 -o weaker.safetensors
+  lightning-draft lora mix a.safetensors:0.7 b.safetensors:0.5 -o c.safetensors --rank 16
+  lightning-draft lora merge best.safetensors -o folder      write the whole pipeline with the LoRA in its weights
+
+  --model NAME          the base model; by default the one that a file's header names
+  --output FILE         the file to write, or the folder of merge
+  --format FORMAT       diffusers, or comfy for ComfyUI, Forge and AUTOMATIC1111
+  --rank N              of the new file, by singular value decomposition of each layer's update; the relative error
+                        |dW - dW'| / |dW| is printed; by default mix keeps the sum of the ranks, which is exact
+  --dtype NAME          float32, float16 or bfloat16
+  --scale S             for merge: strength of the LoRA
+  --all                 for info: every layer
+  --prompt P [P ...]    also write an image grid of the base model and the new file, to --grid FILE
+  --reward NAME ...     with these scores in the grid"""
+
+VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "lora": LORA}
 INSTEAD = {
     "test": "score held-out prompts with `lightning-draft validate`",
     "predict": "generate images with `lightning-draft sample`",

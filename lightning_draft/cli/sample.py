@@ -18,19 +18,20 @@ from torch import Tensor
 
 from lightning_draft import models
 from lightning_draft.callbacks.image_grid import comparison
-from lightning_draft.chain import SamplingChain
 from lightning_draft.cli import pages, run_folder, shipped
 from lightning_draft.cli.messages import as_configuration_error, root_cause
 from lightning_draft.cli.options import explain_parser_error
+from lightning_draft.cli.score import build_rewards
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_path
 from lightning_draft.methods.draft import RewardModule
 from lightning_draft.models import lora_files
 from lightning_draft.models.loading import opener
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
-from lightning_draft.seeds import derive_seed
+from lightning_draft.scale_sweep import ScaleSweep, save_plot, sweep
 
 BATCH = 8
 
@@ -63,62 +64,57 @@ def _sample(options: argparse.Namespace) -> None:
     if not prompts:
         raise ConfigurationError('there are no prompts; write --prompt "a cat" "a dog", or --prompts FILE')
     prompts = prompts[: options.max]
-    scales = options.scale or ([0.0] if file is None else [0.0, 1.0])
+    scales = sum(options.scale or [], []) or ([0.0] if file is None else [0.0, 1.0])
+    extra = build_rewards(options.reward, options.rewards) if options.reward or options.rewards else {}
+    for reward in extra.values():
+        reward.eval().requires_grad_(False).to(options.device)
     target: Any = model if module is None else module
     target.to(options.device).eval()
-    _write(options, module, model, sampler, prompts, scales)
+    trained = () if module is None else ("reward", *module.eval_reward_names)
+
+    def score(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        own = {} if module is None else module.score(images, prompts)
+        return {
+            **{name: own[name] for name in trained},
+            **{name: each(images, prompts) for name, each in extra.items()},
+        }
+
+    evaluation = [*trained[1:], *extra]
+    scores_anything = module is not None or extra
+    found = sweep(
+        model,
+        sampler,
+        prompts,
+        scales,
+        score if scores_anything else None,
+        evaluation=evaluation,
+        seeds=options.seed,
+        batch_size=BATCH,
+    )
+    _write(found, options)
 
 
-def _write(
-    options: argparse.Namespace,
-    module: RewardModule | None,
-    model: PipelineModel,
-    sampler: Sampler,
-    prompts: list[str],
-    scales: list[float],
-) -> None:
-    images: dict[str, Tensor] = {}
-    scores: dict[str, Tensor] = {}
-    everything = [prompt for _ in options.seed for prompt in prompts]
-    for scale in scales:
-        label = f"scale {scale:g}" if scale else "base"
-        batches = [_generate(model, sampler, prompts, seed, scale) for seed in options.seed]
-        images[label] = torch.cat(batches)
-        if module is not None:
-            scores[label] = _score(module, images[label], everything)
-            print(f"{label:10} reward {scores[label].mean():.4g}", flush=True)
-    names = [f"{p} (seed {s})" for s in options.seed for p in prompts] if len(options.seed) > 1 else everything
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        comparison(names, images, scores or None).save(options.output)
-    except OSError as error:
-        raise ConfigurationError(f"{options.output} cannot be written: {error.strerror or error}") from error
+def _write(found: ScaleSweep, options: argparse.Namespace) -> None:
+    """Print the means, and write the image grid and, for several scales with rewards, the plot."""
+    labels = {scale: f"scale {scale:g}" if scale else "base" for scale in found.images}
+    for scale, label in labels.items() if found.scores else ():
+        print(f"{label:10} {'  '.join(f'{name} {found.mean(name, scale):.4g}' for name in found.rewards)}", flush=True)
+    count = len(found.prompts) // len(options.seed)
+    names = list(found.prompts)
+    if len(options.seed) > 1:
+        names = [f"{prompt} (seed {options.seed[i // count]})" for i, prompt in enumerate(found.prompts)]
+    shown = found.rewards[0] if found.rewards else ""
+    images = {label: found.images[scale] for scale, label in labels.items()}
+    scores = {label: found.scores[scale][shown] for scale, label in labels.items()} if shown else None
+    with atomic_path(options.output) as partial:
+        comparison(names, images, scores).save(partial)
     print(f"wrote {options.output}")
-
-
-@torch.no_grad()
-def _generate(model: PipelineModel, sampler: Sampler, prompts: list[str], seed: int, scale: float) -> Tensor:
-    """Return images `(N, 3, H, W)` on the CPU, from noise that does not depend on the scale."""
-    noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
-    images = []
-    for start in range(0, len(prompts), BATCH):
-        torch.manual_seed(derive_seed(seed, start))  # else the starting noise is used again
-        chain = SamplingChain(model, sampler, model.encode(prompts[start : start + BATCH]))
-        state = chain.start(noise[start : start + BATCH])
-        if model.lora is None:
-            images.append(model.decode(chain.advance(state).x).cpu())
-            continue
-        with model.adapter_scale(scale):
-            images.append(model.decode(chain.advance(state).x).cpu())
-    return torch.cat(images).float()
-
-
-def _score(module: RewardModule, images: Tensor, prompts: list[str]) -> Tensor:
-    parts = [
-        module.score(images[i : i + BATCH].to(module.device), prompts[i : i + BATCH])["reward"]
-        for i in range(0, len(prompts), BATCH)
-    ]
-    return torch.cat(parts).float().cpu()
+    best = found.best_scale()
+    if best is None or len(found.images) < 3:
+        return
+    plot = options.output.with_name(f"{options.output.stem}_scales.png")
+    save_plot(found, plot)
+    print(f"wrote {plot}\nbest scale by {best[1]}: {best[0]:g}")
 
 
 def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
@@ -195,7 +191,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("lora", nargs="?")
     parser.add_argument("--config", "-c")
     parser.add_argument("--model")
-    parser.add_argument("--scale", type=_finite, nargs="+")
+    parser.add_argument("--scale", type=_scales, nargs="+")
+    parser.add_argument("--reward", nargs="+", default=[])
+    parser.add_argument("--rewards")
     parser.add_argument("--prompt", nargs="+")
     parser.add_argument("--prompts")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -216,11 +214,11 @@ def _positive(text: str) -> int:
     return number
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
+def _scales(text: str) -> list[float]:
+    numbers = [float(part) for part in text.split(",")]
+    if not all(map(math.isfinite, numbers)):
         raise argparse.ArgumentTypeError(f"{text} must be finite")
-    return number
+    return numbers
 
 
 def _image_file(text: str) -> Path:

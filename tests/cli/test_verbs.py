@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_draft import __version__
-from lightning_draft.cli.sample import _generate
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.samplers import DDIM, Transition
+from lightning_draft.scale_sweep import generate
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
 PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]
@@ -313,7 +313,7 @@ class Forgetful(DDIM):
 def test_sample_uses_different_noise_for_the_start_and_the_steps(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), guidance=Guidance(1.0), lora=None)
     start = model.noise(9, torch.Generator().manual_seed(3))
-    ours = _generate(model, Forgetful(1), ["red"] * 9, 3, 1.0)
+    ours = generate(model, Forgetful(1), ["red"] * 9, 3, 1.0)
     for i in range(9):
         assert not torch.isclose(ours[i], model.decode(start[i : i + 1])[0], atol=1e-3).all()
 

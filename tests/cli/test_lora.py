@@ -1,0 +1,167 @@
+"""The command `lora` and the scale sweep of `sample`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_draft.__main__ import main
+from lightning_draft.models import Guidance, LoRA, StableDiffusion
+from lightning_draft.models.lora_files import LoRAFile
+from lightning_draft.samplers import DDIM
+from lightning_draft.scale_sweep import generate, save_plot, sweep
+
+LAYERS = {"a": ["to_q", "conv1"], "b": ["to_q", "to_v"]}
+
+
+@pytest.fixture
+def files(tiny_sd: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two LoRA files that share some layers."""
+    for seed, (name, layers) in enumerate(LAYERS.items()):
+        model = StableDiffusion(str(tiny_sd), lora=LoRA(2 + seed, alpha=3.0, target_modules=layers))
+        generator = torch.Generator().manual_seed(seed)
+        for _, value in model.trainable_parameters():
+            value.data = 0.2 * torch.randn(value.shape, generator=generator)
+        model.save_lora(tmp_path / f"{name}.safetensors", {"base": str(tiny_sd), "reward": "Brightness()"})
+    return {name: tmp_path / f"{name}.safetensors" for name in LAYERS}
+
+
+def run(*args: object) -> int:
+    return main(["lora", *map(str, args)])
+
+
+def read(folder: Path, file: Path) -> LoRAFile:
+    return StableDiffusion(str(folder), lora=None).read_lora(file)
+
+
+def dense(file: LoRAFile) -> dict[str, Tensor]:
+    return {layer: update.dense() for layer, update in file.denoiser.items()}
+
+
+def test_mix_is_the_weighted_sum_of_dense_updates(tiny_sd: Path, files: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "c.safetensors"
+    assert run("mix", f"{files['a']}:0.7", f"{files['b']}:-0.5", "-o", out) == 0
+    assert "rank 5, relative error of dW 0" in capsys.readouterr().out
+    a, b, mixed = (dense(read(tiny_sd, file)) for file in (files["a"], files["b"], out))
+    assert mixed.keys() == a.keys() | b.keys()
+    for layer, update in mixed.items():
+        zero = torch.zeros_like(update)
+        torch.testing.assert_close(update, 0.7 * a.get(layer, zero) - 0.5 * b.get(layer, zero), rtol=1e-4, atol=1e-6)
+    with safe_open(out, "pt") as content:
+        assert json.loads(content.metadata()["mix"]) == {"a.safetensors": 0.7, "b.safetensors": -0.5}
+
+
+def test_mix_at_a_rank_states_its_relative_error(tiny_sd: Path, files: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "c.safetensors"
+    assert run("mix", files["a"], files["b"], "-o", out, "--rank", 2) == 0
+    stated = float(capsys.readouterr().out.partition("error of dW ")[2].split()[0])
+    a, b, mixed = (dense(read(tiny_sd, file)) for file in (files["a"], files["b"], out))
+    wanted = {layer: a.get(layer, 0) + b.get(layer, 0) for layer in mixed}
+    error = sum(float((mixed[layer] - wanted[layer]).square().sum()) for layer in mixed)
+    total = sum(float(update.square().sum()) for update in wanted.values())
+    assert stated == pytest.approx((error / total) ** 0.5, rel=1e-2)
+    assert stated > 0.01
+
+
+def test_convert_and_scale_keep_and_multiply_the_update(tiny_sd: Path, files: Any, tmp_path: Path) -> None:
+    comfy, weaker = tmp_path / "a.comfy.safetensors", tmp_path / "weaker.safetensors"
+    assert run("convert", files["a"], "-o", comfy, "--format", "comfy") == 0
+    assert run("scale", comfy, 0.25, "-o", weaker, "--dtype", "float16", "--model", tiny_sd) == 0
+    assert {key.partition("_")[0] for key in load_file(comfy)} == {"lora"}
+    assert {value.dtype for value in load_file(weaker).values()} == {torch.float16}
+    a, same, quarter = (dense(read(tiny_sd, file)) for file in (files["a"], comfy, weaker))
+    for layer, update in a.items():
+        torch.testing.assert_close(same[layer], update, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quarter[layer].float(), 0.25 * update, rtol=2e-2, atol=2e-3)
+
+
+def test_a_merged_pipeline_gives_the_images_of_the_lora(tiny_sd: Path, files: Any, tmp_path: Path) -> None:
+    assert run("merge", files["a"], "-o", tmp_path / "merged", "--scale", 0.5) == 0
+    model = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(2.0))
+    model.load_lora(files["a"])
+    ours = generate(model, DDIM(2), ["a red cat"], seed=3, scale=0.5).clamp(0, 1)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    latents = model.noise(1, torch.Generator().manual_seed(3))
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "latents": latents, "output_type": "pt"}
+    torch.testing.assert_close(pipeline(["a red cat"], **options).images, ours, rtol=0, atol=2e-4)
+
+
+def test_info_lists_metadata_and_the_largest_updates(tiny_sd: Path, files: Any, capsys: Any) -> None:
+    assert run("info", files["b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    norms = {f"unet.{layer}": float(update.norm()) for layer, update in dense(read(tiny_sd, files["b"])).items()}
+    total = sum(value**2 for value in norms.values()) ** 0.5
+    assert "reward: Brightness()" in lines
+    assert any(line.startswith(f"{len(norms)} layers, ranks [3], |dW| = {total:.3f}"[:-1]) for line in lines)
+    first = next(line for line in lines if "unet." in line).split()
+    assert first[1:] == ["3", "3", max(norms, key=lambda name: norms[name])]
+    assert float(first[0]) == pytest.approx(max(norms.values()), rel=1e-4)
+
+
+def test_a_grid_is_written_beside_the_new_file(files: Any, tmp_path: Path) -> None:
+    out = tmp_path / "c.safetensors"
+    assert run("scale", files["a"], 2, "-o", out, "--prompt", "a cat", "--reward", "Brightness") == 0
+    with Image.open(tmp_path / "c.png") as grid:
+        assert grid.width > 200
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["mix"], "the following arguments are required"),
+        (["info", "none.safetensors"], "there is no LoRA file none.safetensors"),
+        (["scale", "a.safetensors", "much", "-o", "b.safetensors"], "invalid float value: 'much'"),
+    ],
+)
+def test_wrong_arguments_are_named(args: list[str], message: str, capsys: Any) -> None:
+    assert run(*args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_suggested_scale_has_the_best_evaluation_reward(tiny_sd: Path, files: Any, tmp_path: Path) -> None:
+    """An evaluation reward that falls with the scale chooses 0 although the trained reward rises."""
+    model = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(1.0))
+    model.load_lora(files["a"])
+    base = generate(model, DDIM(2), ["a", "b"], 0, 0.0)
+
+    def score(images: Tensor, prompts: Any) -> dict[str, Tensor]:
+        moved = (images - base.clamp(0, 1)).square().mean((1, 2, 3))
+        return {"reward": moved, "judge": -moved}
+
+    found = sweep(model, DDIM(2), ["a", "b"], [0.0, 0.5, 1.0], score, evaluation=["judge"])
+    assert found.best_scale() == (0.0, "judge")
+    assert found.mean("reward", 1.0) > found.mean("reward", 0.5) > 0 == found.mean("reward", 0.0)
+    save_plot(found, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.size == (768, 528)
+
+
+def test_sample_sweeps_scales_with_rewards_of_the_command_line(files: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "grid.png"
+    args = [
+        "--scale",
+        "0,0.5",
+        "1",
+        "--prompt",
+        "a cat",
+        "--reward",
+        "Brightness",
+        "--steps",
+        "2",
+        "--output",
+        str(out),
+    ]
+    assert main(["sample", str(files["a"]), *args]) == 0
+    printed = capsys.readouterr().out
+    means = {line.split()[-3]: float(line.split()[-1]) for line in printed.splitlines() if " Brightness " in line}
+    assert (tmp_path / "grid_scales.png").is_file()
+    best = printed.rpartition("best scale by Brightness: ")[2].strip()
+    assert max(means, key=lambda scale: means[scale]) == {"0": "base"}.get(best, best)

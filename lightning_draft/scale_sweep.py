@@ -131,7 +131,7 @@ def save_plot(result: ScaleSweep, path: str | Path) -> None:
         axes.plot(*zip(*pairs, strict=True), marker="o", label=label if result.evaluation else name, **style)
     axes.axhline(0.0, color="0.7", linewidth=0.8)
     axes.axvline(best[0], color="0.4", linestyle=":", label=f"best {best[1]}: scale {best[0]:g}")
-    axes.set(xlabel="scale of the LoRA", ylabel="gain, in standard deviations of the base model's images")
+    axes.set(xlabel="scale of the LoRA", ylabel="gain in standard deviations of the base")
     axes.legend()
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120)

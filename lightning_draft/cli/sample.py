@@ -114,7 +114,8 @@ def _write(found: ScaleSweep, options: argparse.Namespace) -> None:
         return
     plot = options.output.with_name(f"{options.output.stem}_scales.png")
     save_plot(found, plot)
-    print(f"wrote {plot}\nbest scale by {best[1]}: {best[0]:g}")
+    hint = ", the largest that was sampled: try larger ones" if best[0] == max(found.images) else ""
+    print(f"wrote {plot}\nbest scale by {best[1]}: {best[0]:g}{hint}")
 
 
 def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:

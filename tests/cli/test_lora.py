@@ -163,5 +163,5 @@ def test_sample_sweeps_scales_with_rewards_of_the_command_line(files: Any, tmp_p
     printed = capsys.readouterr().out
     means = {line.split()[-3]: float(line.split()[-1]) for line in printed.splitlines() if " Brightness " in line}
     assert (tmp_path / "grid_scales.png").is_file()
-    best = printed.rpartition("best scale by Brightness: ")[2].strip()
+    best = printed.rpartition("best scale by Brightness: ")[2].strip().partition(",")[0]
     assert max(means, key=lambda scale: means[scale]) == {"0": "base"}.get(best, best)

@@ -76,10 +76,10 @@ class PassCounter:
 class CostMonitor(Callback):
     """Count and log the cost of training after every training step; validation and sample grids are not counted.
 
-    - `cost/reward_queries`: images that the trained reward has scored;
-    - `cost/network_forwards`: forward passes of the denoiser for one sample, including recomputed ones;
-    - `cost/network_backwards`: backward passes of the denoiser for one sample;
-    - `cost/seconds`: time within training steps.
+    - `usage/reward_queries`: images that the trained reward has scored;
+    - `usage/network_forwards`: forward passes of the denoiser for one sample, including recomputed ones;
+    - `usage/network_backwards`: backward passes of the denoiser for one sample;
+    - `usage/seconds`: time within training steps.
 
     Passes are counted by hooks on the denoiser. A call with both branches of classifier-free guidance is two passes per
     sample; with `gradient: conditional` only one of them has a backward pass. Counts are multiplied by the number of
@@ -128,7 +128,7 @@ class CostMonitor(Callback):
         self.network_backwards += trainer.world_size * self._passes.backwards
         self.reward_queries += trainer.world_size * (pl_module.reward_queries - self._queries_before)
         self._keep_completed(trainer)
-        pl_module.log_dict({f"cost/{name}": float(value) for name, value in self._counts().items()})
+        pl_module.log_dict({f"usage/{name}": float(value) for name, value in self._counts().items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts after the last completed optimizer step."""

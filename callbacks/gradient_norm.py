@@ -37,9 +37,10 @@ Action = Literal["warn", "skip", "clip", "stop"]
 class GradientNormMonitor(StepState):
     """Log the norm of the gradient, in total and at every denoising step, and act if it explodes.
 
-    `gradient_norm/total` is the norm over the trainable parameters before clipping; `gradient_norm/step_<i>` is the
-    norm of the gradient with respect to the latent that step `i` of the chain (0 is the first) returns, over the whole
-    batch. A norm explodes if it exceeds `factor` times the median of the last `window` finite norms. The action is then
+    `train/gradient_norm/total` is the norm over the trainable parameters before clipping;
+    `train/gradient_norm/step_<i>` is the norm of the gradient with respect to the latent that step `i` of the chain (0
+    is the first) returns, over the whole batch; where more than one step has a gradient, they are plotted too. A norm
+    explodes if it exceeds `factor` times the median of the last `window` finite norms. The action is then
 
     - `warn`: warn, and take the step;
     - `skip`: drop the gradients, so that the optimizer changes neither parameters nor momenta;
@@ -50,7 +51,7 @@ class GradientNormMonitor(StepState):
     happens `max_nonfinite` times in a row. With a gradient scaler (fp16), whose search for a scale causes such norms,
     only the latter ends training. Training ends with a `DivergenceError`; the files that `LastCheckpoint` and
     `LoRAExport` have written before remain unchanged. Actions are counted in `counts`, and logged as
-    `gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` once they are not 0.
+    `train/gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` once they are not 0.
 
     Note:
         All processes take the same action. DeepSpeed's optimizer cannot skip a step: the gradient is set to 0 instead,
@@ -130,12 +131,12 @@ class GradientNormMonitor(StepState):
             return
         norm = gradient_norm(parameters, trainer)
         taken = self._act(trainer, parameters, norm)
-        trainer.callback_metrics["gradient_norm/total"] = torch.tensor(norm)
+        trainer.callback_metrics["train/gradient_norm/total"] = torch.tensor(norm)
         if taken is not None or self._logs_at(trainer):
             self._log(trainer, norm, profile)
-        if profile and self._plots_at(trainer) and trainer.is_global_zero:
+        if len(profile) > 1 and self._plots_at(trainer) and trainer.is_global_zero:
             for logger in trainer.loggers:
-                log_figure(logger, "gradient_norm/profile", profile, trainer.global_step)
+                log_figure(logger, "train/gradient_norm/profile", profile, trainer.global_step)
         if taken is not None:
             _report(trainer, taken)
 
@@ -192,9 +193,9 @@ class GradientNormMonitor(StepState):
         return "stop" if stop else "skip", reason
 
     def _log(self, trainer: L.Trainer, norm: float, profile: dict[int, float]) -> None:
-        metrics = {"gradient_norm/total": norm}
-        metrics |= {f"gradient_norm/step_{step}": value for step, value in profile.items()}
-        metrics |= {f"gradient_norm/{name}": float(count) for name, count in self.counts.items() if count}
+        metrics = {"train/gradient_norm/total": norm}
+        metrics |= {f"train/gradient_norm/step_{step}": value for step, value in profile.items()}
+        metrics |= {f"train/gradient_norm/{name}": float(count) for name, count in self.counts.items() if count}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
 

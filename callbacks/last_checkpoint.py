@@ -36,7 +36,7 @@ from lightning_draft.files import remove_partial_files
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.parameter_gradients import gradient_scaler
 
-_NORM = "gradient_norm/total"
+_NORM = "train/gradient_norm/total"
 
 
 @dataclass(frozen=True)

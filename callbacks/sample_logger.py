@@ -20,9 +20,9 @@ class SampleLogger(Callback):
     """Generate images of fixed prompts and noise with the base and the fine-tuned model, and log them side by side.
 
     The grid of images, with the reward under each image, is logged as `samples` by every logger that accepts images,
-    and written to `samples/step_<n>.png` in the run's folder. The mean rewards are logged as `samples/reward` and
-    `samples/reward_base`. Images are generated at the start of training, every `every_n_steps` steps and at the end of
-    training.
+    and written to `samples/step_<n>.png` in the run's folder. The mean scores of the trained and the evaluation rewards
+    are logged as `samples/<name>`, and those of the base model as `samples/<name>_base`. Images are generated at the
+    start of training, every `every_n_steps` steps and at the end of training.
 
     Note:
         Training gives bitwise the same result as without this callback. If the scale of the reward changes in training,
@@ -70,7 +70,7 @@ class SampleLogger(Callback):
         self.dirpath = dirpath
         self._samples = FixedSamples([], seed)
         self._base: Tensor | None = None
-        self._base_rewards: Tensor | None = None
+        self._base_scores: dict[str, Tensor] | None = None
         self._last_step = -1
         self._reported = False
 
@@ -81,7 +81,7 @@ class SampleLogger(Callback):
         prompts = fixed_prompts(trainer, self.prompts, self.max_samples, self)
         self._samples = FixedSamples(prompts, self.seed, self.batch_size)
         self._folder = run_folder(trainer, self.dirpath, "samples")
-        self._base = self._base_rewards = None
+        self._base = self._base_scores = None
         self._last_step = -1
         if self.to_files and trainer.is_global_zero:
             remove_partial_files(self._folder)
@@ -117,18 +117,23 @@ class SampleLogger(Callback):
             if self._base is None:
                 with module.model.base():
                     self._base = self._samples.generate(module)
-            if self._base_rewards is None or module.has_running_statistics:
-                self._base_rewards = self._samples.score(module, self._base)["reward"]
+            if self._base_scores is None or module.has_running_statistics:
+                self._base_scores = self._samples.score(module, self._base)
             with averaged(trainer, module):
                 tuned = self._samples.generate(module)
-                rewards = self._samples.score(module, tuned)["reward"]
+                scores = self._samples.score(module, tuned)
         if trainer.is_global_zero:
-            images, scores = {"base": self._base, "tuned": tuned}, {"base": self._base_rewards, "tuned": rewards}
-            self._log(trainer, step, images, scores)
+            images = {"base": self._base, "tuned": tuned}
+            self._log(trainer, step, images, {"base": self._base_scores, "tuned": scores})
         self._last_step = step
 
-    def _log(self, trainer: L.Trainer, step: int, images: dict[str, Tensor], rewards: dict[str, Tensor]) -> None:
+    def _log(
+        self, trainer: L.Trainer, step: int, images: dict[str, Tensor], scores: dict[str, dict[str, Tensor]]
+    ) -> None:
+        rewards = {label: each["reward"] for label, each in scores.items()}
         base, tuned = (float(rewards[name].mean()) for name in ("base", "tuned"))
+        means = {f"samples/{name}": float(score.mean()) for name, score in scores["tuned"].items()}
+        means |= {f"samples/{name}_base": float(score.mean()) for name, score in scores["base"].items()}
         grid = comparison(
             self._samples.prompts,
             images,
@@ -141,7 +146,7 @@ class SampleLogger(Callback):
         for logger in trainer.loggers:
             if not log_image(logger, "samples", grid, step):
                 without.append(type(logger).__name__)
-            logger.log_metrics({"samples/reward": tuned, "samples/reward_base": base}, step)
+            logger.log_metrics(means, step)
         self._report(without, all_without=len(without) == len(trainer.loggers))
         if self.to_files:
             with atomic_path(self._folder / f"step_{step:06d}.png") as partial:

@@ -136,7 +136,7 @@ class Note(L.Callback):
             (shutil.copytree if last.is_dir() else shutil.copyfile)(last, last.with_name("first.ckpt"))
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.norms.append(float(trainer.callback_metrics["gradient_norm/total"]))
+        self.norms.append(float(trainer.callback_metrics["train/gradient_norm/total"]))
 
 
 def draft(folder: Path, **options: Any) -> DraftModule:

@@ -27,7 +27,8 @@ from lightning_draft.cli.preemption import Preemption, requeue
 from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
 from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord, without_enums
-from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers, run_logger
+from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers
+from lightning_draft.cli.tensorboard import RunLogger
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.methods.base import RewardModule
@@ -172,7 +173,7 @@ class DraftCLI(LightningCLI):
         assert self.run is not None
         config = self._get(self.config_init, "trainer")
         if config["logger"] in (None, True):
-            kwargs["logger"] = run_logger(self.run.path) if self.verb == "fit" else False
+            kwargs["logger"] = RunLogger(self.run.path) if self.verb == "fit" else False
         if self.verb == "validate" and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
         kwargs["default_root_dir"] = str(self.run.path)

@@ -11,8 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_draft import __version__
 from lightning_draft.cli.messages import flatten, print_warning
+from lightning_draft.cli.tensorboard import describe_run
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path, remove_partial_files
+from lightning_draft.methods.base import RewardModule
 from lightning_draft.redaction import redact
 
 _NOT_COMPARED = ("name", "resume", "ckpt_path", "weights_only")
@@ -93,6 +95,8 @@ class RunRecord(Callback):
                     f"this run differs from an uninterrupted one, because training depends on --{', --'.join(decisive)}"
                 )
             self._write()
+            evaluated = pl_module.eval_reward_names if isinstance(pl_module, RewardModule) else []
+            describe_run(trainer.loggers, _dump(self.config), ["reward", *evaluated])
 
     def _write(self) -> None:
         """Write the configuration, unless the folder has the same one."""

@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 _DEFAULT_DIRS = ("", ".", "./mlruns", "mlruns")
 
@@ -50,11 +49,6 @@ class StepNumber(Callback):
         """Set the step number of this validation to the number of steps before it."""
         if trainer.state.fn == "fit":
             pl_module.log("step", float(trainer.global_step))
-
-
-def run_logger(folder: Path) -> TensorBoardLogger:
-    """Return the default logger, which writes event files into the run's folder."""
-    return TensorBoardLogger(folder.parent, name=folder.name, version="")
 
 
 def place_loggers(loggers: Any, folder: Path, root: Path) -> None:

@@ -45,7 +45,7 @@ def fit(folder: Path, module: Any, steps: int = 2, *callbacks: Callback, **optio
     data = PromptDataModule(PROMPTS, batch_size=2, val_size=2)
     trainer.fit(module, data, ckpt_path=settings.get("ckpt_path"))
     for name, value in monitor.state_dict().items():
-        assert float(trainer.callback_metrics[f"cost/{name}"]) == pytest.approx(value)
+        assert float(trainer.callback_metrics[f"usage/{name}"]) == pytest.approx(value)
     return monitor
 
 

@@ -57,7 +57,7 @@ def arriving(batch, theta=0.1, steps=4):
 
 
 def profile_of(metrics):
-    prefix = "gradient_norm/step_"
+    prefix = "train/gradient_norm/step_"
     return {int(k.removeprefix(prefix)): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
@@ -67,31 +67,31 @@ def test_logs_the_profile_and_the_total_before_clipping(make_module, make_traine
     weights = Weights([])
     trainer = make_trainer(weights, GradientNormMonitor(), logger=logger, gradient_clip_val=clip, max_steps=3)
     trainer.fit(make_module(checkpointing=checkpointing), data)
-    calls = logger.of("gradient_norm/")
+    calls = logger.of("train/gradient_norm/")
     assert [step for step, _ in calls] == [0, 1, 2]
-    names = ["gradient_norm/total", *(f"gradient_norm/step_{i}" for i in range(4))]
+    names = ["train/gradient_norm/total", *(f"train/gradient_norm/step_{i}" for i in range(4))]
     assert all(list(metrics) == names for _, metrics in calls)
     assert profile_of(calls[0][1]) == pytest.approx(arriving(BATCH), rel=1e-5)
-    totals = [metrics["gradient_norm/total"] for _, metrics in calls]
+    totals = [metrics["train/gradient_norm/total"] for _, metrics in calls]
     assert totals == pytest.approx([abs(gradient) for gradient in weights.gradients], rel=1e-6)
-    assert trainer.callback_metrics["gradient_norm/total"] == pytest.approx(totals[-1])
+    assert trainer.callback_metrics["train/gradient_norm/total"] == pytest.approx(totals[-1])
 
 
 def test_micro_batches_do_not_change_the_profile(make_module, make_trainer, data, logger):
     make_trainer(GradientNormMonitor(), logger=logger, max_steps=1).fit(make_module(micro_batch_size=1), data)
-    assert profile_of(logger.of("gradient_norm/")[0][1]) == pytest.approx(arriving(BATCH), rel=1e-5)
+    assert profile_of(logger.of("train/gradient_norm/")[0][1]) == pytest.approx(arriving(BATCH), rel=1e-5)
 
 
 def test_only_steps_with_gradient_are_logged(make_module, make_trainer, data, logger):
     make_trainer(GradientNormMonitor(), logger=logger, max_steps=1).fit(make_module(truncation=LastK(2)), data)
-    profile = profile_of(logger.of("gradient_norm/")[0][1])
+    profile = profile_of(logger.of("train/gradient_norm/")[0][1])
     assert profile == pytest.approx({step: arriving(BATCH)[step] for step in (2, 3)}, rel=1e-5)
 
 
 def test_profile_of_accumulated_batches_is_that_of_their_sum(make_module, make_trainer, data, logger):
     trainer = make_trainer(GradientNormMonitor(), logger=logger, max_steps=2, accumulate_grad_batches=3)
     trainer.fit(make_module(), data)
-    calls = logger.of("gradient_norm/")
+    calls = logger.of("train/gradient_norm/")
     assert [step for step, _ in calls] == [0, 1]
     expected = {step: value / math.sqrt(3) for step, value in arriving(BATCH).items()}
     assert profile_of(calls[0][1]) == pytest.approx(expected, rel=1e-5)
@@ -100,7 +100,7 @@ def test_profile_of_accumulated_batches_is_that_of_their_sum(make_module, make_t
 def test_norms_of_copies_of_a_step_are_combined(make_module, make_trainer, data, logger):
     module = make_module(truncation=LowVariance(copies=2))
     make_trainer(GradientNormMonitor(), logger=logger, max_steps=1).fit(module, data)
-    profile = profile_of(logger.of("gradient_norm/")[0][1])
+    profile = profile_of(logger.of("train/gradient_norm/")[0][1])
     assert profile == pytest.approx({3: math.sqrt(3) * arriving(BATCH)[3]}, rel=1e-5)
 
 
@@ -110,15 +110,15 @@ def test_profile_is_divided_by_the_gradient_scale(make_module, make_trainer, dat
     module.model.float()
     weights = Weights([])
     make_trainer(weights, GradientNormMonitor(), logger=logger, max_steps=1, plugins=[plugin]).fit(module, data)
-    metrics = logger.of("gradient_norm/")[0][1]
+    metrics = logger.of("train/gradient_norm/")[0][1]
     assert profile_of(metrics) == pytest.approx(arriving(BATCH), rel=1e-3)
-    assert metrics["gradient_norm/total"] == pytest.approx(abs(weights.gradients[0]), rel=1e-6)
+    assert metrics["train/gradient_norm/total"] == pytest.approx(abs(weights.gradients[0]), rel=1e-6)
 
 
 def test_scalars_and_figures_are_logged_at_their_intervals(make_module, make_trainer, data, logger):
     monitor = GradientNormMonitor(every_n_steps=2)
     make_trainer(monitor, logger=logger, max_steps=5).fit(make_module(), data)
-    assert [step for step, _ in logger.of("gradient_norm/")] == [0, 2, 4]
+    assert [step for step, _ in logger.of("train/gradient_norm/")] == [0, 2, 4]
     assert len(monitor.history) == 5
 
 
@@ -155,10 +155,12 @@ def run_with_spike(make_module, make_trainer, data, logger, action, slopes=SPIKE
 
 def events(logger):
     """Counts by the step at which they were logged."""
-    counters = {f"gradient_norm/{name}": name for name in ("warned", "skipped", "clipped", "stopped", "nonfinite")}
+    counters = {
+        f"train/gradient_norm/{name}": name for name in ("warned", "skipped", "clipped", "stopped", "nonfinite")
+    }
     found = {
         step: {counters[name]: value for name, value in metrics.items() if name in counters}
-        for step, metrics in logger.of("gradient_norm/")
+        for step, metrics in logger.of("train/gradient_norm/")
     }
     return {step: counts for step, counts in found.items() if counts}
 
@@ -268,10 +270,18 @@ def test_figures_go_to_tensorboard(make_module, make_trainer, data, logger, monk
     monkeypatch.setattr(type(logger), "experiment", writer)
     monitor = GradientNormMonitor(every_n_steps=100, figure_every_n_steps=2)
     make_trainer(monitor, logger=logger, max_steps=3).fit(make_module(), data)
-    assert [tag for tag, _, _ in writer.calls] == ["gradient_norm/profile"] * 2
+    assert [tag for tag, _, _ in writer.calls] == ["train/gradient_norm/profile"] * 2
     assert [step for _, _, step in writer.calls] == [0, 2]
     (line,) = writer.calls[0][1].axes[0].lines
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(arriving(BATCH), rel=1e-5)
+
+
+def test_a_single_step_is_not_plotted(make_module, make_trainer, data, logger, monkeypatch):
+    writer = Figures()
+    monkeypatch.setattr(type(logger), "experiment", writer)
+    monitor = GradientNormMonitor(every_n_steps=100, figure_every_n_steps=1)
+    make_trainer(monitor, logger=logger, max_steps=1).fit(make_module(truncation=LastK(1)), data)
+    assert writer.calls == []
 
 
 def test_logger_without_figures_receives_an_image(make_module, make_trainer, data, logger):
@@ -279,7 +289,10 @@ def test_logger_without_figures_receives_an_image(make_module, make_trainer, dat
     logger.log_image = lambda key, images, step: logged.append((key, images[0], step))
     monitor = GradientNormMonitor(every_n_steps=100, figure_every_n_steps=2)
     make_trainer(monitor, logger=logger, max_steps=3).fit(make_module(), data)
-    assert [(key, step) for key, _, step in logged] == [("gradient_norm/profile", 0), ("gradient_norm/profile", 2)]
+    assert [(key, step) for key, _, step in logged] == [
+        ("train/gradient_norm/profile", 0),
+        ("train/gradient_norm/profile", 2),
+    ]
     assert logged[0][1].mode == "RGB"
     assert len(logged[0][1].getcolors(maxcolors=2**24)) > 2
 
@@ -315,7 +328,7 @@ class WriteDown(Callback):
         theta = pl_module.model.theta.item()
         report = {"theta": theta, "counts": self.monitor.counts, "history": list(self.monitor.history)}
         if trainer.loggers:
-            report["profile"] = profile_of(trainer.logger.of("gradient_norm/")[0][1])
+            report["profile"] = profile_of(trainer.logger.of("train/gradient_norm/")[0][1])
         (self.path / f"{trainer.global_rank}.json").write_text(json.dumps(report))
 
 

@@ -13,7 +13,7 @@ from lightning_draft.callbacks.image_grid import comparison, log_image, to_pil_i
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.samplers import DDIM
-from lightning_draft.testing import LinearModel
+from lightning_draft.testing import LinearModel, LinearReward
 
 SIZE = 16
 
@@ -65,6 +65,16 @@ def test_logged_rewards_use_the_same_noise(make_module, make_trainer, data, logg
     assert {metrics["samples/reward_base"] for _, metrics in calls} == {base.float().mean().item()}
     assert calls[0][1]["samples/reward"] == calls[0][1]["samples/reward_base"]
     assert calls[-1][1]["samples/reward"] == tuned.float().mean().item()
+
+
+def test_evaluation_rewards_of_the_images_are_logged(make_module, make_trainer, data, logger):
+    module = make_module(eval_rewards={"other": LinearReward(weight=-2.0)})
+    make_trainer(SampleLogger(prompts=["a cat", "a dog"], to_files=False), logger=logger, max_steps=2).fit(module, data)
+    (_, first), *_ = calls = logger.of("samples/")
+    assert first["samples/other"] == first["samples/other_base"]
+    images, _ = expected(module, ["a cat", "a dog"], 0)
+    scores = module.score(images, ["a cat", "a dog"])["other"]
+    assert calls[-1][1]["samples/other"] == pytest.approx(scores.float().mean().item())
 
 
 def test_fine_tuned_images_use_the_average_if_there_is_one(make_module, make_trainer, data, logger):

@@ -465,7 +465,7 @@ def test_prompts_are_repeated_for_all_training_steps_of_their_rollout(tmp_path: 
     ],
     ids=["REINFORCE", "PPO", "LOOP", "GRPO", "PRDP"],
 )
-def test_rewards_without_gradient_increase(
+def test_reward_without_gradient_increases(
     tmp_path: Path, objective: Objective, advantage_estimator: Any, epochs: int
 ) -> None:
     """The model can only scale its images: their JPEG size, which has no gradient, decreases."""

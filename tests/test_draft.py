@@ -167,7 +167,7 @@ def test_validation_clamps_images_and_training_does_not() -> None:
     module = linear(reward=Largest())
     images = torch.tensor([-1.0, 0.3, 4.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     assert module.score(images, PROMPTS[:3])["reward"].tolist() == pytest.approx([0, 0.3, 1])
-    rewards, _, out_of_range = module._rewards(images, PROMPTS[:3])
+    rewards, _, out_of_range = module.rewards(images, PROMPTS[:3])
     assert rewards.tolist() == pytest.approx([-1, 0.3, 4])
     assert out_of_range.tolist() == [1, 0, 1]
 

@@ -404,7 +404,7 @@ def test_load_lora_reads_files_written_by_diffusers(tiny_sd3: Path, tmp_path: Pa
 
 def test_lora_of_another_family_is_rejected(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     StableDiffusion(str(tiny_sd)).save_lora(tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"adapts something other than the denoiser \(unet"):
+    with pytest.raises(ValueError, match=r"adapts something other than .*\(unet"):
         opened(tiny_sd3).load_lora(tmp_path / "lora.safetensors")
 
 
@@ -493,7 +493,7 @@ def test_error_names_the_model_class_of_the_pipeline(tiny_sd: Path, tiny_sd3: Pa
     with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline .*; open it with StableDiffusion$"):
         StableDiffusion3(str(tiny_sd))
     other = edited(tiny_sd3, tmp_path / "other", "model_index.json", _class_name="AuraFlowPipeline")
-    with pytest.raises(ValueError, match="is a AuraFlowPipeline, and .* for example stabilityai/stable-diffusion-3.5"):
+    with pytest.raises(ValueError, match="is a AuraFlowPipeline and not .* for example stabilityai/stable-diffusion-3.5"):
         StableDiffusion3(str(other))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is a single file.* give a diffusers pipeline folder"):

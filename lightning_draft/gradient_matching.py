@@ -1,8 +1,8 @@
-"""Gradient matching: targets for the change from the base model's predictions, made from gradients of the reward.
+"""Gradient matching: targets for the difference from the base model, computed from gradients of the reward.
 
-Notation: `x_k` the latent before step `k` of `T`, `mu` the mean of the sampler's step, `std_k` its standard deviation,
-`x0(x)` the model's estimate of the clean latent, `u` what the network predicts, `r` the reward of a decoded latent. The
-base model's values have the index `base`. Targets carry no gradient.
+Notation: `x_k` is the latent before step `k` of `T`, `mu` the mean of the sampler's step, `std_k` its standard
+    deviation, `x0(x)` the model's estimate of the clean latent, `u` the network's prediction, `r` the reward of a
+    decoded latent. Values of the base model have the index `base`. Targets have no gradient.
 """
 
 from abc import ABC, abstractmethod
@@ -22,9 +22,9 @@ class Trajectory:
     """Sampled latents and the gradient of the reward.
 
     Args:
-        chain: Of the current model.
+        chain: Chain of the current model.
         latents: From noise to sample, `(T + 1, B, ...)`.
-        reward_gradient: From clean latents `(B, ...)` to the gradient of each one's reward, `(B, ...)`.
+        reward_gradient: Map from clean latents `(B, ...)` to the gradients of their rewards, `(B, ...)`.
     """
 
     chain: SamplingChain
@@ -34,12 +34,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Residual:
-    """How far the model is from the base model at one step.
+    """Difference from the base model at one step.
 
     Args:
         prediction: `u - u_base`, `(B, ...)`, with a graph.
         mean: `mu - mu_base`, `(B, ...)`, with a graph.
-        std: Of the step.
+        std: Standard deviation of the step.
     """
 
     prediction: Tensor
@@ -48,7 +48,7 @@ class Residual:
 
 
 class GradientMatching(ABC):
-    """A regression of the change from the base model on gradients of the reward.
+    """A regression of the difference from the base model on gradients of the reward.
 
     Attributes:
         needs_noise: Whether only stochastic steps can be trained.
@@ -66,7 +66,7 @@ class GradientMatching(ABC):
 
 
 class AdjointMatching(GradientMatching):
-    """Stochastic optimal control: match the lean adjoint, which is pulled back through the base model's steps.
+    """Stochastic optimal control: match the lean adjoint, which is back-propagated through the base model's steps.
 
         a_T = -scale grad r(x_T),  a_k = (d mu_base(x_k) / dx)^T a_{k+1}
         L = mean_k |(mu - mu_base)(x_k) / std_k + std_k a_{k+1}|^2
@@ -88,7 +88,7 @@ class AdjointMatching(GradientMatching):
         self.scale = positive("scale", scale)
 
     def targets(self, trajectory: Trajectory, steps: Sequence[int]) -> list[Tensor]:
-        """Return the adjoints after the steps, at one call of the base network per later step."""
+        """Return the adjoints after the steps; each later step needs one call of the base network."""
         chain, latents = trajectory.chain, trajectory.latents
         adjoint, found = -self.scale * trajectory.reward_gradient(latents[-1]), {}
 
@@ -112,8 +112,8 @@ class NablaGFlowNet(GradientMatching):
         g_{k+1} = scale alpha_{k+1}^2 grad r(x0(x_{k+1})) with respect to x_{k+1}
         L = mean_k mean |(mu - mu_base)(x_k) / std_k^2 - g_{k+1}|^2
 
-    with `alpha_{k+1}` the signal level after the step, and `x0(x_T) = x_T`. The flow network of the paper is left out,
-    as the authors' option `no_flow` does.
+    with `alpha_{k+1}` the signal level after the step, and `x0(x_T) = x_T`. The flow network of the paper is omitted,
+    as with the authors' option `no_flow`.
 
     Args:
         scale: Factor on the reward, positive.
@@ -130,7 +130,7 @@ class NablaGFlowNet(GradientMatching):
         self.scale = positive("scale", scale)
 
     def targets(self, trajectory: Trajectory, steps: Sequence[int]) -> list[Tensor]:
-        """Return the scaled gradients, at one forward and backward pass of the network per step but the last."""
+        """Return the scaled gradients; each step except the last needs one forward and backward pass of the network."""
         return [self.scale * self._gradient(trajectory, step + 1) for step in steps]
 
     def loss(self, residual: Residual, target: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class VGGFlow(GradientMatching):
         L = mean_k mean |(u - u_base)(x_k) - sign alpha_k^2 scale g|^2
 
     with `sign` that of `d x0 / d u`: the target of a flow, whose `alpha_k` is `1 - t`, is `v_base - (1 - t)^2 scale g`.
-    The value network of the paper is left out. The sampler may be deterministic.
+    The value network of the paper is omitted. The sampler can be deterministic.
 
     Args:
         scale: Factor on the reward, positive.
@@ -174,7 +174,7 @@ class VGGFlow(GradientMatching):
         self.clip = positive("clip", clip)
 
     def targets(self, trajectory: Trajectory, steps: Sequence[int]) -> list[Tensor]:
-        """Return the change of the prediction at each step, at one network call per step."""
+        """Return the change of the prediction at each step; each step needs one network call."""
         return [self._target(trajectory, step) for step in steps]
 
     def loss(self, residual: Residual, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images and scores at several scales of a LoRA, and the scale that an evaluation reward prefers."""
+"""Images and scores at several scales of a LoRA, and the best scale by an evaluation reward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ class ScaleSweep:
         return float(self.scores[scale][reward].double().mean())
 
     def best_scale(self) -> tuple[float, str] | None:
-        """Return the scale with the greatest mean of the first evaluation reward, and the reward's name.
+        """Return the scale with the highest mean of the first evaluation reward, and the name of the reward.
 
-        Without an evaluation reward it is the first reward's; without any reward there is none.
+        Without an evaluation reward, the first reward is used; without any reward, return None.
         """
         name = next(iter([*self.evaluation, *self.rewards]), None)
         return None if name is None else (max(self.scores, key=lambda scale: self.mean(name, scale)), name)
@@ -71,13 +71,13 @@ def sweep(
     """Generate and score images of the same prompts and noise at several scales of the model's adapters.
 
     Args:
-        model: With adapters, unless all scales are 0.
+        model: A model with adapters, unless all scales are 0.
         sampler: The sampler.
         prompts: Prompts.
         scales: The weights are `theta_0 + scale dW`.
         score: Called with images `(B, 3, H, W)` in [0, 1] and `B` prompts; returns scores `(B,)` by name.
-        evaluation: Names of the scores that were not trained on, the one that decides first.
-        seeds: Of the starting noise; each prompt is sampled once for each.
+        evaluation: Names of the scores that were not trained on; the first one decides.
+        seeds: Seeds of the starting noise; each prompt is sampled once for each seed.
         batch_size: Images at a time.
     """
     everything = [prompt for _ in seeds for prompt in prompts]
@@ -98,7 +98,7 @@ def generate(
     scale: float = 1.0,
     batch_size: int = 8,
 ) -> Tensor:
-    """Return images `(N, 3, H, W)` on the CPU, from noise that depends on the seed alone."""
+    """Return images `(N, 3, H, W)` on the CPU, from noise that depends only on the seed."""
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     if model.lora is None:
         return _generate(model, sampler, prompts, seed, noise, batch_size)
@@ -107,10 +107,10 @@ def generate(
 
 
 def save_plot(result: ScaleSweep, path: str | Path) -> None:
-    """Plot the gains of all rewards against the scale; curves that part show over-optimization.
+    """Plot the gains of all rewards against the scale; curves that diverge show over-optimization.
 
     Args:
-        result: With scores.
+        result: Result with scores.
         path: The image file.
 
     Raises:

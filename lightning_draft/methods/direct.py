@@ -24,17 +24,17 @@ Checkpointing = Literal["auto", "none", "step", "block", "both"]
 class DirectModule(RewardModule, ABC):
     """Base class of the methods that use the gradient of the reward with respect to the images.
 
-    Each training step samples anew.
+    Each training step samples new images.
 
     Args:
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase; it must be differentiable.
         sampler: The sampler in training and in validation.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer.
         seed: Seed of all noise and random choices.
-        checkpointing: What the backward pass recomputes.
+        checkpointing: Activations that the backward pass recomputes.
         micro_batch_size: Number of samples for which a graph is built at a time; by default the whole batch.
 
     Attributes:
@@ -66,7 +66,7 @@ class DirectModule(RewardModule, ABC):
 
     @abstractmethod
     def gradient_steps(self) -> int:
-        """Return how many steps of a chain have a gradient at most."""
+        """Return the largest number of steps of a chain with gradient."""
 
     @abstractmethod
     def loss_and_logs(
@@ -86,7 +86,7 @@ class DirectModule(RewardModule, ABC):
             self.batches = 0
 
     def check_configuration(self) -> None:
-        """Check that the reward has a gradient, and what every method needs.
+        """Check that the reward has a gradient, and the configuration of every method.
 
         Raises:
             ConfigurationError: One of these is not the case.

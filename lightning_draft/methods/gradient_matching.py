@@ -1,4 +1,4 @@
-"""Gradient matching: regress the change from the base model on gradients of the reward, without a graph of the chain.
+"""Gradient matching: regress the difference from the base model on gradients of the reward, without a chain graph.
 
 References:
     Domingo-Enrich et al., "Adjoint Matching: Fine-tuning Flow and Diffusion Generative Models with Memoryless
@@ -25,25 +25,25 @@ from lightning_draft.samplers import DDIM, Sampler
 
 
 class GradientMatchingModule(DirectModule):
-    """Increase a differentiable reward by matching the model's change from its base to gradients of the reward.
+    """Increase a differentiable reward by matching the difference from the base model to gradients of the reward.
 
     Each training step samples trajectories without a graph, computes targets from the gradient of the reward, and takes
     the mean over some steps of the trajectories of
 
         matching.loss(model - base model, target).
 
-    The loss is the regularization towards the base model too: its optimum is a finite change.
+    The loss also regularizes towards the base model: at its optimum the difference is finite.
 
     Args:
         model: The diffusion model, with its trainable parameters.
         reward: The reward to increase; it must be differentiable.
         sampler: The sampler in training and in validation; `DDIM(50, eta=1)` by default.
         matching: The targets and the loss; `AdjointMatching()` by default.
-        eval_rewards: Rewards that are only reported, on validation images, by name.
+        eval_rewards: Rewards by name that are computed on validation images and not trained on.
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer, as in `RewardModule`.
-        trained_steps: How many sampling steps of each trajectory are trained, drawn at random; by default all. Steps
-            without noise are left out where the matching needs noise.
+        trained_steps: Number of sampling steps of each trajectory that are trained, chosen at random; by default all.
+            Steps without noise are excluded if the matching needs noise.
         checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
             network, `both` or `none`; `auto` is `step` if more than one step is trained, else `none`.
         micro_batch_size: Number of samples for which a graph is built at a time; by default the whole batch.
@@ -80,7 +80,7 @@ class GradientMatchingModule(DirectModule):
         return self.matching
 
     def gradient_steps(self) -> int:
-        """Return how many steps of a trajectory are trained."""
+        """Return the number of trained steps of a trajectory."""
         return self.trained_steps or self.sampler.num_steps
 
     def check_configuration(self) -> None:
@@ -166,7 +166,7 @@ class GradientMatchingModule(DirectModule):
             return torch.autograd.grad(self.rewards(latents, prompts)[0].sum(), latents)[0]
 
     def residual(self, trajectory: Trajectory, step: int) -> Residual:
-        """Return how far the model is from the base model at a step of a trajectory, with a graph."""
+        """Return the difference from the base model at a step of a trajectory, with a graph."""
         chain, x = trajectory.chain, trajectory.latents[step]
         t, s = chain.grid[step]
         x0 = chain.predict(State(x, step))
@@ -181,7 +181,7 @@ class GradientMatchingModule(DirectModule):
         """Return the steps that can be trained.
 
         Raises:
-            ConfigurationError: There are none, or fewer than `trained_steps`.
+            ConfigurationError: There are no such steps, or fewer than `trained_steps`.
         """
         check_sampler(self.sampler, self.model.schedule)
         noisy = stochastic_steps(self.sampler, self.model.schedule)
@@ -189,12 +189,12 @@ class GradientMatchingModule(DirectModule):
         name = type(self.matching).__name__
         if not steps:
             raise ConfigurationError(
-                f"{name} trains steps that add noise, and {type(self.sampler).__name__} adds none here; use "
+                f"{name} trains steps that add noise, and {type(self.sampler).__name__} adds no noise; use "
                 "DDIM(eta=1), or FlowSDE for a rectified flow"
             )
         if len(steps) < self.gradient_steps() and self.trained_steps is not None:
             raise ConfigurationError(
-                f"trained_steps={self.trained_steps} exceeds the {len(steps)} steps that {name} can train here; write "
+                f"trained_steps={self.trained_steps} exceeds the {len(steps)} steps that {name} can train; write "
                 f"{len(steps)} or less"
             )
         return steps

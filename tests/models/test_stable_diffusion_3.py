@@ -493,7 +493,7 @@ def test_error_names_the_model_class_of_the_pipeline(tiny_sd: Path, tiny_sd3: Pa
     with pytest.raises(ValueError, match=r"is a StableDiffusionPipeline .*; open it with StableDiffusion$"):
         StableDiffusion3(str(tiny_sd))
     other = edited(tiny_sd3, tmp_path / "other", "model_index.json", _class_name="AuraFlowPipeline")
-    with pytest.raises(ValueError, match="is a AuraFlowPipeline and not .* for example stabilityai/stable-diffusion-3.5"):
+    with pytest.raises(ValueError, match="is a AuraFlowPipeline and not .* for example stabilityai/stable-diffusion-3"):
         StableDiffusion3(str(other))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is a single file.* give a diffusers pipeline folder"):

@@ -10,54 +10,20 @@ and reproducible but does not include the scratch space of libraries.
 
 import argparse
 import gc
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from lightning_draft.methods.draft import Checkpointing, DraftModule
 from lightning_draft.models import Memory, StableDiffusion
+from lightning_draft.plan import Tracker
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import Full, LastK, Truncation
 
 MIB = 2**20
-
-
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the storages that operations create within this context.
-
-    Attributes:
-        now: Current number of bytes.
-        peak: Largest number of bytes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count its new storages: outputs that share no storage with an input."""
-        kwargs = kwargs or {}
-        old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in old:
-                storage = leaf.untyped_storage()
-                old.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage.nbytes())
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
 
 
 def peak(step: Callable[[], Tensor], device: torch.device) -> float:
@@ -69,7 +35,7 @@ def peak(step: Callable[[], Tensor], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         step().backward()
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    with LiveBytes() as live:
+    with Tracker() as live:
         step().backward()
     return live.peak / MIB
 

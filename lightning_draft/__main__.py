@@ -76,6 +76,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from lightning_draft.cli.lora import main as lora
 
         return lora(rest)
+    if verb == "plan":
+        from lightning_draft.cli.plan import main as plan
+
+        return plan(rest)
     rest = shipped.expand(verb, rest)
     from lightning_draft.cli.app import run
 

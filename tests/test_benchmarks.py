@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import common, memory, step_cost
 from lightning_draft.models import Guidance, StableDiffusion
@@ -35,21 +34,6 @@ def test_network_calls_of_every_method_equal_the_cost_table(tiny_sd: Path, guida
         }.get(name.split(",")[0], (float(expected), float(expected)))
         assert least <= float(counted) <= most, name
         assert least <= float(expected) <= most, name
-
-
-def test_live_bytes_equal_the_size_of_live_tensors() -> None:
-    x = torch.zeros(1000)
-    with memory.LiveBytes() as live:
-        y = x + 1
-        view = y.view(10, 100)[2]
-        del y
-        assert (live.now, live.peak) == (4000, 4000)
-        z = torch.ones(500, dtype=torch.float64)
-        del view
-        assert (live.now, live.peak) == (4000, 8000)
-        z.mul_(2)
-        x.t()
-        assert (live.now, live.peak) == (4000, 8000)
 
 
 def test_memory_of_full_back_propagation_does_not_grow_with_the_steps(tiny_sd: Path) -> None:

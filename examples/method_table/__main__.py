@@ -22,12 +22,13 @@ from typing import Any
 
 import lightning as L
 
-from benchmarks.memory import MIB, LiveBytes
+from benchmarks.memory import MIB
 from examples.method_table import report
 from examples.method_table.measure import Evaluation, Meter
 from examples.method_table.methods import METHODS, TASKS, Setting, Trial
 from examples.method_table.runs import Run, RunFile
 from lightning_draft.data import PromptDataModule
+from lightning_draft.plan import Tracker
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Prompt
 
@@ -131,7 +132,7 @@ class Table:
     def _peak(self, task: str, method: str, trial: Trial) -> float:
         """Return the peak of live tensor memory of one training step in MiB, beyond what existed before it."""
         module = METHODS[method].build(self.setting, task, trial, 0)
-        with LiveBytes() as live:
+        with Tracker() as live:
             trainer(1, []).fit(module, self._prompts(task, method, 0))
         return live.peak / MIB
 

@@ -11,6 +11,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
   lightning-draft lora info FILE                   look at, convert, scale, mix and merge LoRA files
+  lightning-draft plan --config NAME               memory and cost of a training step, before anything is loaded
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, to copy and change
   lightning-draft completion bash                  print the tab completion of bash or zsh
@@ -130,7 +131,19 @@ lightning-draft lora: look at LoRA files, convert, scale, mix and merge them
   --prompt P [P ...]    also write an image grid of the base model and the new file, to --grid FILE
   --reward NAME ...     with these scores in the grid"""
 
-VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "lora": LORA}
+
+PLAN = """\
+lightning-draft plan: peak memory and cost of a training step, before any weight is loaded
+
+  lightning-draft plan --config sd15_draft_k_clip
+  lightning-draft plan --config sdxl_pickscore --memory 24GB
+
+  --config NAME|FILE     as for fit, with all its options; only configuration files are read or downloaded
+  --memory SIZE          the largest batch for a card, such as 12GB
+  --flops NUMBER         FLOP/s that the card reaches, such as 60e12, for the seconds of a step
+  --brief                do not try the options that may lower the peak"""
+
+VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "lora": LORA, "plan": PLAN}
 INSTEAD = {
     "test": "score held-out prompts with `lightning-draft validate`",
     "predict": "generate images with `lightning-draft sample`",

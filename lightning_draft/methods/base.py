@@ -59,6 +59,7 @@ class RewardModule(EvaluationModule, ABC):
         has_running_statistics: Whether the reward has statistics that training updates.
         probes: Called with every latent of a sampling step that has a graph.
         nonfinite_gradients: Drops gradients that are not finite, and stops training after `limit` in a row.
+        checks_first_step: Whether `on_fit_start` runs `check_first_step`.
         lr: Learning rate that replaces the optimizer's, if set; Lightning's `LearningRateFinder` sets it.
 
     Raises:
@@ -81,6 +82,7 @@ class RewardModule(EvaluationModule, ABC):
         self.lr: float | None = None
         self.reward_queries = 0
         self.probes: list[Probe] = []
+        self.checks_first_step = True
         self.has_running_statistics = any(is_reward_state(f"reward.{key}") for key in reward.state_dict())
         self.nonfinite_gradients = NonFiniteGradients()
         self._plateau_is_due = False
@@ -117,7 +119,8 @@ class RewardModule(EvaluationModule, ABC):
     def on_fit_start(self) -> None:
         """Check the gradient on the first training prompt."""
         data = self.prompt_data
-        self.check_first_step(["a photo"] if data is None else data.train_prompts[:1])
+        if self.checks_first_step:
+            self.check_first_step(["a photo"] if data is None else data.train_prompts[:1])
 
     @property
     def prompt_data(self) -> PromptDataModule | None:

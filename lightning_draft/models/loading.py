@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from lightning_draft.arguments import one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_folder
+from lightning_draft.models import skeleton
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.families import class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
+from lightning_draft.weightless import is_without_weights
 
 _SHIPPED = ("emoji64",)
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -70,7 +72,8 @@ def load_pipeline(
             )
         else:
             pipeline = _hub(family, pretrained, dtypes, options)
-    check_finite(pipeline, family, pretrained)
+    if not is_without_weights():
+        check_finite(pipeline, family, pretrained)
     return pipeline
 
 
@@ -130,7 +133,8 @@ def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], opt
     try:
         options = {**_absent(family, str(folder)), **options}
         pipeline = _from_pretrained(family, str(folder), dtypes, _variant(folder / family.denoiser), options)
-        check_complete(pipeline, family, folder)
+        if not is_without_weights():
+            check_complete(pipeline, family, folder)
         return pipeline
     except ConfigurationError:
         raise
@@ -199,6 +203,8 @@ def _layout(file: Path) -> str:
 def _from_pretrained(
     family: Family, source: str, dtypes: Mapping[str, torch.dtype], variant: str | None, options: Mapping[str, Any]
 ) -> Any:
+    if is_without_weights():
+        return family.pipeline_class.from_pretrained(source, **skeleton.networks(family, source, dtypes), **options)
     return family.pipeline_class.from_pretrained(source, dtype=dict(dtypes), variant=variant, **options)
 
 

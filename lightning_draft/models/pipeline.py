@@ -23,6 +23,7 @@ from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_d
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.text_encoding import TextEncoding
 from lightning_draft.models.trainable import Trainable
+from lightning_draft.weightless import shapes_only
 
 
 class PipelineModel(AdaptedModel):
@@ -90,7 +91,8 @@ class PipelineModel(AdaptedModel):
         self._configure(self.pipeline)
         self._set_decoder_precision(dtype)
         self.requires_grad_(False).eval()
-        self._prepare_training()
+        with shapes_only():
+            self._prepare_training()
 
     @property
     def denoiser(self) -> Any:

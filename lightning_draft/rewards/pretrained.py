@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_draft.assets import resolve
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.weightless import is_without_weights, shapes_only
 
 
 @contextmanager
@@ -44,10 +45,20 @@ def load(kind: Any, source: Path | str, config: Any = None) -> Any:
     Raises:
         OSError, ImportError, ValueError: There is no model, or some of its weights are missing.
     """
+    if is_without_weights():
+        return _skeleton(kind, source, config)
     model, report = kind.from_pretrained(source, config=config, weights_only=True, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     return model
+
+
+def _skeleton(kind: Any, source: Path | str, config: Any) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source) if config is None else config
+    with shapes_only():
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
 
 @contextmanager

@@ -1,0 +1,242 @@
+"""The command `plan`: peak memory and cost of a training step, before any weight is loaded."""
+
+import argparse
+import contextlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_draft.arguments import positive
+from lightning_draft.cli import messages, shipped
+from lightning_draft.cli.app import DraftCLI
+from lightning_draft.cli.option_checks import check_options
+from lightning_draft.cli.plan_report import Alternative, report
+from lightning_draft.cli.process import process_arguments
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.plan import StepPlan, Tracker, model_parts, plan_step
+from lightning_draft.weightless import without_weights
+
+ALTERNATIVES = (
+    "--model.checkpointing step",
+    "--model.checkpointing block",
+    "--model.checkpointing both",
+    "--model.micro_batch_size 1",
+    "--model.timesteps_per_minibatch 1",
+    "--model.model.memory.checkpoint_decoder true",
+    "--model.model.memory.checkpoint_decoder true --model.model.memory.decode_chunk 1",
+    "--model.model.dtype bfloat16",
+)
+"""Options that may lower the peak."""
+
+_LONG = 4
+"""Sampling steps up to which a chain is counted whole."""
+
+SHARE = 0.9
+"""Of a card's memory that a step may take; the rest is for the CUDA context and fragmentation."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Plan one training step of a configuration and print it; return the exit status.
+
+    Raises:
+        ConfigurationError: The configuration cannot work.
+    """
+    options, rest = _parser().parse_known_args(args)
+    memory = None if options.memory is None else parse_size(options.memory)
+    rest = shipped.expand("plan", rest)
+    run = _plan(rest)
+    print(report(run.title, run.plan, run.batch_size, options.flops), flush=True)
+    if not options.brief:
+        for line in _alternatives(rest, run):
+            print(line, flush=True)
+    if memory is not None:
+        print(_largest_batch(rest, run, memory), flush=True)
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as `12GB`, `24 GiB` or `800MB`; as for cards, 1 GB is 2^30 bytes.
+
+    Raises:
+        ConfigurationError: It is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])i?B\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ConfigurationError(f"--memory {text} is not a size; write the card's memory as 12GB")
+    return int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A planned configuration."""
+
+    title: str
+    plan: StepPlan
+    batch_size: int
+
+
+class _PlanCLI(DraftCLI):
+    """Parse the options of `fit` and build the method without weights, a run folder, loggers or callbacks."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check values."""
+        config = self.config[self.verb]
+        self._as_written = config.clone()
+        check_options(messages.flatten(config.as_dict()))
+        config["trainer"]["logger"] = False
+        config["trainer"]["callbacks"] = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return an idle Trainer; `plan_step` has its own."""
+        return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def _plan(args: Sequence[str]) -> _Run:
+    """Plan the configuration, from shorter chains where its length only adds the same again for each step."""
+    with _build(args) as (cli, module, prompts):
+        title, size, steps = _title(module, len(prompts)), len(prompts), module.sampler.num_steps
+        needed = _steps_needed(module)
+        if needed < steps:
+            call = _one_call(module, prompts)
+            return _Run(title, _with_steps(args, needed).with_calls("denoiser", steps - needed, call), size)
+        if steps <= _LONG:
+            return _Run(title, _count(cli, module, prompts), size)
+    plan = _extrapolated(args, steps) or _with_steps(args, steps)
+    return _Run(title, plan, size)
+
+
+@contextlib.contextmanager
+def _build(args: Sequence[str]) -> Iterator[tuple[Any, Any, list[str]]]:
+    """Yield the command line, the method without weights, and its first batch."""
+    with _quiet(), process_arguments(["fit", *args]), without_weights():
+        cli = _PlanCLI("fit")
+        cli.datamodule.setup("fit")
+        size, prompts = cli.datamodule.batch_size, list(cli.datamodule.train_prompts[: cli.datamodule.batch_size])
+        yield cli, cli.model, (prompts * -(-size // len(prompts)))[:size]
+
+
+def _count(cli: Any, module: Any, prompts: list[str]) -> StepPlan:
+    config = cli.config_init["fit"]["trainer"]
+    names = ("precision", "accumulate_grad_batches", "gradient_clip_val")
+    return plan_step(module, prompts, {name: config[name] for name in names if config[name] is not None})
+
+
+def _with_steps(args: Sequence[str], steps: int) -> StepPlan:
+    with _build([*args, "--model.sampler.num_steps", str(steps)]) as built:
+        return _count(*built)
+
+
+def _extrapolated(args: Sequence[str], steps: int) -> StepPlan | None:
+    """Return the plan of a long chain from three short ones, if each step adds the same."""
+    short, longer, check = (_with_steps(args, number) for number in (_LONG - 2, _LONG - 1, _LONG))
+    expected = short.extrapolate(longer, 2)
+    if (expected.live, expected.flops) != (check.live, dict(check.flops)):
+        return None
+    return short.extrapolate(longer, steps - (_LONG - 2))
+
+
+def _steps_needed(module: Any) -> int:
+    """Return the least number of sampling steps with the same peak: those with a gradient, and one before."""
+    steps: int = module.sampler.num_steps
+    if not isinstance(module, DraftModule):
+        return steps
+    k = module.truncation.gradient_steps(steps)
+    return min(steps, k + 1) if module.truncation.gradient_steps(k + 1) == k else steps
+
+
+def _one_call(module: Any, prompts: list[str]) -> int:
+    """Return the FLOPs of one step without gradient."""
+    (time, _), *_ = module.sampler.grid(module.model.schedule)
+    with torch.no_grad(), Tracker(model_parts(module)) as tracker:
+        conditioning = module.model.encode(prompts)
+        before = tracker.flops["denoiser"]
+        module.model(module.model.noise(len(prompts)), time, conditioning)
+    return tracker.flops["denoiser"] - before
+
+
+def _title(module: Any, batch_size: int) -> str:
+    model = module.model
+    height, width = getattr(model, "image_size", (0, 0))
+    size = f", {width}x{height}" if height else ""
+    return (
+        f"{type(module).__name__} with {type(module.method).__name__} on {model.source}{size}, "
+        f"{type(module.sampler).__name__} with {module.sampler.num_steps} steps, batch of {batch_size}"
+    )
+
+
+def _alternatives(args: Sequence[str], run: _Run) -> Iterator[str]:
+    """Yield a line for each option that lowers the peak."""
+    found = False
+    for option in ALTERNATIVES:
+        try:
+            other = _plan([*args, *option.split()])
+        except ConfigurationError:
+            continue
+        alternative = Alternative(option, other.plan.peak, other.plan.total_flops)
+        if alternative.peak < 0.99 * run.plan.peak:
+            if not found:
+                yield "\nOptions that lower the peak"
+            found = True
+            yield alternative.line(run.plan)
+    if not found:
+        yield "\nNo option lowers the peak by more than 1 %."
+
+
+def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
+    """Return the largest batch for a card, from the growth between two sizes, verified."""
+
+    def peak(size: int) -> int:
+        return _plan([*args, "--data.batch_size", str(size)]).plan.peak
+
+    usable = SHARE * memory
+    one, two = peak(1), peak(2)
+    if one > usable:
+        return f"\nDoes not fit a card of {memory / 2**30:.3g} GiB: a batch of 1 takes {one / 2**30:.2f} GiB."
+    size = max(1, math.floor(1 + (usable - one) / max(1, two - one)))
+    while size > 1 and (found := peak(size)) > usable:
+        size = max(1, min(size - 1, math.floor(size * usable / found)))
+    return (
+        f"\nLargest batch for a card of {memory / 2**30:.3g} GiB, of which a tenth is left free: {size} "
+        f"({peak(size) / 2**30:.2f} GiB)."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises instead of ending the process."""
+
+    def error(self, message: str) -> Any:
+        """Raise the message as a `ConfigurationError`."""
+        raise ConfigurationError(f"{message}; see lightning-draft plan --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("lightning-draft plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--memory")
+    parser.add_argument("--flops", type=_flops)
+    parser.add_argument("--brief", action="store_true")
+    return parser
+
+
+def _flops(text: str) -> float:
+    try:
+        return float(positive("--flops", float(text)))
+    except ValueError as error:
+        raise ConfigurationError(f"--flops {text} is not a number; write FLOP/s as 60e12") from error

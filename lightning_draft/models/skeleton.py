@@ -1,0 +1,34 @@
+"""The networks of a pipeline from their configuration files alone, with random or no values."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_draft.models.family import Family
+from lightning_draft.weightless import shapes_only
+
+
+def networks(family: Family, source: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, nn.Module]:
+    """Build the networks of a pipeline without their weights.
+
+    Args:
+        family: Which pipelines these are.
+        source: Folder or hub id.
+        dtypes: Of each network's weights, by its name.
+    """
+    index = family.pipeline_class.load_config(source)
+    with shapes_only():
+        return {name: _network(source, name, dtype, *index[name]) for name, dtype in dtypes.items() if name in index}
+
+
+def _network(source: str, name: str, dtype: torch.dtype, library: str, class_name: str) -> nn.Module:
+    kind: Any = getattr(import_module(library), class_name)
+    network: nn.Module
+    if library == "diffusers":
+        network = kind.from_config(kind.load_config(source, subfolder=name))
+    else:
+        network = kind(kind.config_class.from_pretrained(source, subfolder=name))
+    return nn.Module.to(network, dtype)

@@ -1,0 +1,155 @@
+"""Run one training step without weights, and count what it would take."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.plan.tracker import OTHER, Tracker
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Peak memory and cost of one optimizer step on one device.
+
+    Args:
+        weights: Bytes of parameters and buffers, by part.
+        optimizer: Bytes of the optimizer's state.
+        live: Most bytes of tensors alive at once beside the weights, gradients included.
+        live_by_part: Those bytes, by the part whose operations made them; `other` are latents, the sampler, the loss
+            and the backward pass.
+        flops: Floating-point operations by part, forward, recomputation and backward; the backward pass is in `other`.
+        calls: Forward calls of each part, recomputation included.
+    """
+
+    weights: Mapping[str, int]
+    optimizer: int
+    live: int
+    live_by_part: Mapping[str, int]
+    flops: Mapping[str, int]
+    calls: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes: weights, the optimizer's state, and what is alive beside them."""
+        return sum(self.weights.values()) + self.optimizer + self.live
+
+    @property
+    def total_flops(self) -> int:
+        """Floating-point operations of the step."""
+        return sum(self.flops.values())
+
+    def with_calls(self, part: str, number: int, flops: int) -> "StepPlan":
+        """Return the plan with more forward calls of a part that keep nothing.
+
+        Args:
+            part: Its name.
+            number: Of calls.
+            flops: Of one call.
+        """
+        calls = {**self.calls, part: self.calls.get(part, 0) + number}
+        return replace(self, calls=calls, flops={**self.flops, part: self.flops.get(part, 0) + number * flops})
+
+    def extrapolate(self, longer: "StepPlan", factor: float) -> "StepPlan":
+        """Return `self + factor (longer - self)`, for a chain whose peak and cost are affine in its length.
+
+        Args:
+            longer: The plan of a longer chain.
+            factor: 1 gives `longer`.
+        """
+
+        def mix(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+            return {name: round(a.get(name, 0) + factor * (b.get(name, 0) - a.get(name, 0))) for name in {**a, **b}}
+
+        return StepPlan(
+            longer.weights,
+            longer.optimizer,
+            round(self.live + factor * (longer.live - self.live)),
+            mix(self.live_by_part, longer.live_by_part),
+            mix(self.flops, longer.flops),
+            mix(self.calls, longer.calls),
+        )
+
+
+def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping[str, Any]) -> StepPlan:
+    """Count what one optimizer step takes.
+
+    The Trainer runs the step as it would in training, on tensors that have a shape and no value; so `module` must have
+    been built in `weightless.without_weights`, which must still be active. A module with weights works too: then the
+    step is run and counted.
+
+    Args:
+        module: The method with its model and reward.
+        prompts: One batch.
+        trainer_options: `precision`, `accumulate_grad_batches` and `gradient_clip_val` of the Trainer.
+    """
+    parts = model_parts(module)
+    weights = _weights(module, parts)
+    module.checks_first_step = False
+    tracker = Tracker(parts)
+    before_optimizer = _BeforeOptimizer(tracker)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[before_optimizer],
+        **trainer_options,
+    )
+    batches = module.training_steps_per_batch(len(prompts)) * trainer.accumulate_grad_batches
+    with tracker:
+        trainer.fit(module, [prompts] * batches)
+    state = sum(map(_nbytes, (each.state for each in trainer.optimizers)))
+    live, by_part = before_optimizer.peak
+    if tracker.peak > live + state:  # in the optimizer's step
+        live, by_part = tracker.peak - state, tracker.at_peak
+    return StepPlan(weights, state, live, {**by_part}, {**tracker.flops}, {**tracker.calls})
+
+
+def model_parts(module: RewardModule) -> dict[str, nn.Module]:
+    """Return the networks of a run by the name of their part; a model of one's own is one part."""
+    model, parts = module.model, {"reward": module.reward, "denoiser": module.model.denoiser}
+    if model.denoiser is not model:
+        parts |= {
+            "autoencoder" if name == "vae" else name.replace("_", " "): child
+            for name, child in model.named_children()
+            if child is not model.denoiser
+        }
+    return parts
+
+
+class _BeforeOptimizer(Callback):
+    """Keep the peak before the optimizer's first step, which makes its state."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.peak: tuple[int, Mapping[str, int]] = (0, {})
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """Note the peak so far."""
+        self.peak = (self.tracker.peak, self.tracker.at_peak)
+
+
+def _weights(module: RewardModule, parts: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return bytes by part; `trained` are the parameters with a gradient."""
+    trained = {id(each) for each in module.parameters() if each.requires_grad}
+    counted: set[int] = set()
+    sizes: Counter[str] = Counter()
+    for name, part in (*parts.items(), (OTHER, module)):
+        for value in (*part.parameters(), *part.buffers()):
+            if id(value) not in counted:
+                counted.add(id(value))
+                sizes["trained" if id(value) in trained else name] += value.nbytes
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _nbytes(state: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(dict(state)) if isinstance(leaf, Tensor))

@@ -1,0 +1,88 @@
+"""Networks with shapes and dtypes and without values, so that a run can be planned before its weights are loaded."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SHAPES: ContextVar[FakeTensorMode | None] = ContextVar("shapes", default=None)
+_aten = torch.ops.aten
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within this context pipelines are built from their configuration files, and their weights have no values.
+
+    Operations on such a tensor only compute the shape, dtype and device of their result
+    (`torch._subclasses.FakeTensorMode`). A value that Python asks for is one that passes checks: 0.5, 0, or true, and
+    false from `any`. Schedules, samplers and small rewards are as always.
+    """
+    token, apply = _SHAPES.set(FakeTensorMode(allow_non_fake_inputs=True)), nn.Module._apply
+    nn.Module._apply = _apply  # type: ignore[method-assign]
+    try:
+        with _PlausibleValues():
+            yield
+    finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
+        _SHAPES.reset(token)
+
+
+def is_without_weights() -> bool:
+    """Return whether pipelines are built without their weights."""
+    return _SHAPES.get() is not None
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this context, and inside `without_weights`, new tensors have no values."""
+    mode = _SHAPES.get()
+    with nullcontext() if mode is None else mode:
+        yield
+
+
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Convert parameters and buffers as `nn.Module.to` does, which cannot swap tensors that have no values."""
+    tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no id is used again
+    for each in module.modules() if recurse else (module,):
+        for name, parameter in each._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in tied:
+                    tied[id(parameter)] = (parameter, _converted(parameter, function))
+                each._parameters[name] = tied[id(parameter)][1]
+        for name, buffer in each._buffers.items():
+            each._buffers[name] = None if buffer is None else function(buffer)
+    return module
+
+
+def _converted(parameter: nn.Parameter, function: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    data = parameter.data
+    converted = function(data)
+    return parameter if converted is data else nn.Parameter(converted, parameter.requires_grad)
+
+
+class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answer `Tensor.item()` where there is no value."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._false: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, unless it asks for a value that is not there."""
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return self._value(args[0])
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is _aten.any:
+            self._false.add(result.untyped_storage())
+        return result
+
+    def _value(self, tensor: Tensor) -> bool | int | float:
+        if tensor.dtype is torch.bool:
+            return tensor.untyped_storage() not in self._false
+        return 0.5 if tensor.dtype.is_floating_point else 0

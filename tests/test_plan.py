@@ -1,0 +1,177 @@
+"""The plan of a training step: equal to what the step with weights takes, to the byte and to the operation."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_draft.cli import plan as command
+from lightning_draft.cli.plan_report import size
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lightning_draft.plan import StepPlan, Tracker, plan_step
+from lightning_draft.rewards.clip import CLIPScore
+from lightning_draft.rewards.color import ColorTarget
+from lightning_draft.samplers import DDIM, FlowEuler
+from lightning_draft.truncation import Full, LastK
+from lightning_draft.weightless import without_weights
+
+PROMPTS = ["a cat", "a red dog"]
+
+
+def test_tracker_counts_the_bytes_of_live_storages() -> None:
+    x = torch.zeros(1000)
+    with Tracker() as live:
+        y = x + 1
+        view = y.view(10, 100)[2]
+        del y
+        assert (live.now, live.peak) == (4000, 4000)
+        z = torch.ones(500, dtype=torch.float64)
+        del view
+        assert (live.now, live.peak) == (4000, 8000)
+        z.mul_(2)
+        x.t()
+        assert (live.now, live.peak) == (4000, 8000)
+
+
+def planned(build: Any, weights: bool) -> StepPlan:
+    with nullcontext() if weights else without_weights():
+        return plan_step(build(), PROMPTS, {})
+
+
+def draft(folder: Path, **options: Any) -> DraftModule:
+    model = StableDiffusion(
+        str(folder), guidance=options.pop("guidance", Guidance(1.0)), memory=options.pop("memory", Memory())
+    )
+    return DraftModule(model, ColorTarget(), DDIM(2), **options)
+
+
+CASES = {
+    "steps recomputed": {"truncation": Full()},
+    "decoder recomputed": {
+        "truncation": LastK(1),
+        "guidance": Guidance(3.0),
+        "memory": Memory(decode_chunk=1, checkpoint_decoder=True),
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plan_without_weights_equals_the_count_of_the_real_step(tiny_sd: Path, case: str) -> None:
+    without, real = (planned(lambda: draft(tiny_sd, **dict(CASES[case])), weights) for weights in (False, True))
+    assert without == real
+    assert real.live > 0
+    assert real.total_flops > 0
+
+
+def test_plan_counts_rollouts_minibatches_and_full_fine_tuning(tiny_sd: Path) -> None:
+    def build() -> PolicyGradientModule:
+        model = StableDiffusion(str(tiny_sd), guidance=Guidance(1.0), trainable="full")
+        return PolicyGradientModule(
+            model, ColorTarget(), DDIM(2, eta=1.0), samples_per_prompt=2, timesteps_per_minibatch=1
+        )
+
+    without, real = planned(build, False), planned(build, True)
+    assert without == real
+    assert real.optimizer > 2 * real.weights["trained"] * 0.99
+
+
+def test_plan_of_other_families_and_of_clip(tiny_sdxl: Path, tiny_sd3: Path, tiny_clip: Path) -> None:
+    def xl() -> DraftModule:
+        return DraftModule(StableDiffusionXL(str(tiny_sdxl)), CLIPScore(str(tiny_clip)), DDIM(2), LastK(1))
+
+    def sd3() -> DraftModule:
+        model = StableDiffusion3(str(tiny_sd3), lora=LoRA(rank=2, target_modules=["to_q"]))
+        return DraftModule(model, CLIPScore(str(tiny_clip)), FlowEuler(2), LastK(1))
+
+    for build in (xl, sd3):
+        assert planned(build, False) == planned(build, True)
+
+
+def test_no_weight_is_read(tiny_sd: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    for file in tiny_sd.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            (folder / file.relative_to(tiny_sd)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.relative_to(tiny_sd)).write_bytes(file.read_bytes())
+    with without_weights():
+        sizes = [value.nbytes for value in draft(folder).parameters()]
+    assert sizes == [value.nbytes for value in draft(tiny_sd).parameters()]
+
+
+def test_tensors_are_real_again_after_the_context(tiny_sd: Path) -> None:
+    with without_weights():
+        draft(tiny_sd)
+    model = StableDiffusion(str(tiny_sd))
+    assert torch.isfinite(model.noise(1)).all()
+    assert float(next(model.unet.parameters()).abs().sum()) > 0.5
+
+
+def run(folder: Path, *options: str) -> command._Run:
+    return command._plan(
+        [
+            *("--model.model", "StableDiffusion", "--model.model.pretrained", str(folder)),
+            *("--model.reward", "ColorTarget", "--data.prompts", '["a cat"]', "--data.val_size", "0"),
+            *("--model.sampler", "DDIM", "--data.batch_size", "1", *options),
+        ]
+    )
+
+
+@pytest.mark.parametrize("truncation", ["LastK", "Full"])
+def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
+    tiny_sd: Path, truncation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--model.sampler.num_steps", "5", "--model.truncation", truncation)
+    short = run(tiny_sd, *options)
+    monkeypatch.setattr(command, "_LONG", 5)
+    monkeypatch.setattr(command, "_steps_needed", lambda module: module.sampler.num_steps)
+    whole = run(tiny_sd, *options)
+    assert (short.plan.live, short.plan.flops, short.plan.calls) == (
+        whole.plan.live,
+        whole.plan.flops,
+        whole.plan.calls,
+    )
+
+
+def test_page_names_the_parts_and_the_options_that_lower_the_peak(
+    tiny_sd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "ALTERNATIVES", ("--model.checkpointing step", "--model.timesteps_per_minibatch 1"))
+    config = tiny_sd.with_name("plan.yaml")
+    method = {
+        "model": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_sd)}},
+        "sampler": {"class_path": "DDIM", "init_args": {"num_steps": 2}},
+        "truncation": "Full",
+        "checkpointing": "none",
+        "reward": "ColorTarget",
+    }
+    data = {"prompts": ["a cat"], "batch_size": 1, "val_size": 0}
+    config.write_text(json.dumps({"model": {"class_path": "DraftModule", "init_args": method}, "data": data}))
+    assert command.main(["--config", str(config), "--memory", "1MB", "--flops", "1e12"]) == 0
+    page = capsys.readouterr().out
+    assert "Peak memory of a training step" in page
+    assert "denoiser" in page
+    assert " s\n" in page
+    assert "--model.checkpointing step" in page
+    assert "timesteps_per_minibatch" not in page
+    assert "Largest batch for a card of 0.000977 GiB" in page
+
+
+@pytest.mark.parametrize(("text", "expected"), [("12GB", 12 * 2**30), ("1.5 GiB", 3 * 2**29), ("800mb", 800 * 2**20)])
+def test_sizes_of_cards(text: str, expected: int) -> None:
+    assert command.parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["12", "GB", "-3GB", "0GB", "12TB"])
+def test_what_is_no_size_is_rejected_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--memory {text} is not a size; write the card's memory as 12GB"):
+        command.parse_size(text)
+
+
+def test_sizes_are_printed_with_their_unit() -> None:
+    assert (size(3 * 2**19), size(3 * 2**30)) == ("1.5 MiB", "3.00 GiB")

@@ -1,4 +1,4 @@
-"""Files and folders are written as a whole or not at all, and what a killed process leaves is removed."""
+"""Files and folders are written completely or not at all, and temporary files of killed processes are removed."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_folder, atomic_path, remove_partial_files
 
 
-def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     with atomic_path(file) as partial:
         partial.write_text("old")
@@ -21,7 +21,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert file.read_text() == "old"
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_folder_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "lora" / "best"
     for content in ("old", "new"):
         with atomic_folder(folder) as partial:
@@ -36,7 +36,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [atomic_path, atomic_folder])
-def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path, write: type) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path, write: type) -> None:
     process = os.fork()
     if process == 0:
         with write(tmp_path / "config.yaml"):

@@ -29,7 +29,7 @@ VARIANTS: list[GradientMatching] = [AdjointMatching(2.0), NablaGFlowNet(2.0), VG
 battery = pytest.mark.parametrize("matching", VARIANTS, ids=lambda m: type(m).__name__)
 
 
-def test_the_battery_covers_every_matching() -> None:
+def test_list_covers_every_matching() -> None:
     members = [each for _, each in inspect.getmembers(strategies, inspect.isclass)]
     shipped = {each for each in members if issubclass(each, GradientMatching)} - {GradientMatching}
     assert {type(matching) for matching in VARIANTS} == shipped
@@ -68,7 +68,7 @@ def sampled(model: LinearModel, sampler: Sampler) -> tuple[Trajectory, list[Tens
     ],
     ids=["ddpm", "flow"],
 )
-def test_the_lean_adjoint_is_the_gradient_through_the_base_s_chain(model: LinearModel, sampler: Sampler) -> None:
+def test_lean_adjoint_equals_the_gradient_through_the_base_chain(model: LinearModel, sampler: Sampler) -> None:
     """On a trajectory of the base it is `-scale d r(x_T) / d x_k` with the noise of each step fixed."""
     trajectory, noise = sampled(model, sampler)
     chain = trajectory.chain
@@ -235,7 +235,7 @@ def test_residuals_are_the_changes_of_prediction_and_mean() -> None:
 
 
 @battery
-def test_network_calls_and_reward_queries(matching: GradientMatching) -> None:
+def test_number_of_network_calls_and_reward_queries(matching: GradientMatching) -> None:
     """With gradient: one per trained step and per target that is pulled back. Rewards: the samples and the targets."""
     module = linear(matching, trained_steps=2, checkpointing="none")
     generator = torch.Generator().manual_seed(1)
@@ -251,7 +251,7 @@ def test_network_calls_and_reward_queries(matching: GradientMatching) -> None:
 
 
 @battery
-def test_recomputing_and_micro_batches_change_nothing(matching: GradientMatching) -> None:
+def test_recomputation_and_micro_batches_change_no_gradient(matching: GradientMatching) -> None:
     found = []
     for options in ({"checkpointing": "none"}, {"checkpointing": "step"}, {"micro_batch_size": 1}):
         module = linear(matching, **options)
@@ -271,14 +271,14 @@ def fit(folder: Path, module: GradientMatchingModule, steps: int, *callbacks: Ca
 
 
 @battery
-def test_the_reward_increases(tmp_path: Path, matching: GradientMatching) -> None:
-    """The mean of the exact model of its data goes up, as the reward is the brightness."""
+def test_reward_increases(tmp_path: Path, matching: GradientMatching) -> None:
+    """The reward is the brightness, and the mean of the model increases."""
     module = linear(matching, model=Shifted(MILD), trained_steps=2)
     fit(tmp_path, module, 5)
     assert module.model.shift > 0.02
 
 
-def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
     def run(steps: int, *callbacks: Callback, ckpt: str | None = None) -> tuple[float, list[float]]:
         module = linear(AdjointMatching(2.0), trained_steps=1)
         recorder = fit(tmp_path, module, steps, *callbacks, enable_checkpointing=True, ckpt_path=ckpt)
@@ -300,7 +300,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
         ({"matching": VGGFlow(), "reward": BlackBox()}, "BlackBox is not differentiable"),
     ],
 )
-def test_what_does_not_fit_stops_before_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_combinations_are_errors_before_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         fit(tmp_path, linear(**options), 1)
 

@@ -1,4 +1,4 @@
-"""Stochastic samplers of rectified flows against the updates as their authors write them."""
+"""Stochastic samplers of rectified flows against the updates of their authors."""
 
 import math
 
@@ -13,7 +13,7 @@ from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
 from lightning_draft.testing import GaussianModel
 
 
-def test_dance_sde_is_dance_grpos() -> None:
+def test_dance_sde_equals_dance_grpo() -> None:
     """The authors write it with the score, `-(x - (1 - t) x_0) / t^2`."""
     schedule, sampler = RectifiedFlow(3.0), DanceSDE(5, noise_level=0.3)
     x, velocity = torch.randn(2, 2, 3, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_cps_keeps_the_noise_level_of_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("sampler", [DanceSDE(5, noise_level=0.0), FlowCPS(5, noise_level=0.0)])
-def test_without_noise_it_is_euler(sampler: FlowEuler) -> None:
+def test_sampler_without_noise_equals_euler(sampler: FlowEuler) -> None:
     schedule, (x, x0) = RectifiedFlow(3.0), torch.randn(2, 2, 3, dtype=torch.float64)
     for t, s in sampler.grid(schedule):
         ours = sampler.step(schedule, x, x0, t, s)[0]

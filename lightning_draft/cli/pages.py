@@ -112,7 +112,7 @@ lightning-draft score: score folders of existing images with rewards, without a 
   --parquet             write scores.parquet beside scores.csv"""
 
 LORA = """\
-lightning-draft lora: look at LoRA files, convert, scale, mix and merge them
+lightning-draft lora: inspect, convert, scale, mix and merge LoRA files
 
   lightning-draft lora info best.safetensors                 metadata, ranks, alphas, norms of the layers, check for NaN
   lightning-draft lora convert best.safetensors -o best.comfy.safetensors --format comfy
@@ -120,7 +120,7 @@ lightning-draft lora: look at LoRA files, convert, scale, mix and merge them
   lightning-draft lora mix a.safetensors:0.7 b.safetensors:0.5 -o c.safetensors --rank 16
   lightning-draft lora merge best.safetensors -o folder      write the whole pipeline with the LoRA in its weights
 
-  --model NAME          the base model; by default the one that a file's header names
+  --model NAME          the base model; by default the one in the header of the file
   --output FILE         the file to write, or the folder of merge
   --format FORMAT       diffusers, or comfy for ComfyUI, Forge and AUTOMATIC1111
   --rank N              of the new file, by singular value decomposition of each layer's update; the relative error

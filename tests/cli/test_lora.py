@@ -82,7 +82,7 @@ def test_convert_and_scale_keep_and_multiply_the_update(tiny_sd: Path, files: An
         torch.testing.assert_close(quarter[layer].float(), 0.25 * update, rtol=2e-2, atol=2e-3)
 
 
-def test_a_merged_pipeline_gives_the_images_of_the_lora(tiny_sd: Path, files: Any, tmp_path: Path) -> None:
+def test_merged_pipeline_gives_the_images_of_the_lora(tiny_sd: Path, files: Any, tmp_path: Path) -> None:
     assert run("merge", files["a"], "-o", tmp_path / "merged", "--scale", 0.5) == 0
     model = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(2.0))
     model.load_lora(files["a"])
@@ -121,7 +121,7 @@ def test_a_grid_is_written_beside_the_new_file(files: Any, tmp_path: Path) -> No
         (["scale", "a.safetensors", "much", "-o", "b.safetensors"], "invalid float value: 'much'"),
     ],
 )
-def test_wrong_arguments_are_named(args: list[str], message: str, capsys: Any) -> None:
+def test_invalid_arguments_are_rejected(args: list[str], message: str, capsys: Any) -> None:
     assert run(*args) == 2
     assert message in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ LOGGED = {"samples/reward", "samples/reward_base", "samples/judge", "samples/jud
 LOGGED |= {"train/reward", "train/gradient_norm/total"}
 
 
-def test_scalars_come_without_the_epoch(tmp_path: Path) -> None:
+def test_epoch_is_not_logged(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path / "run")
     logger.log_metrics({"train/reward": 1.0, "epoch": 3.0}, 2)
     describe_run([logger, CSVLogger(tmp_path / "csv")], "a: 1", ["reward", "judge"])

@@ -1,4 +1,4 @@
-"""LoRA files that are written for ComfyUI, that have a part for text encoders, and that training starts from."""
+"""LoRA files for ComfyUI, with a part for text encoders, and as the start of training."""
 
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def pipeline_images(pipeline: Any) -> Tensor:
     return made
 
 
-def test_comfy_file_gives_our_images_in_diffusers(kind: Any, tmp_path: Path) -> None:
+def test_comfy_file_gives_the_same_images_in_diffusers(kind: Any, tmp_path: Path) -> None:
     """Through diffusers' converter of kohya's names, for attention, feed-forward, residual and resampling layers."""
     folder, model_class, pipeline = kind
     model = tuned(folder, model_class, LoRA(2, alpha=3.0, target_modules=LAYERS))
@@ -120,7 +120,7 @@ def test_comfy_file_has_alpha_and_the_fields_of_viewers(tiny_sd: Path, tmp_path:
 
 
 def test_original_unet_names_are_those_of_diffusers_single_file_converter(tiny_sdxl: Path) -> None:
-    """Every layer of the network, through the converter of whole checkpoints, which knows nothing of LoRA."""
+    """Every layer of the network, with the converter of complete checkpoints, which is independent of LoRA."""
     unet = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
     state = unet.state_dict()
     original = {}
@@ -243,7 +243,7 @@ def test_a_lower_rank_keeps_the_closest_update_and_states_the_error(tiny_sd: Pat
     assert distance == pytest.approx(lost, rel=1e-4)
 
 
-def test_the_reference_may_be_the_model_that_training_starts_from(tiny_sd: Path, tmp_path: Path) -> None:
+def test_reference_can_be_the_initial_model(tiny_sd: Path, tmp_path: Path) -> None:
     file = start(tiny_sd, tmp_path)
     base = images(opened(tiny_sd, StableDiffusion))
     model = opened(tiny_sd, StableDiffusion, LoRA(init=str(file), reference="init"))
@@ -257,7 +257,7 @@ def test_the_reference_may_be_the_model_that_training_starts_from(tiny_sd: Path,
         torch.testing.assert_close(images(model), base, rtol=0, atol=1e-6)
 
 
-def test_what_cannot_be_started_from_is_named(tiny_sd: Path, tmp_path: Path) -> None:
+def test_invalid_initial_lora_is_rejected(tiny_sd: Path, tmp_path: Path) -> None:
     file = start(tiny_sd, tmp_path)
     with pytest.raises(ConfigurationError, match="lora.init adapts the layers of its file; leave lora.target_modules"):
         LoRA(init=str(file), target_modules=["to_q"])

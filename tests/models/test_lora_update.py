@@ -16,7 +16,7 @@ def random(rank: int, seed: int, scale: float = 1.0, conv: bool = False) -> Upda
 
 
 @pytest.mark.parametrize("conv", [False, True])
-def test_a_sum_is_the_sum_of_dense_updates(conv: bool) -> None:
+def test_sum_equals_the_sum_of_dense_updates(conv: bool) -> None:
     """Not the product of the sums of the factors."""
     updates = [random(2, 0, 0.7, conv), random(3, 1, -1.5, conv)]
     total = add(updates)
@@ -38,7 +38,7 @@ def test_truncation_is_the_closest_update_of_its_rank(conv: bool) -> None:
         assert float((kept.dense() - update.dense()).norm()) == pytest.approx(distance, rel=1e-4)
 
 
-def test_a_rank_that_suffices_keeps_the_update() -> None:
+def test_sufficient_rank_keeps_the_update() -> None:
     update = random(3, 3, 2.0)
     kept, distance = truncate(update, 8)
     assert (kept.rank, distance) == (8, 0.0)

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import signal
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lightning_draft.advantages import PerPromptStatistics
 from lightning_draft.callbacks import (
     AdapterEMA,
     GradientNormMonitor,
@@ -27,9 +29,11 @@ from lightning_draft.callbacks import (
 from lightning_draft.callbacks.step_state import StepState
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError, DivergenceError
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.rewards import Brightness, Sharpness
 from lightning_draft.rewards.combine import WeightedReward, ZScoreSum
-from lightning_draft.testing import LinearModel
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel, LinearReward
 
 STEPS = 6
 PROMPTS = [f"prompt {i}" for i in range(8)]
@@ -117,6 +121,25 @@ def train(make_module, make_trainer, logger):
         }
 
     return fit
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["best.safetensors", "guarded.safetensors"])
+def test_a_file_that_could_not_be_written_in_a_validation_is_written_after_the_resume(
+    train, uninterrupted, tmp_path, monkeypatch, name
+):
+    def replace(source, target, replace=os.replace):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ConfigurationError, match=f"cannot write .*{name}: No space left"):
+        train(tmp_path / "full", every=1)
+    monkeypatch.undo()
+    resumed = train(tmp_path / "full", every=1)
+    for key in ("theta", "optimizer", "callbacks", "files", "epoch", "step"):
+        assert equal(resumed[key], uninterrupted[key]), key
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -340,3 +363,38 @@ def test_saving_needs_no_temporary_folder(make_module, make_trainer, data, tmp_p
 def test_invalid_interval_is_rejected():
     with pytest.raises(ConfigurationError, match="every_n_steps=0 must be at least 1"):
         LastCheckpoint(0)
+
+
+class PeakMemory(Callback):
+    """Records the most memory that Python allocated in each step but the first, beyond what was there before."""
+
+    def __init__(self):
+        self.peaks = []
+        self.before = None
+
+    def on_train_batch_start(self, *_):
+        now, peak = tracemalloc.get_traced_memory()
+        if self.before is not None:
+            self.peaks.append(peak - self.before)
+        tracemalloc.reset_peak()
+        self.before = now
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_memory_of_a_step_does_not_depend_on_the_number_of_prompts(make_trainer, tmp_path):
+    def peak(count):
+        prompts = [f"prompt {i}" for i in range(count)]
+        estimator = PerPromptStatistics(4, 2)
+        estimator.load_state_dict({"seen": {prompt: [1.0, 2.0] for prompt in prompts}})
+        module = PolicyGradientModule(
+            LinearModel(0.1), LinearReward(), DDIM(2, eta=1.0), advantage_estimator=estimator, samples_per_prompt=2
+        )
+        memory, last = PeakMemory(), LastCheckpoint(dirpath=str(tmp_path / str(count)))
+        options = {"max_steps": 8, "limit_val_batches": 0, "enable_checkpointing": True}
+        tracemalloc.start()
+        make_trainer(memory, last, **options).fit(module, PromptDataModule(prompts, batch_size=2, val_size=2))
+        tracemalloc.stop()
+        return sorted(memory.peaks)[len(memory.peaks) // 2]
+
+    few, many = peak(50), peak(20_000)
+    assert many < few + 50_000  # a pointer to each prompt would take 160,000 bytes

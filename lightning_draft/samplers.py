@@ -109,20 +109,6 @@ class Sampler(ABC):
             solver_state: Solver state returned by the previous step; `None` at the start and for single-step samplers.
         """
 
-    def final_coefficient(self, schedule: Schedule) -> float:
-        """Return `d x_final / d eps` of the last step, with `eps` the network's noise prediction.
-
-        If it is 0, training only the last step has no effect. It is infinite for a step that starts from pure noise
-        (`alpha_t` = 0) and uses the network.
-        """
-        t, s = self.grid(schedule)[-1]
-        alpha, sigma = schedule.coefficients(t)
-        zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-        slope = self.step(schedule, zero, one, t, s)[0].mean - self.step(schedule, zero, zero, t, s)[0].mean
-        if slope.item() == 0:
-            return 0.0
-        return -slope.item() * (sigma / alpha if alpha > 0 else math.inf)
-
 
 class DDIM(Sampler):
     """Denoising diffusion implicit models; `eta` = 0 is deterministic, 1 is DDPM's ancestral sampling.

@@ -29,10 +29,6 @@ class Truncation(ABC):
         """Return the largest number of steps with gradient; the default of step checkpointing depends on it."""
         return num_steps
 
-    def trains_only_last_step(self, num_steps: int) -> bool:
-        """Return whether only the network's output at the last of `num_steps` steps has a gradient."""
-        return False
-
 
 class Full(Truncation):
     """Back-propagate through every step.
@@ -71,10 +67,6 @@ class LastK(Truncation):
         """Return `k`."""
         return min(self.k, num_steps)
 
-    def trains_only_last_step(self, num_steps: int) -> bool:
-        """Return whether `k` is 1."""
-        return self.gradient_steps(num_steps) == 1
-
 
 class LowVariance(Truncation):
     """Back-propagate through the last step of the sample, and of `copies` renoised copies of it.
@@ -101,10 +93,6 @@ class LowVariance(Truncation):
     def gradient_steps(self, num_steps: int) -> int:
         """Return 1, because each copy is denoised in one step."""
         return 1
-
-    def trains_only_last_step(self, num_steps: int) -> bool:
-        """Return true."""
-        return True
 
 
 class ReFL(Truncation):
@@ -158,10 +146,6 @@ class RandomK(Truncation):
     def gradient_steps(self, num_steps: int) -> int:
         """Return `max_k`."""
         return num_steps if self.max_k is None else min(self.max_k, num_steps)
-
-    def trains_only_last_step(self, num_steps: int) -> bool:
-        """Return whether `max_k` is 1."""
-        return self.gradient_steps(num_steps) == 1
 
 
 class RandomSteps(Truncation):

@@ -77,15 +77,12 @@ class Infinite(LinearReward):
 
 
 class LastStepOfTheUser(Truncation):
-    """A user's truncation that trains only the last step."""
+    """A user's own truncation that trains only the last step, and declares nothing."""
 
     def __call__(self, chain: Any, noise: Tensor) -> Tensor:
         with torch.no_grad():
             state = chain.advance(chain.start(noise), chain.num_steps - 1)
         return chain.advance(state).x
-
-    def trains_only_last_step(self, num_steps: int) -> bool:
-        return True
 
 
 class Broken(Reward):

@@ -284,50 +284,6 @@ def test_ddim_keeps_the_marginals_exactly_if_x0_is_known(eta: float, spacing: Sp
         assert variance == pytest.approx(true_std**2, abs=1e-12)
 
 
-# The coefficient of the last step.
-
-
-@pytest.mark.parametrize(
-    ("spacing", "offset", "final", "digits"),
-    [
-        ("leading", 0, None, "0.0000"),
-        ("leading", 1, None, "-0.0121"),
-        ("trailing", 0, None, "-0.1052"),
-        ("trailing", 0, 1.0, "-0.1345"),
-    ],
-)
-def test_last_coefficient_on_the_grids_of_stable_diffusion(
-    spacing: Spacing, offset: int, final: float | None, digits: str
-) -> None:
-    schedule = scaled_linear(spacing=spacing, steps_offset=offset, final_alpha_cumprod=final)
-    coefficient = DDIM(50).final_coefficient(schedule)
-    assert f"{coefficient:.4f}" == digits
-    assert (coefficient == 0) == (digits == "0.0000")
-
-
-@pytest.mark.parametrize(
-    ("sampler", "schedule"),
-    [
-        (DDIM(50, eta=1.0), scaled_linear(final_alpha_cumprod=None)),
-        (DDIM(7), scaled_linear()),
-        (DPMSolverPlusPlus(20), scaled_linear(spacing="leading")),
-        (FlowEuler(28), RectifiedFlow(3.0)),
-        (FlowSDE(10), RectifiedFlow()),
-    ],
-)
-def test_last_coefficient_equals_the_derivative(sampler: Sampler, schedule: Schedule) -> None:
-    (t, s), x = sampler.grid(schedule)[-1], torch.randn(1, 1, dtype=torch.float64)
-    eps = torch.randn(1, 1, dtype=torch.float64, requires_grad=True)
-    x0 = to_x0(eps, x, *schedule.coefficients(t), "epsilon")
-    sampler.step(schedule, x, x0, t, s)[0].mean.backward()
-    assert eps.grad is not None
-    assert sampler.final_coefficient(schedule) == pytest.approx(eps.grad.item())
-
-
-def test_one_step_from_pure_noise_has_an_infinite_coefficient() -> None:
-    assert FlowEuler(1).final_coefficient(RectifiedFlow()) == -math.inf
-
-
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 1), ("trailing", 0)])
 def test_linear_path_scales_the_gradient_by_13_to_15(spacing: Spacing, offset: int) -> None:
     """The gradient of the first of 50 steps of Stable Diffusion's schedule, without network Jacobians."""

@@ -17,6 +17,7 @@ from lightning_draft.objectives import RolloutObjective
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
+from lightning_draft.trained_steps import last_step_coefficient
 from lightning_draft.truncation import Truncation
 
 _KEEP_GRADIENT = (
@@ -59,9 +60,10 @@ def check_sampler(sampler: Sampler, schedule: Schedule) -> None:
 
 def check_final_step(truncation: Truncation, sampler: Sampler, schedule: Schedule) -> None:
     """Raise if only the last step is trained and it does not depend on the network's output; warn if it hardly does."""
-    if not truncation.trains_only_last_step(sampler.num_steps):
+    coefficient = last_step_coefficient(truncation, sampler, schedule)
+    if coefficient is None:
         return
-    name, coefficient = type(truncation).__name__, abs(sampler.final_coefficient(schedule))
+    name, coefficient = type(truncation).__name__, abs(coefficient)
     if coefficient < 1e-8:
         raise ConfigurationError(
             f"{name} trains only the last sampling step, but on this timestep grid that step does not use the "

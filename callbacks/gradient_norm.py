@@ -47,9 +47,9 @@ class GradientNormMonitor(StepState):
     - `clip`: scale the gradient down to `factor` times the median;
     - `stop`: skip the step and end training with an error.
 
-    A step whose norm is not finite is skipped with every action. It ends training with the action `stop`, or if it
-    happens `max_nonfinite` times in a row. With a gradient scaler (fp16), whose search for a scale causes such norms,
-    only the latter ends training. Training ends with a `DivergenceError`; the files that `LastCheckpoint` and
+    A step whose norm is not finite is skipped by the module with every action, and ends training if it happens too
+    often in a row. With the action `stop` the first one does, except with a gradient scaler (fp16), whose search for a
+    scale causes such norms. Training ends with a `DivergenceError`; the files that `LastCheckpoint` and
     `LoRAExport` have written before remain unchanged. Actions are counted in `counts`, and logged as
     `train/gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` once they are not 0.
 
@@ -69,7 +69,8 @@ class GradientNormMonitor(StepState):
         min_history: Number of norms that are needed for the median, at most `window`.
         every_n_steps: Optimization steps between logged scalars; by default the Trainer's `log_every_n_steps`.
         figure_every_n_steps: Optimization steps between figures of the gradient profile; 0 for no figures.
-        max_nonfinite: End training after this many norms in a row that are not finite.
+        max_nonfinite: End training after this many norms in a row that are not finite, by setting the module's
+            `nonfinite_gradients.limit`; by default that is left as it is (10).
 
     Attributes:
         history: The norms in the median.
@@ -84,7 +85,7 @@ class GradientNormMonitor(StepState):
         min_history: int = 10,
         every_n_steps: int | None = None,
         figure_every_n_steps: int = 100,
-        max_nonfinite: int = 20,
+        max_nonfinite: int | None = None,
     ) -> None:
         super().__init__()
         if not 1 < factor < math.inf:
@@ -97,17 +98,20 @@ class GradientNormMonitor(StepState):
             None if every_n_steps is None else at_least("GradientNormMonitor: every_n_steps", every_n_steps, 1)
         )
         self.figure_every_n_steps = at_least("GradientNormMonitor: figure_every_n_steps", figure_every_n_steps, 0)
-        self.max_nonfinite = at_least("GradientNormMonitor: max_nonfinite", max_nonfinite, 1)
+        self.max_nonfinite = (
+            None if max_nonfinite is None else at_least("GradientNormMonitor: max_nonfinite", max_nonfinite, 1)
+        )
         self.history: deque[float] = deque(maxlen=window)
         self.counts = dict.fromkeys((*_DONE.values(), "nonfinite"), 0)
-        self._nonfinite_in_a_row = 0
         self._steps = StepGradients()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the gradients of the latents that are part of the module's graph."""
-        probes = reward_module(pl_module, self).probes
-        if self._steps not in probes:
-            probes.append(self._steps)
+        """Measure the gradients of the latents that are part of the module's graph, and set the module's limit."""
+        module = reward_module(pl_module, self)
+        if self._steps not in module.probes:
+            module.probes.append(self._steps)
+        if self.max_nonfinite is not None:
+            module.nonfinite_gradients.limit = self.max_nonfinite
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop measuring."""
@@ -132,7 +136,7 @@ class GradientNormMonitor(StepState):
         norm = gradient_norm(parameters, trainer)
         taken = self._act(trainer, parameters, norm)
         trainer.callback_metrics["train/gradient_norm/total"] = torch.tensor(norm)
-        if taken is not None or self._logs_at(trainer):
+        if taken is not None or not math.isfinite(norm) or self._logs_at(trainer):
             self._log(trainer, norm, profile)
         if len(profile) > 1 and self._plots_at(trainer) and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -142,18 +146,13 @@ class GradientNormMonitor(StepState):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the norms in the median, and the counts."""
-        return {
-            "history": list(self.history),
-            "counts": dict(self.counts),
-            "nonfinite_in_a_row": self._nonfinite_in_a_row,
-        }
+        return {"history": list(self.history), "counts": dict(self.counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a saved run."""
         self.history.clear()
         self.history.extend(state_dict["history"])
         self.counts.update(state_dict["counts"])
-        self._nonfinite_in_a_row = state_dict["nonfinite_in_a_row"]
 
     @property
     def threshold(self) -> float:
@@ -163,8 +162,7 @@ class GradientNormMonitor(StepState):
     def _act(self, trainer: L.Trainer, parameters: list[nn.Parameter], norm: float) -> tuple[Action, str] | None:
         """Act on an exploded or non-finite norm; return the action and its reason."""
         if not math.isfinite(norm):
-            return self._handle_nonfinite(trainer, parameters)
-        self._nonfinite_in_a_row = 0
+            return self._count_nonfinite(trainer)
         threshold = self.threshold
         # Exploded norms are added to the history too, so that the median adapts to a permanent change of scale.
         self.history.append(norm)
@@ -181,16 +179,14 @@ class GradientNormMonitor(StepState):
             f"({self.factor:g} times the running median)"
         )
 
-    def _handle_nonfinite(self, trainer: L.Trainer, parameters: list[nn.Parameter]) -> tuple[Action, str]:
+    def _count_nonfinite(self, trainer: L.Trainer) -> tuple[Action, str] | None:
+        """Count a step that the module will skip; return the action `stop` if it is to end training."""
         self.counts["nonfinite"] += 1
         self.counts["skipped"] += 1
-        self._nonfinite_in_a_row += 1
-        drop_gradients(parameters)
-        stop = self.action == "stop" and gradient_scaler(trainer) is None
-        stop |= self._nonfinite_in_a_row >= self.max_nonfinite
-        self.counts["stopped"] += stop
-        reason = f"the gradient is not finite at step {trainer.global_step} ({self._nonfinite_in_a_row} in a row)"
-        return "stop" if stop else "skip", reason
+        if self.action != "stop" or gradient_scaler(trainer) is not None:
+            return None
+        self.counts["stopped"] += 1
+        return "stop", f"the gradient is not finite at step {trainer.global_step}"
 
     def _log(self, trainer: L.Trainer, norm: float, profile: dict[int, float]) -> None:
         metrics = {"train/gradient_norm/total": norm}

@@ -331,7 +331,7 @@ def test_diverged_run_ends_with_an_error_and_keeps_the_last_finite_checkpoint(
 ):
     last, monitor = LastCheckpoint(1, dirpath=str(tmp_path)), GradientNormMonitor(max_nonfinite=4)
     trainer = make_trainer(Explode(), monitor, last, max_steps=20, enable_checkpointing=True, limit_val_batches=0)
-    with pytest.raises(DivergenceError, match=r"not finite at step 6 \(4 in a row\): training stops"):
+    with pytest.raises(DivergenceError, match="not finite in 4 optimizer steps in a row, up to step 6"):
         trainer.fit(make_module(), data)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3

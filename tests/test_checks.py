@@ -1,6 +1,8 @@
 """Checks before the first training step: each error has its own reason and fix."""
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -296,3 +298,17 @@ def test_nothing_is_checked_for_validation(tmp_path: Path) -> None:
     )
     (metrics,) = trainer.validate(make(reward=BlackBox()), PromptDataModule(["a", "b"], val_size=1), verbose=False)
     assert metrics["val/gain"] == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_spawn_find_unused_parameters_true"])
+def test_processes_by_spawn_are_rejected_before_training(strategy: str, tmp_path: Path) -> None:
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ConfigurationError, match="^strategy=ddp_spawn would send the module.*write strategy=ddp"):
+        trainer.fit(make(), PromptDataModule(["a", "b", "c"], val_size=1))
+
+
+def test_a_module_without_lambdas_can_be_pickled_and_copied() -> None:
+    module = make(optimizer=torch.optim.Adam)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied.model.theta is not module.model.theta
+        assert copied.model.theta == module.model.theta

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from multiprocessing.context import get_spawning_popen
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from lightning_draft.distributed import (
     uses_deepspeed,
     uses_fsdp,
 )
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checkpoints import check_checkpoint, is_reward_state, keep_trained
 from lightning_draft.methods.checks import check_sampler, check_trainable
@@ -88,6 +90,19 @@ class RewardModule(EvaluationModule, ABC):
         self._plateau_is_due = False
         self._marked_step = -1
         self._marked_state: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to copy or pickle.
+
+        Raises:
+            ConfigurationError: It is pickled for a process that `ddp_spawn` starts.
+        """
+        if get_spawning_popen() is not None:
+            raise ConfigurationError(
+                "strategy=ddp_spawn would send the module to new processes, and callables such as the optimizer cannot "
+                "be sent; write strategy=ddp, or strategy=ddp_notebook in a notebook"
+            )
+        return super().__getstate__()
 
     @property
     @abstractmethod

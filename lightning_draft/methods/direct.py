@@ -146,6 +146,7 @@ class DirectModule(RewardModule, ABC):
         """Return scores `(B,)`, those of the components, and the fraction of values outside [0, 1] of each image."""
 
         def reward(latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+            """Score one micro-batch."""
             images = self.model.decode(latents).float()
             total, components = self.reward.breakdown(images, prompts)
             out_of_range = ((images < 0) | (images > 1)).float().flatten(1).mean(1)

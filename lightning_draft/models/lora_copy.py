@@ -83,6 +83,7 @@ def _targets(network: nn.Module, layers: Sequence[str]) -> list[str]:
     known = {name for name, _ in network.named_modules()}
 
     def shortest(layer: str) -> str:
+        """Return the shortest ending of a layer's name that only the given layers have."""
         parts = layer.split(".")
         endings = [".".join(parts[-count:]) for count in range(1, len(parts))]
         named = ({name for name in known if name.endswith(f".{ending}")} for ending in endings)

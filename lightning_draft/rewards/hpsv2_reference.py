@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -120,6 +119,7 @@ def _patched_imports(merges: bytes) -> Iterator[None]:
     """Provide the vocabulary file and a module `turtle` without tkinter within this context."""
 
     def opened(file: Any, *arguments: Any, **options: Any) -> Any:
+        """Open a compressed file, the vocabulary from memory if the package lacks it."""
         if Path(file).name == _VOCABULARY and not Path(file).exists():
             return io.BytesIO(merges)
         return original(file, *arguments, **options)
@@ -128,9 +128,10 @@ def _patched_imports(merges: bytes) -> Iterator[None]:
     turtle = ModuleType("turtle")
     turtle.forward = None  # type: ignore[attr-defined]
     sys.modules.setdefault("turtle", turtle)
+    gzip.open = opened  # type: ignore[assignment]
     try:
-        with patch.object(gzip, "open", opened):
-            yield
+        yield
     finally:
+        gzip.open = original
         if sys.modules["turtle"] is turtle:
             del sys.modules["turtle"]

@@ -80,7 +80,7 @@ def assert_explained(raised: pytest.ExceptionInfo[RuntimeError], error: type[Exc
 
 
 @pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])
-@pytest.mark.parametrize(("make", "first"), [(direct, 3), (truncated, 2), (policy, 1)])
+@pytest.mark.parametrize(("make", "first"), [(direct, 3), (truncated, 3), (policy, 1)])
 def test_stop_iteration_in_a_training_step_is_an_error_with_its_cause(
     make: Callable[[Failing], RewardModule], first: int, error: type[Exception], tmp_path: Path
 ) -> None:

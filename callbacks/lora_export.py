@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -17,14 +16,13 @@ from torch import Tensor
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.callbacks.common import reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged
+from lightning_draft.callbacks.lora_header import header
 from lightning_draft.distributed import gather_full, uses_fsdp
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.files import atomic_folder, atomic_path, remove_partial_files
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.model_card import CARD, check_repository, upload, write_card
 from lightning_draft.models.pipeline import PipelineModel
-from lightning_draft.redaction import redact
-
-_REWARD = "train/reward"
 
 
 class LoRAExport(Callback):
@@ -53,6 +51,8 @@ class LoRAExport(Callback):
         dirpath: Folder of the files; by default `lora` in the run's folder.
         comfy: Also write `last.comfy.safetensors` and `best.comfy.safetensors` with the names that ComfyUI, Forge and
             AUTOMATIC1111 read, for model families whose names are known.
+        push_to_hub: `owner/name` of a repository on the Hugging Face hub; when training ends, the files and their model
+            card are uploaded to it. It is created as a private one if it does not exist.
 
     Attributes:
         best_score: Value of the metric for the best adapters; `None` before the first validation.
@@ -67,8 +67,10 @@ class LoRAExport(Callback):
         every_n_steps: int = 100,
         dirpath: str | None = None,
         comfy: bool = True,
+        push_to_hub: str | None = None,
     ) -> None:
         self.comfy = comfy
+        self.push_to_hub = push_to_hub if push_to_hub is None else check_repository(push_to_hub)
         self.monitor = monitor
         self.mode = one_of("LoRAExport: mode", mode, ("max", "min"))
         self.every_n_steps = at_least("LoRAExport: every_n_steps", every_n_steps, 1)
@@ -104,7 +106,8 @@ class LoRAExport(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the best adapters of a resumed run if its folder has changed."""
-        copy_from_resumed_run(trainer, self._restored_folder, self.best_path)
+        for path in (self.best_path, self.best_path.with_suffix(".comfy.safetensors"), self.best_path.parent / CARD):
+            copy_from_resumed_run(trainer, self._restored_folder, path)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Export every `every_n_steps` optimization steps."""
@@ -117,9 +120,11 @@ class LoRAExport(Callback):
             self.export(trainer, pl_module, validated=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the adapters at the end of training."""
+        """Export the adapters at the end of training, and upload them if `push_to_hub` is given."""
         if trainer.global_step != self._last_step:
             self.export(trainer, pl_module)
+        if self.push_to_hub is not None and trainer.is_global_zero:
+            upload(self.last_path.parent, self.push_to_hub)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Export the adapters of an interrupted run, unless other processes are needed for it or training diverged."""
@@ -156,6 +161,8 @@ class LoRAExport(Callback):
                 metadata = header(trainer, module, validated)
                 for path in [self.last_path] if score is None else [self.last_path, self.best_path]:
                     write(trainer, module, path, metadata, values, self.comfy)
+                if score is not None or not self.best_path.exists():
+                    write_card(module.model, path, metadata, self.comfy)
         self._last_step = step  # only now: an export that failed or was interrupted is repeated
         if score is not None:
             self.best_score, self.best_step = score, step
@@ -274,37 +281,3 @@ def check_exportable(module: RewardModule, callback: object) -> None:
             f"{type(module.model).__name__} has no save_lora(path, metadata), so {type(callback).__name__} cannot "
             "write its adapters; add the method to the model, or leave the callback out"
         )
-
-
-def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> dict[str, str]:
-    """Return the metadata of a file of adapters; every value is a string, and `scores` is JSON.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-        validated: Whether the scores of the last validation belong to these adapters.
-    """
-    prefixes = ("val/", _REWARD) if validated else (_REWARD,)
-    scores = {
-        name: float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(prefixes) and math.isfinite(float(value))
-    }
-    sha256 = module.model.source_sha256 if isinstance(module.model, PipelineModel) else None
-    return {
-        "base": module.model.source,
-        **({} if sha256 is None else {"base_sha256": sha256}),
-        **{name: describe(part) for name, part in module.strategies().items()},
-        "step": str(trainer.global_step),
-        "scores": json.dumps(scores, sort_keys=True),
-    }
-
-
-def describe(thing: object) -> str:
-    """Return class and plain public attributes, such as `LastK(k=1)`, without secrets."""
-    plain = {
-        name: redact(value, name)
-        for name, value in vars(thing).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
-    }
-    return f"{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"

@@ -24,7 +24,8 @@ from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder
 from lightning_draft.callbacks.ema import all_averages, averaged, restore_trained
 from lightning_draft.callbacks.evaluation import Evaluation, Evaluator, select_eval_rewards
-from lightning_draft.callbacks.lora_export import check_exportable, copy_from_resumed_run, header, write
+from lightning_draft.callbacks.lora_export import check_exportable, copy_from_resumed_run, write
+from lightning_draft.callbacks.lora_header import header
 from lightning_draft.distributed import gather_full, trainable_parameters, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_draft.advantages import GroupRelative, LeaveOneOut, PerPromptStatistics
 from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
-from lightning_draft.callbacks.lora_export import header
+from lightning_draft.callbacks.lora_header import header
 from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError

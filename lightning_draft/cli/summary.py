@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_draft.assets import resolve
 from lightning_draft.callbacks import LoRAExport, OverOptimizationGuard
-from lightning_draft.callbacks.lora_export import describe
+from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.models.pipeline import PipelineModel
 

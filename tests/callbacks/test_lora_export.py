@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
-from lightning_draft.callbacks.lora_export import copy_from_resumed_run, describe
+from lightning_draft.callbacks.lora_export import copy_from_resumed_run
+from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.rewards import Brightness, Sharpness

@@ -120,7 +120,7 @@ def test_last_is_the_newest_run_with_the_name_or_the_given_one(command: Callable
 def test_callbacks_can_be_changed_removed_and_added(command: Callable, config: Path) -> None:
     options = ["--samples", "null", "--export.dirpath", "elsewhere", "--checkpoint", "null", "--gradients", "null"]
     assert command("fit", "--config", config, *options).status == 0
-    names = {"best.safetensors", "last.safetensors", "best.comfy.safetensors", "last.comfy.safetensors"}
+    names = {"best.safetensors", "last.safetensors", "best.comfy.safetensors", "last.comfy.safetensors", "README.md"}
     assert {path.name for path in Path("elsewhere").iterdir()} == names
     assert not {"samples", "lora", "checkpoints"} & {path.name for path in Path("runs/small").iterdir()}
     own = "[{class_path: ModelCheckpoint, init_args: {dirpath: kept, every_n_train_steps: 1}}]"

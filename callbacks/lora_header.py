@@ -1,0 +1,48 @@
+"""The metadata of exported LoRA files."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import lightning as L
+
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.redaction import redact
+
+_REWARD = "train/reward"
+
+
+def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> dict[str, str]:
+    """Return the metadata of a file of adapters; every value is a string, and `scores` is JSON.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        validated: Whether the scores of the last validation belong to these adapters.
+    """
+    prefixes = ("val/", _REWARD) if validated else (_REWARD,)
+    scores = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(prefixes) and math.isfinite(float(value))
+    }
+    sha256 = module.model.source_sha256 if isinstance(module.model, PipelineModel) else None
+    return {
+        "base": module.model.source,
+        **({} if sha256 is None else {"base_sha256": sha256}),
+        **{name: describe(part) for name, part in module.strategies().items()},
+        "step": str(trainer.global_step),
+        "scores": json.dumps(scores, sort_keys=True),
+    }
+
+
+def describe(thing: object) -> str:
+    """Return class and plain public attributes, such as `LastK(k=1)`, without secrets."""
+    plain = {
+        name: redact(value, name)
+        for name, value in vars(thing).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
+    }
+    return f"{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of
+from lightning_draft.callbacks.artifacts import log_file
 from lightning_draft.callbacks.common import reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.lora_header import header
@@ -30,7 +31,8 @@ class LoRAExport(Callback):
 
     The last adapters are written every `every_n_steps` steps, after each validation, at the end of training and when it
     is interrupted. The best adapters are those with the best `monitor` of all validations; without a validation there
-    is no `best.safetensors`. The header of a file contains the base model, reward, method, sampler, step and scores.
+    is no `best.safetensors`. Weights & Biases and MLflow loggers receive it at the end of training. The header of a
+    file contains the base model, reward, method, sampler, step and scores.
 
     Note:
         A file is replaced only when the new one is complete. Adapters that are not finite are never written. If the
@@ -120,9 +122,11 @@ class LoRAExport(Callback):
             self.export(trainer, pl_module, validated=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the adapters at the end of training, and upload them if `push_to_hub` is given."""
+        """Export the adapters at the end of training, and give them to loggers that keep files and to the hub."""
         if trainer.global_step != self._last_step:
             self.export(trainer, pl_module)
+        if trainer.is_global_zero:
+            log_file(trainer, self.best_path, "lora")
         if self.push_to_hub is not None and trainer.is_global_zero:
             upload(self.last_path.parent, self.push_to_hub)
 

@@ -65,11 +65,21 @@ def place_loggers(loggers: Any, folder: Path, root: Path) -> None:
             continue
         kind = str(logger["class_path"]).rpartition(".")[2]
         if kind == "TensorBoardLogger":
-            arguments.update({"save_dir": str(folder.parent), "name": folder.name, "version": ""})
+            arguments["save_dir"], arguments["name"], arguments["version"] = str(folder.parent), folder.name, ""
+        elif kind == "MLFlowLogger":
+            _place_mlflow(arguments, folder.absolute())
         else:
-            arguments["save_dir"] = str(folder / "mlruns" if kind == "MLFlowLogger" else folder)
+            arguments["save_dir"] = str(folder)
         if kind == "CSVLogger" and arguments["name"] == "lightning_logs":
             arguments["name"] = "csv"
+
+
+def _place_mlflow(arguments: Any, folder: Path) -> None:
+    """Let MLflow keep a database and its files in the run's folder, unless a server or another store is given."""
+    arguments["save_dir"] = str(folder / "mlruns")
+    if not arguments["tracking_uri"]:
+        arguments["tracking_uri"] = f"sqlite:///{folder}/mlflow.db"
+        arguments["artifact_location"] = arguments["artifact_location"] or str(folder / "mlruns")
 
 
 def _is_default(save_dir: Any, root: Path) -> bool:

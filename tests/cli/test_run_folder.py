@@ -183,49 +183,6 @@ def test_rejected_resume_changes_nothing_and_valid_change_is_applied_and_recorde
     assert yaml.safe_load(text)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.0005
 
 
-LOGGER = """
-from pathlib import Path
-from lightning.pytorch.loggers.logger import DummyLogger
-class FileLogger(DummyLogger):
-    def __init__(self, save_dir: str = "./mlruns", project: str = "p"):
-        super().__init__()
-        self._dir = save_dir
-    @property
-    def save_dir(self):
-        return self._dir
-    def log_metrics(self, metrics, step=None):
-        Path(self._dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(self._dir) / "metrics.txt", "a") as file:
-            file.write(f"{step} {sorted(metrics)}\\n")
-"""
-
-
-@pytest.mark.parametrize(
-    ("logger", "files"),
-    [("CSVLogger", ["csv/version_0/metrics.csv", "csv/version_1/metrics.csv"]), ("mine.FileLogger", ["metrics.txt"])],
-)
-def test_loggers_write_only_inside_the_run_folder(
-    command: Callable, config: Path, logger: str, files: list[str]
-) -> None:
-    Path("mine.py").write_text(LOGGER)
-    Path("config.yaml").write_text("# written by hand\n")
-    args = ["fit", "--config", config, "--trainer.logger", logger]
-    for _ in range(2):
-        result = command(*args)
-        assert result.status == 0, result.err
-    resumed = command(*args, "--ckpt_path", "last", "--trainer.max_steps", "3")
-    assert resumed.status == 0, resumed.err
-    assert "run folder: runs/small-2\n" in resumed.out
-    assert {path.name for path in Path("runs").iterdir()} == {"small", "small-2"}
-    for run, count in (("small", 1), ("small-2", len(files))):
-        assert all((Path("runs") / run / file).is_file() for file in files[:count])
-        inside = {path.name for path in (Path("runs") / run).iterdir()}
-        assert inside >= {"config.yaml", "checkpoints", "lora", "samples"}
-    assert Path("config.yaml").read_text() == "# written by hand\n"
-    outside = {path.name for path in Path().iterdir()} - {"__pycache__"}
-    assert outside == {"runs", "mine.py", "config.yaml", "small.yaml"}
-
-
 SIGNALS = """
 import lightning as L, os, signal
 class Warn(L.Callback):

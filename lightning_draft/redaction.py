@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 HIDDEN = "REDACTED"
 _SECRET = re.compile(
-    r"(?:^|[_\-])(?:(?:api|access|secret|private)[_\-]?key|apikey|token|secret|passw(?:or)?d|authorization|credentials?|sig(?:nature)?)$",
+    r"(?:^|[_\-])(?:(?:api|access|secret|private)[_\-]?key|apikey|token|bearer|cookie|secret|passw(?:or)?d|passphrase|authorization|credentials?|sig(?:nature)?)$",
     re.I,
 )
 _SECRET_IN_URL = re.compile(rf"{_SECRET.pattern}|^key$", re.I)

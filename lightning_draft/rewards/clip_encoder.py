@@ -172,13 +172,13 @@ def read_tokenizer(source: Path | str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _clip_config(source: Path | str) -> Any:
     from transformers import AutoConfig, CLIPConfig
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if not isinstance(config, CLIPConfig):
         raise ValueError(f"it holds a model of type {config.model_type!r}")
     return config

@@ -171,9 +171,11 @@ def open_detector(pretrained: str, query: str, dtype: Precision) -> Detector:
     if "{}" not in query:
         raise ConfigurationError(f"query={query!r} has no place for the object; write {{}} there: a photo of a {{}}")
     with reading("detector", pretrained, _EXPECTED) as source:
-        by_text = AutoConfig.from_pretrained(source).model_type in TEXT_DETECTORS
+        by_text = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type in TEXT_DETECTORS
         model = load(AutoModelForZeroShotObjectDetection if by_text else AutoModelForObjectDetection, source)
         processor = read_image_processor(source)
         if by_text:
-            return TextDetector(model, processor, dtype, AutoTokenizer.from_pretrained(source), query)
+            return TextDetector(
+                model, processor, dtype, AutoTokenizer.from_pretrained(source, trust_remote_code=False), query
+            )
         return LabelDetector(model, processor, dtype, pretrained)

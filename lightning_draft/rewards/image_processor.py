@@ -78,7 +78,7 @@ def read_image_processor(source: Path | str) -> Any:
     """
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(source)
+    return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
 
 
 def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:

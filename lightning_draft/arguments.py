@@ -18,15 +18,18 @@ def at_least(name: str, value: Number, minimum: Number, hint: str = "") -> Numbe
 
     Args:
         name: The option as the user writes it.
-        value: The given value; NaN is rejected.
+        value: The given value; NaN and infinity are rejected.
         minimum: Smallest valid value.
         hint: What to write instead; by default `write {minimum} or more`.
 
     Raises:
         ConfigurationError: `value` is not a number, or is too small.
     """
-    if not _is_number(value) or not value >= minimum:
-        raise ConfigurationError(f"{name}={value!r} must be at least {minimum}; {hint or f'write {minimum} or more'}")
+    if not _is_number(value) or not minimum <= value < math.inf:
+        bound = "finite and " if value == math.inf else ""
+        raise ConfigurationError(
+            f"{name}={value!r} must be {bound}at least {minimum}; {hint or f'write {minimum} or more'}"
+        )
     return value
 
 
@@ -40,6 +43,17 @@ def positive(name: str, value: float, hint: str = "") -> float:
         raise ConfigurationError(
             f"{name}={value!r} must be a positive number; {hint or 'write a value greater than 0, such as 1.0'}"
         )
+    return value
+
+
+def finite(name: str, value: float, hint: str = "write a number such as 1.0") -> float:
+    """Return `value` if it is a finite number.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not _is_number(value) or not math.isfinite(value):
+        raise ConfigurationError(f"{name}={value!r} must be a finite number; {hint}")
     return value
 
 

@@ -173,12 +173,12 @@ class PromptDataModule(L.LightningDataModule):
         self.val_batch_size = batch_size if val_batch_size is None else at_least("val_batch_size", val_batch_size, 1)
         self.seed = seed
         self._loader: PromptLoader | None = None
-        everything = read_prompts(prompts, column, split)
+        everything = _read("prompts", prompts, column, split)
         if val_prompts is None:
             size = _default_val_size(everything) if val_size is None else val_size
             self.train_prompts, self.val_prompts = hold_out(everything, size, seed)
         else:
-            self.train_prompts, self.val_prompts = everything, read_prompts(val_prompts, column, split)
+            self.train_prompts, self.val_prompts = everything, _read("val_prompts", val_prompts, column, split)
 
     def train_dataloader(self) -> PromptLoader:
         """Return shuffled batches; a loader that is recreated during training continues the order."""
@@ -263,6 +263,15 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str
             "trained on"
         )
     return _select(prompts, train), _select(prompts, sorted(held))
+
+
+def _read(option: str, source: Any, column: str, split: str) -> Sequence[str]:
+    """Read prompts; an error names the option that has them."""
+    try:
+        return read_prompts(source, column, split)
+    except ConfigurationError as error:
+        shown = repr(source) if isinstance(source, str) else f"<{type(source).__name__}>"
+        raise ConfigurationError(f"{option}={shown}: {error}") from error
 
 
 def _select(prompts: Sequence[str], rows: Sequence[int]) -> Sequence[str]:

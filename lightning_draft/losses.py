@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_draft.arguments import positive
+from lightning_draft.arguments import finite, positive
 
 
 class RewardLoss(ABC):
@@ -46,11 +46,11 @@ class Hinge(RewardLoss):
         scale: Positive factor; ReFL's code uses 1e-3.
 
     Raises:
-        ConfigurationError: The scale is not positive.
+        ConfigurationError: The scale is not positive, or the threshold not finite.
     """
 
     def __init__(self, threshold: float, scale: float = 1.0) -> None:
-        self.threshold = threshold
+        self.threshold = finite("threshold", threshold)
         self.scale = positive("scale", scale)
 
     def __call__(self, rewards: Tensor) -> Tensor:
@@ -69,11 +69,11 @@ class SoftHinge(RewardLoss):
         scale: Positive factor.
 
     Raises:
-        ConfigurationError: The scale or the width is not positive.
+        ConfigurationError: The scale or the width is not positive, or the threshold not finite.
     """
 
     def __init__(self, threshold: float, width: float = 1.0, scale: float = 1.0) -> None:
-        self.threshold = threshold
+        self.threshold = finite("threshold", threshold)
         self.width = positive("width", width)
         self.scale = positive("scale", scale)
 

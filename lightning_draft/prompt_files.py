@@ -25,11 +25,25 @@ def read_file(path: Path, column: str) -> PromptTable:
         ConfigurationError: The file cannot be read or has another content; the message names the line.
     """
     try:
-        return _READERS[path.suffix.lower()](path, column)
+        prompts = _READERS[path.suffix.lower()](path, column)
+        _check_encoding(prompts.texts, path)
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not text in UTF-8 ({error}); save it in UTF-8") from error
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error}; give a file that can be read") from error
+    return prompts
+
+
+def _check_encoding(texts: Sequence[str], path: Path) -> None:
+    """Check that no text has a NUL character, as UTF-16 without a byte order mark has when it is read as UTF-8.
+
+    Raises:
+        ConfigurationError: One has.
+    """
+    if any("\0" in text for text in texts):
+        raise ConfigurationError(
+            f"{path} holds NUL characters, as text in UTF-16 or binary data does; save it in UTF-8"
+        )
 
 
 def _open(path: Path) -> TextIO:
@@ -144,6 +158,8 @@ def _rows(file: TextIO, delimiter: str, path: Path) -> Iterator[tuple[int, list[
 def _check_header(names: list[str], column: str, path: Path, delimiter: str) -> None:
     if column not in names and delimiter == "," and any(column in name.split(";") for name in names):
         raise ConfigurationError(f"{path} separates columns by semicolons; save it with commas, or as .tsv with tabs")
+    if column not in names and delimiter == "," and any(column in name.split("\t") for name in names):
+        raise ConfigurationError(f"{path} separates columns by tabs; rename it to .tsv")
     check_column(names, column, path)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -58,7 +58,7 @@ class RowCollector:
     def __init__(self, column: str, source: Any, kind: str, *, strip: bool = False) -> None:
         self.column, self.source, self.kind, self.strip = column, source, kind, strip
         self._prompts = PromptTable()
-        self._names: tuple[Any, ...] = ()
+        self._names: tuple[Any, ...] | None = None
         self._rows: list[Iterable[Any]] = []
         self._numbers: list[int] = []
 
@@ -82,6 +82,7 @@ class RowCollector:
         """Return all prompts that were added."""
         if not self._rows:
             return self._prompts
+        assert self._names is not None
         columns = list(zip(*self._rows, strict=True))
         texts = columns.pop(self._names.index(self.column))
         check_texts(texts, self._numbers, self.column, self.source, self.kind)
@@ -115,7 +116,7 @@ def check_column(names: list[Any], column: str, where: Any) -> None:
     """
     if column in names:
         return
-    known = ", ".join(str(name) for name in names[:20]) or "none"
+    known = ", ".join(str(name) if str(name).isprintable() else repr(name) for name in names[:20]) or "none"
     same = [name for name in names if str(name).strip().lower() == column.lower()]
     example = same[0] if same else names[0] if names else "NAME"
     raise ConfigurationError(

@@ -107,6 +107,10 @@ def _raise_for_mistakes(source: str) -> None:
     near = difflib.get_close_matches(source, shipped_lists(), n=1, cutoff=0.75)
     if near:
         raise ConfigurationError(f"there is no prompt list {source!r}; did you mean {near[0]}")
+    if source[:1] in "[{" or source in ("null", "true", "false") or source.replace(".", "", 1).isdigit():
+        raise ConfigurationError(
+            f"{source!r} is not a list of texts; write each prompt as text, such as ['a cat', '2 dogs'], or name a file"
+        )
     if any(character.isspace() for character in source):
         raise ConfigurationError(
             f"{source!r} is not the name of a file or data set; write prompts as a list: [{source}]"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from lightning.pytorch import Trainer
 
 from lightning_draft.data import FixedPrompts, PromptDataModule, PromptLoader, hold_out
@@ -148,44 +148,6 @@ def test_files_are_read_in_their_format(name: str, tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / file)) == read_prompts(tmp_path / file) == expected
 
 
-BAD_FILES = {
-    "blank": ("p.txt", b"\n \n", "no prompts in .*p.txt"),
-    "empty": ("p.csv", b"", "has no column 'prompt'; it has none"),
-    "UTF-16": ("p.txt", "a cat".encode("utf-16"), "not text in UTF-8.*save it in UTF-8"),
-    "JSON, cut short": ("p.json", b'["a cat",\n1', r"is not JSON: .* \(line 2, column 2\)"),
-    "JSON, no list": ("p.json", b'{"prompt": "a cat"}', "must hold a list"),
-    "JSON, nested": ("p.json", b"[" * 100_000, "nested too deeply"),
-    "JSON, a number": ("p.json", b'["a cat", 3]', "row 2 holds 3; a prompt is a string or a row"),
-    "JSON lines, cut short": ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"line 3 is not JSON: .* \(column 11\)"),
-    "JSON lines, no column": (
-        "p.jsonl",
-        b'{"prompt": "a"}\n{"text": "a"}\n',
-        "line 2 has no column 'prompt'; it has text",
-    ),
-    "JSON lines, a number": ("p.jsonl", b'{"prompt": 3}\n', r"line 1 holds 3 \(int\) in the column 'prompt'"),
-    "JSON lines, null": ("p.jsonl", b'{"prompt": null}\n', "line 1 holds None"),
-    "CSV, no column": ("p.csv", b"text\na cat\n", "has no column 'prompt'; it has text: .*column='text'"),
-    "CSV, upper case": ("p.csv", b"a,Prompt\n1,a cat\n", "column='Prompt'"),
-    "CSV, no header": ("p.csv", b"a cat, sitting\na dog\n", "write a list without columns to a .txt file"),
-    "CSV, too many fields": ("p.csv", b"prompt,n\na,1\na cat, sitting,1\n", "line 3 has 3 fields and the header has 2"),
-    "CSV, too few fields": ("p.csv", b"prompt,n\na cat\n", "line 2 has 1 fields and the header has 2"),
-    "CSV, open quote": ("p.csv", b'prompt,n\na,1\n"a cat,1\nb,2\n', "line 3: a double quote is not closed"),
-    "CSV, semicolons": ("p.csv", b"prompt;n\na cat;1\n", "separates columns by semicolons"),
-    "CSV, one name twice": ("p.csv", b"prompt,n,n\na,1,2\n", "two columns named 'n'"),
-    "Parquet, damaged": ("p.parquet", b"PAR1 nothing", "is not a Parquet file"),
-    "another suffix": ("p.docx", b"a cat", r"a suffix that is not known; prompt files end in .txt"),
-    "compressed": ("p.txt.gz", b"a cat", "a suffix that is not known"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_error_for_an_invalid_file_names_the_line(name: str, tmp_path: Path) -> None:
-    file, content, message = BAD_FILES[name]
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(ConfigurationError, match=message):
-        read_prompts(str(tmp_path / file))
-
-
 OBJECTS: dict[str, object] = {
     "prompt table": read_prompts([{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]),
     "list": ["two cats", "a bed"],
@@ -203,49 +165,6 @@ def test_python_objects_are_accepted(name: str) -> None:
     assert prompts == ["two cats", "a bed"]
     if name not in ("list", "tuple"):
         assert prompts[0].metadata["count"] == 2
-
-
-BAD_OBJECTS = {
-    "None": (None, "prompts are a NoneType; give a list of strings"),
-    "number": (3, "prompts are a int"),
-    "bytes": (b"a cat", "prompts are a bytes"),
-    "dictionary": ({"prompt": ["a cat"]}, "prompts are a dict"),
-    "generator": ((text for text in ["a"]), "prompts are a generator"),
-    "empty list": ([], "there are no prompts in the list that was given"),
-    "blank strings": (["", " "], "there are no prompts"),
-    "numbers": ([1, 2], r"element 1 holds 1; a prompt is a string or a row"),
-    "None in a list": (["a", None], r"element 2 holds None"),
-    "bytes in a list": ([b"a"], r"element 1 holds b'a'"),
-    "tuples": ([("a", 1)], r"element 1 holds \('a', 1\)"),
-    "rows without the column": ([{"text": "a"}], r"element 1 has no column 'prompt'; it has text"),
-    "rows with a number": ([{"prompt": 1}], r"element 1 holds 1 \(int\)"),
-    "data set without the column": (Dataset.from_list([{"text": "a"}]), "the data set has no column 'prompt'"),
-    "splits": (DatasetDict({"train": Dataset.from_list(ROWS)}), r"pass one split, such as prompts\['train'\]"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_OBJECTS)
-def test_other_objects_are_rejected(name: str) -> None:
-    source, message = BAD_OBJECTS[name]
-    with pytest.raises(ConfigurationError, match=message):
-        read_prompts(source)
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("", "no prompts in ''"),
-        ("nowhere.PARQUET", "there is no file 'nowhere.PARQUET'"),
-        ("nowhere.txt", "there is no file 'nowhere.txt'"),
-        ("./nowhere", "there is no file or folder"),
-        ("annimals", "did you mean animals"),
-        ("a red cat", r"as a list: \[a red cat\]"),
-        ("nobody/nothing-of-this-name", "could not be read"),
-    ],
-)
-def test_error_for_a_missing_source_names_it(source: str, said: str) -> None:
-    with pytest.raises(ConfigurationError, match=said):
-        read_prompts(source)
 
 
 def test_hold_out_splits_without_loss_and_keeps_the_order() -> None:

@@ -192,7 +192,7 @@ def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pyt
     [
         ([], "the following arguments are required: FOLDER"),
         (["a"], "there are no rewards; write --reward NAME"),
-        (["a", "--reward", "HPSv3"], "the rewards cannot be built"),
+        (["a", "--reward", "HPSv3"], "--rewards: there is no Reward 'HPSv3'; did you mean HPSv2"),
         (["a", "--reward", "Sharpness"], "there is no folder 'a'"),
         (["a", "b", "c", "--reward", "Sharpness"], "3 folders were given; give one, or two to compare"),
         (["a", "--rewards", "nowhere.yaml"], "--rewards nowhere.yaml cannot be read"),

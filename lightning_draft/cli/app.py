@@ -18,9 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_draft.cli import messages, run_folder, summary
+from lightning_draft.cli import messages, run_folder, shipped, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.checkpoint_file import find_checkpoint
+from lightning_draft.cli.explain import distinct_causes
 from lightning_draft.cli.option_checks import check_options
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
 from lightning_draft.cli.preemption import Preemption, requeue
@@ -115,6 +116,7 @@ class DraftCLI(LightningCLI):
             configs = ", ".join(option_values(sys.argv, "--config"))
             raise ConfigurationError(f"{configs}: {str(error).splitlines()[0]}") from error
         except (argparse.ArgumentError, TypeError) as error:
+            self._raise_yaml_error(error)
             message = explain_parser_error(error)
             if message.startswith(f"{_SAVE_DIR} is missing"):
                 sys.argv += [_SAVE_DIR, run_folder.ROOT]
@@ -122,6 +124,12 @@ class DraftCLI(LightningCLI):
             if message.startswith("--model") and "is missing" in message and not option_values(sys.argv, "--config"):
                 message = "there is no config; start from one, such as --config quickstart"
             raise ConfigurationError(message) from error
+
+    def _raise_yaml_error(self, error: BaseException) -> None:
+        """Raise if omegaconf found a duplicate key, a cycle or too many nodes in a config."""
+        reason = next((link for link in distinct_causes(error) if isinstance(link, yaml.MarkedYAMLError)), None)
+        if reason is not None:
+            raise shipped.yaml_error(", ".join(option_values(sys.argv, "--config")), reason) from error
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing, so that options saved in a checkpoint never override the given ones."""

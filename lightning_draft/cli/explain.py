@@ -5,6 +5,7 @@ the last level gives the known options and types, and the innermost exception gi
 """
 
 import argparse
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from lightning_draft.cli.shipped import nearest
 
 _KEY = re.compile(r'Parser key "([^"]+)":|--([\w.]+)\.help: ')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
+_FACTORY = re.compile(r"^Type typing\.Callable.* Got value: Namespace\(class_path='([^']+)'")
+_PARSERS_OWN = r"module '.+' has no attribute|'\w+' object has no attribute 'keys'"
 _MOST = 12
-_VALUE = re.compile(r"(?:Got|Given) value: (.*)")
+_NO_CONFIG = re.compile(r'^Parser key "[^"]+": Unable to load config "(.*)"$')
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)|Unable to load config \"(.*)\"")
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,18 @@ def locate(error: BaseException) -> Problem:
     kind: type | str | None = None
     value = None
     reason: BaseException = error
-    for link in _distinct_causes(error):
+    for link in distinct_causes(error):
         text, reason = _text(link), link
-        if match := _KEY.match(text):
+        if (match := _KEY.match(text)) and not (path and _NO_CONFIG.search(text) and path[-1] == match[1]):
             path += (match[1] or match[2]).split(".")
             owner, kind, value = kind if isinstance(kind, type) else None, None, None
-        elif match := _CLASS.match(text):
+        elif match := _CLASS.match(text) or _FACTORY.search(text):
             kind = _imported(match[1])
-        value = next((found[1] for found in [_VALUE.search(text)] if found), value)
+        value = next((found[1] or found[2] for found in [_VALUE.search(text)] if found), value)
     return Problem(tuple(path), owner, kind, reason, value)
 
 
-def _distinct_causes(error: BaseException) -> Iterator[BaseException]:
+def distinct_causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and its causes, each message once."""
     link: BaseException | None = error
     before = None
@@ -111,7 +115,7 @@ def _is_missing(problem: Problem) -> bool:
     reason = problem.reason
     if isinstance(reason, ModuleNotFoundError):
         return isinstance(problem.kind, str) and f"{problem.kind}.".startswith(f"{reason.name}.")
-    return isinstance(reason, AttributeError) and re.search(r"module '.+' has no attribute", str(reason)) is not None
+    return isinstance(reason, AttributeError) and re.search(_PARSERS_OWN, str(reason)) is not None
 
 
 def _imported(path: str) -> type | str:
@@ -130,11 +134,19 @@ def _option(path: tuple[str, ...]) -> str:
 def _unknown_argument(problem: Problem, groups: Mapping[str, Any], option: str) -> str:
     if not option.startswith("-"):
         return f"{option!r} is neither an option nor the value of one; options are written --name value"
+    if not option.startswith("--"):
+        return f"there is no option {option}; options have two dashes, such as -{option}"
     return _unknown_option(problem, groups, option.lstrip("-").partition("=")[0])
 
 
 def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> str:
-    path = (*problem.path, *name.split("."))
+    parts = name.split(".")
+    if parts[0] != "init_args" and difflib.get_close_matches(parts[0], ("init_args", "class_path"), cutoff=0.8):
+        right = nearest(parts[0], ("init_args", "class_path"))
+        return (
+            f"{_option(problem.path)}: a class is written as class_path and init_args, and has no {parts[0]!r}{right}"
+        )
+    path = (*problem.path, *parts)
     if isinstance(problem.kind, type):
         known, what = list(hints.parameters(problem.kind)), problem.kind.__name__
     elif len(path) > 1 and isinstance(groups.get(path[0]), type):
@@ -146,7 +158,9 @@ def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> s
             if isinstance(kind, type) and path[0] in hints.parameters(kind):
                 return f"there is no option {_option(path)}; did you mean --{group}.{path[0]}"
     similar = nearest(path[-1], known)
-    listed = f"; its options are {', '.join(known)}" if what and len(known) <= 20 else ""
+    listed = (
+        f"; its options are {', '.join(known)}" if what and len(known) <= 20 else "; see lightning-draft fit --help"
+    )
     return f"{_option(path)}: {what + ' has' if what else 'there is'} no option {path[-1]!r}{similar or listed}"
 
 
@@ -218,9 +232,31 @@ def _no_value(problem: Problem, groups: Mapping[str, Any], option: str) -> str:
 def _wrong_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
     hint = problem.hint(groups)
     if hint is Any:
+        plain = re.match(r"Expected a <class '(\w+)'>", _text(problem.reason))
+        hint = {"int": int, "float": float, "bool": bool, "str": str}.get(plain[1] if plain else "", Any)
+    if hint is Any:
         return f"{_option(problem.path)}: {str(problem.reason).splitlines()[0]}"
-    similar = nearest(str(problem.value), hints.choices(hint))
-    return f"{_option(problem.path)}: expected {hints.describe(hint)}, got {_shown(problem)}{similar}"
+    if str(problem.value).startswith("NestedArg("):
+        option = _option(problem.path)
+        return f"{option}: expected {hints.describe(hint)}, which has no options; write {option} VALUE"
+    classes = [kind.__name__ for kind in hints.subclasses(hints.classes(hint))]
+    similar = nearest(str(problem.value), [*hints.choices(hint), *classes])
+    example = hints.example(hint, problem.owner, problem.path[-1])
+    hint_text = similar or (f"; write for example {example}" if example else "")
+    return f"{_option(problem.path)}: expected {hints.describe(hint)}, got {_shown(problem)}{hint_text}"
+
+
+def _no_path(problem: Problem, groups: Mapping[str, Any], name: str) -> str:
+    known = _known(hints.classes(problem.hint(groups)) or (object,))
+    return f"{_option(problem.path)}: {name!r} is not the name of a class; write {known}, or module.Class"
+
+
+def _class_path_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
+    known = _known(hints.classes(problem.hint(groups)) or (object,))
+    return (
+        f"{_option(problem.path)}: class_path must be the name of a class, and init_args a mapping; write class_path: "
+        f"{known}"
+    )
 
 
 _REASONS: tuple[tuple[str, Callable[..., str]], ...] = (
@@ -235,7 +271,9 @@ _REASONS: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"module '(.+?)' has no attribute '(.+?)'", _no_class),
     (r"^Not a valid subclass of", _not_a_class),
     (r"^argument (\S+): expected (?:one|at least one) argument", _no_value),
-    (r"Expected |Got value|Given value", _wrong_type),
+    (r"^Unexpected import path format: (.*)", _no_path),
+    (r"argument of type '\w+' is not iterable|^unhashable type|object has no attribute 'keys'", _class_path_type),
+    (r"Expected |Got value|Given value|Unable to load config", _wrong_type),
 )
 
 

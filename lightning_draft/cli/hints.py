@@ -12,6 +12,8 @@ _MAPPINGS = (dict, collections.abc.Mapping)
 _PLAIN = (bool, int, float, str, bytes, type(None), list, tuple, set, dict, object)
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "any value"}
 
+_EXAMPLES = {int: "4", float: "0.5", bool: "true"}
+
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the hint itself."""
@@ -86,6 +88,24 @@ def describe(hint: Any) -> str:
 def choices(hint: Any) -> list[str]:
     """Return the values of the `Literal` types in a hint."""
     return [str(value) for part in alternatives(hint) if get_origin(part) is Literal for value in get_args(part)]
+
+
+def example(hint: Any, owner: type | None, name: str) -> str | None:
+    """Return a valid value of a number or truth value as it is written: the default, or any.
+
+    Args:
+        hint: The type.
+        owner: The class that has the option, if it is known.
+        name: The option.
+    """
+    kinds = [part for part in alternatives(hint) if part in _EXAMPLES]
+    if not kinds:
+        return None
+    signature = inspect.signature(owner).parameters if owner is not None else {}
+    default = signature[name].default if name in signature else None
+    if type(default) in (int, float):
+        return str(default)
+    return _EXAMPLES[kinds[0]]
 
 
 def _describe(part: Any) -> str:

@@ -43,9 +43,9 @@ def printable(text: str) -> str:
 def as_configuration_error() -> Iterator[None]:
     """Convert errors of libraries about their options, and file system errors, to `ConfigurationError`.
 
-    These are Lightning's `MisconfigurationException`, and a `ValueError` or `ImportError` raised by the Trainer, a
-    callback or logger of Lightning, an optimizer or this package. Other exceptions, such as those of the user's code,
-    are not changed and keep their traceback.
+    These are Lightning's `MisconfigurationException`; a `ValueError` or `ImportError` raised by the Trainer, a callback
+    or logger of Lightning, an optimizer or this package; a `TypeError` of those libraries; and a `RuntimeError` of a
+    callback of Lightning. Other exceptions, such as those of the user's code, are not changed and keep their traceback.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -55,12 +55,8 @@ def as_configuration_error() -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
-    except (ValueError, ImportError) as error:
-        if not f"{_module(error)}.".startswith(_LIBRARIES):
-            raise
-        raise ConfigurationError(" ".join(str(error).split())) from error
-    except RuntimeError as error:
-        if not _module(error).startswith("lightning.pytorch.callbacks."):
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        if not f"{_module(error)}.".startswith(_raisers(error)):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error
     except UnpicklingError as error:
@@ -92,11 +88,11 @@ def with_option_name(message: str, options: Mapping[str, Any]) -> str:
         message: For example `val_size=8 must be ...`, or `SampleLogger: every_n_steps=0 must be ...`.
         options: All options by full name, such as `data.val_size`, with their values.
     """
-    match = re.match(r"(?:(\w+): )?(\w+)=", message)
+    match = re.match(r"(?:(\w+): )?([\w.]+)=", message)
     if match is None:
         return message
     kind, name = match.groups()
-    found = [key for key in options if key.rpartition(".")[2] == name]
+    found = [key for key in options if f".{key}".endswith(f".{name}")]
     shown = message[match.end() :]
     exact = [key for key in found if re.match(rf"{re.escape(repr(options[key]))}(?!\w)", shown)]
     if kind is not None:
@@ -113,6 +109,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
         leaves |= flatten(value, name)
     return leaves
+
+
+def _raisers(error: Exception) -> tuple[str, ...]:
+    """Return the modules whose exceptions of this type are about options."""
+    if isinstance(error, TypeError):
+        return _LIBRARIES[1:]
+    return ("lightning.pytorch.callbacks.",) if isinstance(error, RuntimeError) else _LIBRARIES
 
 
 def _escaped(char: str) -> str:

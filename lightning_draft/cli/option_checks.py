@@ -1,6 +1,7 @@
 """Check options whose invalid values the Trainer and torch accept silently or report unclearly."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,22 @@ CHECKS = (
         "must not start processes by spawn, which cannot copy the functions that build optimizers",
         "write ddp",
     ),
+    OptionCheck(
+        "trainer.devices",
+        lambda devices: not isinstance(devices, str) or re.fullmatch(r"auto|-?\d+(,\d+)*,?", devices) is not None,
+        "must be auto, the number of devices, or their numbers such as 0,1",
+        "write 1",
+    ),
+    OptionCheck("trainer.check_val_every_n_epoch", lambda n: n >= 1, "must be at least 1", "write 1, or null"),
+    OptionCheck(
+        "trainer.profiler",
+        lambda profiler: not isinstance(profiler, str) or profiler in ("simple", "advanced", "pytorch", "xla"),
+        "must be one of simple, advanced, pytorch, xla",
+        "write simple",
+    ),
+    OptionCheck("model.lr_scheduler.step_size", lambda n: n >= 1, "must be at least 1", "write 100"),
+    OptionCheck("model.lr_scheduler.T_max", lambda n: n >= 1, "must be at least 1", "write the number of steps"),
+    OptionCheck("model.lr_scheduler.T_0", lambda n: n >= 1, "must be at least 1", "write 100"),
     OptionCheck("trainer.num_nodes", lambda n: n >= 1, "must be at least 1", "write 1"),
     OptionCheck(
         "seed_everything",

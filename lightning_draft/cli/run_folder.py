@@ -71,7 +71,7 @@ def create(root: Path, name: str) -> RunFolder:
         number = _number(taken[-1].name, place.name) + 1 if taken else 1
         folder = place if number == 1 else place.with_name(f"{place.name}-{number}")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            _make_parents(folder.parent)
             folder.mkdir()
         except FileExistsError as error:
             if not folder.parent.is_dir():
@@ -80,6 +80,15 @@ def create(root: Path, name: str) -> RunFolder:
             continue
         else:
             return RunFolder(folder, created=True)
+
+
+def _make_parents(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{folder} cannot be created ({error.strerror}); choose another folder with --trainer.default_root_dir"
+        ) from error
 
 
 def newest(root: Path, name: str) -> RunFolder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -173,6 +174,8 @@ def _load(config: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"{config}: {str(error).splitlines()[0]}") from error
+    except yaml.MarkedYAMLError as error:
+        raise shipped.yaml_error(config, error) from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import yaml
 
 from lightning_draft import rewards
+from lightning_draft.cli.explain import explain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.score_report import compare, contact_sheet, report
@@ -76,7 +77,7 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     try:
         built: dict[str, Reward] = build.instantiate(build.parse_object({"rewards": config})).rewards
     except ArgumentError as error:
-        raise ConfigurationError(f"the rewards cannot be built: {error}") from error
+        raise ConfigurationError(explain(error, {"rewards": dict[str, Reward]})) from error
     return built
 
 
@@ -89,8 +90,8 @@ def _reward_names() -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"--rewards {path} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"--rewards {path} cannot be read: {' '.join(str(error).split())}") from error
     content = content.get("rewards", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise ConfigurationError(f"--rewards {path} must map names to rewards, such as `hps: {{class_path: HPSv2}}`")

@@ -68,15 +68,23 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigurationError(f"{path}{line} is not YAML: {error.problem}") from error
+        raise yaml_error(path, error) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must be a mapping with keys such as model, data and trainer")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigurationError(f"{path} has the key {key!r}; its keys are texts such as model, data and trainer")
     return content
+
+
+def yaml_error(path: Any, error: Any) -> ConfigurationError:
+    """Return the error of a YAML file with the line and the reason; a YAML parser's own takes several lines."""
+    line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+    return ConfigurationError(f"{path}{line} is not YAML: {str(error.problem).rstrip('.')}")
 
 
 def expand(verb: str, args: Sequence[str]) -> list[str]:

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.family import Family
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
 
 def describe_damage(folder: Path) -> str | None:
     """Describe the first damaged file of a pipeline folder; `None` if all files can be read.
@@ -19,9 +21,11 @@ def describe_damage(folder: Path) -> str | None:
     """
     for file in sorted(folder.rglob("*.json")):
         try:
-            json.loads(file.read_text())
+            content = json.loads(file.read_text())
         except ValueError as error:
             return f"{file} is not valid JSON ({error})"
+        if file.name in ("model_index.json", "config.json", "scheduler_config.json") and not isinstance(content, dict):
+            return f"{file} contains {type(content).__name__} and not a mapping"
     for file in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -36,10 +40,18 @@ def describe_damage(folder: Path) -> str | None:
 
 
 def check_complete(pipeline: Any, family: Family, folder: Path) -> None:
-    """Check that the files of the denoiser contain all of its weights; diffusers would initialize others at random.
+    """Check that tokenizers have a vocabulary, and the files of the denoiser all of its weights.
 
-    Raises: ConfigurationError: Some are missing.
+    The libraries would use an empty vocabulary, and initialize missing weights at random.
+
+    Raises:
+        ConfigurationError: Some are missing.
     """
+    for tokenizer in sorted(folder.glob("tokenizer*")):
+        if tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in _VOCABULARIES):
+            raise ConfigurationError(
+                f"{tokenizer} has no vocabulary ({', '.join(_VOCABULARIES)}); copy or download it again"
+            )
     stored: set[str] = set()
     for file in (folder / family.denoiser).glob("*.safetensors"):
         with safe_open(file, framework="pt") as content:

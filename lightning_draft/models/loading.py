@@ -231,11 +231,12 @@ def _absent(family: Family, source: str) -> dict[str, None]:
 
 
 def _is_path(name: str) -> bool:
-    return name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt"))
+    return name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(("/", ".safetensors", ".ckpt"))
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line: str = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.partition(". If you want to instead overwrite")[0]  # advice of diffusers that does not apply here
 
 
 @contextmanager

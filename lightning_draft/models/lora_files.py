@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str], family: Family, networks: Mapping[str, nn
     """
     file = Path(path)
     keys, header = check(file)
-    settings: dict[str, Any] = json.loads(header.pop(LORA_ADAPTER_METADATA_KEY, "{}"))
+    settings = _settings(header.pop(LORA_ADAPTER_METADATA_KEY, "{}"), file)
     state = _renamed(read_tensors(file), family, networks)
     if state is None:
         if any(key.startswith(f"{family.denoiser}.") and ".lora_A." in key for key in keys):
@@ -112,6 +112,23 @@ def check(file: Path) -> tuple[list[str], dict[str, str]]:
     if not any("lora" in key for key in keys):
         raise ConfigurationError(f"{file} contains no LoRA: none of its tensors has lora in its name; give a LoRA file")
     return keys, header
+
+
+def _settings(text: str, file: Path) -> dict[str, Any]:
+    """Return peft's settings from a header.
+
+    Raises:
+        ConfigurationError: They are not a mapping in JSON.
+    """
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigurationError(
+            f"{file} is damaged: {LORA_ADAPTER_METADATA_KEY} in its header is not a mapping in JSON; copy it again"
+        )
+    return settings
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -205,11 +222,30 @@ def _update(state: Mapping[str, Any], layer: str, settings: Mapping[str, Any], f
         raise ConfigurationError(
             f"{file} is incomplete: {layer} has no {str(error.args[0]).rsplit('.', 2)[-2]}; copy it again"
         ) from error
+    _check_factors(a, b, layer, file)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ConfigurationError(
             f"{file} has values that are not finite, first in {layer}, because training diverged; use an earlier file"
         )
     return Update(a, b, _scale(layer, len(a), state.get(f"{layer}.alpha"), settings))
+
+
+def _check_factors(a: Any, b: Any, layer: str, file: Path) -> None:
+    """Check that two factors are of one rank and hold floating-point numbers.
+
+    Raises:
+        ConfigurationError: They do not.
+    """
+    if a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
+        raise ConfigurationError(
+            f"{file} is damaged: the factors of {layer} have the shapes {tuple(a.shape)} and {tuple(b.shape)}, which "
+            "are not of one rank; copy it again"
+        )
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ConfigurationError(
+            f"{file} has {str(a.dtype).removeprefix('torch.')} values in {layer}; quantized LoRA files are not "
+            "supported: give one in float32, float16 or bfloat16"
+        )
 
 
 def _scale(layer: str, rank: int, own_alpha: Any, settings: Mapping[str, Any]) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.inputs import check_finite, check_images, check_prompts, check_scores
+from lightning_draft.rewards.inputs import check_finite, check_images, check_prompts, check_scores, to_device
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,7 +127,8 @@ class Reward(nn.Module, ABC):
         pixels = check_images(images)
         texts = check_prompts(prompts, len(pixels))
         scores: Tensor = super().__call__(pixels, texts)
-        return check_finite(check_scores(scores, len(texts), self), pixels, texts, self)
+        scores = to_device(check_scores(scores, len(texts), self), pixels.device, self)
+        return check_finite(scores, pixels, texts, self)
 
     def breakdown(
         self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]

@@ -79,6 +79,11 @@ class WeightedSum(Reward):
 
     def __init__(self, rewards: dict[str, WeightedReward]) -> None:
         super().__init__()
+        if not isinstance(rewards, dict) or not all(isinstance(part, WeightedReward) for part in rewards.values()):
+            raise ConfigurationError(
+                f"rewards={rewards!r} must map names to weighted rewards, such as "
+                "{'bright': WeightedReward(Brightness(), weight=1.0)}"
+            )
         if not any(component.weight for component in rewards.values()):
             raise ConfigurationError(
                 f"{type(self).__name__} has no reward whose weight is not 0, so its score would be constant; name at "

@@ -82,6 +82,20 @@ def check_scores(scores: Any, batch_size: int, reward: nn.Module) -> Tensor:
     return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
 
 
+def to_device(scores: Tensor, device: torch.device, reward: nn.Module) -> Tensor:
+    """Return scores on the device of the images.
+
+    Raises:
+        ConfigurationError: They are on the meta device, which holds no values.
+    """
+    if scores.is_meta and device.type != "meta":
+        raise ConfigurationError(
+            f"{type(reward).__name__}.forward returned scores on the meta device, which holds no values; load the "
+            "reward's weights, and return scores on the images' device"
+        )
+    return scores.to(device)
+
+
 def check_finite(scores: Tensor, images: Tensor, prompts: Sequence[str], reward: nn.Module) -> Tensor:
     """Return the scores if they are finite.
 

@@ -1,0 +1,59 @@
+"""Write `docs/errors.md`: `python -m tests.bad_input.document`."""
+
+import re
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+from tests.bad_input.cases import Case
+from tests.bad_input.runner import run
+from tests.bad_input.table import CASES
+
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+_HEAD = """\
+# Error messages
+
+Invalid input ends with one message and exit status 2 (1 where training itself fails), and nothing is written. A mistake
+in your own code is shown with its traceback instead. This page lists the tested input by kind; it is generated with
+`python -m tests.bad_input.document`. `FOLDER` is the current folder.
+"""
+_LONGEST = 260
+_LIST = re.compile(r"((?:one of|are) \w+, )(?:\w+, )+\w+(?: and \d+ more)?")  # lists of classes grow
+
+
+def row(case: Case, message: str) -> str:
+    """Return the row of a case in the table of its kind."""
+    message = _LIST.sub(r"\1...", message)
+    short = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 4].rpartition(' ')[0]} ..."
+    return f"| {_code(case.shown)} | {_code(short)} |"
+
+
+def rows_of(page: str) -> list[str]:
+    """Return the rows of all tables of the page."""
+    return [line for line in page.splitlines() if line.startswith("| `")]
+
+
+def write() -> None:
+    """Run all cases and write the page."""
+    parts = [_HEAD]
+    ordered = sorted(CASES, key=lambda case: [other.kind for other in CASES].index(case.kind))
+    for kind, cases in groupby(ordered, key=lambda case: case.kind):
+        lines = [f"## {kind}", "", "| Input | Message |", "|---|---|"]
+        for case in cases:
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = run(case, Path(folder).resolve())
+            lines.append(row(case, outcome.messages[0] if outcome.messages else outcome.error))
+        parts.append("\n".join(lines) + "\n")
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _code(text: str) -> str:
+    """Return a text as code in a cell of a table, on one line and with control characters escaped."""
+    plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    plain = re.sub(r"\s+", " ", plain).replace("|", "\\|")
+    ticks = "``" if "`" in plain else "`"
+    return f"{ticks} {plain} {ticks}" if ticks == "``" else f"`{plain}`"
+
+
+if __name__ == "__main__":
+    write()

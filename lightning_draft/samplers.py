@@ -208,14 +208,12 @@ class FlowEuler(Sampler):
         super().__init__(num_steps)
 
     def grid(self, schedule: Schedule) -> Grid:
-        """Return the grid of diffusers' `FlowMatchEulerDiscreteScheduler` with the schedule's shift; it ends at 0."""
+        """Return the grid of diffusers' `FlowMatchEulerDiscreteScheduler` on this schedule; it ends at 0."""
         if not isinstance(schedule, RectifiedFlow):
             raise ConfigurationError(
                 f"{type(self).__name__} needs a rectified-flow model; use DDIM or DPMSolverPlusPlus"
             )
-        low = schedule.shifted(1 / schedule.num_train_timesteps)
-        even = [1 + (low - 1) * i / max(1, self.num_steps - 1) for i in range(self.num_steps)]
-        times = [schedule.shifted(t) for t in even]
+        times = schedule.times(self.num_steps)
         return tuple(zip(times, (*times[1:], 0.0), strict=True))
 
     def step(

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_draft.arguments import one_of
 
 Spacing = Literal["leading", "trailing", "linspace"]
+GridEnd = Literal["shifted", "even"]
 
 Grid = tuple[tuple[float, float], ...]
 """One `(t, s)` pair per step: the network is called at `t`, and the step ends at `s`; a negative `s` is the end."""
@@ -108,10 +109,15 @@ class RectifiedFlow(Schedule):
     Args:
         shift: Moves the time grid towards high noise: `t -> shift t / (1 + (shift - 1) t)` (SD3, eq. 23).
         num_train_timesteps: Factor of `t` in the network's input.
+        last: The last of the evenly spaced times, before they are shifted: `shifted`, the shifted first training
+            timestep, as diffusers' scheduler by itself; or `even`, `1 / num_steps`, as the pipelines of FLUX.
+        terminal: Where given, times are stretched so that the last one is this.
     """
 
     shift: float = 1.0
     num_train_timesteps: int = 1000
+    last: GridEnd = "shifted"
+    terminal: float | None = None
 
     def coefficients(self, t: float) -> tuple[float, float]:
         """Return `(1 - t, t)`; a negative `t` is the end of the chain."""
@@ -125,6 +131,21 @@ class RectifiedFlow(Schedule):
         """Return the shifted time, at least `1 / num_train_timesteps`: at `t` = 0 there is nothing to denoise."""
         return self.shifted(max(fraction, 1 / self.num_train_timesteps))
 
-    def shifted(self, t: float) -> float:
+    def shifted(self, t: float, num_steps: int = 1) -> float:
         """Return `shift t / (1 + (shift - 1) t)`."""
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        shift = self.shift_for(num_steps)
+        return shift * t / (1 + (shift - 1) * t)
+
+    def shift_for(self, num_steps: int) -> float:
+        """Return the shift of a grid of this many steps."""
+        return self.shift
+
+    def times(self, num_steps: int) -> list[float]:
+        """Return the times at which a sampler of this many steps calls the network."""
+        low = {"shifted": self.shifted(1 / self.num_train_timesteps), "even": 1 / num_steps}[self.last]
+        even = [1 + (low - 1) * i / max(1, num_steps - 1) for i in range(num_steps)]
+        times = [self.shifted(t, num_steps) for t in even]
+        if self.terminal is None or times[-1] == 1:
+            return times
+        stretch = (1 - self.terminal) / (1 - times[-1])
+        return [1 - (1 - t) * stretch for t in times]

@@ -33,24 +33,24 @@ class Memory:
 
 
 def decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
-    """Decode latents `z` to images `vae(z / scaling_factor + shift_factor) / 2 + 1/2`.
+    """Decode latents `z` to images `vae(z) / 2 + 1/2`.
 
     Args:
-        vae: The autoencoder, whose config gives the two factors.
-        latents: `(B, C, h, w)`.
+        vae: The autoencoder; `None` where latents are images in [-1, 1].
+        latents: `(B, C, h, w)`, scaled for the autoencoder.
         memory: Options for chunks and recomputation.
 
     Returns:
         Images `(B, 3, H, W)` in the latents' dtype, in [0, 1] by convention and not clamped.
     """
-    config = vae.config
-    scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    if vae is None:
+        return latents / 2 + 0.5
     recompute = memory.checkpoint_decoder and torch.is_grad_enabled()
     images = [
         checkpoint(_decode, vae, part, memory, use_reentrant=False, preserve_rng_state=False)
         if recompute
         else _decode(vae, part, memory)
-        for part in scaled.split(memory.decode_chunk or max(1, len(scaled)))
+        for part in latents.split(memory.decode_chunk or max(1, len(latents)))
     ]
     return torch.cat(images) / 2 + 0.5
 

@@ -33,6 +33,11 @@ FAMILIES: dict[str, Entry] = {
         ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
         ("sd3",),
     ),
+    "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
+    "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
+    "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",)),
+    "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",)),
+    "PixelDiffusion": Entry("lightning_draft.models.pixels", ("DDPMPipeline", "DDIMPipeline")),
 }
 """Entries by class name. A package with its own family can add an entry when it is imported."""
 

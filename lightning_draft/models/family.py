@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from lightning_draft.models.latents import Latents
 from lightning_draft.models.lora import ATTENTION
 from lightning_draft.models.lora_names import ComfyNames
 
@@ -20,6 +21,9 @@ class Family:
         denoiser: Name of the denoiser among the pipeline's components.
         text_encoders: Names of the text encoders.
         guidance_scale: Default (published) scale of classifier-free guidance.
+        embedded_guidance: Default guidance scale of denoisers that take it as an input.
+        latents: How its latents relate to images.
+        vae: Name of the autoencoder; `None` for families that sample pixels.
         text_length: Number of tokens that the last text encoder reads by default; `None` for that of its tokenizer.
         max_text_length: Largest valid `text.max_length`.
         clip_skip: Whether `text.clip_skip` is supported.
@@ -36,6 +40,9 @@ class Family:
     denoiser: str
     text_encoders: tuple[str, ...]
     guidance_scale: float
+    embedded_guidance: float | None = None
+    latents: Latents = Latents()  # noqa: RUF009 (frozen)
+    vae: str | None = "vae"
     text_length: int | None = None
     max_text_length: int | None = None
     clip_skip: bool = False
@@ -58,5 +65,5 @@ class Family:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names of the components that are networks."""
-        return (self.denoiser, "vae", *self.text_encoders)
+        """Names of the components that are networks."""
+        return (self.denoiser, *(() if self.vae is None else (self.vae,)), *self.text_encoders)

@@ -22,18 +22,21 @@ Network = Callable[[Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: `e = e_u + w (e_c - e_u)`, with `e_c` given the prompt and `e_u` the negative prompt.
+    """Guidance: `e = e_u + w (e_c - e_u)`, with `e_c` given the prompt and `e_u` the negative prompt.
 
     Args:
         scale: `w`, at least 0; with 1, `e_u` is not evaluated. By default the published value of the model family, such
             as 7.5 for Stable Diffusion 1.x.
         negative_prompt: The prompt of `e_u`.
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
+        embedded: Guidance scale that a network distilled over guidance scales takes as an input, such as FLUX.1 dev. By
+            default the published value; without effect on other networks.
     """
 
     scale: float | None = None
     negative_prompt: str = ""
     gradient: GuidanceGradient = "full"
+    embedded: float | None = None
 
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 <= self.scale < math.inf:
@@ -47,9 +50,13 @@ class Guidance:
         """Whether the prediction for the negative prompt is evaluated."""
         return self.scale != 1
 
-    def or_default(self, scale: float) -> "Guidance":
-        """Return a copy with this scale if no scale was given."""
-        return replace(self, scale=scale) if self.scale is None else self
+    def or_default(self, scale: float, embedded: float | None = None) -> "Guidance":
+        """Return a copy with these scales where none were given."""
+        return replace(
+            self,
+            scale=scale if self.scale is None else self.scale,
+            embedded=embedded if self.embedded is None else self.embedded,
+        )
 
     def apply(self, network: Network, x: Tensor, conditioning: Conditioning) -> Tensor:
         """Evaluate the network with guidance.

@@ -1,31 +1,91 @@
-"""Sizes of latents and of the images that they decode to."""
+"""Latents: their size, how they are packed into tokens, and how they are scaled for the autoencoder."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 
 
-def scale_factor(vae: Any) -> int:
-    """Return the number of image pixels per latent pixel, along each side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+def affine(vae: Any, latents: Tensor) -> Tensor:
+    """Return `z / scaling_factor + shift_factor`."""
+    shift: float = vae.config.get("shift_factor") or 0.0
+    return latents / vae.config.scaling_factor + shift
 
 
-def latent_size(vae: nn.Module, denoiser: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return height and width of the latents.
+@dataclass(frozen=True)
+class Latents:
+    """How a family's latents relate to its images, its denoiser and its autoencoder.
 
     Args:
-        vae: The autoencoder.
-        denoiser: The network, whose config gives the default size, the patch size and the largest size.
-        height: Height of the images in pixels; by default the size that the denoiser was trained for.
-        width: Width of the images in pixels, likewise.
-
-    Raises:
-        ConfigurationError: Only one is given, or the networks do not accept the size.
+        patch: Side of the squares of latent cells that are one token of the denoiser; by default as its config says.
+        packed: Whether the denoiser takes tokens, with `patch^2` times the channels of a latent.
+        default_size: Height and width of images in pixels, where the denoiser's config does not say it.
+        cells: How many of the autoencoder's latent cells are one cell of the denoiser's latents, along each side.
+        unscale: Latents as the autoencoder decodes them, given the autoencoder and those of the denoiser.
     """
-    factor, config = scale_factor(vae), denoiser.config
-    if height is None and width is None:
+
+    patch: int | None = None
+    packed: bool = False
+    default_size: int | None = None
+    cells: int = 1
+    unscale: Callable[[Any, Tensor], Tensor] = affine
+
+    def channels(self, denoiser: Any) -> int:
+        """Return the number of channels of a latent."""
+        channels: int = denoiser.config.in_channels
+        return channels // (self.patch or 1) ** 2 if self.packed else channels
+
+    def factor(self, vae: Any) -> int:
+        """Return how many pixels a latent's cell is high and wide; 1 without an autoencoder."""
+        if vae is None:
+            return 1
+        stages = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+        halvings = len(vae.config.temperal_downsample) if stages is None else len(stages) - 1
+        return int(2**halvings) * self.cells
+
+    def size(self, vae: Any, denoiser: Any, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width of the latents.
+
+        Args:
+            vae: The autoencoder.
+            denoiser: The network, whose config gives the default size, the patch size and the largest size.
+            height: Of the images, in pixels; by default the size that the denoiser was trained for.
+            width: Likewise.
+
+        Raises:
+            ConfigurationError: Only one is given, or the networks do not accept the size.
+        """
+        factor, config = self.factor(vae), denoiser.config
+        if height is None and width is None:
+            return self._default(config, factor)
+        if height is None or width is None:
+            raise ConfigurationError(
+                f"height={height} and width={width} must be given together; write both, such as {height or width}"
+            )
+        multiple = factor * (self.patch or config.get("patch_size") or 1)
+        limit = config.get("pos_embed_max_size")
+        largest = None if limit is None else multiple * limit
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels < multiple or pixels % multiple or (largest is not None and pixels > largest):
+                bound = "" if largest is None else f" up to {largest}"
+                raise ConfigurationError(
+                    f"{name}={pixels} must be a multiple of {multiple}{bound} for this model; write "
+                    f"{max(1, min(pixels, largest or pixels) // multiple) * multiple}"
+                )
+        return height // factor, width // factor
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Return the number of tokens of an image whose latents have this height and width."""
+        patch = self.patch or 1
+        return (size[0] // patch) * (size[1] // patch)
+
+    def _default(self, config: Any, factor: int) -> tuple[int, int]:
+        if self.default_size is not None:
+            return self.default_size // factor, self.default_size // factor
         if config.get("sample_size") is None:
             raise ConfigurationError(
                 "the config of the pipeline's denoiser has no image size (sample_size is null); set height and width, "
@@ -33,18 +93,23 @@ def latent_size(vae: nn.Module, denoiser: Any, height: int | None, width: int | 
             )
         size = config.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
-    if height is None or width is None:
-        raise ConfigurationError(
-            f"height={height} and width={width} must be given together; write both, such as {height or width}"
-        )
-    multiple = factor * (config.get("patch_size") or 1)
-    limit = config.get("pos_embed_max_size")
-    largest = None if limit is None else multiple * limit
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels < multiple or pixels % multiple or (largest is not None and pixels > largest):
-            bound = "" if largest is None else f" up to {largest}"
-            raise ConfigurationError(
-                f"{name}={pixels} must be a multiple of {multiple}{bound} for this model; write "
-                f"{max(1, min(pixels, largest or pixels) // multiple) * multiple}"
-            )
-    return height // factor, width // factor
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Return squares of 2x2 cells as tokens: `(B, C, H, W)` to `(B, H/2 W/2, 4 C)`, channels before places."""
+    batch, channels, height, width = latents.shape
+    blocks = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens as latents of this height and width, the inverse of `pack`."""
+    batch, _, channels = tokens.shape
+    blocks = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Return `(0, row, column)` of every token of an image of this many tokens, `(height width, 3)`."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(device)

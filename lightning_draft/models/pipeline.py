@@ -18,7 +18,6 @@ from lightning_draft.models.base import Conditioning
 from lightning_draft.models.base_hash import weights_sha256
 from lightning_draft.models.decoder import Memory, Precision, decode
 from lightning_draft.models.guidance import Guidance
-from lightning_draft.models.latents import latent_size, scale_factor
 from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA
 from lightning_draft.models.text_encoding import TextEncoding
@@ -79,15 +78,16 @@ class PipelineModel(AdaptedModel):
         self.pretrained_config = pretrained_config
         self.lora = lora
         self.trainable = trainable
-        self.guidance = guidance.or_default(self.family.guidance_scale)
+        self.guidance = guidance.or_default(self.family.guidance_scale, self.family.embedded_guidance)
         self.text = text
         self.memory = memory
         self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
         self._dtypes = self._precisions(dtype)
         self.pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, self._omit)
+        self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
-        self._latent_size = latent_size(self.vae, self.denoiser, height, width)
+        self._latent_size = self.family.latents.size(self.vae, self.denoiser, height, width)
         self._configure(self.pipeline)
         self._set_decoder_precision(dtype)
         self.requires_grad_(False).eval()
@@ -107,13 +107,13 @@ class PipelineModel(AdaptedModel):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        return (self.denoiser.config.in_channels, *self._latent_size)
+        return (self.family.latents.channels(self.denoiser), *self._latent_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image, in pixels."""
-        height, width = self._latent_size
-        return height * scale_factor(self.vae), width * scale_factor(self.vae)
+        factor = self.family.latents.factor(self.vae)
+        return self._latent_size[0] * factor, self._latent_size[1] * factor
 
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """Set whether the backward pass recomputes the activations inside the denoiser's blocks."""
@@ -143,7 +143,8 @@ class PipelineModel(AdaptedModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents into images `(B, 3, H, W)` in their dtype, in [0, 1] by convention and not clamped."""
-        return decode(self.vae, latents, self.memory)
+        scaled = latents if self.vae is None else self.family.latents.unscale(self.vae, latents)
+        return decode(self.vae, scaled, self.memory)
 
     @property
     def source(self) -> str:

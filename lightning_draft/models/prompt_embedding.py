@@ -116,7 +116,7 @@ class PromptEmbedding(DiffusionModel):
     def _cached(self, key: tuple[str, str], embed: Callable[[], Embedding], keep: bool) -> Mapping[str, Tensor]:
         encoder = self._last_encoder
         scaled_key = (*key, self.text_scale)
-        if scaled_key not in self._cache:
+        if scaled_key not in self._cache and self.family.text_encoders:
             if encoder is None:
                 raise RuntimeError(
                     f"the text encoder was released and {key[1]!r} has no embedding; pass all prompts, including "

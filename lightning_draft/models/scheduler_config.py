@@ -1,14 +1,13 @@
 """Noise schedules and prediction types, read from the scheduler configs of pipelines."""
 
+import math
 from typing import Any
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Prediction
-from lightning_draft.schedules import RectifiedFlow, VariancePreserving
+from lightning_draft.schedules import GridEnd, RectifiedFlow, VariancePreserving
 
 _OTHER_GRIDS = (
-    "use_dynamic_shifting",
-    "shift_terminal",
     "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
@@ -54,23 +53,42 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
     return schedule, prediction
 
 
-def rectified_flow(scheduler: Any) -> RectifiedFlow:
+def rectified_flow(scheduler: Any, last: GridEnd = "shifted", tokens: int | None = None) -> RectifiedFlow:
     """Return the schedule of a pipeline trained with a rectified flow.
 
+    Args:
+        scheduler: The pipeline's.
+        last: Where its pipeline ends the grid, see `RectifiedFlow`.
+        tokens: Number of the image's tokens, for families whose shift depends on it.
+
     Raises:
-        ConfigurationError: The scheduler is of another family, or its grid is not a constant shift.
+        ConfigurationError: The scheduler is of another family, or its grid is of a kind that is not supported.
     """
     config, name = scheduler.config, type(scheduler).__name__
+    if config.get("use_flow_sigmas"):  # a solver of higher order on the same flow
+        return RectifiedFlow(config.get("flow_shift", 1.0), config.get("num_train_timesteps", 1000), "even")
     if not name.startswith("FlowMatch"):
         raise ConfigurationError(
             f"the pipeline's {name} is not made for rectified flows; replace its config by that of a "
             "FlowMatchEulerDiscreteScheduler"
         )
     others = [key for key in _OTHER_GRIDS if config.get(key)]
+    if tokens is None and config.get("use_dynamic_shifting"):
+        others.append("use_dynamic_shifting")
     if others:
         raise ConfigurationError(
-            f"the pipeline's {name} has {others[0]}={config[others[0]]}, and the samplers support only a constant "
-            f"shift; remove {others[0]} from scheduler/scheduler_config.json and set shift, which is 3.0 in the "
-            "published models"
+            f"the pipeline's {name} has {others[0]}={config[others[0]]}, which the samplers here do not support; "
+            f"remove {others[0]} from scheduler/scheduler_config.json and set shift, 3.0 in the published models"
         )
-    return RectifiedFlow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000))
+    shift = config.get("shift", 1.0)
+    if tokens is not None and config.get("use_dynamic_shifting"):
+        shift = _dynamic_shift(config, tokens)
+    return RectifiedFlow(shift, config.get("num_train_timesteps", 1000), last, config.get("shift_terminal"))
+
+
+def _dynamic_shift(config: Any, tokens: int) -> float:
+    """Return `exp(mu)` with `mu` linear in the number of tokens; or `mu` itself for a linear time shift."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu: float = base + (most - base) * (tokens - low) / (high - low)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -1,0 +1,272 @@
+"""One battery for the newer model families: each is compared with diffusers' own pipeline on a small random one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import lightning as L
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import lightning_draft
+from lightning_draft.chain import SamplingChain
+from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
+from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusion, TextEncoding
+from lightning_draft.models.families import FAMILIES
+from lightning_draft.models.latents import pack, unpack
+from lightning_draft.rewards.color import ColorBalance
+from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
+from lightning_draft.truncation import LastK
+from tests.tiny_families import WRITERS, write
+
+PROMPTS = ["a red cat", "dog, cat"]
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a family's tiny pipeline is opened and called.
+
+    Args:
+        model: Name of the class.
+        prompts: Two prompts.
+        flow: Whether it is a rectified flow.
+        guidance: Name of the pipeline's argument for classifier-free guidance; `None` if it has none.
+        options: Of the model.
+        call: More arguments of the pipeline's call.
+        side: Height and width of a square image; the other image is twice as wide.
+        negative_prompt: Of guided images.
+        guided: The pipeline's value for our guidance scale.
+    """
+
+    model: str
+    prompts: tuple[str, str] = ("a red cat", "dog, cat")
+    flow: bool = True
+    guidance: str | None = "guidance_scale"
+    options: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    side: int = 16
+    guided: Callable[[float], float] = float
+
+
+OPTIONS = {"text": TextEncoding(12)}
+CALL = {"max_sequence_length": 12}
+UNBINNED = {"use_resolution_binning": False, **CALL}
+CASES = {
+    "flux": Case("Flux", guidance="true_cfg_scale", options=OPTIONS, call=CALL),
+    "flux_schnell": Case("Flux", guidance="true_cfg_scale", options=OPTIONS, call=CALL),
+    "pixart_sigma": Case("PixArtSigma", flow=False, options=OPTIONS, call={**UNBINNED, "clean_caption": False}),
+    "sana": Case("Sana", options=OPTIONS, call=UNBINNED, side=32),
+    "chroma": Case("Chroma", options=OPTIONS, call=CALL),
+    "pixels": Case("PixelDiffusion", flow=False, guidance=None),
+    "pixels_of_classes": Case("PixelDiffusion", flow=False, guidance=None, prompts=("3", "7")),
+}
+TEXT = [name for name, case in CASES.items() if case.guidance]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Write each pipeline when it is first used."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        return root / name if (root / name).exists() else write(name, root / name)
+
+    return folder
+
+
+def opened(folder: Path, case: Case, **options: Any) -> PipelineModel:
+    """A model whose adapters, if any, do something."""
+    size = {} if case.guidance is None else {"height": case.side, "width": case.side}
+    model: PipelineModel = getattr(lightning_draft, case.model)(str(folder), **{**size, **case.options, **options})
+    generator = torch.Generator().manual_seed(3)
+    for _, value in model.trainable_parameters():
+        value.data = 0.2 * torch.randn(value.shape, generator=generator)
+    return model
+
+
+def plain(folder: Path, case: Case) -> Any:
+    """The pipeline as diffusers opens it."""
+    pipeline = getattr(lightning_draft, case.model).family.pipeline_class.from_pretrained(folder)
+    if not case.flow:
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config({**pipeline.scheduler.config, "clip_sample": False})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sampler(case: Case, stochastic: bool = False) -> Sampler:
+    """Of a few steps."""
+    if case.flow:
+        return FlowSDE(STEPS) if stochastic else FlowEuler(STEPS)
+    return DDIM(STEPS, eta=1.0 if stochastic else 0.0)
+
+
+def starting_noise(model: PipelineModel) -> Tensor:
+    """Fixed starting latents of both prompts."""
+    return model.noise(2, torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def images(model: PipelineModel, case: Case) -> Tensor:
+    """Images of both prompts."""
+    chain = SamplingChain(model, sampler(case), model.encode(case.prompts))
+    return model.decode(chain.advance(chain.start(starting_noise(model))).x)
+
+
+@torch.no_grad()
+def diffusers_images(pipeline: Any, model: PipelineModel, case: Case, scale: float = 1.0, negative: str = "") -> Tensor:
+    """The same from diffusers, from the same noise."""
+    if case.guidance is None:
+        return _ddim_images(pipeline, model, case)
+    noise = starting_noise(model)
+    latents = model.family.latents
+    height, width = model.image_size
+    output = pipeline(
+        list(case.prompts),
+        negative_prompt=[negative] * 2 if scale != 1 else None,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        latents=pack(noise) if latents.packed else noise,
+        output_type="pt",
+        **{case.guidance: case.guided(scale), **case.call},
+    )
+    result: Tensor = output.images
+    return result
+
+
+def _ddim_images(pipeline: Any, model: PipelineModel, case: Case) -> Tensor:
+    """Sample with diffusers' scheduler: its pipelines for pixels take no starting noise and no class."""
+    x = starting_noise(model)
+    labels = None if pipeline.unet.config.num_class_embeds is None else torch.tensor([int(p) for p in case.prompts])
+    pipeline.scheduler.set_timesteps(STEPS)
+    for t in pipeline.scheduler.timesteps:
+        x = pipeline.scheduler.step(pipeline.unet(x, t, class_labels=labels).sample, t, x).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_images_are_those_of_the_diffusers_pipeline(folders: Callable, name: str) -> None:
+    """With guidance on and off, a negative prompt, two different prompts, and at a non-square size."""
+    case, folder = CASES[name], folders(name)
+    pipeline, wide = plain(folder, case), case.side * 2
+    variants: list[tuple[Guidance, tuple[int, int]]] = [(Guidance(1.0), (case.side, case.side))]
+    if case.guidance is not None:
+        variants += [(Guidance(3.0), (case.side, case.side)), (Guidance(3.0, "tree"), (case.side, wide))]
+    seen = []
+    for guidance, (height, width) in variants:
+        size = {} if case.guidance is None else {"height": height, "width": width}
+        model = opened(folder, case, lora=None, guidance=guidance, **size)
+        ours = images(model, case)
+        theirs = diffusers_images(pipeline, model, case, guidance.scale or 1.0, guidance.negative_prompt)
+        assert ours.shape == (2, 3, height, width)
+        torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=2e-5)
+        assert ((ours > 0) & (ours < 1)).float().mean() > 0.05
+        assert name == "pixels" or (ours[0] - ours[1]).abs().max() > 1e-3
+        seen.append(ours)
+    assert all((other[..., : case.side] - seen[0]).abs().max() > 1e-3 for other in seen[1:])
+
+
+def load_with_peft(network: torch.nn.Module, file: Path) -> None:
+    """Load a LoRA file into a network of a pipeline without `load_lora_weights`, as docs/your_model.md shows."""
+    with safe_open(file, "pt") as content:
+        settings = json.loads(content.metadata()["lora_adapter_metadata"])
+    inject_adapter_in_model(
+        LoraConfig(**{key.removeprefix("transformer."): value for key, value in settings.items()}), network
+    )
+    state = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    set_peft_model_state_dict(network, state)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_an_exported_lora_gives_our_images_in_a_plain_pipeline(folders: Callable, name: str, tmp_path: Path) -> None:
+    case, folder = CASES[name], folders(name)
+    model = opened(folder, case, lora=LoRA(4, alpha=6.0), guidance=Guidance(2.0))
+    model.save_lora(tmp_path / "lora.safetensors")
+    pipeline = plain(folder, case)
+    base = diffusers_images(pipeline, model, case, 2.0)
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    else:
+        load_with_peft(pipeline.transformer, tmp_path / "lora.safetensors")
+    ours = images(model, case).clamp(0, 1)
+    torch.testing.assert_close(ours, diffusers_images(pipeline, model, case, 2.0), rtol=0, atol=2e-4)
+    assert (ours - base).abs().mean() > 0.001
+
+
+def method(kind: str, model: PipelineModel, case: Case) -> RewardModule:
+    """A direct method or a policy gradient."""
+    if kind == "last_k":
+        return DraftModule(model, ColorBalance(), sampler(case), LastK(2))
+    return PolicyGradientModule(model, ColorBalance(), sampler(case, stochastic=True), samples_per_prompt=2)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("last_k", "bfloat16"), ("ppo", "float32")])
+@pytest.mark.parametrize("name", CASES)
+def test_training_changes_the_adapters_alone(
+    folders: Callable, name: str, kind: str, dtype: Any, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    guidance = Guidance(1.0 if case.guidance is None else 2.0)
+    model = opened(folders(name), case, dtype=dtype, guidance=guidance, lora=LoRA(2, seed=0))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(method(kind, model, case), PromptDataModule([*case.prompts] * 2, batch_size=2, val_size=1))
+    trained = {key for key, _ in model.trainable_parameters()}
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert trained
+    assert changed == trained
+    assert {before[key].dtype for key in trained} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_right_class_is_named_for_a_pipeline_of_another_family(folders: Callable, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"open it with {CASES[name].model}$"):
+        StableDiffusion(str(folders(name)))
+
+
+def test_every_family_has_a_case() -> None:
+    tested_elsewhere = {"StableDiffusion", "StableDiffusionXL", "StableDiffusion3"}
+    assert {case.model for case in CASES.values()} | tested_elsewhere == set(FAMILIES)
+    assert set(CASES) == set(WRITERS)
+
+
+def test_unpack_inverts_pack() -> None:
+    x = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    tokens = pack(x)
+    assert tokens.shape == (2, 6, 12)
+    assert torch.equal(tokens[0, 1], x[0, :, :2, 2:4].flatten())
+    assert torch.equal(unpack(tokens, 4, 6), x)
+
+
+@pytest.mark.parametrize("prompt", ["10", "a cat", "-1"])
+def test_a_prompt_that_is_no_class_is_rejected(folders: Callable, prompt: str) -> None:
+    model = opened(folders("pixels_of_classes"), CASES["pixels_of_classes"])
+    with pytest.raises(ConfigurationError, match="must be the number of a class of this model, 0 to 9"):
+        model.encode([prompt])
+
+
+def test_guidance_of_pixels_is_rejected(folders: Callable) -> None:
+    with pytest.raises(ConfigurationError, match=r"guidance.scale=2.0 needs prompts.*write 1"):
+        opened(folders("pixels"), CASES["pixels"], guidance=Guidance(2.0))
+
+
+def test_the_embedded_guidance_reaches_the_network(folders: Callable) -> None:
+    case, folder = CASES["flux"], folders("flux")
+    default, given, stronger = (
+        images(opened(folder, case, lora=None, guidance=Guidance(embedded=value)), case) for value in (None, 3.5, 8.0)
+    )
+    assert torch.equal(default, given)
+    assert (stronger - given).abs().max() > 1e-3

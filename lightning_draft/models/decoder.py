@@ -50,7 +50,7 @@ def decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
         checkpoint(_decode, vae, part, memory, use_reentrant=False, preserve_rng_state=False)
         if recompute
         else _decode(vae, part, memory)
-        for part in latents.split(memory.decode_chunk or max(1, len(latents)))
+        for part in torch.split(latents, memory.decode_chunk or max(1, len(latents)))
     ]
     return torch.cat(images) / 2 + 0.5
 

@@ -63,11 +63,11 @@ class Flux(PipelineModel):
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x.shape[-2:]
         text = conditioning.tensors["text"]
-        takes_guidance = self.denoiser.config.guidance_embeds
+        scale = self.guidance.embedded if self.denoiser.config.guidance_embeds else None
         output: Tensor = self.denoiser(
             hidden_states=pack(x),
             timestep=time.expand(len(x)) / 1000,
-            guidance=torch.full_like(time.expand(len(x)), self.guidance.embedded) if takes_guidance else None,
+            guidance=None if scale is None else torch.full_like(time, scale).expand(len(x)),
             pooled_projections=conditioning.tensors["pooled"],
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),

@@ -51,7 +51,16 @@ class Guidance:
         return self.scale != 1
 
     def or_default(self, scale: float, embedded: float | None = None) -> "Guidance":
-        """Return a copy with these scales where none were given."""
+        """Return a copy with these scales where none were given.
+
+        Raises:
+            ConfigurationError: An embedded scale is given, and the family has none.
+        """
+        if self.embedded is not None and embedded is None:
+            raise ConfigurationError(
+                f"guidance.embedded={self.embedded} has no effect on this model family, whose networks take no "
+                "guidance scale as an input; leave it out"
+            )
         return replace(
             self,
             scale=scale if self.scale is None else self.scale,

@@ -12,8 +12,8 @@ from lightning_draft.errors import ConfigurationError
 
 def affine(vae: Any, latents: Tensor) -> Tensor:
     """Return `z / scaling_factor + shift_factor`."""
-    shift: float = vae.config.get("shift_factor") or 0.0
-    return latents / vae.config.scaling_factor + shift
+    scaled: Tensor = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    return scaled
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lightning_draft.models.base import Conditioning, DiffusionModel
 from lightning_draft.models.family import Family
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.text_cache import Embedding, TextCache
-from lightning_draft.models.text_encoding import TextEncoding, quiet_diffusers, warn_if_cut
+from lightning_draft.models.text_encoding import TextEncoding, only_errors_logged, warn_if_cut
 
 
 class PromptEmbedding(DiffusionModel):
@@ -123,7 +123,7 @@ class PromptEmbedding(DiffusionModel):
                     "those of validation and of the sample logger, to precompute() before release_text_encoder()"
                 )
             self._warn_if_cut(encoder[0].replace("text_encoder", "tokenizer"), key[1])
-        with quiet_diffusers():
+        with only_errors_logged():
             return self._cache.get(scaled_key, embed, self._text_device.type, keep)
 
     def _warn_if_cut(self, name: str, prompt: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from lightning_draft.arguments import at_least, in_range
 from lightning_draft.errors import ConfigurationError
@@ -60,11 +61,14 @@ def warn_if_cut(tokenizer: Any, prompt: str, length: int) -> None:
 
 
 @contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Within this context, diffusers logs only errors; it would report each truncated prompt once per encoder."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+def only_errors_logged() -> Iterator[None]:
+    """Within this context the libraries log only errors: they would report each truncated prompt for each encoder."""
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from lightning_draft.cli import shipped
+from tests.tiny_families import write
 
 NAMES = shipped.names()
-EMOJI = [name for name in NAMES if not name.startswith("sd")]
+EMOJI = [name for name in NAMES if "pretrained: emoji" in shipped.locate(name).read_text(encoding="utf-8")]
 METHODS = {
     "draft": "Full",
     "draft_k": "LastK",
@@ -55,6 +56,26 @@ TINY = {
 
 
 PIPELINES = {"StableDiffusion": "tiny_sd", "StableDiffusion3": "tiny_sd3", "StableDiffusionXL": "tiny_sdxl"}
+FAMILIES = {
+    "Flux": "flux",
+    "PixArtSigma": "pixart_sigma",
+    "Sana": "sana",
+    "Chroma": "chroma",
+    "PixelDiffusion": "pixels",
+}
+
+
+@pytest.fixture(scope="session")
+def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small random pipeline for a model class."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(model: str) -> Path:
+        if model in PIPELINES:
+            return request.getfixturevalue(PIPELINES[model])
+        return root / model if (root / model).exists() else write(FAMILIES[model], root / model)
+
+    return folder
 
 
 def _options(values: dict[str, object]) -> list[str]:
@@ -70,11 +91,11 @@ def _class(value: str | dict) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
-def test_shipped_config_runs(command: Callable, name: str, request: pytest.FixtureRequest, tiny_clip: Path) -> None:
+def test_shipped_config_runs(command: Callable, name: str, pipeline: Callable, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
-    models = {"model.model.pretrained": request.getfixturevalue(PIPELINES[arguments["model"]["class_path"]])}
+    models = {"model.model.pretrained": pipeline(arguments["model"]["class_path"])}
     if "height" in arguments["model"]["init_args"]:
-        models |= {"model.model.height": 16, "model.model.width": 16}
+        models |= {"model.model.height": 32, "model.model.width": 32}
     reward = arguments["reward"]
     if isinstance(reward, dict) and "processor" in reward.get("init_args", {}):
         models["model.reward.processor"] = tiny_clip

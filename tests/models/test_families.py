@@ -263,6 +263,11 @@ def test_guidance_of_pixels_is_rejected(folders: Callable) -> None:
         opened(folders("pixels"), CASES["pixels"], guidance=Guidance(2.0))
 
 
+def test_an_embedded_guidance_that_has_no_effect_is_rejected(folders: Callable) -> None:
+    with pytest.raises(ConfigurationError, match=r"guidance.embedded=3.5 has no effect on this model family"):
+        opened(folders("chroma"), CASES["chroma"], guidance=Guidance(embedded=3.5))
+
+
 def test_the_embedded_guidance_reaches_the_network(folders: Callable) -> None:
     case, folder = CASES["flux"], folders("flux")
     default, given, stronger = (

@@ -77,8 +77,8 @@ def rectified_flow(scheduler: Any, last: GridEnd = "shifted", tokens: int | None
         others.append("use_dynamic_shifting")
     if others:
         raise ConfigurationError(
-            f"the pipeline's {name} has {others[0]}={config[others[0]]}, which the samplers here do not support; "
-            f"remove {others[0]} from scheduler/scheduler_config.json and set shift, 3.0 in the published models"
+            f"the pipeline's {name} has {others[0]}={config[others[0]]}, which the samplers do not support; remove "
+            f"{others[0]} from scheduler/scheduler_config.json and set shift, which is 3.0 in the published models"
         )
     shift = config.get("shift", 1.0)
     if tokens is not None and config.get("use_dynamic_shifting"):

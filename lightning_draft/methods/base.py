@@ -17,13 +17,7 @@ from torch.optim import Optimizer
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import Probe
 from lightning_draft.data import PromptDataModule
-from lightning_draft.distributed import (
-    clip_gradients,
-    gather_full,
-    trainable_parameters,
-    uses_deepspeed,
-    uses_fsdp,
-)
+from lightning_draft.distributed import clip_gradients, gather_full, trainable_parameters, uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checkpoints import check_checkpoint, is_reward_state, keep_trained

@@ -21,7 +21,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
 from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
 from lightning_draft.methods.forward_process import ForwardProcessModule
-from lightning_draft.methods.old_policy import OldPolicy
+from lightning_draft.methods.old_policy import OldParameters, OldPolicy
 from lightning_draft.methods.rollout import Rollout
 from lightning_draft.models.base import Conditioning
 from lightning_draft.objectives import PPO, PRDP, PolicyBatch, Reinforce
@@ -286,6 +286,23 @@ def test_the_old_policy_follows_the_parameters_and_samples_the_rollouts() -> Non
     assert module.model.theta.item() == 0.9
     same = linear(model=LinearModel(old, "flow", RectifiedFlow(), (3, 2, 2))).collect_rollout(PROMPTS, 1)
     torch.testing.assert_close(rollout.latents, same.latents)
+
+
+def test_old_and_current_values_are_not_confused_under_autocast() -> None:
+    """Autocast keeps rounded parameters by their identity."""
+    layer, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+    parameters, old = dict(layer.named_parameters()), OldParameters(OldPolicy())
+    layer.weight.data.fill_(2.0)
+    old.update(parameters, 0)
+    layer.weight.data.fill_(3.0)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with torch.no_grad(), old.in_use(parameters):
+                found.append(layer(x).item())
+            found.append(layer(x).item())
+        assert torch.is_autocast_cache_enabled()
+    assert found == [2.0, 3.0, 2.0, 3.0]
 
 
 def test_training_times_cover_the_grid_or_the_schedule() -> None:

@@ -70,12 +70,19 @@ class OldParameters:
 
     @contextmanager
     def in_use(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Within this context, the parameters have the old values, if there are any; for calls without a graph."""
+        """Within this context, the parameters have the old values, if there are any; for calls without a graph.
+
+        Autocast keeps the parameters that it has rounded by their identity, so that it would use old values after this
+        context, or new ones in it; therefore it keeps none in this context.
+        """
         own = {name: parameter.data for name, parameter in parameters.items()}
+        keeps = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
             for name, value in self.values.items():
                 parameters[name].data = value.to(own[name])
             yield
         finally:
+            torch.set_autocast_cache_enabled(keeps)
             for name, parameter in parameters.items():
                 parameter.data = own[name]

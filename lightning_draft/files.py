@@ -75,6 +75,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         remove(partial)
+        if previous.exists() and not path.exists():
+            previous.rename(path)
         remove(previous)
 
 

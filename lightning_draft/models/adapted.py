@@ -143,7 +143,7 @@ class AdaptedModel(PromptEmbedding):
             ConfigurationError: The file does not exist, is damaged, is of another kind, or is for another model.
         """
         file = lora_files.read(path, self.family, self._adaptable())
-        lora_copy.check_layers(self.denoiser, file)
+        lora_copy.check_layers(self._adaptable(), file, self.family.denoiser)
         return file
 
     def _prepare_training(self) -> None:
@@ -184,8 +184,9 @@ class AdaptedModel(PromptEmbedding):
 
     def _copy(self, file: LoRAFile) -> None:
         lora_copy.copy_into(self.denoiser, file)
-        with self.text_updates.scaled(0.0):
-            self.text_updates = TextUpdates(self._adaptable(), file.encoders, file.path)
+        self.text_updates.set_scale(0.0)  # the new updates are of the original weights
+        self.text_updates = TextUpdates(self._adaptable(), file.encoders)
+        self.text_updates.set_scale(1.0)
         self.clear_embeddings()
 
     def _adaptable(self) -> dict[str, nn.Module]:

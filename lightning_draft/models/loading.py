@@ -80,7 +80,7 @@ def load_pipeline(
 def save_pipeline(
     pipeline: Any, folder: Path, family: Family, trained: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a pipeline with new weights in its denoiser; an existing folder is replaced when the new one is complete.
+    """Write a pipeline with new weights in its denoiser; an older pipeline is replaced when the new one is complete.
 
     Args:
         pipeline: From `load_pipeline`; its denoiser is changed.
@@ -88,7 +88,11 @@ def save_pipeline(
         family: The family of the pipeline.
         trained: Weights of the denoiser, by name.
         metadata: Text for `training.json`.
+
+    Raises:
+        ConfigurationError: The folder has other content than a pipeline.
     """
+    check_replaceable(folder)
     own = dict(getattr(pipeline, family.denoiser).named_parameters())
     with torch.no_grad():
         for name, value in trained.items():
@@ -96,6 +100,20 @@ def save_pipeline(
     with atomic_folder(folder) as partial, _quiet():
         pipeline.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Check that a path is free, or a folder that is empty or holds a pipeline.
+
+    Raises:
+        ConfigurationError: It has other content, which replacing it would delete.
+    """
+    if not folder.exists() or (folder / "model_index.json").is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise ConfigurationError(
+            f"{folder} exists and is not a pipeline, and its content would be lost; write the name of a new folder"
+        )
 
 
 def opener(pretrained: str) -> str | None:

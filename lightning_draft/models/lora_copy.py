@@ -1,6 +1,7 @@
 """Copy a LoRA file into the adapters of a network, after checking that it fits."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -9,20 +10,31 @@ from torch import Tensor, nn
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.lora import ADAPTER, shortened
 from lightning_draft.models.lora_files import LoRAFile
+from lightning_draft.models.lora_update import Update
 
 
-def check_layers(network: nn.Module, file: LoRAFile) -> None:
-    """Check that a network has the layers of a file.
+def check_layers(networks: Mapping[str, nn.Module], file: LoRAFile, denoiser: str) -> None:
+    """Check that networks have the layers of a file, with the same shapes.
+
+    Args:
+        networks: The denoiser and the text encoders, by their names in the pipeline.
+        file: The file.
+        denoiser: Name of the denoiser.
 
     Raises:
-        ConfigurationError: Some layers are missing.
+        ConfigurationError: Some layers are missing or have other shapes.
     """
-    foreign = [layer for layer in file.layers if not _is_layer(network, layer)]
-    if foreign:
-        raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(foreign)} of its {len(file.layers)} layers are not in "
-            f"this model, such as {shortened(foreign, 2)}; give a file that was trained on this model"
-        )
+    for component, updates in {denoiser: file.denoiser, **file.encoders}.items():
+        layers = {name: _layer(networks[component], name) for name in updates}
+        missing = sorted(name for name, layer in layers.items() if layer is None)
+        others = sorted(name for name, layer in layers.items() if not _shape_fits(layer, updates[name]))
+        if missing or others:
+            of = "" if component == denoiser else f" of {component}"
+            reason = "are not in this model" if missing else "have other shapes in this model"
+            raise ConfigurationError(
+                f"{file.path} is a LoRA for another model: {len(missing or others)} of its {len(updates)} layers{of} "
+                f"{reason}, such as {shortened(missing or others, 2)}; give a file that was trained on this model"
+            )
 
 
 @torch.no_grad()
@@ -48,13 +60,7 @@ def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) ->
     names = {key.rsplit(".", 2)[0] for key in own}
     rank = len(next(value for key, value in own.items() if "lora_A" in key))
     if names == set(file.denoiser) and file.rank <= rank:
-        mismatched = [layer for layer in file.layers if not _shapes_fit(own, layer, file)]
-        if not mismatched:
-            return
-        raise ConfigurationError(
-            f"{file.path} is a LoRA for another model: {len(mismatched)} layers have other shapes in this model, such "
-            f"as {shortened(mismatched, 2)}; give a file that was trained on this model"
-        )
+        return
     targets = _targets(network, file.layers)
     hint = f", target_modules={targets}" if len(targets) <= 40 else ""
     raise ConfigurationError(
@@ -64,18 +70,16 @@ def _check_fit(network: nn.Module, own: Mapping[str, Tensor], file: LoRAFile) ->
     )
 
 
-def _is_layer(network: nn.Module, layer: str) -> bool:
+def _layer(network: nn.Module, name: str) -> nn.Module | None:
     try:
-        network.get_submodule(layer)
+        return network.get_submodule(name)
     except AttributeError:
-        return False
-    return True
+        return None
 
 
-def _shapes_fit(own: Mapping[str, Tensor], layer: str, file: LoRAFile) -> bool:
-    a, b = file.denoiser[layer].a, file.denoiser[layer].b
-    own_a, own_b = own[f"{layer}.lora_A.weight"], own[f"{layer}.lora_B.weight"]
-    return own_a.shape[1:] == a.shape[1:] and (own_b.shape[0], own_b.shape[2:]) == (b.shape[0], b.shape[2:])
+def _shape_fits(layer: Any, update: Update) -> bool:
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.shape == (len(update.b), *update.a.shape[1:])
 
 
 def _targets(network: nn.Module, layers: Sequence[str]) -> list[str]:

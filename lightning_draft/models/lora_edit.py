@@ -103,7 +103,7 @@ def mix(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = 
         {name: _sum([file.encoders.get(name, {}) for file in scaled]) for name in components},
     )
     everything = [*total.denoiser.values(), *(u for layers in total.encoders.values() for u in layers.values())]
-    return resize(total, rank or max(update.rank for update in everything))
+    return resize(total, max(update.rank for update in everything) if rank is None else rank)
 
 
 def _sum(parts: Sequence[Updates]) -> dict[str, Update]:

@@ -1,5 +1,6 @@
 """Merging of a LoRA file into the weights of its pipeline."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_draft.models.loading import load_pipeline, save_pipeline
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.loading import check_replaceable, load_pipeline, save_pipeline
 from lightning_draft.models.lora_files import LoRAFile
 from lightning_draft.models.pipeline import PipelineModel
 
@@ -25,10 +27,16 @@ def merge(
     Args:
         model: Gives the pipeline; it is loaded again in float32 and the model is not changed.
         file: From `model.read_lora`.
-        folder: Created, or replaced once the new one is complete.
+        folder: Created; a folder with a pipeline is replaced once the new one is complete.
         scale: Strength of the LoRA.
         metadata: Text for `training.json`.
+
+    Raises:
+        ConfigurationError: The scale is not finite, or the folder has other content than a pipeline.
     """
+    if not math.isfinite(scale):
+        raise ConfigurationError(f"the scale {scale} must be finite; write a number such as 0.8")
+    check_replaceable(Path(folder))
     family = model.family
     dtypes = dict.fromkeys(family.networks, torch.float32)
     pipeline: Any = load_pipeline(family, model.source, dtypes, model.pretrained_config)

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_draft.__main__ import main
@@ -119,11 +119,23 @@ def test_a_grid_is_written_beside_the_new_file(files: Any, tmp_path: Path) -> No
         (["mix"], "the following arguments are required"),
         (["info", "none.safetensors"], "there is no LoRA file none.safetensors"),
         (["scale", "a.safetensors", "much", "-o", "b.safetensors"], "invalid float value: 'much'"),
+        (["merge", "{a}", "-o", "{folder}"], "is not a pipeline, and its content would be lost"),
+        (["merge", "{a}", "-o", "{folder}/new", "--scale", "nan"], "the scale nan must be finite"),
+        (["merge", "{wide}", "-o", "{folder}/new"], "1 of its 1 layers have other shapes in this model"),
+        (["mix", "{a}", "-o", "{folder}/new.safetensors", "--rank", "0"], "rank=0"),
     ],
 )
-def test_invalid_arguments_are_rejected(args: list[str], message: str, capsys: Any) -> None:
-    assert run(*args) == 2
+def test_invalid_arguments_are_rejected(
+    args: list[str], message: str, files: Any, tiny_sd: Path, tmp_path: Path, capsys: Any
+) -> None:
+    wide = tmp_path / "wide.safetensors"
+    layer = next(name for name in load_file(files["a"]) if name.endswith("lora_A.weight")).removesuffix("A.weight")
+    factors = {f"{layer}A.weight": torch.ones(1, 99), f"{layer}B.weight": torch.ones(98, 1)}
+    save_file(factors, wide, metadata={"base": str(tiny_sd)})
+    before = sorted(tmp_path.iterdir())
+    assert run(*(text.format(**files, wide=wide, folder=tmp_path) for text in args)) == 2
     assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_suggested_scale_has_the_best_evaluation_reward(tiny_sd: Path, files: Any, tmp_path: Path) -> None:

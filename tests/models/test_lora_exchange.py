@@ -205,6 +205,17 @@ def test_text_encoder_part_alone_changes_the_embeddings_by_its_definition(tiny_s
     assert torch.equal(model.encode(PROMPTS).tensors["text"], tuned_text)
 
 
+def test_a_second_file_replaces_the_text_encoder_part_of_the_first(tiny_sd: Path, tmp_path: Path) -> None:
+    model = opened(tiny_sd, StableDiffusion)
+    before = {name: value.clone() for name, value in model.text_encoder.state_dict().items()}
+    model.load_lora(with_text_part(tiny_sd, StableDiffusionPipeline, tmp_path))
+    assert any(not torch.equal(value, before[name]) for name, value in model.text_encoder.state_dict().items())
+    second = tmp_path / "second.safetensors"
+    tuned(tiny_sd, StableDiffusion, LoRA(2, target_modules=["to_q"])).save_lora(second)
+    model.load_lora(second)
+    torch.testing.assert_close(model.text_encoder.state_dict(), before, rtol=0, atol=0)
+
+
 def start(folder: Path, tmp_path: Path, rank: int = 4) -> Path:
     file = tmp_path / "start.safetensors"
     tuned(folder, StableDiffusion, LoRA(rank, alpha=6.0, target_modules=["to_q", "conv1"])).save_lora(file)

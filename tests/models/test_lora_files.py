@@ -130,9 +130,7 @@ def test_text_encoder_layers_of_another_model_are_rejected(tiny_sd: Path, tmp_pa
     key = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     extra = {f"{key}.lora_down.weight": torch.ones(1, 99), f"{key}.lora_up.weight": torch.ones(99, 1)}
     save_file(kohya(tiny_sd, **extra), tmp_path / "other.safetensors")
-    message = (
-        "1 of its 1 layers of text_encoder have other shapes in this model, such as encoder.*q_proj"
-    )
+    message = "1 of its 1 layers of text_encoder have other shapes in this model, such as encoder.*q_proj"
     with pytest.raises(ConfigurationError, match=message):
         opened(tiny_sd).load_lora(tmp_path / "other.safetensors")
 

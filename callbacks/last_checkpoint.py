@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_draft.arguments import at_least
 from lightning_draft.callbacks.checkpoint_io import AtomicCheckpointIO, recover_checkpoint, write_checkpoint
 from lightning_draft.callbacks.common import run_folder
 from lightning_draft.callbacks.ema import restore_trained
+from lightning_draft.callbacks.finished_step import GRADIENT_NORM, FinishedStep
 from lightning_draft.callbacks.interruption import Interruption
 from lightning_draft.callbacks.logged_values import StepLog, save_loggers
 from lightning_draft.callbacks.position import (
@@ -35,41 +35,6 @@ from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.files import remove_partial_files
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.parameter_gradients import gradient_scaler
-
-_NORM = "train/gradient_norm/total"
-
-
-@dataclass(frozen=True)
-class _FinishedStep:
-    """Position of a run after an optimization step.
-
-    Attributes:
-        step: Number of finished optimization steps.
-        position: State of the Trainer's loops and data loaders.
-        validation_due: Whether the validation of this step has not been run yet.
-        metrics: The Trainer's `callback_metrics`.
-        loss: The loss of the step's last batch.
-        log: What the loggers get of this step.
-        callbacks: States of the callbacks before the validation of this step, while that is due.
-    """
-
-    step: int
-    position: dict[str, Any]
-    validation_due: bool
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    loss: Tensor | None = None
-    log: StepLog = field(default_factory=StepLog)
-    callbacks: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the step."""
-        return int(self.position["epoch_progress"]["current"]["completed"])
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss of the step and, if it is measured, the norm of its gradient are finite."""
-        return all(math.isfinite(float(value)) for value in (self.loss, self.metrics.get(_NORM)) if value is not None)
 
 
 class LastCheckpoint(Checkpoint):
@@ -102,7 +67,7 @@ class LastCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self._path: Path | None = None
         self._saved = -1
-        self._finished: _FinishedStep | None = None
+        self._finished: FinishedStep | None = None
         self._updating = False
         self._saving = False
         self._ended = False
@@ -137,7 +102,7 @@ class LastCheckpoint(Checkpoint):
             due = loaded["validation_due"] and trainer.enable_validation
             log = StepLog(*loaded["log"])
             log.repeat(trainer)
-            self._finished = _FinishedStep(trainer.global_step, loaded["position"], due, metrics, log=log)
+            self._finished = FinishedStep(trainer.global_step, loaded["position"], due, metrics, log=log)
             if due:
                 hold_validation(trainer, self._finished.epoch)
 
@@ -156,7 +121,7 @@ class LastCheckpoint(Checkpoint):
         """Record the position of the run after each optimization step, and save every `every_n_steps`."""
         if self._finished is None or self._finished.step != trainer.global_step:
             loss = outputs.get("loss") if isinstance(outputs, dict) else None
-            self._finished = _FinishedStep(
+            self._finished = FinishedStep(
                 trainer.global_step,
                 get_position(trainer),
                 validation_is_due(trainer),
@@ -297,5 +262,5 @@ class _SaveFirst(Callback):
 
 def _metrics(trainer: L.Trainer) -> dict[str, Tensor]:
     """Return the Trainer's metrics without gradient norms if a gradient scaler may have made them infinite."""
-    left_out = None if gradient_scaler(trainer) is None else _NORM
+    left_out = None if gradient_scaler(trainer) is None else GRADIENT_NORM
     return {name: value for name, value in trainer.callback_metrics.items() if name != left_out}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,15 +17,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder
-from lightning_draft.callbacks.ema import all_averages, averaged, restore_trained
+from lightning_draft.callbacks.ema import averaged, restore_trained
 from lightning_draft.callbacks.evaluation import Evaluation, Evaluator, select_eval_rewards
 from lightning_draft.callbacks.lora_export import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.lora_header import header
-from lightning_draft.distributed import gather_full, trainable_parameters, uses_deepspeed
+from lightning_draft.callbacks.shrink import is_factor, shrink_adapters
+from lightning_draft.distributed import gather_full, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 
@@ -269,7 +268,7 @@ class OverOptimizationGuard(Callback):
                 f"{type(module.reward).__name__} changes with its statistics, so its decisions may be wrong; train on "
                 "a WeightedSum with fixed weights"
             )
-        if self.action == "shrink" and not any(_is_factor(name) for name in module.trainable_parameters()):
+        if self.action == "shrink" and not any(is_factor(name) for name in module.trainable_parameters()):
             raise ConfigurationError(
                 "OverOptimizationGuard: action='shrink' scales LoRA adapters, and this model trains none; write warn "
                 "or stop"
@@ -287,17 +286,3 @@ _MESSAGES = {
     "shrink": "the adapters are scaled by {:g}",
     "stop": "training stops",
 }
-
-
-@torch.no_grad()
-def shrink_adapters(trainer: L.Trainer, pl_module: L.LightningModule, factor: float) -> None:
-    """Scale the update `dW = s B A` of every LoRA layer by scaling `B`, also in the moving average if there is one."""
-    everything: list[Mapping[str, Tensor]] = [trainable_parameters(pl_module), *all_averages(trainer)]
-    for tensors in everything:
-        for name, tensor in tensors.items():
-            if _is_factor(name):
-                tensor.mul_(factor)
-
-
-def _is_factor(name: str) -> bool:
-    return ".lora_B." in name

@@ -54,6 +54,14 @@ class Recompute:
         if self.micro_batch_size is not None:
             at_least("micro_batch_size", self.micro_batch_size, 1, "write 1 or more, or null for the whole batch")
 
+    def prepare(self, model: DiffusionModel) -> None:
+        """Set whether the next network call of a model with gradient recomputes blocks.
+
+        Raises:
+            ConfigurationError: The network has no blocks that can be recomputed.
+        """
+        model.checkpoint_blocks(self.blocks)
+
     def slices(self, batch: int) -> list[slice]:
         """Return the slices of a batch of the given size."""
         size = batch if self.micro_batch_size is None else self.micro_batch_size
@@ -268,7 +276,7 @@ class SamplingChain:
 
         if output_gain == 0 or not torch.is_grad_enabled():
             return self.model.denoise(state.x, t, self.conditioning, input_gain=input_gain, output_gain=output_gain)
-        self.model.checkpoint_blocks(self.recompute.blocks)
+        self.recompute.prepare(self.model)
         slices = self.recompute.slices(len(state.x))
         if self.recompute.steps or len(slices) > 1:
             outputs = [checkpoint(denoise, state.x[s], self.conditioning[s], use_reentrant=False) for s in slices]

@@ -213,6 +213,12 @@ def test_a_resumed_loader_continues_at_its_position(stop: int) -> None:
     assert seen + list(islice(endless(second), 9 - stop)) == whole
 
 
+def test_first_epoch_after_a_resume_has_only_its_remaining_batches() -> None:
+    loader = PromptLoader(PROMPTS, 3)
+    loader.load_state_dict({"position": 1})
+    assert [len(list(loader)), len(list(loader))] == [2, 3]
+
+
 def test_processes_share_every_batch() -> None:
     alone = PromptLoader(PROMPTS, 4)
     pair = [PromptLoader(PROMPTS, 2, rank=rank, world_size=2) for rank in range(2)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative
 from lightning_draft.arguments import at_least, one_of
-from lightning_draft.chain import SamplingChain
+from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.distributed import uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
@@ -123,7 +123,7 @@ class ForwardProcessModule(RolloutModule):
                 f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, from whose grid "
                 "times are chosen; lower it, or set times to uniform"
             )
-        self._recompute_blocks = one_of("checkpointing", checkpointing, ("none", "block")) == "block"
+        self.recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
 
     def setup(self, stage: str) -> None:
         """Check the configuration before training; in a new run, the old policy is initially the model."""
@@ -281,7 +281,7 @@ class ForwardProcessModule(RolloutModule):
         return found
 
     def _denoise(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        self.model.checkpoint_blocks(self._recompute_blocks)
+        self.recompute.prepare(self.model)
         return self.model.denoise(x, t, conditioning)
 
     def _loss(self, batch: ForwardBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_draft.callbacks import AdapterEMA, OverOptimizationGuard
-from lightning_draft.callbacks.over_optimization import shrink_adapters
+from lightning_draft.callbacks.shrink import shrink_adapters
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule

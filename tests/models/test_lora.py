@@ -181,3 +181,13 @@ def test_invalid_arguments_are_rejected(tiny_sd: Path) -> None:
         LoRA(target_modules="to_q")
     with pytest.raises(ValueError, match=r"target_modules=to_x cannot be adapted .* linear layers are .*to_k"):
         StableDiffusion(str(tiny_sd), lora=LoRA(target_modules=["to_x"]))
+
+
+def test_adapters_stay_disabled_after_an_inner_context(tiny_sd: Path) -> None:
+    model = tuned(tiny_sd, LoRA(rank=2))
+    with torch.no_grad(), model.base():
+        expected = sampled_images(model)
+        with model.base():
+            pass
+        assert torch.equal(sampled_images(model), expected)
+    assert not torch.equal(sampled_images(model), expected)

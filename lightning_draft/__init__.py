@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lightning_draft.models.lora import LoRA
     from lightning_draft.models.text_encoding import TextEncoding
     from lightning_draft.objectives import APA, PPO, PRDP, Objective, Reinforce
-    from lightning_draft.rewards.base import Prompt, Reward
+    from lightning_draft.prompt import Prompt
+    from lightning_draft.rewards.base import Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
     from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
     from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
@@ -55,7 +56,8 @@ _MODULES = {
     "models.lora": ("LoRA",),
     "models.text_encoding": ("TextEncoding",),
     "objectives": ("APA", "Objective", "PPO", "PRDP", "Reinforce"),
-    "rewards.base": ("Prompt", "Reward"),
+    "prompt": ("Prompt",),
+    "rewards.base": ("Reward",),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
     "samplers": ("DDIM", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE", "Sampler"),
     "stochastic_flow": ("DanceSDE", "FlowCPS"),

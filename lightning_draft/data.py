@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.prompt import Prompt
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.prompt_table import PromptTable
-from lightning_draft.rewards.base import Prompt
 
 DEFAULT_VAL_SIZE = 8
 

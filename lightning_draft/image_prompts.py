@@ -8,8 +8,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.prompt import metadata_of
 from lightning_draft.prompt_sources import read_prompts
-from lightning_draft.rewards.base import metadata_of
 
 PromptSource = Literal["auto", "sidecar", "metadata", "names"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

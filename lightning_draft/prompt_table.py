@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
-from lightning_draft.rewards.base import Columns, Prompt
+from lightning_draft.prompt import Columns, Prompt
 
 _NONE = -1
 _MOST_SHARED = 1000

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lightning_draft.arguments import at_least
 from lightning_draft.models.base import Conditioning, DiffusionModel, Prediction
-from lightning_draft.rewards.base import Reward, metadata_of
+from lightning_draft.prompt import metadata_of
+from lightning_draft.rewards.base import Reward
 from lightning_draft.schedules import Schedule, Spacing, VariancePreserving
 
 

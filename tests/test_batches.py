@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.rewards.base import Prompt, Reward
+from lightning_draft.prompt import Prompt
+from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, Prediction
-from lightning_draft.rewards.base import Prompt
+from lightning_draft.prompt import Prompt
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import GaussianModel, LinearModel, scaled_linear

@@ -20,8 +20,8 @@ from lightning.pytorch import Trainer
 from lightning_draft.data import FixedPrompts, PromptDataModule, PromptLoader, hold_out
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.prompt import Columns, Prompt
 from lightning_draft.prompt_sources import read_prompts, shipped_lists
-from lightning_draft.rewards.base import Columns, Prompt
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import LastK

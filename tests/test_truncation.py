@@ -18,7 +18,7 @@ import lightning_draft.truncation as module
 from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, Prediction
-from lightning_draft.rewards.base import Prompt
+from lightning_draft.prompt import Prompt
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow, VariancePreserving
 from lightning_draft.testing import LinearModel, scaled_linear

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_draft.arguments import prompt_list
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import Prompt
+from lightning_draft.prompt import Prompt
 
 COLUMN = "prompt"
 

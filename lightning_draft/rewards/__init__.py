@@ -1,7 +1,8 @@
 """Rewards: functions of images and prompts that a model is fine-tuned to increase."""
 
+from lightning_draft.prompt import Prompt
 from lightning_draft.rewards.aesthetic import AestheticScore
-from lightning_draft.rewards.base import Prompt, Reward, check_scores
+from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rewards.blackbox import PythonFunction
 from lightning_draft.rewards.classifier import ClassifierTarget
 from lightning_draft.rewards.clip import CaptionRetrieval, CLIPClassification, CLIPScore

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import Prompt, Reward, metadata_of
+from lightning_draft.prompt import Prompt, metadata_of
+from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.combine import Scored, WeightedReward, WeightedSum
 from lightning_draft.rewards.precision import full_precision
 

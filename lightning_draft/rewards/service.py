@@ -26,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of, positive
+from lightning_draft.prompt import metadata_of
 from lightning_draft.rewards.background import run_all
-from lightning_draft.rewards.base import Reward, metadata_of
+from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.blackbox import parse_scores, to_pil
 from lightning_draft.rewards.http_client import (
     check_token,

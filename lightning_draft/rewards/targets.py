@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.rewards.base import metadata_of
+from lightning_draft.prompt import metadata_of
 
 
 def target_values(prompts: Sequence[str], name: str, own: Any, reward: str) -> list[Any]:

@@ -1,7 +1,9 @@
 """Run one training step without weights, and count what it would take."""
 
+import gc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +107,7 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
         **trainer_options,
     )
     batches = module.training_steps_per_batch(len(prompts)) * trainer.accumulate_grad_batches
-    with tracker:
+    with tracker, _no_garbage_collection():
         trainer.fit(module, [prompts] * batches)
     state = sum(map(_nbytes, (each.state for each in trainer.optimizers)))
     live, by_part = before_optimizer.peak
@@ -124,6 +126,19 @@ def model_parts(module: RewardModule) -> dict[str, nn.Module]:
             if child is not model.denoiser
         }
     return parts
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within this context cycles of objects stay alive, so that the count does not depend on when they are freed."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _BeforeOptimizer(Callback):

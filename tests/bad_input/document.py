@@ -18,12 +18,13 @@ in your own code is shown with its traceback instead. This page lists the tested
 `python -m tests.bad_input.document`. `FOLDER` is the current folder.
 """
 _LONGEST = 260
-_LIST = re.compile(r"((?:one of|are) \w+, )(?:\w+, )+\w+(?: and \d+ more)?")  # lists of classes grow
+_LIST = re.compile(r"((?:one of|are:?) \w+, )(?:\w+, )+\w+(?: and \d+ more)?")  # lists of classes grow
+_LIBRARY = re.compile(r"(?<= checkpoint )\(.*?\)(?=; without a connection)")  # depends on the connection
 
 
 def row(case: Case, message: str) -> str:
     """Return the row of a case in the table of its kind."""
-    message = _LIST.sub(r"\1...", message)
+    message = _LIBRARY.sub("(...)", _LIST.sub(r"\1...", message))
     short = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 4].rpartition(' ')[0]} ..."
     return f"| {_code(case.shown)} | {_code(short)} |"
 

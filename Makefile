@@ -11,8 +11,8 @@ INSTALL := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
 quickstart: $(VENV)/.installed  ## fine-tune the shipped model on a reward, in a minute on a laptop
 	$(BIN)/lightning-draft fit --config quickstart
 
-test: $(VENV)/.installed-dev  ## run the tests and doctests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+test: $(VENV)/.installed-dev  ## run the tests and doctests; those of tests/smoke are for the oldest releases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal --ignore tests/smoke
 
 test-oldest: $(OLDEST_VENV)/.installed-$(OLDEST)  ## run tests/smoke with the lowest releases that are allowed
 	OMP_NUM_THREADS=1 OLDEST=$(OLDEST) $(OLDEST_VENV)/bin/python -m pytest tests/smoke

@@ -175,7 +175,7 @@ def test_page_names_the_parts_and_the_options_that_lower_the_peak(
     ("memory", "expected"),
     [
         (100, "of which a tenth is left free: 8 (0.00 GiB)"),
-        (2**30, "of which a tenth is left free: 96636762 (0.90 GiB)"),
+        (2**30, "of which a tenth is left free: 96636763 (0.90 GiB)"),
         (10, "Does not fit a card of"),
     ],
 )

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 
+from lightning_draft.assets import NAMES
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
+from lightning_draft.models.families import class_for_pipeline
+from lightning_draft.models.lora import DEFAULT_RANK
 from lightning_draft.models.pipeline import PipelineModel
 
 CARD = "README.md"
@@ -31,19 +35,16 @@ def model_card(
         comfy: Whether there is a file for ComfyUI.
         file: Name of the file for diffusers, without its ending.
     """
-    scores: dict[str, float] = json.loads(header.get("scores", "{}"))
-    front = yaml.safe_dump(_front_matter(title, header["base"], scores), sort_keys=False)
+    base, scores = header["base"], json.loads(header.get("scores", "{}"))
+    front = yaml.safe_dump(_front_matter(title, base, scores), sort_keys=False)
     settings = {"rank": rank, **{key: value for key, value in header.items() if key != "scores"}}
     lines = [
-        f"---\n{front}---\n\n# {title}\n",
-        f"A LoRA for `{header['base']}`, fine-tuned on a reward with Lightning-Draft.\n",
+        f"---\n{front}---\n\n# {_plain(title)}\n",
+        f"A LoRA for {_code(base)}, fine-tuned on a reward with Lightning-Draft.\n",
         *_score_table(scores),
         "## Settings\n",
-        *[f"- {key}: `{value}`" for key, value in settings.items() if value is not None],
-        "\n## Use in diffusers\n",
-        f"```python\nfrom diffusers import {pipeline}\n",
-        f'pipe = {pipeline}.from_pretrained("{header["base"]}")',
-        f'pipe.load_lora_weights(".", weight_name="{file}.safetensors")  # this folder or repository\n```',
+        *[f"- {_plain(key)}: {_code(value)}" for key, value in settings.items() if value is not None],
+        *_usage(base, pipeline, f"{file}.safetensors"),
     ]
     if comfy:
         lines.append(
@@ -66,7 +67,7 @@ def write_card(model: object, path: Path, header: Mapping[str, str], comfy: bool
         return
     has_comfy = comfy and model.family.comfy is not None
     title = path.parent.parent.name or path.stem
-    card = model_card(title, header, model.family.pipeline_name, model.lora.rank, has_comfy, path.stem)
+    card = model_card(title, header, model.family.pipeline_name, model.lora.rank or DEFAULT_RANK, has_comfy, path.stem)
     with atomic_path(path.parent / CARD) as partial:
         partial.write_text(card, encoding="utf-8")
 
@@ -100,8 +101,53 @@ def _score_table(scores: Mapping[str, float]) -> list[str]:
         return []
     gain = scores.get("val/gain")
     before = {"reward": final["reward"] - gain} if gain is not None and "reward" in final else {}
-    rows = [f"| {n} | {f'{before[n]:.4g}' if n in before else ''} | {value:.4g} |" for n, value in final.items()]
+    rows = [
+        f"| {_plain(n)} | {f'{before[n]:.4g}' if n in before else ''} | {value:.4g} |" for n, value in final.items()
+    ]
     return ["## Scores on held-out prompts\n", "| reward | before training | after |", "|---|--:|--:|", *rows, ""]
+
+
+def _usage(base: str, pipeline: str, file: str) -> list[str]:
+    """Return lines with Python code that loads the file, with diffusers where its pipeline loads LoRA files."""
+    if not hasattr(getattr(diffusers, pipeline, None), "load_lora_weights"):
+        name = class_for_pipeline(pipeline) or pipeline
+        return [
+            "\n## Use in Python\n",
+            f"```python\nfrom lightning_draft.models import {name}\n",
+            f"model = {name}({_literal(base)}, lora=None)",
+            f"model.load_lora({_literal(file)})  # this folder or repository\n```",
+        ]
+    shipped = base in NAMES
+    resolve = "from lightning_draft.assets import resolve\n" if shipped else ""
+    opener = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+    return [
+        "\n## Use in diffusers\n",
+        f"```python\nfrom diffusers import {pipeline}\n{resolve}",
+        f"pipe = {pipeline}.{opener}({f'resolve({_literal(base)})' if shipped else _literal(base)})",
+        f'pipe.load_lora_weights(".", weight_name={_literal(file)})  # this folder or repository\n```',
+    ]
+
+
+def _literal(text: str) -> str:
+    """Return text as a literal of Python."""
+    return json.dumps(text)
+
+
+def _plain(text: str) -> str:
+    """Return text as one line of Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", _line(text))
+
+
+def _line(text: str) -> str:
+    """Return text as one line without control characters."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+def _code(text: object) -> str:
+    """Return text as one line of code in Markdown, whatever backticks it contains."""
+    line = _line(str(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
 def check_repository(name: str) -> str:
@@ -122,8 +168,8 @@ def upload(folder: Path, repository: str) -> None:
     try:
         print(f"uploaded to {push_to_hub(folder, repository)}", flush=True)
     except Exception as error:  # whatever the connection or the hub says
-        reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"the upload failed ({reason}); write hf upload {repository} {folder}", stacklevel=2)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(f"the upload failed ({reason}); write hf upload --private {repository} {folder}", stacklevel=2)
 
 
 def push_to_hub(folder: str | Path, repository: str, endpoint: str | None = None) -> str:

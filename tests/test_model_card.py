@@ -1,5 +1,6 @@
 """Model cards, as huggingface_hub reads them, and the upload to a local stand-in of the hub."""
 
+import ast
 import base64
 import json
 import threading
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from huggingface_hub import ModelCard
 
@@ -44,6 +46,48 @@ def test_a_local_base_and_missing_scores_are_left_out() -> None:
     assert card.data.eval_results is None
     assert "Scores" not in text
     assert "ComfyUI" not in text
+
+
+def test_text_of_the_user_cannot_change_the_structure_of_the_card() -> None:
+    """Markup, code and front matter in names and settings are shown as they are."""
+    bad = "x`\n---\nlicense: mit\n---\n# y | <script>\x1b[31m" + '"); import os #'
+    header = {"base": bad, "reward": bad, "scores": json.dumps({f"val/{bad}": 1.0})}
+    card = ModelCard(model_card(bad, header, "StableDiffusionPipeline", 4, comfy=False))
+    assert card.data.license == "other"
+    assert "\x1b" not in card.content
+    lines = card.text.splitlines()
+    assert [line for line in lines if line.startswith("#")][1:] == [
+        "## Scores on held-out prompts",
+        "## Settings",
+        "## Use in diffusers",
+        "## License",
+    ]
+    assert "---" not in lines
+    assert r"# x\` --- license: mit --- \# y \| \<script\>" in card.text
+    code = card.text.partition("```python\n")[2].partition("\n```")[0]
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and len(node.args) == 1
+        and isinstance(node.args[0], ast.Constant)
+        and node.args[0].value != "."
+    )
+    assert call.args[0].value == bad
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "code"),
+    [
+        ("emoji64", "StableDiffusionPipeline", 'StableDiffusionPipeline.from_pretrained(resolve("emoji64"))'),
+        ("a/b.safetensors", "StableDiffusionPipeline", 'StableDiffusionPipeline.from_single_file("a/b.safetensors")'),
+        ("a/b", "PixArtSigmaPipeline", 'PixArtSigma("a/b", lora=None)'),
+    ],
+)
+def test_code_of_the_card_opens_the_base_model(base: str, pipeline: str, code: str) -> None:
+    text = model_card("x", {"base": base}, pipeline, 4, comfy=False)
+    assert code in text
+    assert ("load_lora_weights" in text) == hasattr(getattr(diffusers, pipeline), "load_lora_weights")
 
 
 @pytest.fixture
@@ -114,12 +158,21 @@ def test_a_repository_is_owner_and_name(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_failed_upload_is_a_warning_that_names_the_command(hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Training has ended and its files are on the disk."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.warns(UserWarning, match=r"the upload failed \(.*\); write hf upload me/bright"):
+    with pytest.warns(UserWarning, match=r"the upload failed \(.*\); write hf upload --private me/bright"):
+        upload(tmp_path, "me/bright")
+
+
+def test_an_upload_that_fails_without_a_message_is_a_warning(tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("lightning_draft.model_card.push_to_hub", fail)
+    with pytest.warns(UserWarning, match=r"failed \(TimeoutError\); write hf upload --private me/bright"):
         upload(tmp_path, "me/bright")
 
 
 def test_the_card_is_written_beside_the_file(tiny_sd: Path, tmp_path: Path) -> None:
-    model = StableDiffusion(str(tiny_sd), lora=LoRA(2))
+    model = StableDiffusion(str(tiny_sd), lora=LoRA())
     write_card(model, tmp_path / "run" / "lora" / "best.safetensors", HEADER, comfy=True)
     text = (tmp_path / "run" / "lora" / "README.md").read_text(encoding="utf-8")
-    assert text == model_card("run", HEADER, "StableDiffusionPipeline", 2, comfy=True)
+    assert text == model_card("run", HEADER, "StableDiffusionPipeline", 8, comfy=True)

@@ -29,7 +29,7 @@ from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, Sampler
 from lightning_draft.schedules import RectifiedFlow, Schedule, VariancePreserving
 from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import GaussianModel, LinearModel
-from tests.test_policy_gradient import MILD, BlackBox, Cut, Recorder, data, trainer_of, values
+from tests.tiny_policy_gradients import MILD, BlackBox, Cut, Recorder, data, trainer_of, values
 
 PROMPTS = ["a red cat", "a cat"]
 GROUP, THETA, OLD, BASE = 3, 0.3, 0.25, 0.2

@@ -18,7 +18,8 @@ from lightning_draft.rewards.color import Brightness, ColorBalance
 from lightning_draft.rewards.combine import WeightedReward, WeightedSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import Full, LastK, LowVariance
-from tests.tiny_draft import PROMPTS, Recorder, data, linear, make, stir, trainer_of, values
+from tests.tiny_draft import Recorder, linear, make, stir, trainer_of
+from tests.tiny_runs import PROMPTS, data, values
 
 
 def test_training_changes_only_the_adapters_and_raises_the_reward(tiny_sd: Path, tmp_path: Path) -> None:

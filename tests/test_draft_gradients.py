@@ -18,7 +18,8 @@ from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomSteps
-from tests.tiny_draft import PROMPTS, data, gradients, linear, make, stir, trainer_of
+from tests.tiny_draft import gradients, linear, make, stir, trainer_of
+from tests.tiny_runs import PROMPTS, data
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.seeds import derive_seed
 from lightning_draft.truncation import LastK, RandomSteps
-from tests.tiny_draft import data, linear, make, trainer_of, values
+from tests.tiny_draft import linear, make, trainer_of
+from tests.tiny_runs import data, values
 
 
 class Note(Callback):

@@ -12,7 +12,8 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import LoRA
 from lightning_draft.samplers import DDIM, Transition
 from lightning_draft.truncation import LowVariance, RandomSteps
-from tests.tiny_draft import PROMPTS, TARGETS, Recorder, data, linear, make, trainer_of, values
+from tests.tiny_draft import TARGETS, Recorder, linear, make, trainer_of
+from tests.tiny_runs import PROMPTS, data, values
 
 
 def test_random_state_of_the_caller_is_not_changed(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.color import Brightness
 from lightning_draft.samplers import DDIM
-from tests.tiny_draft import data, linear, make, trainer_of
+from tests.tiny_draft import linear, make, trainer_of
+from tests.tiny_runs import data
 
 
 def test_optimizer_and_schedule_receive_only_the_adapters(tiny_sd: Path, tmp_path: Path) -> None:

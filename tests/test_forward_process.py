@@ -24,7 +24,8 @@ from lightning_draft.schedules import RectifiedFlow, VariancePreserving
 from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import GaussianModel, LinearModel
 from tests.tiny_forward_process import BASE, GROUP, PROMPTS, battery, linear, moved
-from tests.tiny_policy_gradients import MILD, Cut, Recorder, data, trainer_of, values
+from tests.tiny_policy_gradients import MILD, Cut, Recorder, trainer_of
+from tests.tiny_runs import data, values
 
 
 @battery

@@ -21,7 +21,8 @@ from lightning_draft.models.base import Conditioning
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import GaussianModel, LinearModel, LinearReward, scaled_linear
-from tests.tiny_policy_gradients import MILD, BlackBox, Recorder, data, trainer_of
+from tests.tiny_policy_gradients import MILD, BlackBox, Recorder, trainer_of
+from tests.tiny_runs import data
 
 PROMPTS = ["a red cat", "a cat"]
 THETA, BASE = 0.3, 0.2

@@ -16,7 +16,8 @@ from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinfo
 from lightning_draft.samplers import DDIM, FlowSDE
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import LinearModel
-from tests.tiny_policy_gradients import MILD, PROMPTS, data, fit, linear, make, stir
+from tests.tiny_policy_gradients import MILD, fit, linear, make, stir
+from tests.tiny_runs import PROMPTS, data
 
 
 class Channels(LinearModel):

@@ -12,7 +12,8 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.objectives import PRDP, Reinforce
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowSDE
 from lightning_draft.testing import GaussianModel, LinearModel
-from tests.tiny_policy_gradients import PROMPTS, data, fit, linear, make, trainer_of
+from tests.tiny_policy_gradients import fit, linear, make, trainer_of
+from tests.tiny_runs import PROMPTS, data
 
 
 @pytest.mark.parametrize(

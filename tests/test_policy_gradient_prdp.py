@@ -13,7 +13,8 @@ from lightning_draft.advantages import GroupRelative
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.objectives import PRDP, PolicyBatch
 from lightning_draft.samplers import DDIM
-from tests.tiny_policy_gradients import PROMPTS, data, fit, linear, make, trainer_of, values
+from tests.tiny_policy_gradients import fit, linear, make, trainer_of
+from tests.tiny_runs import PROMPTS, data, values
 
 
 def test_two_pass_gradient_of_prdp_equals_autograd() -> None:

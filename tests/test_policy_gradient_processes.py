@@ -12,7 +12,8 @@ from lightning_draft.advantages import PerPromptStatistics
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.methods.rollout import Rollout
 from lightning_draft.objectives import PPO
-from tests.tiny_policy_gradients import data, linear, trainer_of
+from tests.tiny_policy_gradients import linear, trainer_of
+from tests.tiny_runs import data
 
 
 class Note(Callback):

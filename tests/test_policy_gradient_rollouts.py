@@ -19,7 +19,8 @@ from lightning_draft.rewards import Reward
 from lightning_draft.samplers import DDIM, FlowSDE
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import LinearReward, scaled_linear
-from tests.tiny_policy_gradients import MILD, PROMPTS, data, fit, linear, make, stir, trainer_of
+from tests.tiny_policy_gradients import MILD, fit, linear, make, stir, trainer_of
+from tests.tiny_runs import PROMPTS, data
 
 
 def test_rollouts_do_not_depend_on_micro_batches(tiny_sd: Path) -> None:

@@ -19,7 +19,8 @@ from lightning_draft.rewards import Brightness, ColorBalance, Reward, Sharpness,
 from lightning_draft.samplers import DDIM, FlowSDE
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import LinearModel, LinearReward
-from tests.tiny_policy_gradients import MILD, Cut, Recorder, data, fit, linear, make, trainer_of, values
+from tests.tiny_policy_gradients import MILD, Cut, Recorder, fit, linear, make, trainer_of
+from tests.tiny_runs import data, values
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import Full, LastK
+from tests.tiny_runs import PROMPTS
 
 TARGETS = ["to_v", "conv_out"]
-PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
 
 
 def make(folder: Path, *, model: dict[str, Any] | None = None, **options: Any) -> DraftModule:
@@ -45,10 +44,6 @@ def linear(**options: Any) -> DraftModule:
     return DraftModule(**{**defaults, **options})
 
 
-def data(batch_size: int = 2) -> PromptDataModule:
-    return PromptDataModule(PROMPTS, batch_size=batch_size, val_size=2)
-
-
 def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -61,10 +56,6 @@ def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
         "num_sanity_val_steps": 0,
     }
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
-
-
-def values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
 def gradients(module: DraftModule, prompts: Sequence[str] = PROMPTS[:4], seed: int = 0) -> dict[str, Tensor]:

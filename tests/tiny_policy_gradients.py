@@ -7,18 +7,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_draft.advantages import LeaveOneOut
-from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.rewards import ColorBalance
 from lightning_draft.samplers import DDIM
 from lightning_draft.schedules import VariancePreserving
 from lightning_draft.testing import LinearModel, LinearReward
+from tests.tiny_runs import data
 
-PROMPTS = ["a red cat", "a cat", "red", "cat dog", "tree", "a dog"]
 MILD = VariancePreserving((0.9, 0.7, 0.4), final_alpha_cumprod=0.97, spacing="trailing")
 """Three steps, the last one noisy too, that leave latents of the size of images."""
 
@@ -58,10 +57,6 @@ def stir(module: PolicyGradientModule) -> PolicyGradientModule:
     return module
 
 
-def data(batch_size: int = 2) -> PromptDataModule:
-    return PromptDataModule(PROMPTS, batch_size=batch_size, val_size=2)
-
-
 def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -73,10 +68,6 @@ def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
         "limit_val_batches": 0,
     }
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
-
-
-def values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
 class Recorder(Callback):

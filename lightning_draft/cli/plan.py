@@ -39,6 +39,9 @@ ALTERNATIVES = (
 _LONG = 4
 """Sampling steps up to which a chain is counted whole."""
 
+_VERIFIED = 64
+"""Batch size up to which the largest batch is counted; a larger one, as with micro-batches, would take long."""
+
 SHARE = 0.9
 """Of a card's memory that a step may take; the rest is for the CUDA context and fragmentation."""
 
@@ -53,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     memory = None if options.memory is None else parse_size(options.memory)
     rest = shipped.expand("plan", rest)
     run = _plan(rest)
-    print(report(run.title, run.plan, run.batch_size, options.flops), flush=True)
+    print(report(run.title, run.plan, run.prompts, options.flops), flush=True)
     if not options.brief:
         for line in _alternatives(rest, run):
             print(line, flush=True)
@@ -80,7 +83,8 @@ class _Run:
 
     title: str
     plan: StepPlan
-    batch_size: int
+    prompts: int
+    """Prompts of an optimizer step."""
 
 
 class _PlanCLI(DraftCLI):
@@ -105,7 +109,8 @@ class _PlanCLI(DraftCLI):
 def _plan(args: Sequence[str]) -> _Run:
     """Plan the configuration, from shorter chains where its length only adds the same again for each step."""
     with _build(args) as (cli, module, prompts):
-        title, size, steps = _title(module, len(prompts)), len(prompts), module.sampler.num_steps
+        title, steps = _title(module, len(prompts)), module.sampler.num_steps
+        size = len(prompts) * (cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
         needed = _steps_needed(module)
         if needed < steps:
             call = _one_call(module, prompts)
@@ -204,6 +209,11 @@ def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
     if one > usable:
         return f"\nDoes not fit a card of {memory / 2**30:.3g} GiB: a batch of 1 takes {one / 2**30:.2f} GiB."
     size = max(1, math.floor(1 + (usable - one) / max(1, two - one)))
+    if size > _VERIFIED:
+        return (
+            f"\nLargest batch for a card of {memory / 2**30:.3g} GiB, of which a tenth is left free: about {size}, "
+            "extrapolated from batches of 1 and 2."
+        )
     while size > 1 and (found := peak(size)) > usable:
         size = max(1, min(size - 1, math.floor(size * usable / found)))
     return (

@@ -33,13 +33,13 @@ def size(count: float) -> str:
     return f"{count / _MIB:.1f} MiB" if count < 1024 * _MIB else f"{count / _MIB / 1024:.2f} GiB"
 
 
-def report(title: str, plan: StepPlan, batch_size: int, flops_per_second: float | None = None) -> str:
+def report(title: str, plan: StepPlan, prompts: int, flops_per_second: float | None = None) -> str:
     """Return the page.
 
     Args:
         title: What was planned.
         plan: The plan.
-        batch_size: Prompts in the step.
+        prompts: Prompts in the step.
         flops_per_second: Of the device, for seconds; `None` leaves them out.
     """
     calls = plan.calls.get("denoiser", 0)
@@ -52,7 +52,7 @@ def report(title: str, plan: StepPlan, batch_size: int, flops_per_second: float 
         *_rows("activations and gradients", plan.live_by_part),
         f"  largest: {_largest(plan)}",
         "",
-        f"Cost of a training step  {_tera(plan.total_flops)}, {_tera(plan.total_flops / batch_size)} a prompt",
+        f"Cost of a training step  {_tera(plan.total_flops)}, {_tera(plan.total_flops / prompts)} a prompt",
         f"  calls of the denoiser with the whole batch, recomputed ones included: {calls}",
     ]
     if flops_per_second is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.plan.tracker import OTHER, Tracker
@@ -108,7 +109,8 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
     )
     batches = module.training_steps_per_batch(len(prompts)) * trainer.accumulate_grad_batches
     with tracker, _no_garbage_collection():
-        trainer.fit(module, [prompts] * batches)
+        # Lightning would take a list of lists as one loader for each list.
+        trainer.fit(module, DataLoader([prompts] * batches, batch_size=None))  # type: ignore[arg-type]
     state = sum(map(_nbytes, (each.state for each in trainer.optimizers)))
     live, by_part = before_optimizer.peak
     if tracker.peak > live + state:  # in the optimizer's step

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_draft.rewards as rewards
-from benchmarks import reward_cost
+from benchmarks import random_rewards, reward_cost
 from lightning_draft.rewards import HPSv2, ImageReward, Reward
 from lightning_draft.rewards.combine import WeightedSum
 from lightning_draft.rewards.robust import Augmented, Ensemble, Relative
@@ -26,24 +26,28 @@ def test_parameter_counts_equal_the_published_ones() -> None:
     """Parameters in millions: open_clip's ViT-H-14; BLIP's large vision transformer, text encoder and the head."""
     sizes = [
         sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6
-        for shapes in (reward_cost.open_clip_shapes(), reward_cost.image_reward_shapes())
+        for shapes in (random_rewards.open_clip_shapes(), random_rewards.image_reward_shapes())
     ]
     assert sizes[0] == pytest.approx(986.11, abs=0.01)
     assert sizes[1] == pytest.approx(303.3 + 138.0 + 0.9, rel=0.02)
 
 
 def test_benchmark_files_can_be_read_by_the_rewards(tmp_path: Path) -> None:
-    words = reward_cost.write_clip_words(tmp_path)
-    assert (len(words), words.eos_token_id) == (reward_cost.CLIP_WORDS, reward_cost.CLIP_WORDS - 1)
-    small = reward_cost.open_clip_shapes((32, 1), (16, 1), 8, places=(5, 77), patch=8)
-    torch.save({"state_dict": reward_cost.random_tensors(small)}, tmp_path / "clip.pt")
+    words = random_rewards.write_clip_words(tmp_path)
+    assert (len(words), words.eos_token_id) == (random_rewards.CLIP_WORDS, random_rewards.CLIP_WORDS - 1)
+    small = random_rewards.open_clip_shapes((32, 1), (16, 1), 8, places=(5, 77), patch=8)
+    torch.save({"state_dict": random_rewards.random_tensors(small)}, tmp_path / "clip.pt")
     hps = HPSv2(weights=str(tmp_path / "clip.pt"), tokenizer=str(tmp_path))
-    small = reward_cost.image_reward_shapes((64, 1), (16, 1), grid=2)
-    torch.save(reward_cost.random_tensors(small), tmp_path / "blip.pt")
-    config = {**reward_cost.tower(16, 1, 2), "vocab_size": reward_cost.BERT_WORDS + 2, "max_position_embeddings": 512}
+    small = random_rewards.image_reward_shapes((64, 1), (16, 1), grid=2)
+    torch.save(random_rewards.random_tensors(small), tmp_path / "blip.pt")
+    config = {
+        **random_rewards.tower(16, 1, 2),
+        "vocab_size": random_rewards.BERT_WORDS + 2,
+        "max_position_embeddings": 512,
+    }
     config |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
     (tmp_path / "med_config.json").write_text(json.dumps(config))
-    blip = ImageReward(str(tmp_path / "blip.pt"), tokenizer=reward_cost.write_bert_words(tmp_path))
+    blip = ImageReward(str(tmp_path / "blip.pt"), tokenizer=random_rewards.write_bert_words(tmp_path))
     for reward in (hps, blip):
         weights, seconds, live = reward_cost.measure(reward, torch.rand(2, 3, 40, 40), repeats=1)
         numbers = sum(parameter.numel() for parameter in reward.parameters())

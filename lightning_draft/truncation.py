@@ -29,6 +29,10 @@ class Truncation(ABC):
         """Return the largest number of steps with gradient; the default of step checkpointing depends on it."""
         return num_steps
 
+    def costliest(self) -> "Truncation":
+        """Return the one that takes the most memory of the truncations among which this one chooses at random."""
+        return self
+
 
 class Full(Truncation):
     """Back-propagate through every step.
@@ -147,6 +151,10 @@ class RandomK(Truncation):
         """Return `max_k`."""
         return num_steps if self.max_k is None else min(self.max_k, num_steps)
 
+    def costliest(self) -> Truncation:
+        """Return the truncation with the largest `K`."""
+        return Full() if self.max_k is None else LastK(self.max_k)
+
 
 class RandomSteps(Truncation):
     """Give each step's network output a gradient with a probability that rises linearly along the chain.
@@ -168,6 +176,10 @@ class RandomSteps(Truncation):
         for used in drawn:
             state = chain.advance(state, 1, output_gain=float(used))
         return state.x
+
+    def costliest(self) -> Truncation:
+        """Return the truncation with all steps chosen."""
+        return Full()
 
 
 Coverage = Literal["uniform", "end"]

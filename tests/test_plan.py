@@ -18,7 +18,7 @@ from lightning_draft.plan import StepPlan, Tracker, plan_step
 from lightning_draft.rewards.clip import CLIPScore
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM, FlowEuler
-from lightning_draft.truncation import Full, LastK
+from lightning_draft.truncation import Full, LastK, RandomK, RandomSteps, Truncation
 from lightning_draft.weightless import without_weights
 
 PROMPTS = ["a cat", "a red dog"]
@@ -77,6 +77,12 @@ def test_a_step_takes_the_whole_batch_and_all_accumulated_batches(tiny_sd: Path)
         assert several.flops["denoiser"] == prompts * batches * one.flops["denoiser"]
         assert several.calls["denoiser"] == batches * one.calls["denoiser"]
         assert (several.live > 1.5 * one.live) == (prompts == 2)
+
+
+@pytest.mark.parametrize("random", [RandomK(), RandomSteps()])
+def test_plan_of_a_random_truncation_is_that_of_its_costliest_choice(tiny_sd: Path, random: Truncation) -> None:
+    plans = [plan_step(draft(tiny_sd, truncation=each), PROMPTS[:1], {}) for each in (random, Full())]
+    assert plans[0] == plans[1]
 
 
 def test_plan_counts_rollouts_minibatches_and_full_fine_tuning(tiny_sd: Path) -> None:

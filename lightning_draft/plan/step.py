@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.plan.tracker import OTHER, Tracker
 
 
@@ -94,6 +95,8 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
     parts = model_parts(module)
     weights = _weights(module, parts)
     module.checks_first_step = False
+    if isinstance(module, DraftModule):
+        module.truncation = module.truncation.costliest()
     tracker = Tracker(parts)
     before_optimizer = _BeforeOptimizer(tracker)
     trainer = Trainer(

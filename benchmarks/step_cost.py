@@ -55,7 +55,7 @@ def methods(steps: int) -> list[Method]:
     k = m = max(2, steps // 5)
     chances = sum((i + 1) / (steps + 1) for i in range(steps))
     return [
-        Method("DRaFT, all activations kept", Full(), "none", lambda t: 2 * t),
+        Method("DRaFT, all activations stored", Full(), "none", lambda t: 2 * t),
         Method("DRaFT, steps checkpointed", Full(), "step", lambda t: 3 * t),
         Method("DRaFT-1", LastK(1), "none", lambda t: t + 1),
         Method(f"DRaFT-{k}", LastK(k), "none", lambda t: t + k),

@@ -63,7 +63,8 @@ class RewardConflict(Callback):
         names = list(signed_rewards(reward_module(pl_module, self)))
         if len(names) < 2:
             raise ConfigurationError(
-                f"RewardConflict compares differentiable rewards, and there is only {', '.join(names) or 'none'}; "
+                f"RewardConflict compares differentiable rewards and needs at least two, got "
+                f"{', '.join(names) or 'none'}; "
                 "train on a WeightedSum, or add rewards to eval_rewards of the module"
             )
 

@@ -4,7 +4,7 @@
 
 DRaFT trains on the JPEG file size alone; a classifier of clean images is the evaluation reward. The run is made twice
 from the same seed: once to the end, once under `OverOptimizationGuard(action="stop")`. Then the base model, the
-adapters that the guard kept and those of the unguarded run are compared on the same captions and noise:
+adapters that the guard saved and those of the unguarded run are compared on the same captions and noise:
 `OUT/over_optimization.md` has the means with standard errors, `OUT/over_optimization.png` the curves and the first
 images. The distance to the clean image needs the emoji (`python -m examples.emoji_model.data`).
 """
@@ -111,7 +111,7 @@ def plot(history: dict[int, Evaluation], stopped: int, kept: int | None, rows: d
     left.axvspan(stopped, max(history), color="0.9")
     if kept is not None:
         left.axvline(kept, color="C2", linestyle="--")
-    left.set(xlabel="optimization steps; green: kept by the guard, gray: not run under the guard")
+    left.set(xlabel="optimization steps; green: saved by the guard, gray: not run under the guard")
     left.set_ylabel("trained: JPEG rate", color="C0")
     right.set_ylabel("evaluation: log p(clean)", color="C3")
     axes = gallery.subplots(len(rows), len(next(iter(rows.values()))), squeeze=False)
@@ -159,7 +159,7 @@ def main() -> None:
         images = {"base": guarded.generate(prompts, seed=1).clamp(0, 1)}
     if guard.best_step is not None:
         guarded.model.load_lora(guard.best_path)
-        images[f"kept by the guard, step {guard.best_step}"] = guarded.generate(prompts, seed=1).clamp(0, 1)
+        images[f"saved by the guard, step {guard.best_step}"] = guarded.generate(prompts, seed=1).clamp(0, 1)
     images[f"without the guard, step {max(watcher.history)}"] = unguarded.generate(prompts, seed=1).clamp(0, 1)
     text = table(images, prompts, criteria(arguments))
     (arguments.out / "over_optimization.md").write_text(text)

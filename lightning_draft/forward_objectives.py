@@ -31,7 +31,7 @@ class ForwardBatch:
         advantages: `(B,)`.
         group: Number of consecutive samples with the same prompt.
         sigma: Noise level of the time.
-        slope: Change of the estimate of `x_0` per change of the network's output, which is not 0.
+        slope: Derivative of the estimate of `x_0` with respect to the network's output, not 0.
         old: The old policy's estimate, if the objective `needs_old`.
         ref: The base model's estimate, if the objective `needs_reference`.
     """
@@ -95,7 +95,7 @@ class ForwardObjective(RolloutObjective):
 
 
 class DiffusionNFT(ForwardObjective):
-    """Negative-aware fine-tuning: towards good samples, and away from bad ones by the opposite change.
+    """Negative-aware fine-tuning: the loss moves estimates towards good samples and, reversed, away from bad ones.
 
         x0+ = (1 - beta) x0_old + beta x0_theta,  x0- = (1 + beta) x0_old - beta x0_theta
         q = clip(A, -c, c) / (2 c) + 1/2,  w+- = sg(mean |x0+- - x_0|)
@@ -148,7 +148,7 @@ class AWM(ForwardObjective):
             (2).
 
     Raises:
-        ConfigurationError: The objective couples steps or needs the base model.
+        ConfigurationError: `policy` couples steps or needs the base model.
 
     References:
         Xue et al., "Advantage Weighted Matching", arXiv:2509.25050, and the authors' code.
@@ -160,7 +160,7 @@ class AWM(ForwardObjective):
         if not self.policy.separable or self.policy.needs_reference:
             raise ConfigurationError(
                 f"policy={type(self.policy).__name__} must be an objective of single steps; use PPO or Reinforce, or "
-                "the objective CRD for differences of rewards"
+                "the objective CRD to compare samples"
             )
         self.needs_old, self.on_policy = not self.policy.on_policy, self.policy.on_policy
         self.min_group = self.policy.min_group
@@ -170,7 +170,7 @@ class AWM(ForwardObjective):
         return self.policy(self._policy_batch(batch))
 
     def clipped(self, batch: ForwardBatch) -> Tensor | None:
-        """Return where the policy objective clips."""
+        """Return which samples the policy objective clips."""
         return self.policy.clipped(self._policy_batch(batch))[0]
 
     def _policy_batch(self, batch: ForwardBatch) -> PolicyBatch:

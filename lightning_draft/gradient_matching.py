@@ -2,7 +2,7 @@
 
 Notation: `x_k` is the latent before step `k` of `T`, `mu` the mean of the sampler's step, `std_k` its standard
     deviation, `x0(x)` the model's estimate of the clean latent, `u` the network's prediction, `r` the reward of a
-    decoded latent. Values of the base model have the index `base`. Targets have no gradient.
+    decoded latent. Values of the base model have the subscript `base`. Targets have no gradient.
 """
 
 from abc import ABC, abstractmethod
@@ -88,7 +88,10 @@ class AdjointMatching(GradientMatching):
         self.scale = positive("scale", scale)
 
     def targets(self, trajectory: Trajectory, steps: Sequence[int]) -> list[Tensor]:
-        """Return the adjoints after the steps; each later step needs one call of the base network."""
+        """Return the adjoints after the steps.
+
+        Each step after the first trained one needs a forward and a backward pass of the base model.
+        """
         chain, latents = trajectory.chain, trajectory.latents
         adjoint, found = -self.scale * trajectory.reward_gradient(latents[-1]), {}
 

@@ -31,7 +31,7 @@ def model_card(
         title: Name of the model.
         header: Metadata of the file: `base`, `base_sha256`, `reward`, `method`, `sampler`, `step` and `scores`.
         pipeline: Class of diffusers that opens the base model.
-        rank: Of the adapters.
+        rank: Rank of the adapters.
         comfy: Whether there is a file for ComfyUI.
         file: Name of the file for diffusers, without its ending.
     """
@@ -55,13 +55,13 @@ def model_card(
 
 
 def write_card(model: object, path: Path, header: Mapping[str, str], comfy: bool) -> None:
-    """Write the card of a LoRA file beside it; nothing happens for other models than pipelines with adapters.
+    """Write the card of a LoRA file beside it, if the model is a pipeline with adapters.
 
     Args:
-        model: The model whose adapters the file holds.
+        model: The model whose adapters the file contains.
         path: The file.
         header: Its metadata.
-        comfy: Whether there are files for ComfyUI, where the family has names for them.
+        comfy: Whether files for ComfyUI are written if the family supports them.
     """
     if not isinstance(model, PipelineModel) or model.lora is None:
         return
@@ -88,7 +88,7 @@ def _front_matter(title: str, base: str, scores: Mapping[str, float]) -> dict[st
 
 
 def _final(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the scores of the validation, without the gain over the base model."""
+    """Return the scores of the last validation, without the gain over the base model."""
     return {
         name.removeprefix("val/"): v for name, v in scores.items() if name.startswith("val/") and name != "val/gain"
     }
@@ -159,17 +159,19 @@ def check_repository(name: str) -> str:
     if _HUB_ID.fullmatch(name) is None:
         raise ConfigurationError(f"export.push_to_hub={name!r} must be owner/name, such as me/my-lora")
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise ConfigurationError("export.push_to_hub needs a connection, and HF_HUB_OFFLINE is set; unset it")
+        raise ConfigurationError("export.push_to_hub needs a connection, but HF_HUB_OFFLINE is set; unset it")
     return name
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Upload a run's files, print the address, and warn instead of failing: the files are on the disk."""
+    """Upload a run's files and print the address; if the upload fails, give a warning with the command to repeat it."""
     try:
         print(f"uploaded to {push_to_hub(folder, repository)}", flush=True)
-    except Exception as error:  # whatever the connection or the hub says
+    except Exception as error:  # any error of the connection or the hub
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"the upload failed ({reason}); write hf upload --private {repository} {folder}", stacklevel=2)
+        warnings.warn(
+            f"the upload failed ({reason}); to repeat it, write hf upload --private {repository} {folder}", stacklevel=2
+        )
 
 
 def push_to_hub(folder: str | Path, repository: str, endpoint: str | None = None) -> str:

@@ -42,7 +42,7 @@ def _check_encoding(texts: Sequence[str], path: Path) -> None:
     """
     if any("\0" in text for text in texts):
         raise ConfigurationError(
-            f"{path} holds NUL characters, as text in UTF-16 or binary data does; save it in UTF-8"
+            f"{path} contains NUL characters, as text in UTF-16 or binary data does; save it in UTF-8"
         )
 
 
@@ -59,7 +59,7 @@ def _read_json(path: Path, column: str) -> PromptTable:
     with _open(path) as file:
         rows = _parse(file.read(), path)
     if not isinstance(rows, list):
-        raise ConfigurationError(f"{path} must hold a list, of prompts or of rows with the column {column!r}")
+        raise ConfigurationError(f"{path} must contain a list of prompts, or of rows with the column {column!r}")
     return to_prompts(rows, column, path)
 
 
@@ -124,8 +124,8 @@ def _repair(fields: list[str], names: list[str], lines: list[str], where: Place)
     if len(fields) > len(names) and not any(fields[len(names) :]):
         return fields[: len(names)]
     raise ConfigurationError(
-        f"{where} has {len(fields)} fields and the header has {len(names)}; put a text that holds the delimiter "
-        'between double quotes, such as "a cat, sitting"'
+        f"{where} must have {len(names)} fields like the header, not {len(fields)}; put a text that contains the "
+        'delimiter between double quotes, such as "a cat, sitting"'
     )
 
 

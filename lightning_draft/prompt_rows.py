@@ -40,7 +40,7 @@ def numbered_prompts(rows: Iterable[tuple[int, Any]], column: str, source: Any, 
             collector.add_text(row)
         else:
             raise ConfigurationError(
-                f"{Place(source, kind, number)} holds {row!r}; a prompt is a string or a row with the column {column!r}"
+                f"{Place(source, kind, number)} is {row!r}; a prompt is a string or a row with the column {column!r}"
             )
     return collector.finish()
 
@@ -103,7 +103,7 @@ def check_texts(texts: Sequence[Any], numbers: Iterable[int], column: str, sourc
     for number, text in zip(numbers, texts, strict=False):
         if not isinstance(text, str):
             raise ConfigurationError(
-                f"{Place(source, kind, number)} holds {text!r} ({type(text).__name__}) in the column {column!r}; "
+                f"{Place(source, kind, number)} has {text!r} ({type(text).__name__}) in the column {column!r}; "
                 "prompts are strings"
             )
 

@@ -69,7 +69,7 @@ def _read_object(source: Any, column: str) -> PromptTable:
             f"prompts are a DatasetDict with the splits {', '.join(names)}; pass one split, such as "
             f"prompts[{next(iter(names))!r}]"
         )
-    raise ConfigurationError(f"prompts are a {type(source).__name__}; {_ACCEPTED}")
+    raise ConfigurationError(f"prompts are of type {type(source).__name__}; {_ACCEPTED}")
 
 
 def _read_rows(rows: Iterable[Any], names: list[str], column: str, where: str = "the data set") -> PromptTable:
@@ -89,7 +89,7 @@ def _read(source: str, column: str, split: str) -> PromptTable:
         return read_file(path, column)
     if path.is_file():
         raise ConfigurationError(
-            f"{source!r} has a suffix that is not known; prompt files end in {', '.join(SUFFIXES)}: rename it"
+            f"{source!r} has a suffix that is not supported; give a prompt file that ends in {', '.join(SUFFIXES)}"
         )
     if not path.exists():
         _raise_for_mistakes(source)

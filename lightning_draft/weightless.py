@@ -1,4 +1,4 @@
-"""Networks with shapes and dtypes and without values, so that a run can be planned before its weights are loaded."""
+"""Networks that have shapes and dtypes but no values, so that a run can be planned before weights are loaded."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ def without_weights() -> Iterator[None]:
     """Within this context pipelines are built from their configuration files, and their weights have no values.
 
     Operations on such a tensor only compute the shape, dtype and device of their result
-    (`torch._subclasses.FakeTensorMode`). A value that Python asks for is one that passes checks: 0.5, 0, or true, and
-    false from `any`. Schedules, samplers and small rewards are as always.
+    (`torch._subclasses.FakeTensorMode`). If Python code reads a value, it gets one that passes the usual checks: 0.5, 0
+    or true, and false from `any`. Schedules, samplers and small rewards are not changed.
     """
     token, apply = _SHAPES.set(FakeTensorMode(allow_non_fake_inputs=True)), nn.Module._apply
     nn.Module._apply = _apply  # type: ignore[method-assign]
@@ -47,8 +47,8 @@ def shapes_only() -> Iterator[None]:
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Convert parameters and buffers as `nn.Module.to` does, which cannot swap tensors that have no values."""
-    tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no id is used again
+    """Convert parameters and buffers; `nn.Module.to` cannot replace tensors that have no values."""
+    tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones are stored so that no id is used again
     for each in module.modules() if recurse else (module,):
         for name, parameter in each._parameters.items():
             if parameter is not None:
@@ -67,14 +67,14 @@ def _converted(parameter: nn.Parameter, function: Callable[[Tensor], Tensor]) ->
 
 
 class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answer `Tensor.item()` where there is no value."""
+    """Return a plausible value from `Tensor.item()` if the tensor has none."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._false: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, unless it asks for a value that is not there."""
+        """Run the operation, unless it reads a value that does not exist."""
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         result = func(*args, **(kwargs or {}))

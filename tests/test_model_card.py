@@ -158,7 +158,9 @@ def test_a_repository_is_owner_and_name(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_failed_upload_is_a_warning_that_names_the_command(hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Training has ended and its files are on the disk."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.warns(UserWarning, match=r"the upload failed \(.*\); write hf upload --private me/bright"):
+    with pytest.warns(
+        UserWarning, match=r"the upload failed \(.*\); to repeat it, write hf upload --private me/bright"
+    ):
         upload(tmp_path, "me/bright")
 
 
@@ -167,7 +169,7 @@ def test_an_upload_that_fails_without_a_message_is_a_warning(tmp_path: Path, mon
         raise TimeoutError
 
     monkeypatch.setattr("lightning_draft.model_card.push_to_hub", fail)
-    with pytest.warns(UserWarning, match=r"failed \(TimeoutError\); write hf upload --private me/bright"):
+    with pytest.warns(UserWarning, match=r"failed \(TimeoutError\); to repeat it, write hf upload --private me/bright"):
         upload(tmp_path, "me/bright")
 
 

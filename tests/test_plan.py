@@ -192,7 +192,7 @@ def test_page_names_the_parts_and_the_options_that_lower_the_peak(
     [
         (100, "of which a tenth is left free: 8 (0.00 GiB)"),
         (2**30, "of which a tenth is left free: about 96636763, extrapolated"),
-        (10, "Does not fit a card of"),
+        (10, "Does not fit a GPU of"),
     ],
 )
 def test_largest_batch_is_the_last_one_within_nine_tenths_of_the_card(

@@ -10,7 +10,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
-  lightning-draft lora info FILE                   look at, convert, scale, mix and merge LoRA files
+  lightning-draft lora info FILE                   inspect, convert, scale, mix and merge LoRA files
   lightning-draft plan --config NAME               memory and cost of a training step, before anything is loaded
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, to copy and change
@@ -26,7 +26,7 @@ lightning-draft fit: train
 
   lightning-draft fit --config quickstart
   lightning-draft fit --config draft_k --model.truncation.k 3 --trainer.max_steps 200
-  lightning-draft fit --config quickstart --config mine.yaml     later files win, options win over files
+  lightning-draft fit --config quickstart --config mine.yaml     options override files, later files earlier ones
   lightning-draft fit --config runs/quickstart --ckpt_path last  continue this run
 
 Run
@@ -41,7 +41,7 @@ Options of classes
   --data.KEY VALUE      the prompts: prompts, val_prompts, batch_size, ...
   --trainer.KEY VALUE   Lightning's Trainer: max_steps, precision, devices, strategy, ...
 
-Callbacks: --samples.every_n_steps 50 sets an option of one, --samples null removes it
+Callbacks: --samples.every_n_steps 50 sets an option of a callback, --samples null removes the callback
 """
     + "\n".join(help_lines())
     + """
@@ -94,7 +94,7 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   --max N               use at most N prompts; by default 8
   --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
   --output FILE         the image file; by default sample.png
-  --device NAME         cpu, cuda, ...; by default cuda where available"""
+  --device NAME         cpu, cuda, ...; by default cuda if available"""
 
 SCORE = """\
 lightning-draft score: score folders of existing images with rewards, without a diffusion model
@@ -123,13 +123,13 @@ lightning-draft lora: inspect, convert, scale, mix and merge LoRA files
   --model NAME          the base model; by default the one in the header of the file
   --output FILE         the file to write, or the folder of merge
   --format FORMAT       diffusers, or comfy for ComfyUI, Forge and AUTOMATIC1111
-  --rank N              of the new file, by singular value decomposition of each layer's update; the relative error
-                        |dW - dW'| / |dW| is printed; by default mix keeps the sum of the ranks, which is exact
+  --rank N              rank of the new file, by singular value decomposition of each layer's update; the relative error
+                        |dW - dW'| / |dW| is printed; the default of mix is the sum of the ranks, which is exact
   --dtype NAME          float32, float16 or bfloat16
   --scale S             for merge: strength of the LoRA
   --all                 for info: every layer
   --prompt P [P ...]    also write an image grid of the base model and the new file, to --grid FILE
-  --reward NAME ...     with these scores in the grid"""
+  --reward NAME ...     rewards whose scores are printed in the grid"""
 
 
 PLAN = """\
@@ -139,9 +139,9 @@ lightning-draft plan: peak memory and cost of a training step, before any weight
   lightning-draft plan --config sdxl_pickscore --memory 24GB
 
   --config NAME|FILE     as for fit, with all its options; only configuration files are read or downloaded
-  --memory SIZE          the largest batch for a card, such as 12GB
-  --flops NUMBER         FLOP/s that the card reaches, such as 60e12, for the seconds of a step
-  --brief                do not try the options that may lower the peak"""
+  --memory SIZE          memory of a GPU, such as 12GB; the largest batch that fits is printed
+  --flops NUMBER         FLOP/s that the GPU reaches, such as 60e12; the seconds of a step are printed
+  --brief                omit the options that may lower the peak"""
 
 VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "lora": LORA, "plan": PLAN}
 INSTEAD = {

@@ -37,13 +37,13 @@ ALTERNATIVES = (
 """Options that may lower the peak."""
 
 _LONG = 4
-"""Sampling steps up to which a chain is counted whole."""
+"""Number of sampling steps up to which all steps of a chain are run."""
 
 _VERIFIED = 64
 """Batch size up to which the largest batch is counted; a larger one, as with micro-batches, would take long."""
 
 SHARE = 0.9
-"""Of a card's memory that a step may take; the rest is for the CUDA context and fragmentation."""
+"""Fraction of a GPU's memory that a step may use; the rest is for the CUDA context and fragmentation."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -66,14 +66,14 @@ def main(args: Sequence[str]) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `12GB`, `24 GiB` or `800MB`; as for cards, 1 GB is 2^30 bytes.
+    """Return the bytes of a size such as `12GB`, `24 GiB` or `800MB`; 1 GB is 2^30 bytes, as in the names of GPUs.
 
     Raises:
         ConfigurationError: It is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])i?B\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise ConfigurationError(f"--memory {text} is not a size; write the card's memory as 12GB")
+        raise ConfigurationError(f"--memory {text} is not a size; write the GPU's memory as 12GB")
     return int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2].upper()])
 
 
@@ -99,7 +99,7 @@ class _PlanCLI(DraftCLI):
         config["trainer"]["callbacks"] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return an idle Trainer; `plan_step` has its own."""
+        """Return a Trainer that is not used; `plan_step` creates another."""
         return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -107,7 +107,7 @@ class _PlanCLI(DraftCLI):
 
 
 def _plan(args: Sequence[str]) -> _Run:
-    """Plan the configuration, from shorter chains where its length only adds the same again for each step."""
+    """Plan the configuration, from shorter chains if every further sampling step adds the same memory and cost."""
     with _build(args) as (cli, module, prompts):
         title, steps = _title(module, len(prompts)), module.sampler.num_steps
         size = len(prompts) * (cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
@@ -143,7 +143,7 @@ def _with_steps(args: Sequence[str], steps: int) -> StepPlan:
 
 
 def _extrapolated(args: Sequence[str], steps: int) -> StepPlan | None:
-    """Return the plan of a long chain from three short ones, if each step adds the same."""
+    """Return the plan of a long chain, extrapolated from three short ones if each step adds the same."""
     short, longer, check = (_with_steps(args, number) for number in (_LONG - 2, _LONG - 1, _LONG))
     expected = short.extrapolate(longer, 2)
     if (expected.live, expected.flops) != (check.live, dict(check.flops)):
@@ -152,7 +152,7 @@ def _extrapolated(args: Sequence[str], steps: int) -> StepPlan | None:
 
 
 def _steps_needed(module: Any) -> int:
-    """Return the least number of sampling steps with the same peak: those with a gradient, and one before."""
+    """Return the least number of sampling steps with the same peak: those with a gradient, and one before them."""
     steps: int = module.sampler.num_steps
     if not isinstance(module, DraftModule):
         return steps
@@ -199,7 +199,7 @@ def _alternatives(args: Sequence[str], run: _Run) -> Iterator[str]:
 
 
 def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
-    """Return the largest batch for a card, from the growth between two sizes, verified."""
+    """Return the largest batch for a GPU, extrapolated from two batch sizes and then checked."""
 
     def peak(size: int) -> int:
         return _plan([*args, "--data.batch_size", str(size)]).plan.peak
@@ -207,17 +207,17 @@ def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
     usable = SHARE * memory
     one, two = peak(1), peak(2)
     if one > usable:
-        return f"\nDoes not fit a card of {memory / 2**30:.3g} GiB: a batch of 1 takes {one / 2**30:.2f} GiB."
+        return f"\nDoes not fit a GPU of {memory / 2**30:.3g} GiB: a batch of 1 needs {one / 2**30:.2f} GiB."
     size = max(1, math.floor(1 + (usable - one) / max(1, two - one)))
     if size > _VERIFIED:
         return (
-            f"\nLargest batch for a card of {memory / 2**30:.3g} GiB, of which a tenth is left free: about {size}, "
+            f"\nLargest batch for a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: about {size}, "
             "extrapolated from batches of 1 and 2."
         )
     while size > 1 and (found := peak(size)) > usable:
         size = max(1, min(size - 1, math.floor(size * usable / found)))
     return (
-        f"\nLargest batch for a card of {memory / 2**30:.3g} GiB, of which a tenth is left free: {size} "
+        f"\nLargest batch for a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: {size} "
         f"({peak(size) / 2**30:.2f} GiB)."
     )
 

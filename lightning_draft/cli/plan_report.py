@@ -10,12 +10,12 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Alternative:
-    """What an option would change.
+    """Peak and cost of the step with one option changed.
 
     Args:
-        option: As written on the command line.
-        peak: Bytes.
-        flops: Of the step.
+        option: The option as written on the command line.
+        peak: Peak memory in bytes.
+        flops: Floating-point operations of the step.
     """
 
     option: str
@@ -23,7 +23,7 @@ class Alternative:
     flops: int
 
     def line(self, plan: StepPlan) -> str:
-        """Return one line that compares it with a plan."""
+        """Return one line that compares the alternative with a plan."""
         memory, cost = self.peak / plan.peak - 1, self.flops / plan.total_flops - 1
         return f"  {size(self.peak):>11}  {memory:+5.0%} memory  {cost:+5.0%} FLOPs   {self.option}"
 
@@ -34,13 +34,13 @@ def size(count: float) -> str:
 
 
 def report(title: str, plan: StepPlan, prompts: int, flops_per_second: float | None = None) -> str:
-    """Return the page.
+    """Return the page that describes a plan.
 
     Args:
-        title: What was planned.
+        title: Description of the configuration.
         plan: The plan.
-        prompts: Prompts in the step.
-        flops_per_second: Of the device, for seconds; `None` leaves them out.
+        prompts: Number of prompts in the step.
+        flops_per_second: FLOP/s of the device, from which seconds are computed; `None` omits them.
     """
     calls = plan.calls.get("denoiser", 0)
     lines = [

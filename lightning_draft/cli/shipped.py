@@ -52,7 +52,7 @@ def locate(name: str) -> Path:
     if path.suffix or len(path.parts) > 1:
         raise ConfigurationError(f"there is no config file {name}")
     raise ConfigurationError(
-        f"there is no config {name!r}: no file, and not a shipped name{nearest(name, names())}; "
+        f"there is no config {name!r}: it is neither a file nor a shipped name{nearest(name, names())}; "
         "see lightning-draft configs list"
     )
 
@@ -77,7 +77,9 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path} must be a mapping with keys such as model, data and trainer")
     for key in content:
         if not isinstance(key, str):
-            raise ConfigurationError(f"{path} has the key {key!r}; its keys are texts such as model, data and trainer")
+            raise ConfigurationError(
+                f"{path} has the key {key!r}; its keys must be strings such as model, data and trainer"
+            )
     return content
 
 

@@ -120,22 +120,22 @@ class ForwardProcessModule(RolloutModule):
         self.num_times = self.sampler.num_steps if num_times is None else at_least("num_times", num_times, 1)
         if times == "grid" and self.num_times > self.sampler.num_steps:
             raise ConfigurationError(
-                f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, from whose grid "
-                "times are chosen; lower it, or set times to uniform"
+                f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, and "
+                "times=grid uses each step once; lower num_times, or set times to uniform"
             )
         self.recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
 
     def setup(self, stage: str) -> None:
-        """Check the configuration before training; in a new run, the old policy is initially the model."""
+        """Check the configuration before training; in a new run, the old policy is reset to the model."""
         super().setup(stage)
         if stage == "fit" and self.trainer.global_step == 0:
             self.old.values = {}
 
     def check_configuration(self) -> None:
-        """Check that groups, minibatches and the strategy suit the objective.
+        """Check that groups, minibatches and the strategy are valid for the objective.
 
         Raises:
-            ConfigurationError: One of them does not.
+            ConfigurationError: One of them is not.
         """
         super().check_configuration()
         check_whole_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)
@@ -198,12 +198,12 @@ class ForwardProcessModule(RolloutModule):
         """Return the loss averaged over a minibatch of a rollout, a scalar with a graph, and detached metrics.
 
         Args:
-            prompts: The batch that the rollout was collected for.
+            prompts: The batch for which the rollout was collected.
             rollout: From `collect_rollout`.
             minibatch: One of `minibatches`.
             epoch: Number of the inner epoch, on which the noise and the times depend.
-            moved: Whether the model has changed since the rollout was collected. If not, and if the old policy was then
-                the model, the network calls of the old policy are not needed.
+            moved: Whether the model has changed since the rollout was collected. If not, and if the old policy was
+                the model at that time, network calls of the old policy are not needed.
         """
         every = repeat_prompts(prompts, self.samples_per_prompt)
         rows, group = self._selected(rollout.advantages, minibatch.samples)
@@ -226,7 +226,7 @@ class ForwardProcessModule(RolloutModule):
         return {**super().extra_state(), "old_policy": self.old.values}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the old policy, too."""
+        """Also save the old policy."""
         super().on_save_checkpoint(checkpoint)
         old = self.last_step_state()["old_policy"]
         checkpoint["old_policy"] = {name: value.cpu() for name, value in old.items()}

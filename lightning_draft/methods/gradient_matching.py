@@ -27,8 +27,8 @@ from lightning_draft.samplers import DDIM, Sampler
 class GradientMatchingModule(DirectModule):
     """Increase a differentiable reward by matching the difference from the base model to gradients of the reward.
 
-    Each training step samples trajectories without a graph, computes targets from the gradient of the reward, and takes
-    the mean over some steps of the trajectories of
+    Each training step samples trajectories without a graph, computes targets from the gradient of the reward, and
+    minimizes the mean over the trained steps of
 
         matching.loss(model - base model, target).
 
@@ -87,7 +87,7 @@ class GradientMatchingModule(DirectModule):
         """Check that the reward has a gradient, and that the sampler has as many steps as are trained.
 
         Raises:
-            ConfigurationError: One of these is not the case.
+            ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
         self._trainable_steps()
@@ -189,7 +189,7 @@ class GradientMatchingModule(DirectModule):
         name = type(self.matching).__name__
         if not steps:
             raise ConfigurationError(
-                f"{name} trains steps that add noise, and {type(self.sampler).__name__} adds no noise; use "
+                f"{name} trains only steps that add noise, and {type(self.sampler).__name__} adds no noise; use "
                 "DDIM(eta=1), or FlowSDE for a rectified flow"
             )
         if len(steps) < self.gradient_steps() and self.trained_steps is not None:

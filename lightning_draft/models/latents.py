@@ -64,7 +64,7 @@ class Latents:
             return self._default(config, factor)
         if height is None or width is None:
             raise ConfigurationError(
-                f"height={height} and width={width} must be given together; write both, such as {height or width}"
+                f"height={height} and width={width} must be given together; write both, such as 512"
             )
         multiple = factor * (self.patch or config.get("patch_size") or 1)
         limit = config.get("pos_embed_max_size")

@@ -15,9 +15,9 @@ def networks(family: Family, source: str, dtypes: Mapping[str, torch.dtype]) -> 
     """Build the networks of a pipeline without their weights.
 
     Args:
-        family: Which pipelines these are.
+        family: The family of the pipeline.
         source: Folder or hub id.
-        dtypes: Of each network's weights, by its name.
+        dtypes: Dtype of the weights of each network, by its name.
     """
     index = family.pipeline_class.load_config(source)
     with shapes_only():

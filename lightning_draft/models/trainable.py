@@ -62,8 +62,8 @@ def unfreeze(network: nn.Module, trainable: Literal["full"] | Sequence[str]) -> 
         if not any(_names(name, full_name) for full_name in parameters):
             parts = sorted({part for full_name in parameters for part in full_name.split(".") if not part.isdigit()})
             raise ConfigurationError(
-                f"trainable: {name!r} names no parameter of the denoiser; write full, lora, or parts of parameter "
-                f"names such as {', '.join(parts[:12])}"
+                f"trainable: {name!r} is not in the name of any parameter of the denoiser; write full, lora, "
+                f"or parts of parameter names such as {', '.join(parts[:12])}"
             )
     chosen = [n for n in parameters if trainable == "full" or any(_names(name, n) for name in trainable)]
     for full_name in chosen:

@@ -1,4 +1,4 @@
-"""Run one training step without weights, and count what it would take."""
+"""Run one training step without weights, and count its memory and floating-point operations."""
 
 import gc
 from collections import Counter
@@ -24,11 +24,12 @@ class StepPlan:
     Args:
         weights: Bytes of parameters and buffers, by part.
         optimizer: Bytes of the optimizer's state.
-        live: Most bytes of tensors alive at once beside the weights, gradients included.
-        live_by_part: Those bytes, by the part whose operations made them; `other` are latents, the sampler, the loss
-            and the backward pass.
+        live: Largest number of bytes of tensors that exist at the same time, gradients included, besides the weights
+            and the optimizer's state.
+        live_by_part: `live` by the part whose operations created the tensors; `other` is latents, the sampler, the
+            loss and the backward pass.
         flops: Floating-point operations by part, forward, recomputation and backward; the backward pass is in `other`.
-        calls: Forward calls of each part, recomputation included.
+        calls: Number of forward calls of each part, recomputation included.
     """
 
     weights: Mapping[str, int]
@@ -40,7 +41,7 @@ class StepPlan:
 
     @property
     def peak(self) -> int:
-        """Peak bytes: weights, the optimizer's state, and what is alive beside them."""
+        """Peak bytes: weights, the optimizer's state, and all other tensors at the peak."""
         return sum(self.weights.values()) + self.optimizer + self.live
 
     @property
@@ -49,12 +50,12 @@ class StepPlan:
         return sum(self.flops.values())
 
     def with_calls(self, part: str, number: int, flops: int) -> "StepPlan":
-        """Return the plan with more forward calls of a part that keep nothing.
+        """Return the plan with more forward calls of a part, after which no activations are stored.
 
         Args:
-            part: Its name.
-            number: Of calls.
-            flops: Of one call.
+            part: Name of the part.
+            number: Number of calls.
+            flops: Floating-point operations of one call.
         """
         calls = {**self.calls, part: self.calls.get(part, 0) + number}
         return replace(self, calls=calls, flops={**self.flops, part: self.flops.get(part, 0) + number * flops})
@@ -81,11 +82,11 @@ class StepPlan:
 
 
 def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping[str, Any]) -> StepPlan:
-    """Count what one optimizer step takes.
+    """Count the memory and the floating-point operations of one optimizer step.
 
-    The Trainer runs the step as it would in training, on tensors that have a shape and no value; so `module` must have
-    been built in `weightless.without_weights`, which must still be active. A module with weights works too: then the
-    step is run and counted.
+    The Trainer runs the step as in training, on tensors that have a shape and no values. `module` must have been built
+    within `weightless.without_weights`, which must still be active. A module with weights also works; the step is then
+    computed with their values.
 
     Args:
         module: The method with its model and reward.
@@ -122,7 +123,7 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
 
 
 def model_parts(module: RewardModule) -> dict[str, nn.Module]:
-    """Return the networks of a run by the name of their part; a model of one's own is one part."""
+    """Return the networks of a run by the name of their part; a model that is its own denoiser is one part."""
     model, parts = module.model, {"reward": module.reward, "denoiser": module.model.denoiser}
     if model.denoiser is not model:
         parts |= {
@@ -147,19 +148,19 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class _BeforeOptimizer(Callback):
-    """Keep the peak before the optimizer's first step, which makes its state."""
+    """Record the peak before the optimizer's first step, which creates the optimizer's state."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
         self.peak: tuple[int, Mapping[str, int]] = (0, {})
 
     def on_before_optimizer_step(self, *_: Any) -> None:
-        """Note the peak so far."""
+        """Record the peak so far."""
         self.peak = (self.tracker.peak, self.tracker.at_peak)
 
 
 def _weights(module: RewardModule, parts: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Return bytes by part; `trained` are the parameters with a gradient."""
+    """Return the bytes of parameters and buffers by part; `trained` is the parameters with a gradient."""
     trained = {id(each) for each in module.parameters() if each.requires_grad}
     counted: set[int] = set()
     sizes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Count bytes of live tensors, and floating-point operations, by the part of the model that made them."""
+"""Count bytes of live tensors, and floating-point operations, by the part of the model that created them."""
 
 import weakref
 from collections import Counter
@@ -11,23 +11,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 OTHER = "other"
-"""Tensors made outside all parts: latents, sampler, loss, and gradients in the backward pass."""
+"""Tensors created outside all parts: latents, sampler, loss, and gradients in the backward pass."""
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within this context, count the storages that operations make and the FLOPs that they take.
+    """Within this context, count the storages that operations create and the FLOPs of the operations.
 
-    The count is exact and repeatable. Scratch space inside an operation and an allocator's rounding are not in it.
+    The count is exact and repeatable. Scratch space inside an operation and the allocator's rounding are not included.
 
     Args:
         parts: The networks by the name of their part.
 
     Attributes:
-        now: Bytes alive.
-        peak: Most bytes alive at once.
-        at_peak: Those by part.
+        now: Bytes of the tensors that exist now.
+        peak: Largest value of `now` so far.
+        at_peak: `peak` by part.
         flops: Floating-point operations by part; a multiplication and an addition are two.
-        calls: Forward calls by part, those of recomputation included.
+        calls: Number of forward calls by part, including recomputation.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module] | None = None) -> None:
@@ -42,7 +42,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        """Start to count."""
+        """Start counting."""
         for name, module in self._parts.items():
             for entry in (module, *module.children()):
                 self._handles.append(entry.register_forward_pre_hook(self._enter(name)))
@@ -51,14 +51,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Stop to count."""
+        """Stop counting."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it makes: outputs that share no storage with an input."""
+        """Run the operation, and count the outputs that share no storage with an input."""
         kwargs = kwargs or {}
         old = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)

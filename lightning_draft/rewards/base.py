@@ -93,6 +93,7 @@ def check_name(name: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigurationError(
-            f"{name!r} cannot name a reward: it becomes part of a log key; use letters, digits, _ and -"
+            f"{name!r} cannot be the name of a reward, because names become parts of log keys; "
+            "use letters, digits, _ and -"
         )
     return name

@@ -180,7 +180,7 @@ def _clip_config(source: Path | str) -> Any:
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if not isinstance(config, CLIPConfig):
-        raise ValueError(f"it holds a model of type {config.model_type!r}")
+        raise ValueError(f"it contains a model of type {config.model_type!r}")
     return config
 
 

@@ -76,7 +76,8 @@ def check_token(variable: str) -> str:
         raise ConfigurationError(f"the environment variable {variable} is not set; put the token there")
     if not re.fullmatch(r"[!-~]+", token.strip()):
         raise ConfigurationError(
-            f"the environment variable {variable} holds no token: it is empty, or has spaces or special characters"
+            f"the environment variable {variable} contains no valid token: it is empty, or has spaces "
+            "or special characters"
         )
     return variable
 

@@ -35,7 +35,7 @@ def check_images(images: Any) -> Tensor:
         raise ConfigurationError(_describe_no_tensor(images))
     if not images.is_floating_point():
         raise ConfigurationError(
-            f"images are {_dtype(images)}; rewards take float images in [0, 1]: write images.float() / 255"
+            f"images are {_dtype(images)}; rewards need float images in [0, 1]: write images.float() / 255"
         )
     if images.dim() != 4 or images.shape[1] != 3:
         raise ConfigurationError(_describe_shape(tuple(images.shape)))
@@ -86,11 +86,11 @@ def to_device(scores: Tensor, device: torch.device, reward: nn.Module) -> Tensor
     """Return scores on the device of the images.
 
     Raises:
-        ConfigurationError: They are on the meta device, which holds no values.
+        ConfigurationError: They are on the meta device, which stores no values.
     """
     if scores.is_meta and device.type != "meta":
         raise ConfigurationError(
-            f"{type(reward).__name__}.forward returned scores on the meta device, which holds no values; load the "
+            f"{type(reward).__name__}.forward returned scores on the meta device, which stores no values; load the "
             "reward's weights, and return scores on the images' device"
         )
     return scores.to(device)
@@ -152,18 +152,20 @@ def _describe_not_finite(scores: Tensor, images: Tensor, prompts: Sequence[str],
 
 def _check_range(images: Tensor) -> None:
     if images.numel() == 0:
-        raise ConfigurationError(f"images have shape {tuple(images.shape)}, which holds no pixels; give at least one")
+        raise ConfigurationError(
+            f"images have shape {tuple(images.shape)}, which contains no pixels; give at least one"
+        )
     low, high = (value.item() for value in images.detach().aminmax())
     if low >= 0 and LARGEST_PIXEL < high < math.inf:
         raise ConfigurationError(
-            f"images have values up to {high:.4g}; rewards take images in [0, 1]: write images / 255"
+            f"images have values up to {high:.4g}; rewards need images in [0, 1]: write images / 255"
         )
 
 
 def _describe_no_tensor(images: Any) -> str:
-    wanted = "rewards take a float tensor (B, 3, H, W) in [0, 1] or a list of PIL images"
+    wanted = "rewards need a float tensor (B, 3, H, W) in [0, 1] or a list of PIL images"
     if _is_pil(images):
-        return f"images is one PIL image; {wanted}: write [image]"
+        return f"images are one PIL image; {wanted}: write [image]"
     if isinstance(images, np.ndarray):
         scale = " / 255" if images.dtype.kind in "ui" else ""
         order = ".permute(0, 3, 1, 2)" if images.ndim == 4 and images.shape[-1] == 3 else ""
@@ -173,8 +175,10 @@ def _describe_no_tensor(images: Any) -> str:
         )
     if isinstance(images, (list, tuple)):
         kinds = sorted({type(image).__name__ for image in images})
-        return f"images are a list of {', '.join(kinds) or 'nothing'}; {wanted}: write torch.stack(images)"
-    return f"images are a {type(images).__name__}; {wanted}"
+        if not kinds:
+            return f"images are an empty list; {wanted}"
+        return f"images are a list of {', '.join(kinds)}; {wanted}: write torch.stack(images)"
+    return f"images are of type {type(images).__name__}; {wanted}"
 
 
 def _describe_shape(shape: tuple[int, ...]) -> str:
@@ -187,7 +191,7 @@ def _describe_shape(shape: tuple[int, ...]) -> str:
         fix = "write images.expand(-1, 3, -1, -1)"
     elif len(shape) == 4 and shape[1] == 4:
         fix = "write images[:, :3]; four channels are an alpha channel or latents that are not decoded"
-    return f"images have shape {shape}; rewards take (B, 3, H, W): {fix}"
+    return f"images have shape {shape}; rewards need (B, 3, H, W): {fix}"
 
 
 def _to_rgb(image: Any) -> Any:

@@ -65,7 +65,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
         key: Key of the state dict in a pickle, such as `state_dict`; None if the pickle is the state dict.
 
     Raises:
-        ConfigurationError: It cannot be read, or holds no state dict.
+        ConfigurationError: It cannot be read, or contains no state dict.
     """
     try:
         content = _read(path)
@@ -79,7 +79,7 @@ def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
         content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         inside = "" if key is None else f" under {key!r}"
-        raise ConfigurationError(f"{path} holds no state dict{inside}: it must map names to tensors")
+        raise ConfigurationError(f"{path} contains no state dict{inside}: it must map names to tensors")
     return dict(content)
 
 
@@ -119,8 +119,8 @@ def check_state_dict(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:
             raise ConfigurationError(
-                f"{source} does not fit: {name} has shape {tuple(found[name].shape)} where {tuple(tensor.shape)} is "
-                f"expected; {advice}"
+                f"{source} does not fit: {name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}; "
+                f"{advice}"
             )
 
 

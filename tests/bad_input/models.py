@@ -302,7 +302,10 @@ CASES: list[Case] = [
     ),
     _option("dtype float64", {"dtype": "float64"}, "dtype='float64'", "write one of float32"),
     _option(
-        "trainable attn", {"trainable": ["nothing"]}, "'nothing' names no parameter of the denoiser", "write full, lora"
+        "trainable attn",
+        {"trainable": ["nothing"]},
+        "'nothing' is not in the name of any parameter of the denoiser",
+        "write full, lora",
     ),
     _option("height 7", {"height": 7}, "height=7"),
     _option("height 0", {"height": 0}, "height=0"),

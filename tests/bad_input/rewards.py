@@ -65,12 +65,12 @@ CASES: list[Case] = [
     _call("latents", torch.zeros(2, 4, 8, 8), BATCH, "(2, 4, 8, 8)", "latents that are not decoded"),
     _call("two channels", torch.zeros(2, 2, 8, 8), BATCH, "(2, 2, 8, 8)", "give three color channels"),
     _call("five dimensions", torch.zeros(1, 2, 3, 8, 8), BATCH, "(1, 2, 3, 8, 8)", "(B, 3, H, W)"),
-    _call("no pixels", torch.zeros(0, 3, 8, 8), [], "(0, 3, 8, 8)", "holds no pixels"),
+    _call("no pixels", torch.zeros(0, 3, 8, 8), [], "(0, 3, 8, 8)", "contains no pixels"),
     _call("a list of tensors", list(IMAGES), BATCH, "a list of Tensor", "torch.stack(images)"),
     _call("a list of arrays", list(IMAGES.numpy()), BATCH, "a list of ndarray"),
-    _call("[]", [], [], "a list of nothing"),
-    _call("None", None, BATCH, "images are a NoneType", "a list of PIL images"),
-    _call("a path", "cat.png", ["a cat"], "images are a str"),
+    _call("[]", [], [], "images are an empty list"),
+    _call("None", None, BATCH, "images are of type NoneType", "a list of PIL images"),
+    _call("a path", "cat.png", ["a cat"], "images are of type str"),
     _call("complex", IMAGES.to(torch.complex64), BATCH, "images are complex64"),
     _call("one PIL image", Image.new("RGB", (4, 4)), ["a cat"], "one PIL image", "write [image]"),
     _call(
@@ -115,11 +115,13 @@ CASES: list[Case] = [
     _rewards(
         "a name with a space",
         lambda: {"a b": WeightedReward(Brightness())},
-        "'a b' cannot name a reward",
+        "'a b' cannot be the name of a reward",
         "use letters, digits, _ and -",
     ),
-    _rewards("a name with a slash", lambda: {"a/b": WeightedReward(Brightness())}, "'a/b' cannot name a reward"),
-    _rewards("an empty name", lambda: {"": WeightedReward(Brightness())}, "'' cannot name a reward"),
+    _rewards(
+        "a name with a slash", lambda: {"a/b": WeightedReward(Brightness())}, "'a/b' cannot be the name of a reward"
+    ),
+    _rewards("an empty name", lambda: {"": WeightedReward(Brightness())}, "'' cannot be the name of a reward"),
     _rewards("a reward without a weight", lambda: {"a": Brightness()}, "a", "WeightedReward"),
     _rewards("a list", lambda: [WeightedReward(Brightness())], "WeightedReward"),
 ]

@@ -118,7 +118,7 @@ CASES: list[Case] = [
     built(
         VALUES,
         ["--model.reward", "{class_path: WeightedSum, init_args: {rewards: {'a b': {reward: Brightness}}}}"],
-        "'a b' cannot name a reward",
+        "'a b' cannot be the name of a reward",
     ),
     built(VALUES, "--model.reward JPEGSize", "JPEGSize is not differentiable"),
     built(VALUES, "--model.reward Brightness --model.reward.target .nan", "Brightness returned nan"),
@@ -133,7 +133,7 @@ CASES: list[Case] = [
         "--model PolicyGradientModule --model.sampler.eta 1 --model.advantage_estimator LeaveOneOut",
         "samples_per_prompt",
     ),
-    built(TOGETHER, "--conflict RewardConflict", "there is only reward"),
+    built(TOGETHER, "--conflict RewardConflict", "at least two, got reward"),
     built(TOGETHER, "--export LoRAExport", "LinearModel has no save_lora"),
     built(TOGETHER, "--guard OverOptimizationGuard", "LinearModel has no save_lora"),
     built(TOGETHER, "--trainer.precision bf16-true", "bf16"),

@@ -37,7 +37,7 @@ def test_example_writes_table_and_figure(finished: dict) -> None:
     assert all(watcher.history[step] == evaluation for step, evaluation in guard.history.items())
     lines = (out / "over_optimization.md").read_text().splitlines()
     names = [line.split(" | ")[0] for line in lines[2:]]
-    kept = [f"| kept by the guard, step {guard.best_step}"] if guard.best_step else []
+    kept = [f"| saved by the guard, step {guard.best_step}"] if guard.best_step else []
     assert names == ["| base", *kept, "| without the guard, step 2"]
     if kept and guard.best_step == watcher.best_step:
         first, second = load_file(guard.best_path), load_file(watcher.best_path)

@@ -67,7 +67,9 @@ def test_names_select_weights_by_complete_name_parts(tiny_sd: Path) -> None:
     }
     assert names == expected
     assert any(".attn2.to_k." in name for name in names)
-    with pytest.raises(ConfigurationError, match="'attn' names no parameter of the denoiser; write full, lora"):
+    with pytest.raises(
+        ConfigurationError, match="'attn' is not in the name of any parameter of the denoiser; write full, lora"
+    ):
         StableDiffusion(str(tiny_sd), trainable=["attn"])
 
 

@@ -275,8 +275,8 @@ def test_folders_without_a_clip_are_rejected(tiny_clip: Path, tiny_sd: Path, tmp
         str(tmp_path / "nothing"): "",
         str(tmp_path / "empty"): "",
         "no-such-owner/no-such-clip": "",
-        str(tiny_sd / "text_encoder"): "holds a model of type 'clip_text_model'",
-        str(altered(tiny_clip, tmp_path / "bert", "config.json", model_type="bert")): "holds a model of type 'bert'",
+        str(tiny_sd / "text_encoder"): "contains a model of type 'clip_text_model'",
+        str(altered(tiny_clip, tmp_path / "bert", "config.json", model_type="bert")): "contains a model of type 'bert'",
     }
     for name, reason in cases.items():
         with pytest.raises(ConfigurationError, match=f"{name}.*{reason}.*{advice}"):

@@ -105,7 +105,7 @@ def test_component_that_returns_another_shape_is_named_in_the_error(make_images:
 
 @pytest.mark.parametrize("name", ["", "a.b", "a/b", "two words"])
 def test_names_that_cannot_be_log_keys_are_rejected(name: str) -> None:
-    with pytest.raises(ConfigurationError, match="cannot name a reward: .* use letters, digits, _ and -"):
+    with pytest.raises(ConfigurationError, match="cannot be the name of a reward.* use letters, digits, _ and -"):
         WeightedSum({name: WeightedReward(Brightness())})
 
 

@@ -237,7 +237,7 @@ def test_the_token_comes_from_the_environment(serve: Callable, monkeypatch: pyte
         ({"url": "http://host", "timeout": 0.0}, "timeout=0.0 must be a positive number"),
         ({"url": "http://host", "quality": 0}, "quality=0 is not a JPEG quality"),
         ({"url": "http://host", "token_variable": "NO_SUCH"}, "the environment variable NO_SUCH is not set"),
-        ({"url": "http://host", "token_variable": "EMPTY"}, "the environment variable EMPTY holds no token"),
+        ({"url": "http://host", "token_variable": "EMPTY"}, "the environment variable EMPTY contains no valid token"),
         ({"url": "http://host/x y"}, "is not the address of a service"),
         ({"url": "http://host:port/"}, "url='http://host:port/': Port could not be cast"),
         ({"url": "http://host/?key=s3cret"}, "url contains the value of 'key'.* write http://host/[?]key={VARIABLE}"),

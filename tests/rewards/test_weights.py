@@ -95,9 +95,9 @@ def test_tensors_are_read_from_every_format(tmp_path: Path) -> None:
         read = read_tensors(tmp_path / name, key)
         assert read.keys() == tensors.keys()
         assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    with pytest.raises(ConfigurationError, match="c.pt holds no state dict: it must map names to tensors"):
+    with pytest.raises(ConfigurationError, match="c.pt contains no state dict: it must map names to tensors"):
         read_tensors(tmp_path / "c.pt")
-    with pytest.raises(ConfigurationError, match="c.pt holds no state dict under 'model'"):
+    with pytest.raises(ConfigurationError, match="c.pt contains no state dict under 'model'"):
         read_tensors(tmp_path / "c.pt", "model")
 
 
@@ -138,7 +138,7 @@ def test_state_dict_must_match_exactly(tmp_path: Path) -> None:
     for change, message in (
         ({"bias": None}, "file does not fit: it lacks tensors \\(1\\), among them bias"),
         ({"scale": torch.ones(1)}, "file does not fit: it has unexpected tensors \\(1\\), among them scale"),
-        ({"weight": torch.ones(2, 4)}, r"weight has shape \(2, 4\) where \(2, 3\) is expected"),
+        ({"weight": torch.ones(2, 4)}, r"weight has shape \(2, 4\) instead of \(2, 3\)"),
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         with pytest.raises(ConfigurationError, match=message):

@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="total number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments")
     parser.add_argument("--method", choices=METHODS, action="append", help="by default all, in turn")
-    parser.add_argument("--folder", type=Path, help="keep runs that differ here; by default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for runs that differ; by default a temporary folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet()

@@ -27,7 +27,7 @@ MIB = 2**20
 
 
 def peak(step: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the peak memory of a forward and backward pass in MiB, beyond the memory before it."""
+    """Return the peak memory of a forward and backward pass in MiB, minus the memory before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

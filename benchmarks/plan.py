@@ -1,11 +1,11 @@
-"""The plan of a training step against its measurement.
+"""Compare the predicted memory of a training step with measurements.
 
     python -m benchmarks.plan
     python -m benchmarks.plan --model sd15 --dtype bfloat16
 
-For each case, in a process of its own: the peak that `plan_step` predicts without weights, the peak of the bytes that
-live tensors hold in the real step, and on the CPU the peak of the process's memory beyond what it held before the model
-was built. The last one also has the libraries' scratch space and the allocator's unused blocks in it.
+Each case runs in a separate process and gives the peak that `plan_step` predicts without weights, the peak of the bytes
+of live tensors in the real step, and on the CPU the peak of the process's memory minus that before the model was built.
+The last one includes the libraries' scratch space and the allocator's unused blocks.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def _resident() -> float:
 
 
 def main() -> None:
-    """Measure and show."""
+    """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_arguments(parser, steps=4, batch=1)
     parser.add_argument("--case", help="one case, as JSON: folder, mode and options; prints its MiB")

@@ -32,7 +32,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def logged(folder: Path) -> dict[str, Any]:
-    """Return the logged scalars and images by name and step; different values of repeated steps are all kept."""
+    """Return the logged scalars and images by name and step; different values of repeated steps are all returned."""
     values: dict[str, set[Any]] = {}
     for file in sorted(folder.glob(f"{_EVENTS}*")):
         for event in EventFileLoader(str(file)).Load():

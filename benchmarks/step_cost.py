@@ -99,7 +99,7 @@ class Clock(Callback):
         self._backward = True
 
     def on_after_backward(self, *_: Any) -> None:
-        """No longer."""
+        """Stop counting further calls as recomputed."""
         self._backward = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -22,7 +22,7 @@ class PromptLoader:
     """Endless batches of shuffled prompts, in an order that depends only on the seed and the position.
 
     The position is saved in checkpoints, so that a resumed run uses the same prompts as an uninterrupted one. Each
-    process of a distributed run takes its own slice of every global batch. The cost of a batch does not depend on the
+    process of a distributed run uses its slice of every global batch. The cost of a batch does not depend on the
     number of prompts, because the permutation of an epoch is computed once.
 
     Args:
@@ -104,7 +104,7 @@ class PromptLoader:
 
 
 class FixedPrompts:
-    """Each prompt once, in order, in batches; each process takes every `world_size`-th prompt.
+    """Each prompt once, in order, in batches; each process uses every `world_size`-th prompt.
 
     Args:
         prompts: All prompts.
@@ -226,7 +226,7 @@ class PromptDataModule(L.LightningDataModule):
 
 
 def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str], Sequence[str]]:
-    """Split prompts into training and held-out prompts; both keep their order.
+    """Split prompts into training and held-out prompts; the order does not change.
 
     Copies of held-out prompts are excluded from the training prompts, with a warning.
 

@@ -34,12 +34,12 @@ _FSDP2 = (
 
 
 def uses_fsdp(trainer: L.Trainer | None) -> bool:
-    """Return whether each process holds only a shard of the parameters."""
+    """Return whether each process stores only a shard of the parameters."""
     return trainer is not None and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def uses_deepspeed(trainer: L.Trainer | None) -> bool:
-    """Return whether DeepSpeed's optimizer holds the gradients, sharded over the processes."""
+    """Return whether DeepSpeed's optimizer stores the gradients, sharded over the processes."""
     return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
@@ -174,7 +174,7 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
         )
     if strategy._save_distributed_checkpoint:
         raise ConfigurationError(
-            "ModelParallelStrategy would look for frozen parameters in checkpoints, which contain only trained ones; "
+            "ModelParallelStrategy would search checkpoints for frozen parameters, which contain only trained ones; "
             "write save_distributed_checkpoint: false"
         )
 

@@ -100,7 +100,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_stream(write: Callable[[IO[bytes]], Any], path: str | os.PathLike[str]) -> None:
-    """Write a file atomically with a function that takes an open binary file, such as `torch.save`.
+    """Write a file atomically with a function that receives an open binary file, such as `torch.save`.
 
     Args:
         write: Called with the open file.

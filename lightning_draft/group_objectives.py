@@ -96,7 +96,7 @@ class DGPO(ForwardObjective):
         self.needs_old = reference == "old" or clip is not None
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Return the mean over prompts."""
+        """Return the loss, averaged over prompts."""
         error, clipped = batch.error(batch.estimate), self.clipped(batch)
         if clipped is not None:
             error = torch.where(clipped, error.detach(), error)
@@ -121,7 +121,7 @@ class CRD(ForwardObjective):
     PRDP with the negative denoising error as the log-probability.
 
     Args:
-        beta: Units of the advantage per unit of the denoising error, positive.
+        beta: Factor from denoising errors to units of the advantage, positive.
         reference: Reference of the implicit reward: the `old` policy or the `base` model.
 
     Raises:

@@ -157,7 +157,7 @@ class PPO(Objective):
         return torch.maximum(-advantages * ratio, clipped).mean()
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
-        """Return where `|rho - 1| > clip`."""
+        """Return for which samples `|rho - 1| > clip`, bool `(S, B)`."""
         return ((batch.log_probs - batch.old_log_probs).expm1().abs() > self.clip).detach()
 
 
@@ -196,7 +196,7 @@ class PRDP(Objective):
 
     `L = mean_{(i,j)} max((rhat_i - rhat_j - (A_i - A_j) / beta)^2, (rclip_i - rclip_j - (A_i - A_j) / beta)^2)`,
 
-    where `rclip` is `rhat` with the log-ratio of every step clipped to `clip` around its old value. With
+    with `rclip` equal to `rhat` with the log-ratio of every step clipped to `clip` around its old value. With
     `GroupRelative` advantages `A_i - A_j = r_i - r_j`, as in the paper. The loss couples all steps, so it is computed
     in two passes. The first computes its gradient with respect to the log-probabilities, without a network graph; the
     second back-propagates this gradient minibatch by minibatch, so that memory does not grow with the number of steps.
@@ -232,7 +232,7 @@ class PRDP(Objective):
         return torch.maximum(plain, clipped).mean()
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
-        """Return where the log-ratio of a step moved by more than `clip`."""
+        """Return for which samples the log-ratio of a step changed by more than `clip`."""
         return ((batch.log_probs - batch.old_log_probs).abs() > self.clip).detach()
 
     def _pair_losses(self, implicit: Tensor, batch: PolicyBatch) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_draft.distributed import trainable_parameters, uses_deepspeed, us
 def gradient(parameter: nn.Parameter) -> Tensor | None:
     """Return this process's shard of a gradient.
 
-    Under DeepSpeed, whose optimizer holds the gradients, this is the full gradient, and all processes must call
+    Under DeepSpeed, whose optimizer stores the gradients, this is the full gradient, and all processes must call
     together.
     """
     if not _in_deepspeed(parameter):
@@ -59,7 +59,7 @@ def multiply_gradient(parameter: nn.Parameter, factor: float) -> None:
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Remove gradients, so that the optimizer changes neither parameters nor its state.
 
-    DeepSpeed's optimizer always takes a step; its gradient is set to 0.
+    DeepSpeed's optimizer cannot skip a step; the gradient is set to 0 instead.
     """
     for parameter in parameters:
         if parameter.grad is None:

@@ -42,7 +42,7 @@ class Columns(Mapping[str, Any]):
 
 
 class Prompt(str):
-    """A prompt: a string that may carry metadata for rewards, such as a class, a count or a target.
+    """A prompt: a string that may have metadata for rewards, such as a class, a count or a target.
 
     Args:
         text (str): The prompt.

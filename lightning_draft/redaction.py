@@ -21,7 +21,7 @@ def redact(value: Any, name: str = "") -> Any:
 
     Args:
         value: Anything; only texts are changed.
-        name: The option that holds it.
+        name: The option with the value.
     """
     if isinstance(value, Mapping):
         return {key: redact(item, str(key)) for key, item in value.items()}

@@ -1,6 +1,6 @@
 """Samplers: one denoising step, as a Gaussian `Transition`, and the time grid.
 
-A sampler holds hyper-parameters only. It takes `x_t` and the network's estimate of `x_0`, and never calls the network:
+A sampler has hyper-parameters only. It receives `x_t` and the network's estimate of `x_0`, and never calls the network:
 the loop over steps is in `lightning_draft.chain`.
 """
 
@@ -229,7 +229,7 @@ class FlowSDE(FlowEuler):
         x_s = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) (s - t) + sigma_t sqrt(t - s) z
         sigma_t = noise_level sqrt(t / (1 - t)),  z ~ N(0, I)
 
-    The last step, to 0, is an Euler step. At `t` = 1, where `sigma_t` is infinite, `1 - t` in `sigma_t` is replaced by
+    The last step, to 0, is an Euler step. At `t` = 1, `sigma_t` is infinite; `1 - t` in `sigma_t` is then replaced by
     `1 - s`, as in the authors' code.
 
     Args:

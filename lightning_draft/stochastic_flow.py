@@ -1,4 +1,4 @@
-"""Other stochastic samplers of rectified flows, as policy-gradient methods use them."""
+"""Further stochastic samplers of rectified flows, for policy gradients."""
 
 import math
 from typing import Any
@@ -40,9 +40,10 @@ class FlowCPS(FlowEuler):
         x_s = (1 - s) x_0 + sqrt(s^2 - std^2) eps + std z,  eps = (x_t - (1 - t) x_0) / t
         std = s sin(noise_level pi / 2),  z ~ N(0, I)
 
-    The sum of the squared coefficients of noise is `s^2`, as the schedule has it, so that samples show no left-over
-    noise. The marginals are not kept: on Gaussian data of standard deviation 0.300 and with `noise_level` 0.7, samples
-    have 0.209, 0.241 and 0.251 after 10, 40 and 160 steps (`FlowSDE`: 0.281, 0.296, 0.299).
+    The sum of the squared coefficients of noise is `s^2`, as in the schedule, so that samples contain no remaining
+    noise. The marginals are not those of the flow: on Gaussian data of standard deviation 0.300 and with
+    `noise_level` 0.7, samples have the standard deviations 0.209, 0.241 and 0.251 after 10, 40 and 160 steps
+    (`FlowSDE`: 0.281, 0.296, 0.299).
 
     Args:
         num_steps: Number of network evaluations.
@@ -62,7 +63,7 @@ class FlowCPS(FlowEuler):
     def step(
         self, schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float, solver_state: Any = None
     ) -> tuple[Transition, Any]:
-        """Return the Gaussian of one step; that to 0 adds no noise."""
+        """Return the Gaussian of one step; the last step, to 0, adds no noise."""
         std = s * math.sin(self.noise_level * math.pi / 2)
         eps = (x - (1 - t) * x0) / t
         return Transition((1 - s) * x0 + math.sqrt(max(0.0, s**2 - std**2)) * eps, std), None

@@ -92,7 +92,7 @@ class LeapAlign(Truncation):
 
 
 class DirectAlign(Truncation):
-    """Renoise the sample with its own starting noise, take one step with gradient, and remove the noise.
+    """Renoise the sample with the starting noise of its chain, take one step with gradient, and remove the noise.
 
         x_t = alpha_t sg(x_T) + sigma_t e,   x_s = A_t x_t + B_t f(x_t),   returned latent = (x_s - sigma_s e) / alpha_s
 

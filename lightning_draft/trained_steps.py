@@ -17,7 +17,7 @@ _DRAWS = 16
 
 
 class _OffsetPerTime(DiffusionModel):
-    """`x_0 = x / 2 + offset_t`, where the offset of each time `t` is 0."""
+    """`x_0 = x / 2 + offset_t`, with an offset of 0 at each time `t`."""
 
     prediction: Prediction = "sample"
 

@@ -41,7 +41,7 @@ def pipeline(folder: Path, source: Path) -> StableDiffusionPipeline:
 
     Args:
         folder: The folder of the trainings.
-        source: The 32x32 pipeline that the trainings started from, whose tokenizer is kept.
+        source: The 32x32 pipeline from which the trainings started, whose tokenizer is used.
     """
     words = CLIPTokenizer.from_pretrained(source / "tokenizer")
     state = weights(folder / "unet" / "last.ckpt", "average.module.")

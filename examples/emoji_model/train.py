@@ -100,8 +100,8 @@ class Denoiser(Part):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """`batch` is latents `(B, 4, 16, 16)` and token ids `(B, 16)`."""
         latents, tokens = batch
-        # One time from each of B equal strata, for less variance; then moved towards noise, where the caption has the
-        # most effect.
+        # One time from each of B equal strata, for less variance; then moved towards noise, because the caption
+        # has the most effect there.
         u = (torch.rand(len(latents)) + torch.arange(len(latents))) / len(latents)
         t = (1000 * (1 - (1 - u) ** 1.5)).long().clamp_max(999)
         noise = torch.randn_like(latents)

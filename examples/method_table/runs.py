@@ -16,7 +16,7 @@ ROWS = ("evaluations", "curve")
 class RunFile:
     """Read and extend a file of runs: one JSON object a line, in sorted order.
 
-    Several processes may add runs to the same file. Numbers in rows are kept to nine significant digits, which is
+    Several processes may add runs to the same file. Numbers in rows are stored with nine significant digits, which is
     exact in single precision.
 
     Args:

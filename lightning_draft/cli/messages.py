@@ -45,7 +45,8 @@ def as_configuration_error() -> Iterator[None]:
 
     These are Lightning's `MisconfigurationException`; a `ValueError` or `ImportError` raised by the Trainer, a callback
     or logger of Lightning, an optimizer or this package; a `TypeError` of those libraries; and a `RuntimeError` of a
-    callback of Lightning. Other exceptions, such as those of the user's code, are not changed and keep their traceback.
+    callback of Lightning. Other exceptions, such as those of the user's code, are not changed and are shown
+    with their traceback.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

@@ -98,7 +98,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         options: Values by full name, such as `trainer.max_steps`.
 
     Raises:
-        ConfigurationError: A value is not valid; the message says what to write.
+        ConfigurationError: A value is not valid; the message gives a valid value.
     """
     for check in CHECKS:
         value = options.get(check.name)

@@ -44,7 +44,7 @@ def process_arguments(args: list[str]) -> Iterator[None]:
 def full_option_names(args: Sequence[str]) -> Iterator[None]:
     """Within this context, the help of a nested class, such as `--model.model.help`, shows full option names.
 
-    The parser prints them as options of the class that holds them: `--model.pretrained` for `--model.model.pretrained`.
+    The parser prints options of the class that contains them: `--model.pretrained` for `--model.model.pretrained`.
     """
     nested = next((arg.partition("=")[0] for arg in args if re.match(r"--\w+(\.\w+)+\.help(=|$)", arg)), None)
     if nested is None:

@@ -75,7 +75,7 @@ def place_loggers(loggers: Any, folder: Path, root: Path) -> None:
 
 
 def _place_mlflow(arguments: Any, folder: Path) -> None:
-    """Let MLflow keep a database and its files in the run's folder, unless a server or another store is given."""
+    """Store MLflow's database and files in the run's folder, unless a server or another store is given."""
     arguments["save_dir"] = str(folder / "mlruns")
     if not arguments["tracking_uri"]:
         arguments["tracking_uri"] = f"sqlite:///{folder}/mlflow.db"

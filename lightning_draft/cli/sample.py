@@ -120,7 +120,7 @@ def _write(found: ScaleSweep, options: argparse.Namespace) -> None:
 
 
 def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """Return the LoRA file and the config: the given ones, or those of the run's folder that holds the file."""
+    """Return the LoRA file and the config: the given ones, or those of the run's folder that contains the file."""
     file = None if options.lora is None else Path(options.lora).expanduser()
     config = None if options.config is None else shipped.locate(options.config)
     if file is not None and file.is_dir():

@@ -1,6 +1,6 @@
 """Checks before the first training step, which stop a run that cannot improve the reward.
 
-Each check takes strategies, tensors or parameters and raises `ConfigurationError`; the message says what to change.
+Each check receives strategies, tensors or parameters and raises `ConfigurationError`; the message gives the change.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -193,7 +193,7 @@ def check_group_size(samples_per_prompt: int, users: Iterable[RolloutObjective |
 
 
 def check_whole_groups(objective: ForwardObjective, micro_batch_size: int | None, samples_per_prompt: int) -> None:
-    """Raise if a minibatch would hold part of the samples of a prompt, and the objective compares them."""
+    """Raise if a minibatch would contain only a part of the samples of a prompt, and the objective compares them."""
     if objective.couples_group and micro_batch_size is not None and micro_batch_size % samples_per_prompt:
         raise ConfigurationError(
             f"{type(objective).__name__} compares the samples of a prompt, and micro_batch_size={micro_batch_size} "

@@ -22,7 +22,7 @@ class Rollout:
         step: Number of optimizer steps before it was collected.
         prompts: One per sample; samples of one prompt are next to each other.
         latents: From noise to sample, `(T + 1, N, ...)`; only the samples, `(1, N, ...)`, if training needs no others.
-        log_probs: Log-probabilities of the stochastic steps under the model that sampled them, `(S, N)`; `S` is 0 where
+        log_probs: Log-probabilities of the stochastic steps under the model that sampled them, `(S, N)`; `S` is 0 if
             they are not used.
         rewards: `(N,)`.
         advantages: `(N,)`.
@@ -130,7 +130,7 @@ class RolloutBuffer:
             self.number, self.index = self.number + 1, 0
 
     def drop_rollout(self) -> None:
-        """Drop the rollout and the averages of its step; the rollout is collected again and the position is kept."""
+        """Drop the rollout and the averages of its step; it is collected again, and the position does not change."""
         self.rollout = self._gradients = None
         self._sums_step = -1
 

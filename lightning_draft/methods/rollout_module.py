@@ -107,7 +107,7 @@ class RolloutModule(RewardModule, ABC):
         Args:
             prompts: `N` prompts.
             seeds: `N` seeds, one for all noise of a sample.
-            start_seeds: Seeds of the starting noise, where they are others.
+            start_seeds: Seeds of the starting noise, if they differ.
 
         Returns:
             Latents `(L, N, ...)`, the last of which are the samples, and log-probabilities `(S, N)`.

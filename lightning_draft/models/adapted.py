@@ -128,7 +128,7 @@ class AdaptedModel(PromptEmbedding):
         """
         if self._original is not None:
             raise ConfigurationError(
-                f"load_lora needs adapters, and this model trains its own weights (trainable={self.trainable!r}); "
+                f"load_lora needs adapters, and this model trains its weights (trainable={self.trainable!r}); "
                 "build it with trainable='lora'"
             )
         file = self.read_lora(path)
@@ -174,7 +174,7 @@ class AdaptedModel(PromptEmbedding):
         if rank < file.rank:
             file, error = lora_edit.resize(file, rank)
             warnings.warn(
-                f"lora.init: rank {rank} keeps the update of {path} with a relative error of {error:.2%}", stacklevel=5
+                f"lora.init: at rank {rank} the update of {path} has a relative error of {error:.2%}", stacklevel=5
             )
         self._attach(LoRA(rank, lora.alpha, file.layers, lora.seed))
         self._copy(file)

@@ -36,7 +36,7 @@ def decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
     """Decode latents `z` to images `vae(z) / 2 + 1/2`.
 
     Args:
-        vae: The autoencoder; `None` where latents are images in [-1, 1].
+        vae: The autoencoder; `None` if latents are images in [-1, 1].
         latents: `(B, C, h, w)`, scaled for the autoencoder.
         memory: Options for chunks and recomputation.
 

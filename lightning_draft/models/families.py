@@ -39,7 +39,7 @@ FAMILIES: dict[str, Entry] = {
     "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",)),
     "PixelDiffusion": Entry("lightning_draft.models.pixels", ("DDPMPipeline", "DDIMPipeline")),
 }
-"""Entries by class name. A package with its own family can add an entry when it is imported."""
+"""Entries by class name. Another package can add an entry when it is imported."""
 
 
 def class_for_pipeline(pipeline: str) -> str | None:

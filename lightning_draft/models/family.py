@@ -21,7 +21,7 @@ class Family:
         denoiser: Name of the denoiser among the pipeline's components.
         text_encoders: Names of the text encoders.
         guidance_scale: Default (published) scale of classifier-free guidance.
-        embedded_guidance: Default guidance scale of denoisers that take it as an input.
+        embedded_guidance: Default guidance scale of denoisers that have it as an input.
         latents: How its latents relate to images.
         vae: Name of the autoencoder; `None` for families that sample pixels.
         text_length: Number of tokens that the last text encoder reads by default; `None` for that of its tokenizer.

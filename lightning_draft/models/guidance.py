@@ -29,7 +29,7 @@ class Guidance:
             as 7.5 for Stable Diffusion 1.x.
         negative_prompt: The prompt of `e_u`.
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
-        embedded: Guidance scale that a network distilled over guidance scales takes as an input, such as FLUX.1 dev. By
+        embedded: Guidance scale that a network distilled over guidance scales has as an input, such as FLUX.1 dev. By
             default the published value; without effect on other networks.
     """
 
@@ -51,7 +51,7 @@ class Guidance:
         return self.scale != 1
 
     def or_default(self, scale: float, embedded: float | None = None) -> "Guidance":
-        """Return a copy with these scales where none were given.
+        """Return a copy with these scales if none were given.
 
         Raises:
             ConfigurationError: An embedded scale is given, and the family has none.

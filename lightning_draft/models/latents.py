@@ -21,9 +21,9 @@ class Latents:
     """How a family's latents relate to its images, its denoiser and its autoencoder.
 
     Args:
-        patch: Side of the squares of latent cells that are one token of the denoiser; by default as its config says.
-        packed: Whether the denoiser takes tokens, with `patch^2` times the channels of a latent.
-        default_size: Height and width of images in pixels, where the denoiser's config does not say it.
+        patch: Side of the squares of latent cells that are one token of the denoiser; by default that of its config.
+        packed: Whether the denoiser's input is tokens, with `patch^2` times the channels of a latent.
+        default_size: Height and width of images in pixels, if the denoiser's config does not give it.
         cells: How many of the autoencoder's latent cells are one cell of the denoiser's latents, along each side.
         unscale: Latents as the autoencoder decodes them, given the autoencoder and those of the denoiser.
     """

@@ -231,7 +231,7 @@ def _update(state: Mapping[str, Any], layer: str, settings: Mapping[str, Any], f
 
 
 def _check_factors(a: Any, b: Any, layer: str, file: Path) -> None:
-    """Check that two factors are of one rank and hold floating-point numbers.
+    """Check that two factors have the same rank and floating-point values.
 
     Raises:
         ConfigurationError: They do not.

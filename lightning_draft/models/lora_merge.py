@@ -25,9 +25,9 @@ def merge(
     """Write the pipeline with `W + scale dW` in place of its weights, as a folder that `from_pretrained` opens.
 
     Args:
-        model: Gives the pipeline; it is loaded again in float32 and the model is not changed.
+        model: The model, whose pipeline is loaded again in float32; it is not changed.
         file: From `model.read_lora`.
-        folder: Created; a folder with a pipeline is replaced once the new one is complete.
+        folder: The folder to write; an existing pipeline is replaced when the new one is complete.
         scale: Strength of the LoRA.
         metadata: Text for `training.json`.
 

@@ -13,7 +13,7 @@ from lightning_draft.models.lora_update import Update
 
 
 class TextUpdates:
-    """Updates of text encoders; their weights become `W + scale dW`, with `W` kept on the CPU.
+    """Updates of text encoders; their weights become `W + scale dW`, with `W` stored on the CPU.
 
     Args:
         encoders: The text encoders by their names in the pipeline.

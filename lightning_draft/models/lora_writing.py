@@ -29,7 +29,7 @@ def adapters_of(network: Any, values: Mapping[str, Tensor] | None = None) -> dic
 
     Args:
         network: Network with adapters.
-        values: The adapters by their names in the network, if the network holds only a shard of them.
+        values: The adapters by their names in the network, if the network contains only a shard of them.
     """
     config = network.peft_config[ADAPTER]
     if values is None:

@@ -42,11 +42,11 @@ class PromptEmbedding(DiffusionModel):
 
     @property
     def text_scale(self) -> float:
-        """The scale of an update of the text encoders' weights; embeddings are kept for each."""
+        """The scale of an update of the text encoders' weights; embeddings are cached for each."""
         return 1.0
 
     def clear_embeddings(self) -> None:
-        """Forget the kept embeddings, after the text encoders have changed."""
+        """Delete the cached embeddings, after the text encoders have changed."""
         self._cache = TextCache()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:

@@ -22,7 +22,7 @@ class PythonFunction(Reward):
     """Score with a Python function `function(images, prompts)`. Black box: for policy gradients or evaluation.
 
     The function returns one number per image as a list, an array or a tensor; higher is better, any range is valid.
-    Prompts are strings; `prompt.metadata` holds the other columns of the data, if there are any.
+    Prompts are strings; `prompt.metadata` contains the other columns of the data, if there are any.
 
     Args:
         function: A callable, or its import path `module.function`; modules in the current folder are found too.
@@ -46,7 +46,7 @@ class PythonFunction(Reward):
         self.images = one_of("images", images, get_args(ImageFormat))
         self.function = _import_function(function) if isinstance(function, str) else function
         if not callable(self.function):
-            raise ConfigurationError(f"{function!r} is not a function; give one that takes images and prompts")
+            raise ConfigurationError(f"{function!r} is not a function; give one that accepts images and prompts")
         self.time_limit = None if time_limit is None else positive("time_limit", time_limit)
 
     @torch.no_grad()

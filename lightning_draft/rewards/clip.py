@@ -59,7 +59,7 @@ class CLIPClassification(Reward):
         captions: The other captions: a list, or any source that `PromptDataModule` reads (a file, the name of a shipped
             list).
         dtype: Precision of the frozen weights.
-        column: Metadata of the prompt that holds the correct caption; by default the prompt itself.
+        column: Metadata of the prompt with the correct caption; by default the prompt itself.
 
     Raises:
         ConfigurationError: There are no captions, or the CLIP cannot be read.
@@ -82,7 +82,7 @@ class CLIPClassification(Reward):
         return own - torch.cat([own.unsqueeze(1), others], 1).logsumexp(1)
 
     def logits(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return scaled cosines with prompts `(B,)` and captions `(B, N)`, -inf where a caption equals the prompt."""
+        """Return scaled cosines with prompts `(B,)` and captions `(B, N)`, -inf for captions equal to the prompt."""
         if self.column is not None:
             prompts = target_values(prompts, self.column, None, type(self).__name__)
         with full_precision(images):
@@ -104,7 +104,7 @@ class CaptionRetrieval(CLIPClassification):
         captions: The other captions: a list, or any source that `PromptDataModule` reads (a file, the name of a shipped
             list).
         dtype: Precision of the frozen weights.
-        column: Metadata of the prompt that holds the correct caption; by default the prompt itself.
+        column: Metadata of the prompt with the correct caption; by default the prompt itself.
     """
 
     differentiable = False

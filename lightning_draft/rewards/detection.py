@@ -1,6 +1,6 @@
 """Rewards from object detectors: an object is present, is absent, or occurs a given number of times.
 
-Each of a detector's Q boxes holds the object with probability `p = sigmoid(l)`. The differentiable rewards use the
+Each of a detector's Q boxes contains the object with probability `p = sigmoid(l)`. The differentiable rewards use the
 logits `l`, because post-processing drops boxes below a threshold together with their gradient. `DetectedCount` counts
 the boxes after post-processing.
 """
@@ -23,7 +23,7 @@ QUERY = "a photo of a {}"
 
 
 class ObjectPresent(Reward):
-    """Log-probability that at least one box holds the object, `log(1 - prod(1 - sigmoid(l)))`, at most 0.
+    """Log-probability that at least one box contains the object, `log(1 - prod(1 - sigmoid(l)))`, at most 0.
 
     RT-DETR and related models, and Deformable DETR with box refinement, detach their box proposals inside the network,
     so that a part of the gradient is missing; for other detectors it is complete.
@@ -31,7 +31,7 @@ class ObjectPresent(Reward):
     Args:
         pretrained: Folder or hub id of an OWL-ViT or OWLv2, which take text queries, or of a detector of the DETR
             family (YOLOS, RT-DETR, DETR, ...), which has fixed labels.
-        object: What to look for; by default each prompt's metadata `object`.
+        object: The object to detect; by default each prompt's metadata `object`.
         query: Text query of OWL-ViT and OWLv2; `{}` is the object.
         dtype: Precision of the frozen weights.
 
@@ -62,7 +62,7 @@ class ObjectPresent(Reward):
 
 
 class ObjectAbsent(ObjectPresent):
-    """Log-probability that no box holds the object, `-sum softplus(l)`, at most 0.
+    """Log-probability that no box contains the object, `-sum softplus(l)`, at most 0.
 
     Args:
         pretrained: Folder or hub id of an OWL-ViT, OWLv2 or detector of the DETR family.
@@ -125,7 +125,7 @@ class ObjectCount(ObjectPresent):
 
 
 class DetectedCount(Reward):
-    """Number of boxes that the detector's post-processing keeps. Black box.
+    """Number of boxes that remain after the detector's post-processing. Black box.
 
     Images are rounded to 256 levels first, as in a saved image.
 

@@ -37,7 +37,7 @@ class Detector(nn.Module, ABC):
         self.pixels = PixelValues(processor.to_dict())
 
     def forward(self, images: Tensor, objects: Sequence[Any]) -> Tensor:
-        """Compute the log-odds `(B, Q)` that each of Q boxes holds the object of its image.
+        """Compute the log-odds `(B, Q)` that each of Q boxes contains the object of its image.
 
         Args:
             images: `(B, 3, H, W)` in [0, 1].
@@ -59,7 +59,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def count(self, images: Tensor, objects: Sequence[Any], threshold: float) -> Tensor:
-        """Count the boxes of each image's object that transformers' post-processing keeps, `(B,)`."""
+        """Count the boxes of each image's object that remain after transformers' post-processing, `(B,)`."""
 
 
 class TextDetector(Detector):

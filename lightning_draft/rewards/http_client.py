@@ -66,7 +66,7 @@ def redact(url: str) -> str:
 
 
 def check_token(variable: str) -> str:
-    """Return the name of an environment variable that holds a token.
+    """Return the name of an environment variable that contains a token.
 
     Raises:
         ConfigurationError: It is not set, empty, or cannot be sent in a header.
@@ -119,7 +119,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def retry_after(error: Exception) -> float:
-    """Return the seconds that the service asks to wait, 0 if it does not."""
+    """Return the seconds that the service requests to wait, 0 if it does not."""
     headers = error.headers if isinstance(error, urllib.error.HTTPError) else None
     seconds = "" if headers is None else str(headers.get("Retry-After", ""))
     return float(seconds) if seconds.isdecimal() else 0.0

@@ -56,9 +56,9 @@ class ImageReward(Reward):
     Good images score 0.5 to 2, bad ones -1 to -2.3. The prompt is cut to 35 tokens.
 
     Args:
-        weights: `ImageReward.pt`, or the folder that holds it; by default from the hub (THUDM/ImageReward, 1.79 GB).
-        config: `med_config.json`, or the folder that holds it; by default beside the weights, else from the hub.
-        tokenizer: `vocab.txt` of BERT's uncased tokenizer, or the folder that holds it; by default from the hub.
+        weights: `ImageReward.pt`, or the folder that contains it; by default from the hub (THUDM/ImageReward, 1.79 GB).
+        config: `med_config.json`, or the folder that contains it; by default beside the weights, else from the hub.
+        tokenizer: `vocab.txt` of BERT's uncased tokenizer, or the folder that contains it; by default from the hub.
         dtype: Precision of the frozen weights.
 
     Raises:

@@ -61,7 +61,7 @@ def check_prompts(prompts: Any, count: int) -> list[str]:
 def check_scores(scores: Any, batch_size: int, reward: nn.Module) -> Tensor:
     """Return scores as a float tensor `(batch_size,)`.
 
-    Integers, booleans and half precision are converted to float32; float64 is kept.
+    Integers, booleans and half precision are converted to float32; float64 is not changed.
 
     Raises:
         ConfigurationError: They are not a tensor, or have another shape or type; the message names the reward.

@@ -27,7 +27,7 @@ class ImageQuality(Reward):
 
     Args:
         pretrained: Folder with `config.json` and `model.safetensors`, or the shipped names `emoji64-judge` (trained on)
-            and `emoji64-judge-eval` (kept for evaluation).
+            and `emoji64-judge-eval` (for evaluation).
         bounded: False returns the logit `f(x)` instead.
 
     Raises:

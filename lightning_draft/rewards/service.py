@@ -6,8 +6,8 @@ A request is `POST` with `Content-Type: application/json`:
      "prompts": ["a cat", ...],
      "metadata": [{"count": 2}, ...]}
 
-The three lists have the same length, at most `batch_size`. `metadata` holds the columns of the prompt's row, or `{}` if
-there are none. The answer is status 200 and `{"scores": [0.7, ...]}`, one finite number per image, in order.
+The three lists have the same length, at most `batch_size`. `metadata` contains the columns of the prompt's row, or `{}`
+if there are none. The answer is status 200 and `{"scores": [0.7, ...]}`, one finite number per image, in order.
 `examples/judge_server.py` is an example service.
 """
 

@@ -45,7 +45,7 @@ def find_file(published: PublishedFile, local: str | None = None, argument: str 
 
     Args:
         published: The published file.
-        local: A file, or the folder that holds it.
+        local: A file, or the folder that contains it.
         argument: The user's name for `local`, for messages.
 
     Raises:
@@ -58,7 +58,7 @@ def find_file(published: PublishedFile, local: str | None = None, argument: str 
 
 
 def read_tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, or from a pickle that holds only tensors and plain containers.
+    """Read a state dict from safetensors, or from a pickle that contains only tensors and plain containers.
 
     Args:
         path: A `.safetensors` file; any other is read by `torch.load` with `weights_only`.

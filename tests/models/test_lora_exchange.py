@@ -243,7 +243,7 @@ def test_a_lower_rank_keeps_the_closest_update_and_states_the_error(tiny_sd: Pat
     values = [torch.linalg.svdvals(update.dense().double().flatten(1)) for update in whole.denoiser.values()]
     lost = sum(float(each[2:].square().sum()) for each in values)
     total = sum(float(each.square().sum()) for each in values)
-    with pytest.warns(UserWarning, match=rf"rank 2 keeps the update .* relative error of {(lost / total) ** 0.5:.2%}"):
+    with pytest.warns(UserWarning, match=rf"at rank 2 the update .* relative error of {(lost / total) ** 0.5:.2%}"):
         model = opened(tiny_sd, StableDiffusion, LoRA(2, init=str(file)))
     model.save_lora(tmp_path / "small.safetensors")
     small = model.read_lora(tmp_path / "small.safetensors")

@@ -64,7 +64,7 @@ def _fault(path: Path) -> str | None:
             if not any(name.endswith("/data.pkl") for name in names):
                 return "is not a checkpoint: it is another kind of zip file"
     except zipfile.BadZipFile:
-        return "is not a complete checkpoint"
+        return "is not a checkpoint or is incomplete"
     return None if _has_training_state(path) else "is not a checkpoint of a training run: it contains no training step"
 
 

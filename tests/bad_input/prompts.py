@@ -54,7 +54,7 @@ CASES: list[Case] = [
     _file("CSV, semicolons", "p.csv", b"prompt;n\na cat;1\n", "separates columns by semicolons"),
     _file("CSV, one name twice", "p.csv", b"prompt,n,n\na,1,2\n", "two columns named 'n'"),
     _file("Parquet, damaged", "p.parquet", b"PAR1 nothing", "is not a Parquet file"),
-    _file("another suffix", "p.docx", b"a cat", "a suffix that is not supported; prompt files end in .txt"),
+    _file("another suffix", "p.docx", b"a cat", "a suffix that is not supported; give a prompt file that ends in .txt"),
     _file("compressed", "p.txt.gz", b"a cat", "a suffix that is not supported"),
     _file(
         "UTF-8, cut within a letter",

@@ -66,7 +66,7 @@ CASES: list[Case] = [
     _checkpoint(
         "text.ckpt", "text.ckpt is not a checkpoint", "runs/NAME/checkpoints/last.ckpt", content="not a checkpoint"
     ),
-    _checkpoint("cut.ckpt", "cut.ckpt is not a complete checkpoint", content=_cut),
+    _checkpoint("cut.ckpt", "cut.ckpt is not a checkpoint or is incomplete", content=_cut),
     _checkpoint(
         "foreign.ckpt", "foreign.ckpt is not a checkpoint: it is another kind of zip file", content=_foreign_zip
     ),

@@ -296,7 +296,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"matching": AdjointMatching(), "sampler": DDIM(3)}, "AdjointMatching trains steps that add noise"),
+        ({"matching": AdjointMatching(), "sampler": DDIM(3)}, "AdjointMatching trains only steps that add noise"),
         ({"matching": NablaGFlowNet(), "trained_steps": 4}, "trained_steps=4 exceeds the 3 steps that NablaGFlowNet"),
         ({"matching": VGGFlow(), "reward": BlackBox()}, "BlackBox is not differentiable"),
     ],

@@ -17,6 +17,7 @@ from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, Stab
 from lightning_draft.plan import StepPlan, Tracker, plan_step
 from lightning_draft.rewards.clip import CLIPScore
 from lightning_draft.rewards.color import ColorTarget
+from lightning_draft.rewards.service import HTTPReward
 from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.truncation import Full, LastK, RandomK, RandomSteps, Truncation
 from lightning_draft.weightless import without_weights
@@ -83,6 +84,19 @@ def test_a_step_takes_the_whole_batch_and_all_accumulated_batches(tiny_sd: Path)
 def test_plan_of_a_random_truncation_is_that_of_its_costliest_choice(tiny_sd: Path, random: Truncation) -> None:
     plans = [plan_step(draft(tiny_sd, truncation=each), PROMPTS[:1], {}) for each in (random, Full())]
     assert plans[0] == plans[1]
+
+
+def test_a_reward_that_reads_pixel_values_is_rejected(tiny_sd: Path) -> None:
+    def build() -> PolicyGradientModule:
+        return PolicyGradientModule(
+            StableDiffusion(str(tiny_sd)),
+            HTTPReward("http://127.0.0.1:9/score"),
+            DDIM(2, eta=1.0),
+            samples_per_prompt=2,
+        )
+
+    with pytest.raises(ConfigurationError, match="reward HTTPReward reads pixel values, which a plan does not have"):
+        planned(build, weights=False)
 
 
 def test_plan_counts_rollouts_minibatches_and_full_fine_tuning(tiny_sd: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.plan.tracker import OTHER, Tracker
@@ -92,6 +93,9 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
         module: The method with its model and reward.
         prompts: One batch.
         trainer_options: `precision`, `accumulate_grad_batches` and `gradient_clip_val` of the Trainer.
+
+    Raises:
+        ConfigurationError: The reward reads pixel values, as JPEG encoders and services do.
     """
     parts = model_parts(module)
     weights = _weights(module, parts)
@@ -112,7 +116,7 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
         **trainer_options,
     )
     batches = module.training_steps_per_batch(len(prompts)) * trainer.accumulate_grad_batches
-    with tracker, _no_garbage_collection():
+    with tracker, _no_garbage_collection(), _values_are_missing(module):
         # Lightning would take a list of lists as one loader for each list.
         trainer.fit(module, DataLoader([prompts] * batches, batch_size=None))  # type: ignore[arg-type]
     state = sum(map(_nbytes, (each.state for each in trainer.optimizers)))
@@ -120,6 +124,19 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
     if tracker.peak > live + state:  # in the optimizer's step
         live, by_part = tracker.peak - state, tracker.at_peak
     return StepPlan(weights, state, live, {**by_part}, {**tracker.flops}, {**tracker.calls})
+
+
+@contextmanager
+def _values_are_missing(module: RewardModule) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "numpy() is not supported for tensor subclasses" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"the reward {type(module.reward).__name__} reads pixel values, which a plan does not have; plan with "
+            "another reward, such as --model.reward Brightness"
+        ) from error
 
 
 def model_parts(module: RewardModule) -> dict[str, nn.Module]:

@@ -122,8 +122,8 @@ __all__ = [
     "VGGFlow",
     "WeightedReward",
     "WeightedSum",
-    *FAMILIES,
 ]
+__all__ += list(FAMILIES)
 
 
 def __getattr__(name: str) -> Any:

@@ -233,3 +233,11 @@ def test_what_is_no_size_is_rejected_with_an_example(text: str) -> None:
 
 def test_sizes_are_printed_with_their_unit() -> None:
     assert (size(3 * 2**19), size(3 * 2**30)) == ("1.5 MiB", "3.00 GiB")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "fast"])
+def test_flops_that_are_not_a_positive_number_are_rejected_before_the_plan(value: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=f"--flops {value} is not a positive number; write FLOP/s such as 60e12"
+    ):
+        command.main(["--config", "quickstart", "--flops", value])

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_draft.arguments import positive
 from lightning_draft.cli import messages, shipped
 from lightning_draft.cli.app import DraftCLI
 from lightning_draft.cli.option_checks import check_options
@@ -54,9 +53,10 @@ def main(args: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(args)
     memory = None if options.memory is None else parse_size(options.memory)
+    flops = None if options.flops is None else _flops(options.flops)
     rest = shipped.expand("plan", rest)
     run = _plan(rest)
-    print(report(run.title, run.plan, run.prompts, options.flops), flush=True)
+    print(report(run.title, run.plan, run.prompts, flops), flush=True)
     if not options.brief:
         for line in _alternatives(rest, run):
             print(line, flush=True)
@@ -240,13 +240,16 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("lightning-draft plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--memory")
-    parser.add_argument("--flops", type=_flops)
+    parser.add_argument("--flops")
     parser.add_argument("--brief", action="store_true")
     return parser
 
 
 def _flops(text: str) -> float:
     try:
-        return float(positive("--flops", float(text)))
-    except ValueError as error:
-        raise ConfigurationError(f"--flops {text} is not a number; write FLOP/s as 60e12") from error
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigurationError(f"--flops {text} is not a positive number; write FLOP/s such as 60e12")
+    return value

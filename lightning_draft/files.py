@@ -10,6 +10,7 @@ from typing import IO, Any
 from lightning_draft.errors import ConfigurationError
 
 _MARK = ".partial"
+_PREVIOUS = "-previous"
 _HINTS = {
     errno.ENOSPC: "free some space and resume the run",
     errno.EDQUOT: "free some of your quota and resume the run",
@@ -62,7 +63,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         ConfigurationError: The disk is full, or the folder cannot be written to.
     """
     path = Path(path)
-    partial, previous = (path.with_name(f".{path.name}.{os.getpid()}{_MARK}{end}") for end in ("", "-previous"))
+    partial, previous = (path.with_name(f".{path.name}.{os.getpid()}{_MARK}{end}") for end in ("", _PREVIOUS))
     try:
         with writing(path):
             partial.mkdir(parents=True)
@@ -121,10 +122,17 @@ def write_stream(write: Callable[[IO[bytes]], Any], path: str | os.PathLike[str]
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove temporary files and folders of killed processes from a folder."""
+    """Remove temporary files and folders of killed processes from a folder.
+
+    A folder that a process had renamed to replace it, and that it did not replace, gets its name back.
+    """
     for path in folder.glob(f".*{_MARK}*") if folder.is_dir() else ():
-        owner = path.name.split(_MARK)[0].rpartition(".")[2]
-        if owner.isdigit() and int(owner) != os.getpid() and not _is_running(int(owner)):
+        name, _, owner = path.name.split(_MARK)[0].removeprefix(".").rpartition(".")
+        if not owner.isdigit() or int(owner) == os.getpid() or _is_running(int(owner)):
+            continue
+        if path.name.endswith(_PREVIOUS) and not (folder / name).exists():
+            path.rename(folder / name)
+        else:
             remove(path)
 
 

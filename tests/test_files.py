@@ -45,3 +45,28 @@ def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path, write: 
     assert len(list(tmp_path.iterdir())) == 1
     remove_partial_files(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_of_a_process_killed_while_replacing_it_gets_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "best"
+    with atomic_folder(folder) as partial:
+        (partial / "weights").write_text("old")
+    process = os.fork()
+    if process == 0:
+        rename = Path.rename
+
+        def killed(path: Path, target: Path) -> Path:
+            if target == folder:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", killed)
+        with atomic_folder(folder) as partial:
+            (partial / "weights").write_text("new")
+    os.waitpid(process, 0)
+    assert not folder.exists()
+    remove_partial_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (folder / "weights").read_text() == "old"

@@ -40,7 +40,7 @@ class LoRAExport(Callback):
 
     Example:
         ```python
-        module = DraftModule(model, JPEGSize(), eval_rewards={"aesthetic": AestheticReward()})
+        module = DraftModule(model, JPEGSize(), eval_rewards={"aesthetic": AestheticScore()})
         export = LoRAExport()  # the best adapters are those with the best val/aesthetic
         Trainer(max_steps=1000, val_check_interval=50, callbacks=[export]).fit(module, data)
         ```

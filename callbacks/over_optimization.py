@@ -55,7 +55,7 @@ class OverOptimizationGuard(Callback):
 
     Example:
         ```python
-        module = DraftModule(model, JPEGSize(), eval_rewards={"aesthetic": AestheticReward()})
+        module = DraftModule(model, JPEGSize(), eval_rewards={"aesthetic": AestheticScore()})
         trainer = Trainer(max_steps=1000, val_check_interval=50, callbacks=[OverOptimizationGuard("stop", patience=2)])
         ```
 

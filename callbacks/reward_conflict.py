@@ -39,7 +39,7 @@ class RewardConflict(Callback):
 
     Example:
         ```python
-        reward = WeightedSum({"aesthetic": WeightedReward(AestheticReward()), "size": WeightedReward(JPEGSize(), -0.1)})
+        reward = WeightedSum({"aesthetic": WeightedReward(AestheticScore()), "size": WeightedReward(JPEGSize(), -0.1)})
         trainer = Trainer(max_steps=1000, callbacks=[RewardConflict(every_n_steps=20)])
         ```
 

@@ -151,7 +151,7 @@ def test_checkpoints_of_other_models_are_rejected(tmp_path: Path, files: dict[st
         (without, "lacks tensors \\(1\\), among them vision_model.post_layernorm.weight"),
         (text, r"has no visual.conv1.weight, which every open_clip checkpoint"),
         (extra, "has unexpected tensors \\(1\\), among them score_predictor"),
-        ({**tensors, "visual.ln_pre.bias": torch.zeros(7)}, r"pre_layrnorm.bias has shape \(7,\) where \(32,\)"),
+        ({**tensors, "visual.ln_pre.bias": torch.zeros(7)}, r"pre_layrnorm.bias has shape \(7,\) instead of \(32,\)"),
     ):
         torch.save({"state_dict": content}, tmp_path / "other.pt")
         with pytest.raises(ConfigurationError, match=f"other.pt does not fit: .*{message}"):

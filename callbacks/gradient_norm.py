@@ -35,11 +35,11 @@ Action = Literal["warn", "skip", "clip", "stop"]
 
 
 class GradientNormMonitor(StepState):
-    """Log the norm of the gradient, in total and at every denoising step, and act if it explodes.
+    """Log the norm of the gradient, in total and at every sampling step, and act if it explodes.
 
     `train/gradient_norm/total` is the norm over the trainable parameters before clipping;
     `train/gradient_norm/step_<i>` is the norm of the gradient with respect to the latent that step `i` of the chain (0
-    is the first) returns, over the whole batch; where more than one step has a gradient, they are plotted too. A norm
+    is the first) returns, over the whole batch; if more than one step has a gradient, they are plotted too. A norm
     explodes if it exceeds `factor` times the median of the last `window` finite norms. The action is then
 
     - `warn`: warn, and take the step;
@@ -48,10 +48,10 @@ class GradientNormMonitor(StepState):
     - `stop`: skip the step and end training with an error.
 
     A step whose norm is not finite is skipped by the module with every action, and ends training if it happens too
-    often in a row. With the action `stop` the first one does, except with a gradient scaler (fp16), whose search for a
-    scale causes such norms. Training ends with a `DivergenceError`; the files that `LastCheckpoint` and
-    `LoRAExport` have written before remain unchanged. Actions are counted in `counts`, and logged as
-    `train/gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` once they are not 0.
+    often in a row. With the action `stop`, training ends at the first one, except under fp16, where the gradient scaler
+    causes such norms while it adjusts its scale. Training ends with a `DivergenceError`; the files that
+    `LastCheckpoint` and `LoRAExport` have written before remain unchanged. Actions are counted in `counts`, and logged
+    as `train/gradient_norm/warned`, `skipped`, `clipped`, `stopped` and `nonfinite` once they are not 0.
 
     Note:
         All processes take the same action. DeepSpeed's optimizer cannot skip a step: the gradient is set to 0 instead,

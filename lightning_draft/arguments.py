@@ -93,9 +93,8 @@ def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
     if isinstance(prompts, str):
         raise ConfigurationError(f"{name}={prompts!r} is one string; write a list of strings, such as [{prompts!r}]")
     if not isinstance(prompts, Sequence) or not prompts:
-        raise ConfigurationError(
-            f"{name} must be a non-empty list of strings, got {type(prompts).__name__}; write for example ['a cat']"
-        )
+        got = type(prompts).__name__ if not isinstance(prompts, Sequence) else f"an empty {type(prompts).__name__}"
+        raise ConfigurationError(f"{name} must be a non-empty list of strings, got {got}; write for example ['a cat']")
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ConfigurationError(

@@ -87,7 +87,9 @@ def _parse(text: str, where: Any) -> Any:
         place = "" if isinstance(where, Place) else f"line {error.lineno}, "
         raise ConfigurationError(f"{where} is not JSON: {error.msg} ({place}column {error.colno})") from error
     except RecursionError as error:
-        raise ConfigurationError(f"{where} is not a list of prompts: it is nested too deeply") from error
+        raise ConfigurationError(
+            f"{where} is nested too deeply; write a string, or a row with the column 'prompt'"
+        ) from error
 
 
 def _read_csv(path: Path, column: str) -> PromptTable:

@@ -109,7 +109,8 @@ def _raise_for_mistakes(source: str) -> None:
         raise ConfigurationError(f"there is no prompt list {source!r}; did you mean {near[0]}")
     if source[:1] in "[{" or source in ("null", "true", "false") or source.replace(".", "", 1).isdigit():
         raise ConfigurationError(
-            f"{source!r} is not a list of texts; write each prompt as text, such as ['a cat', '2 dogs'], or name a file"
+            f"{source!r} is not a list of strings; write each prompt as a string, such as ['a cat', '2 dogs'], or "
+            "name a file"
         )
     if any(character.isspace() for character in source):
         raise ConfigurationError(

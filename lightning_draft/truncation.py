@@ -19,7 +19,10 @@ from lightning_draft.errors import ConfigurationError
 
 
 class Truncation(ABC):
-    """Decide at which sampling steps, and along which paths, the gradient flows."""
+    """Decide at which sampling steps, and along which paths, the gradient flows.
+
+    In the equations, `sg` is the stop-gradient, `Tensor.detach`.
+    """
 
     @abstractmethod
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class LastK(Truncation):
 
 
 class LowVariance(Truncation):
-    """Back-propagate through the last step of the sample, and of `copies` renoised copies of it.
+    """Back-propagate through the last step, for the sample and for `copies` copies of it to which noise is added again.
 
         x' = alpha sg(x_T) + sigma e,  e ~ N(0, I),  with alpha and sigma of the last step; each copy takes that step
 

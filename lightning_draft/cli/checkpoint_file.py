@@ -14,7 +14,15 @@ def find_checkpoint(path: str) -> Path:
     Raises:
         ConfigurationError: The path is remote, does not exist, or is not a checkpoint.
     """
-    if "://" in path or path == "registry":
+    if path.partition(":")[0] == "registry":
+        raise ConfigurationError(
+            f"--ckpt_path={path!r} is not supported; give a file, a run's folder, or `last` for the newest run"
+        )
+    if path.startswith("file://"):
+        raise ConfigurationError(
+            f"--ckpt_path={path!r} must be a path and not a URL; write {path.removeprefix('file://')}"
+        )
+    if "://" in path:
         raise ConfigurationError(
             f"--ckpt_path={path!r} is remote, and loading a checkpoint can run code from it; download a checkpoint "
             "that you trust and give the local file"

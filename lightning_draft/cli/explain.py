@@ -260,6 +260,7 @@ def _class_path_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> st
 
 
 _REASONS: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"object has no attribute 'keys", _class_path_type),
     (r"^unrecognized arguments: (\S+)", _unknown_argument),
     (r"does not accept option '(.+?)'", _unknown_option),
     (r"^Option '(.+?)' is not accepted", _unknown_option),

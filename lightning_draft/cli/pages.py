@@ -13,7 +13,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft lora info FILE                   inspect, convert, scale, mix and merge LoRA files
   lightning-draft plan --config NAME               memory and cost of a training step, before anything is loaded
   lightning-draft configs list                     list the shipped configs
-  lightning-draft configs show NAME                print one, to copy and change
+  lightning-draft configs show NAME                print one, so that you can copy and change it
   lightning-draft completion bash                  print the tab completion of bash or zsh
   lightning-draft --version                        print the version
 
@@ -68,7 +68,7 @@ lightning-draft validate: score held-out prompts; prints the mean of each reward
 
 CONFIGS = """\
 lightning-draft configs list         list the shipped configs
-lightning-draft configs show NAME    print one, to copy and change"""
+lightning-draft configs show NAME    print one, so that you can copy and change it"""
 
 COMPLETION = """\
 lightning-draft completion bash|zsh    print the tab completion; load it in each shell with
@@ -87,9 +87,9 @@ lightning-draft sample: generate images of the same prompts and noise with the b
                         more scales (0,0.5,1,1.5) and a reward, a plot of rewards against the scale is written too, and
                         the scale with the best evaluation reward is printed
   --reward NAME ...     further rewards to evaluate, with their default arguments
-  --rewards FILE        or a YAML file that maps names to rewards, as for score
+  --rewards FILE        the same from a YAML file that maps names to rewards, as for score
   --prompt P [P ...]    prompts; by default the held-out prompts of the config
-  --prompts FILE|NAME   or a prompt file, or a shipped list of prompts
+  --prompts FILE|NAME   the prompts of a file, or of a shipped list
   --seed N [N ...]      seeds of the starting noise; by default 0
   --max N               use at most N prompts; by default 8
   --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
@@ -100,11 +100,11 @@ SCORE = """\
 lightning-draft score: score folders of existing images with rewards, without a diffusion model
 
   lightning-draft score images --reward AestheticScore
-  lightning-draft score base tuned --rewards rewards.yaml       compare two folders, image by image
+  lightning-draft score base fine_tuned --rewards rewards.yaml       compare two folders, image by image
 
   FOLDER [FOLDER]       images (.png, .jpg, .jpeg, .webp, .bmp), also in subfolders
   --reward NAME ...     rewards with their default arguments: HPSv2, PickScore, ImageReward, AestheticScore, ...
-  --rewards FILE        or a YAML file that maps names to rewards: hps: {class_path: HPSv2, init_args: {...}}
+  --rewards FILE        the same from a YAML file that maps names to rewards: hps: {class_path: HPSv2, init_args: {...}}
   --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, or a table with the columns file and prompt
   --output FOLDER       tables, contact sheets and comparison; by default scores; an interrupted scoring continues
   --batch_size N        images per call of a reward; by default 8
@@ -141,7 +141,7 @@ lightning-draft plan: peak memory and cost of a training step, before any weight
   --config NAME|FILE     as for fit, with all its options; only configuration files are read or downloaded
   --memory SIZE          memory of a GPU, such as 12GB; the largest batch that fits is printed
   --flops NUMBER         FLOP/s that the GPU reaches, such as 60e12; the seconds of a step are printed
-  --brief                omit the options that may lower the peak"""
+  --brief                do not try the options that may lower the peak"""
 
 VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "lora": LORA, "plan": PLAN}
 INSTEAD = {

@@ -212,16 +212,20 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be an integer")
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
+    return int(text)
 
 
 def _scales(text: str) -> list[float]:
-    numbers = [float(part) for part in text.split(",")]
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise argparse.ArgumentTypeError(f"{text} must be finite")
+        raise argparse.ArgumentTypeError(f"{text} must be finite numbers; write for example 0 0.5 1")
     return numbers
 
 

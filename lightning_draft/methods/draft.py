@@ -34,8 +34,8 @@ __all__ = ["Checkpointing", "DraftModule", "RewardModule"]
 class DraftModule(DirectModule):
     """Back-propagate a differentiable reward through the sampler; the truncation decides where the gradient flows.
 
-    With the latents `x_0 = truncation(noise)`, `c` per prompt for DRaFT-LV and one otherwise, and `B` prompts, the loss
-    is
+    For `B` prompts, the truncation returns latents `x_0 = truncation(noise)`: several for each prompt with DRaFT-LV,
+    numbered by `c`, and one otherwise. The loss is
 
         L = 1/B sum_b sum_c loss(r(decode(x_0[c, b]), prompt_b)) + kl_weight * mean (eps_theta - eps_base)^2.
 

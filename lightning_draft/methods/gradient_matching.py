@@ -25,7 +25,7 @@ from lightning_draft.samplers import DDIM, Sampler
 
 
 class GradientMatchingModule(DirectModule):
-    """Increase a differentiable reward by matching the difference from the base model to gradients of the reward.
+    """Increase a differentiable reward by training the change from the base model's prediction to match its gradient.
 
     Each training step samples trajectories without a graph, computes targets from the gradient of the reward, and
     minimizes the mean over the trained steps of

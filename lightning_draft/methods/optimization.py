@@ -29,7 +29,9 @@ def build_optimizer(make: OptimizerCallable, parameters: Iterable[nn.Parameter],
     try:
         optimizer = make(parameters)
     except ValueError as error:
-        raise ConfigurationError(f"the optimizer rejects its options: {error}; write for example lr: 1e-4") from error
+        raise ConfigurationError(
+            f"the optimizer rejects its options: {error}; leave out the option, or write for example lr: 1e-4"
+        ) from error
     if isinstance(optimizer, LBFGS):
         raise ConfigurationError(
             "LBFGS evaluates the loss several times per step, each time with new noise, and is not supported; use "

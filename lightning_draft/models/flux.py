@@ -28,7 +28,7 @@ class Flux(PipelineModel):
     Attributes:
         transformer: The denoiser.
         vae: The autoencoder.
-        text_encoder: The CLIP, `None` once released.
+        text_encoder: The CLIP, `None` after it was freed.
         text_encoder_2: The T5, likewise.
     """
 

@@ -29,7 +29,7 @@ class Guidance:
             as 7.5 for Stable Diffusion 1.x.
         negative_prompt: The prompt of `e_u`.
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
-        embedded: Guidance scale that a network distilled over guidance scales has as an input, such as FLUX.1 dev. By
+        embedded: Guidance scale that a guidance-distilled network receives as an input, such as FLUX.1 dev. By
             default the published value; without effect on other networks.
     """
 

@@ -244,6 +244,13 @@ def _absent(family: Family, source: str) -> dict[str, None]:
     other = class_for_pipeline(str(name))
     if name == family.pipeline_name or (other and other == class_for_pipeline(family.pipeline_name)):
         return {part: None for part, kind in index.items() if kind == [None, None]}
+    if name is None:
+        raise ConfigurationError(f"{source}: model_index.json has no _class_name; copy or download the pipeline again")
+    if not isinstance(name, str):
+        raise ConfigurationError(
+            f"{source} needs a pipeline class from its own repository, whose code is not run; use a pipeline of "
+            f"diffusers, for example {family.example}"
+        )
     advice = f"open it with {other}" if other else f"use such a pipeline, for example {family.example}"
     raise ConfigurationError(f"{source} is a {name} and not a {family.pipeline_name} ({family.title}); {advice}")
 

@@ -34,8 +34,8 @@ class LoRA:
         target_modules: Layers, by the end of their names; by default the projections of the model's attention.
         seed: Seed of the initial values of `A`; by default torch's global generator is used.
         init: A LoRA file from which training starts; its layers are adapted. With a lower rank than that of the file,
-            the closest update of this rank is used, and the relative error is printed. A part for text encoders is
-            added to their frozen weights, and is written to exported files.
+            the closest update of this rank is used, and the relative error is printed. Its updates of text
+            encoders are added to their frozen weights, and are written to exported files.
         reference: Base model for gain and KL divergence: the `pretrained` model, or the model with `init`.
     """
 

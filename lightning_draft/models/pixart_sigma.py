@@ -27,7 +27,7 @@ class PixArtSigma(PipelineModel):
     Attributes:
         transformer: The denoiser.
         vae: The autoencoder.
-        text_encoder: The T5, `None` once released.
+        text_encoder: The T5, `None` after it was freed.
     """
 
     family = Family(

@@ -26,7 +26,7 @@ class Sana(PipelineModel):
     Attributes:
         transformer: The denoiser.
         vae: The autoencoder, which makes one latent cell of 32x32 pixels.
-        text_encoder: The language model, `None` once released.
+        text_encoder: The language model, `None` after it was freed.
     """
 
     family = Family(

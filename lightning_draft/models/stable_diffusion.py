@@ -28,7 +28,7 @@ class StableDiffusion(PipelineModel):
     Attributes:
         unet: The denoiser.
         vae: The autoencoder.
-        text_encoder: The text encoder, `None` once released.
+        text_encoder: The text encoder, `None` after it was freed.
     """
 
     family = Family(

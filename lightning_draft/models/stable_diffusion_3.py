@@ -29,7 +29,7 @@ class StableDiffusion3(PipelineModel):
     Attributes:
         transformer: The denoiser.
         vae: The autoencoder.
-        text_encoder: The first CLIP, `None` once released.
+        text_encoder: The first CLIP, `None` after it was freed.
         text_encoder_2: The second CLIP, likewise.
         text_encoder_3: The T5, likewise, or `None` without it.
     """

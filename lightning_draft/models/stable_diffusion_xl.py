@@ -29,7 +29,7 @@ class StableDiffusionXL(PipelineModel):
     Attributes:
         unet: The denoiser.
         vae: The autoencoder.
-        text_encoder: The first CLIP, `None` once released.
+        text_encoder: The first CLIP, `None` after it was freed.
         text_encoder_2: The second CLIP, likewise.
     """
 

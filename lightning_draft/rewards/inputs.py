@@ -177,7 +177,8 @@ def _describe_no_tensor(images: Any) -> str:
         kinds = sorted({type(image).__name__ for image in images})
         if not kinds:
             return f"images are an empty list; {wanted}"
-        return f"images are a list of {', '.join(kinds)}; {wanted}: write torch.stack(images)"
+        stack = "torch.from_numpy(numpy.stack(images))" if kinds == ["ndarray"] else "torch.stack(images)"
+        return f"images are a list of {', '.join(kinds)}; {wanted}: write {stack}"
     return f"images are of type {type(images).__name__}; {wanted}"
 
 

@@ -104,8 +104,8 @@ CASES: list[Case] = [
         TYPES, "--model.optimizer AdamW --model.optimizer.lr [1e-4]", "--model.optimizer.lr", "a number", "[0.0001]"
     ),
     built(TYPES, "--data.prompts 3", "--data.prompts", "3"),
-    built(TYPES, ["--data.prompts", "[1, 2]"], "--data.prompts=", "is not a list of texts"),
-    built(TYPES, ["--data.prompts", "{prompt: a cat}"], "--data.prompts=", "is not a list of texts"),
+    built(TYPES, ["--data.prompts", "[1, 2]"], "--data.prompts=", "is not a list of strings"),
+    built(TYPES, ["--data.prompts", "{prompt: a cat}"], "--data.prompts=", "is not a list of strings"),
     built(TYPES, "--data.prompts null", "--data.prompts"),
     built(TYPES, ["--data.prompts", "[a cat, null]"], "--data.prompts"),
     parsed(TYPES, ["--model.model.lora.rank", "[4]"], "--model.model.lora.rank", "an integer", "[4]"),
@@ -129,7 +129,9 @@ CASES: list[Case] = [
     parsed(CLASSES, ["--model.reward", "{class_path: [Brightness]}"], "--model.reward"),
     parsed(CLASSES, ["--model.reward", "{clas_path: Brightness}"], "--model.reward", "class_path"),
     parsed(CLASSES, ["--model.reward", "{class_path: Brightness, init_arg: {target: 1}}"], "--model.reward"),
-    parsed(CLASSES, ["--model.reward", "{class_path: Brightness, init_args: 3}"], "--model.reward"),
+    parsed(
+        CLASSES, ["--model.reward", "{class_path: Brightness, init_args: 3}"], "--model.reward", "init_args a mapping"
+    ),
     parsed(CLASSES, ["--model.optimizer", "Sampler"], "--model.optimizer: there is no Optimizer 'Sampler'"),
     parsed(CLASSES, "--model.lr_scheduler StepLRR", "--model.lr_scheduler", "did you mean StepLR"),
     parsed(CLASSES, "--trainer.callbacks EarlyStopin", "--trainer.callbacks", "did you mean EarlyStopping"),

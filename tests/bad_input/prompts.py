@@ -23,7 +23,7 @@ def _object(shown: str, source: Any, *says: str) -> Case:
 
 CASES: list[Case] = [
     _file("blank", "p.txt", b"\n \n", "no prompts in", "p.txt"),
-    _file("empty", "p.csv", b"", "has no column 'prompt'; it has none"),
+    _file("empty", "p.csv", b"", "has no columns", "write a row with the column 'prompt'"),
     _file("UTF-16", "p.txt", "a cat".encode("utf-16"), "not text in UTF-8", "save it in UTF-8"),
     _file("JSON, cut short", "p.json", b'["a cat",\n1', "is not JSON:", "(line 2, column 2)"),
     _file("JSON, no list", "p.json", b'{"prompt": "a cat"}', "must contain a list of prompts"),
@@ -139,6 +139,6 @@ CASES: list[Case] = [
     _object("./nowhere", "./nowhere", "there is no file or folder './nowhere'"),
     _object("annimals", "annimals", "there is no prompt list 'annimals'; did you mean animals"),
     _object("a red cat", "a red cat", "as a list: [a red cat]"),
-    _object("'[1, 2]' as text", "[1, 2]", "'[1, 2]' is not a list of texts", "['a cat', '2 dogs']"),
-    _object("'3' as text", "3", "'3' is not a list of texts"),
+    _object("'[1, 2]' as text", "[1, 2]", "'[1, 2]' is not a list of strings", "['a cat', '2 dogs']"),
+    _object("'3' as text", "3", "'3' is not a list of strings"),
 ]

@@ -13,7 +13,7 @@ from tests.bad_input.cases import Case, Content, python
 RUN_NAMES = "Names of runs"
 CHECKPOINTS = "Checkpoints"
 NAMES = [
-    *("../x", "../../x", "..", ".", "", "/tmp/x", "a//b", "a/../b", "a/", "~/x", "~root", "./x", "a/./b"),
+    *("../x", "../../x", "..", ".", "", "/absolute/x", "a//b", "a/../b", "a/", "~/x", "~root", "./x", "a/./b"),
     *(
         "a\nb",
         "a\x1b[31mb",
@@ -57,8 +57,8 @@ CASES: list[Case] = [
     _checkpoint("https://example.org/last.ckpt", "'https://example.org/last.ckpt' is remote", "download a checkpoint"),
     _checkpoint("s3://bucket/last.ckpt", "is remote", "download a checkpoint"),
     _checkpoint("hf://someone/model/last.ckpt", "is remote", "download a checkpoint"),
-    _checkpoint("file:///tmp/last.ckpt", "is remote"),
-    _checkpoint("registry", "is remote"),
+    _checkpoint("file:///data/last.ckpt", "must be a path and not a URL", "write /data/last.ckpt"),
+    _checkpoint("registry", "is not supported", "`last` for the newest run"),
     _checkpoint("hpc", "--ckpt_path=hpc is not supported", "use --resume auto"),
     _checkpoint("best", "there is no checkpoint best", "`last` for the newest run"),
     _checkpoint("", "--ckpt_path"),

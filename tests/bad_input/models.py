@@ -184,7 +184,7 @@ CASES: list[Case] = [
         "a class of a pipeline of a repository",
         "model_index.json",
         _config(_class_name=["pipeline", "Mine"]),
-        "is a ['pipeline', 'Mine'] and not",
+        "needs a pipeline class from its own repository, whose code is not run",
     ),
     _damaged("thresholding", "scheduler/scheduler_config.json", _config(thresholding=True), "cuts the gradient"),
     _damaged(

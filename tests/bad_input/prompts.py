@@ -125,7 +125,7 @@ CASES: list[Case] = [
     _object("[('a', 1)]", [("a", 1)], "element 1 is ('a', 1)"),
     _object("[['a', 'b']]", [["a", "b"]], "element 1 is ['a', 'b']"),
     _object("[{'text': 'a'}]", [{"text": "a"}], "element 1 has no column 'prompt'; it has text"),
-    _object("[{}]", [{}], "element 1 has no column 'prompt'"),
+    _object("[{}]", [{}], "element 1 has no columns", "write a row with the column 'prompt'"),
     _object("[{'prompt': 1}]", [{"prompt": 1}], "element 1 has 1 (int)"),
     _object("a data set without the column", Dataset.from_list([{"text": "a"}]), "the data set has no column 'prompt'"),
     _object(

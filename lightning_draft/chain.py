@@ -145,7 +145,7 @@ class SamplingChain:
 
     @property
     def num_steps(self) -> int:
-        """Number of network evaluations from noise to sample."""
+        """Number of network calls from noise to sample."""
         return len(self.grid)
 
     def start(self, noise: Tensor) -> State:

@@ -70,10 +70,10 @@ class Transition:
 
 
 class Sampler(ABC):
-    """One denoising step and the time grid.
+    """The time grid, and one sampling step on it.
 
     Args:
-        num_steps: Number of network evaluations in a chain.
+        num_steps: Number of network calls in a chain.
         spacing: Timestep grid: `leading`, `trailing` or `linspace`; by default that of the model's scheduler.
 
     Raises:
@@ -117,7 +117,7 @@ class DDIM(Sampler):
         std = eta (sigma_s / sigma_t) sqrt(1 - (alpha_t / alpha_s)^2),  z ~ N(0, I)
 
     Args:
-        num_steps: Number of network evaluations.
+        num_steps: Number of network calls.
         eta: Factor on the standard deviation of DDPM's (fixed-small) noise, in [0, 1].
         spacing: Timestep grid; by default that of the model's scheduler.
 
@@ -161,7 +161,7 @@ class DPMSolverPlusPlus(Sampler):
     step, and the last step returns `x_0`.
 
     Args:
-        num_steps: Number of network evaluations.
+        num_steps: Number of network calls.
         spacing: Timestep grid; by default that of the model's scheduler.
 
     References:
@@ -198,7 +198,7 @@ class FlowEuler(Sampler):
         x_s = x_t + (s - t) v,  v = (x_t - x_0) / t
 
     Args:
-        num_steps: Number of network evaluations.
+        num_steps: Number of network calls.
 
     References:
         Liu et al., "Flow Straight and Fast", arXiv:2209.03003.
@@ -233,7 +233,7 @@ class FlowSDE(FlowEuler):
     `1 - s`, as in the authors' code.
 
     Args:
-        num_steps: Number of network evaluations.
+        num_steps: Number of network calls.
         noise_level: Factor on the noise, at least 0; 0 is `FlowEuler`.
 
     Raises:

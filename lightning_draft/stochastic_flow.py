@@ -16,7 +16,7 @@ class DanceSDE(FlowSDE):
     The last step, to 0, is an Euler step; the authors' code adds noise there too.
 
     Args:
-        num_steps: Number of network evaluations.
+        num_steps: Number of network calls.
         noise_level: The diffusion, at least 0; 0 is `FlowEuler`.
 
     Raises:
@@ -46,7 +46,7 @@ class FlowCPS(FlowEuler):
     (`FlowSDE`: 0.281, 0.296, 0.299).
 
     Args:
-        num_steps: Number of network evaluations.
+        num_steps: Number of network calls.
         noise_level: Fraction of the noise that is new, in [0, 1]; 0 is `FlowEuler`.
 
     Raises:

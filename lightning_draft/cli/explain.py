@@ -170,7 +170,7 @@ def _missing(problem: Problem, groups: Mapping[str, Any], names: str) -> str:
     kind = problem.kind if isinstance(problem.kind, type) else None
     hint = hints.parameters(kind).get(name, Any) if kind else groups.get(name, Any)
     needed = f"{kind.__name__} needs it ({hints.describe(hint)})" if kind else "every run needs it"
-    return f"{_option(path)} is missing: {needed}"
+    return f"{_option(path)} is missing: {needed}; write {_option(path)} VALUE"
 
 
 def _unknown_class(problem: Problem, groups: Mapping[str, Any], name: str) -> str:

@@ -42,17 +42,23 @@ def errors(x: Tensor, target: Tensor, theta: float) -> tuple[Tensor, Tensor]:
     return difference.square().mean(1), 2 * (difference * x.flatten(1)).mean(1)
 
 
-def by_hand(objective: ForwardObjective, x: Tensor, target: Tensor, advantages: Tensor, sigma: float) -> Tensor:
-    """Return the loss and its derivative with respect to theta, from the papers' equations for a velocity model."""
+def by_hand(
+    objective: ForwardObjective, x: Tensor, target: Tensor, advantages: Tensor, sigma: float, gain: float
+) -> Tensor:
+    """Return the loss and its derivative with respect to theta, from the papers' equations.
+
+    An estimate of `x_0` changes by `-gain` times the change of the prediction: `sigma` for a velocity, and
+    `sigma / alpha` for the noise.
+    """
     (e, de), (old, _), (ref, _) = (errors(x, target, theta) for theta in (THETA, OLD, BASE))
     A, groups = advantages, advantages.view(-1, GROUP)  # noqa: N806
     if isinstance(objective, DiffusionNFT):
-        good, x0, total = A.clamp(-1, 1) / 2 + 0.5, x - sigma * target, torch.zeros(2, dtype=torch.float64)
+        good, total = A.clamp(-1, 1) / 2 + 0.5, torch.zeros(2, dtype=torch.float64)
         for weight, sign in ((good, 1), (1 - good, -1)):
             theta = OLD + sign * objective.beta * (THETA - OLD)
-            difference = (x - sigma * theta * x - x0).flatten(1)
+            difference = gain * (target - theta * x).flatten(1)
             scale = weight / difference.abs().mean(1) / objective.beta
-            slope = -sign * objective.beta * sigma * x.flatten(1)
+            slope = -sign * objective.beta * gain * x.flatten(1)
             total += torch.stack([(scale[:, None] * y).mean() for y in (difference**2, 2 * difference * slope)])
         return total
     if isinstance(objective, AWM) and isinstance(objective.policy, Reinforce):
@@ -92,8 +98,6 @@ def by_hand(objective: ForwardObjective, x: Tensor, target: Tensor, advantages: 
 def test_loss_and_gradient_equal_the_paper_s_equations(objective: ForwardObjective, schedule: Schedule) -> None:
     """For a model that differs from the old policy, averaged over all times of two prompts with three samples."""
     flow = isinstance(schedule, RectifiedFlow)
-    if not flow and isinstance(objective, DiffusionNFT):
-        pytest.skip("its equation by hand is for velocities")
     model = LinearModel(BASE, "flow" if flow else "epsilon", schedule, (3, 2, 2))
     module = linear(model=model, sampler=FlowEuler(4) if flow else DDIM(3), objective=objective)
     rollout = moved(module)
@@ -103,7 +107,9 @@ def test_loss_and_gradient_equal_the_paper_s_equations(objective: ForwardObjecti
     times = module.training_times(0, 0)
     for index, t in enumerate(times):
         x, target = noised(module, rollout, index, t)
-        expected += by_hand(objective, x, target, rollout.advantages, schedule.coefficients(t)[1]) / len(times)
+        alpha, sigma = schedule.coefficients(t)
+        gain = sigma if flow else sigma / alpha
+        expected += by_hand(objective, x, target, rollout.advantages, sigma, gain) / len(times)
     found = torch.stack([loss.detach(), torch.autograd.grad(loss, model.theta)[0]])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert logs["train/loss"].item() == loss.item()

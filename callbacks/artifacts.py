@@ -1,4 +1,4 @@
-"""Give files of a run to the loggers that keep files."""
+"""Log files of a run as artifacts, with the loggers that store files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 
 def log_file(trainer: L.Trainer, path: Path, kind: str) -> None:
-    """Give a file to each Weights & Biases and MLflow logger; other loggers keep no files.
+    """Log a file as an artifact with each Weights & Biases and MLflow logger; other loggers do not store files.
 
     Args:
-        trainer: The trainer; called on the first process.
+        trainer: The trainer; call this function on process 0 only.
         path: The file; nothing happens if there is none.
-        kind: Its folder in MLflow, and its type in Weights & Biases.
+        kind: The artifact's folder in MLflow, and its type in Weights & Biases.
     """
     if not path.is_file():
         return

@@ -19,7 +19,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write local checkpoints to a temporary path and replace the target when they are complete."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; Lightning writes to paths with a protocol, such as `s3://`."""
+        """Write a checkpoint; use Lightning's own writer for paths with a protocol, such as `s3://`."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:

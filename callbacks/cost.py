@@ -17,7 +17,7 @@ from lightning_draft.models.base import DiffusionModel
 class PassCounter:
     """Count the passes of a model's denoiser with hooks, which change no value and no gradient.
 
-    A pass is one forward or one backward pass for one sample: a batch of `B` counts `B`, and a batch that joins the two
+    A pass is one forward or one backward pass for one sample: a batch of `B` counts `B`, and a batch that contains both
     branches of classifier-free guidance counts `2 B`. Recomputed forward passes are counted: a recomputed step when the
     network is called again, and recomputed blocks as one forward pass when the gradient arrives at the network's
     output.

@@ -21,9 +21,9 @@ class AdapterEMA(Callback):
     """Keep an exponential moving average of the trained parameters, and use it instead of them outside training steps.
 
     After optimization step `n` the average is `d * average + (1 - d) * parameters` with `d = decay`, or during warm-up
-    `d = min(decay, (1 + n) / (10 + n))`. Validation, samples, the guard and exported files use the average. Training
-    continues with the parameters themselves. A checkpoint contains both, so that a resumed run equals an uninterrupted
-    one.
+    `d = min(decay, (1 + n) / (10 + n))`. Validation, samples, the over-optimization guard and exported files use the
+    average. Training continues with the parameters themselves. A checkpoint contains both, so that a resumed run equals
+    an uninterrupted one.
 
     Note:
         If parameters are sharded, each process averages its shard, and a run must be resumed with the same number of
@@ -95,7 +95,7 @@ class AdapterEMA(Callback):
         if step <= self.updates or not self.average or self._originals is not None:
             return
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        # Assigned at once, so that an interruption leaves either the old or the new average.
+        # Assigned in one statement, so that an interruption leaves either the old or the new average.
         self._average = (
             step,
             {
@@ -186,5 +186,5 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _widened(parameter: nn.Parameter) -> Tensor:
-    """Return the shard of this process in at least float32, because rounding to bfloat16 would stop the average."""
+    """Return the shard of this process in at least float32, because in bfloat16 small updates would round to 0."""
     return local_shard(parameter.detach()).to(torch.promote_types(parameter.dtype, torch.float32))

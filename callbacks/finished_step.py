@@ -23,7 +23,7 @@ class FinishedStep:
         validation_due: Whether the validation of this step has not been run yet.
         metrics: The Trainer's `callback_metrics`.
         loss: The loss of the step's last batch.
-        log: What the loggers get of this step.
+        log: Values of this step that the loggers receive.
         callbacks: States of the callbacks before the validation of this step, while that is due.
     """
 

@@ -24,10 +24,10 @@ class Interruption:
     With one process, Ctrl-C takes effect at once, except between `hold` and `release`: then `release` raises it. With
     several processes, Ctrl-C and SIGTERM to any process take effect in `agree`, in all processes at the same step,
     because the others would wait forever for a process that stops alone. A second signal, or `patience` seconds without
-    `agree`, ends the process at once, also while it waits for another process.
+    `agree`, ends the process at once, even while it waits for another process.
 
     Args:
-        patience: In seconds.
+        patience: Seconds between a signal and the end of the process.
 
     Attributes:
         agreed: Whether all processes have agreed to stop.
@@ -55,14 +55,14 @@ class Interruption:
                 self._previous[number] = before
                 signal.signal(number, self._handle)
         if signal.SIGTERM in self._previous:
-            # Lightning's own handler waits for the other processes, wherever they are.
+            # Lightning's handler would wait for the other processes at any point of the step.
             originals = trainer._signal_connector._original_handlers
             self._previous[signal.SIGTERM] = originals.get(signal.SIGTERM, signal.SIG_DFL)
         if self._several:
             self._deadline.start(tuple(self._previous))
 
     def uninstall(self) -> None:
-        """Restore the previous handlers; in several processes, not Lightning's for SIGTERM."""
+        """Restore the previous handlers; with several processes, the SIGTERM handler that preceded Lightning's."""
         self._deadline.stop()
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:
@@ -109,12 +109,13 @@ class Interruption:
 
 
 class Deadline:
-    """End this process a while after a signal, unless `stop` is called before.
+    """End this process some time after a signal, unless `stop` is called before.
 
-    A thread does it: a Python handler does not run while the main thread waits for another process in C++ code.
+    This uses a thread, because a Python handler does not run while the main thread waits for another process in C++
+    code.
 
     Args:
-        seconds: Between the signal and the end.
+        seconds: Seconds between the signal and the end of the process.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -124,7 +125,7 @@ class Deadline:
         self._previous = -1
 
     def start(self, signals: tuple[int, ...]) -> None:
-        """Wait for these signals from now on; call it in the main thread."""
+        """Start waiting for these signals; call it in the main thread."""
         self.stop()
         reading, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
@@ -133,7 +134,7 @@ class Deadline:
         threading.Thread(target=self._watch, args=(reading, signals, self._stopped), daemon=True).start()
 
     def stop(self) -> None:
-        """Wait no longer."""
+        """Stop waiting."""
         self._stopped.set()
         if self._wakeup is not None:
             if threading.current_thread() is threading.main_thread():

@@ -149,7 +149,7 @@ class LastCheckpoint(Checkpoint):
         self._interruption.release()
 
     def keep_callback_states(self, trainer: L.Trainer) -> None:
-        """Keep the states before a validation; when that is interrupted, some callbacks have seen it and some not."""
+        """Keep the states before a validation, because an interrupted one changes the states of only some callbacks."""
         finished = self._finished
         if trainer.state.fn == "fit" and finished is not None and finished.step == trainer.global_step:
             self._finished = replace(finished, callbacks=callback_states(trainer, self))

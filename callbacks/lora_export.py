@@ -52,7 +52,7 @@ class LoRAExport(Callback):
         every_n_steps: Optimization steps between files.
         dirpath: Folder of the files; by default `lora` in the run's folder.
         comfy: Also write `last.comfy.safetensors` and `best.comfy.safetensors` with the names that ComfyUI, Forge and
-            AUTOMATIC1111 read, for model families whose names are known.
+            AUTOMATIC1111 read, for model families whose layer names are known.
         push_to_hub: `owner/name` of a repository on the Hugging Face hub; when training ends, the files and their model
             card are uploaded to it. It is created as a private one if it does not exist.
 
@@ -117,12 +117,12 @@ class LoRAExport(Callback):
             self.export(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the adapters with the scores of the validation, also as the best ones if they are."""
+        """Export the adapters with the scores of the validation, and as the best adapters if the score has improved."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.export(trainer, pl_module, validated=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the adapters at the end of training, and give them to loggers that keep files and to the hub."""
+        """Export the adapters; log the best ones as an artifact, and upload the files to the hub if requested."""
         if trainer.global_step != self._last_step:
             self.export(trainer, pl_module)
         if trainer.is_global_zero:
@@ -146,7 +146,7 @@ class LoRAExport(Callback):
             rank_zero_warn(str(error))
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool = False) -> None:
-        """Write the last adapters, and the best ones if these are the best; their moving average if the run has one.
+        """Write the last adapters, and the best ones if the score has improved; with `AdapterEMA`, the averaged ones.
 
         Args:
             trainer: The trainer.
@@ -167,7 +167,7 @@ class LoRAExport(Callback):
                     write(trainer, module, path, metadata, values, self.comfy)
                 if score is not None or not self.best_path.exists():
                     write_card(module.model, path, metadata, self.comfy)
-        self._last_step = step  # only now: an export that failed or was interrupted is repeated
+        self._last_step = step  # set last, so that an export that failed or was interrupted is repeated
         if score is not None:
             self.best_score, self.best_step = score, step
 
@@ -227,7 +227,7 @@ def write(
     values: dict[str, Tensor],
     comfy: bool = False,
 ) -> None:
-    """Write the model's adapters to a file, or its pipeline to a folder if the model trains its own weights.
+    """Write the model's adapters to a file, or its pipeline to a folder if the denoiser's own weights are trained.
 
     Args:
         trainer: The trainer.

@@ -119,7 +119,7 @@ class OverOptimizationGuard(Callback):
         self.best_step: int | None = None
         self.best_reward: float | None = None
         self.history: dict[int, Evaluation] = {}
-        self._best_scores: dict[str, tuple[float, float]] = {}  # best mean, trained reward then
+        self._best_scores: dict[str, tuple[float, float]] = {}  # best mean, and the trained reward at that evaluation
         self._consecutive_violations = 0
         self._shrink_next = False
         self._evaluator: Evaluator | None = None
@@ -182,7 +182,7 @@ class OverOptimizationGuard(Callback):
         self._log(trainer, evaluation)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Shrink the adapters only after the validation, so that the other callbacks use the evaluated adapters."""
+        """Shrink the adapters in the next training step, so that the other callbacks use the evaluated adapters."""
         if self._shrink_next:
             restore_trained(trainer, pl_module)
             shrink_adapters(trainer, pl_module, self.shrink)

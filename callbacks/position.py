@@ -16,7 +16,7 @@ import lightning as L
 def validation_is_due(trainer: L.Trainer) -> bool:
     """Return whether Lightning will validate after the batch that has just ended.
 
-    With a time as `val_check_interval` nobody can know, and the answer is true.
+    If `val_check_interval` is a duration, this cannot be known in advance, and the result is true.
     """
     loop, interval, epochs = trainer.fit_loop.epoch_loop, trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
@@ -31,7 +31,7 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 
 def _may_stop(trainer: L.Trainer) -> bool:
-    """Return whether the least number of steps and epochs is trained."""
+    """Return whether `min_steps` and `min_epochs` are reached."""
     epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return trainer.global_step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
 

@@ -49,7 +49,7 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def is_disabled(self) -> bool:
-        """Whether there are no bars."""
+        """Whether no bar is shown."""
         return not self.is_enabled or self.is_plain
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -72,7 +72,7 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar = bar
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Keep the bar over epochs."""
+        """Keep the bar across epochs."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start a step's clock, unless gradients are being accumulated."""
@@ -97,7 +97,7 @@ class ProgressBar(TQDMProgressBar):
             self.train_progress_bar.set_postfix_str(", ".join(self.report(trainer)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the bar over epochs."""
+        """Keep the bar across epochs."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar of the validation, and print its metrics."""

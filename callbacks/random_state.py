@@ -58,11 +58,11 @@ class RandomState(StepState):
         return {"process": get_random_state(), "between_epochs": self._between_epochs}
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The states of all processes, by rank."""
+        """Return the states of all processes, by rank."""
         return {"processes": all_gather_objects(state["process"]), "between_epochs": state["between_epochs"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all processes, by rank."""
+        """Return the states of all processes, by rank."""
         return self.gather_state(self.own_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Measure the conflict between rewards by the cosine between their gradients.
+"""Measure the conflict between rewards by the cosine similarity of their gradients.
 
 References:
     Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv:2001.06782 (a negative cosine is a conflict).
@@ -25,7 +25,7 @@ from lightning_draft.rewards.combine import WeightedSum, image_gradient
 
 
 class RewardConflict(Callback):
-    """Log the cosine between the gradients of every two rewards with respect to images of the current prompts.
+    """Log the cosine similarity of the gradients of each pair of rewards with respect to images of the current prompts.
 
     The compared rewards are the differentiable components of the trained `WeightedSum` with a weight other than 0, or
     the trained reward itself as `reward`, and the differentiable evaluation rewards as `eval_rewards.<name>`. The
@@ -98,7 +98,7 @@ class RewardConflict(Callback):
 
 
 def signed_rewards(module: RewardModule) -> dict[str, tuple[Reward, float]]:
-    """Return the differentiable rewards that a module trains on or evaluates, with the sign or weight of each."""
+    """Return the differentiable rewards that a module trains on or evaluates, with their weights; 1 for evaluation."""
     reward = module.reward
     if isinstance(reward, WeightedSum):
         found = {name: (component, reward.weights[name]) for name, component in reward.components().items()}

@@ -26,7 +26,7 @@ class SampleLogger(Callback):
 
     Note:
         Training gives bitwise the same result as without this callback. If the scale of the reward changes in training,
-        as that of `ZScoreSum`, the base model's images are scored again each time, so that both rewards are on the same
+        as with `ZScoreSum`, the base model's images are scored again each time, so that both rewards are on the same
         scale. Every process generates the images, because sharded models need all processes; one process writes them.
 
     Example:
@@ -87,7 +87,7 @@ class SampleLogger(Callback):
             remove_partial_files(self._folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample the model before training; a resumed run does this only if it was interrupted before."""
+        """Sample the model before training, or in a resumed run if the grid of its step is due and missing."""
         if trainer.global_step % self.every_n_steps == 0:
             self.sample(trainer, pl_module)
 

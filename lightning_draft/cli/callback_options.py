@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class CallbackOption(NamedTuple):  # `import dataclasses` would be a fifth of the start-up time of `--version`
+class CallbackOption(NamedTuple):  # `import dataclasses` would take a fifth of the start-up time of `--version`
     """An option of the command line that configures one callback.
 
     Args:

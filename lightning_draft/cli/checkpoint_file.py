@@ -53,7 +53,7 @@ def check_checkpoint(path: Path) -> Path:
     """Return `path` if it is a complete Lightning checkpoint.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It is not a complete checkpoint.
     """
     if path.is_dir():
         return path
@@ -77,7 +77,7 @@ def _fault(path: Path) -> str | None:
 
 
 def _has_training_state(path: Path) -> bool:
-    """Whether the file contains a training step, as far as it can be read without running code."""
+    """Return whether the file contains a training step; true if it cannot be read without running code."""
     import pickle
 
     import torch

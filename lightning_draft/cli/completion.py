@@ -31,7 +31,7 @@ _ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 def script(shell: str) -> str:
     """Return the script that defines the completion.
 
-    It completes commands, shipped configs and options; other words, such as values, are completed as files.
+    It completes commands, shipped configs and options; other words, such as values, are completed as file names.
 
     Args:
         shell: `bash` or `zsh`.

@@ -1,7 +1,7 @@
 """Convert the parser's exceptions for an invalid configuration to one message.
 
-The parser raises one exception for each level of the configuration. The keys on the way name the option, the class of
-the last level gives the known options and types, and the innermost exception gives the reason.
+The parser raises one exception for each level of the configuration. The keys in these exceptions name the option, the
+class of the last level gives the known options and types, and the innermost exception gives the reason.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def locate(error: BaseException) -> Problem:
 
 
 def distinct_causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and its causes, each message once."""
+    """Yield an exception and its causes, without those that repeat the previous message."""
     link: BaseException | None = error
     before = None
     while link is not None:
@@ -105,13 +105,13 @@ def distinct_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _text(error: BaseException) -> str:
-    """Return the message of an exception; a `KeyError` shows it in quotes."""
+    """Return the message of an exception, without the quotes that `KeyError` puts around it."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
     return text[1:-1] if text[:1] == text[-1:] == "'" else text
 
 
 def _is_missing(problem: Problem) -> bool:
-    """Whether a module or class in the configuration does not exist, rather than raising an error when imported."""
+    """Return whether a module or class in the configuration does not exist; an error while importing it is not that."""
     reason = problem.reason
     if isinstance(reason, ModuleNotFoundError):
         return isinstance(problem.kind, str) and f"{problem.kind}.".startswith(f"{reason.name}.")

@@ -91,7 +91,7 @@ def choices(hint: Any) -> list[str]:
 
 
 def example(hint: Any, owner: type | None, name: str) -> str | None:
-    """Return a valid value of a number or truth value as it is written: the default, or any.
+    """Return a valid value of a numeric or Boolean option as text: the default if it is a number, else an example.
 
     Args:
         hint: The type.

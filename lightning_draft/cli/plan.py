@@ -39,7 +39,7 @@ _LONG = 4
 """Number of sampling steps up to which all steps of a chain are run."""
 
 _VERIFIED = 64
-"""Batch size up to which the largest batch is counted; a larger one, as with micro-batches, would take long."""
+"""Batch size up to which the largest batch is checked by planning a step; checking a larger one would take long."""
 
 SHARE = 0.9
 """Fraction of a GPU's memory that a step may use; the rest is for the CUDA context and fragmentation."""

@@ -58,9 +58,7 @@ class Preemption(Callback):
             self._stop(self._trainer)
 
     def _stop(self, trainer: Any) -> None:
-        trainer._signal_connector.received_sigterm = (
-            True  # read by the training loop after each step, on rank 0 for all
-        )
+        trainer._signal_connector.received_sigterm = True  # read after each training step, on rank 0 for all processes
 
 
 def requeue() -> bool:

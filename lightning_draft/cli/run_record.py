@@ -18,7 +18,7 @@ from lightning_draft.methods.base import RewardModule
 from lightning_draft.redaction import redact
 
 _NOT_COMPARED = ("name", "resume", "ckpt_path", "weights_only")
-_FREE = (  # changes of these leave the result of the remaining steps as it would be
+_FREE = (  # options that do not affect the result of the remaining steps
     "trainer.max_",
     "trainer.min_",
     "trainer.logger",

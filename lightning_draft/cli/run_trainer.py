@@ -11,7 +11,7 @@ _DEFAULT_DIRS = ("", ".", "./mlruns", "mlruns")
 
 
 class RunTrainer(Trainer):
-    """Lightning's Trainer, whose `log_dir` is the run's folder with any loggers."""
+    """Lightning's Trainer, whose `log_dir` is the run's folder regardless of the loggers."""
 
     @property
     def log_dir(self) -> str:

@@ -84,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def yaml_error(path: Any, error: Any) -> ConfigurationError:
-    """Return the error of a YAML file with the line and the reason; that of the YAML parser has several lines."""
+    """Return the error of a YAML file with the line and the reason; the YAML parser's own message has several lines."""
     line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
     return ConfigurationError(f"{path}{line} is not YAML: {str(error.problem).rstrip('.')}")
 

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard beside its scalars and images: charts, and its configuration."""
+"""What a run shows in TensorBoard besides scalars and images: combined charts, and the configuration."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def describe_run(loggers: Iterable[Logger], config: str, rewards: Iterable[str])
     """Write the charts and the configuration to each TensorBoard logger.
 
     Args:
-        loggers: The loggers of the run; others are left out.
+        loggers: The loggers of the run; others are ignored.
         config: The configuration as YAML.
         rewards: As for `charts`.
     """

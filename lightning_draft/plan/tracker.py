@@ -26,7 +26,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now: Bytes of the tensors that exist now.
         peak: Largest value of `now` so far.
         at_peak: `peak` by part.
-        flops: Floating-point operations by part; a multiplication and an addition are two.
+        flops: Floating-point operations by part; a multiply-add counts as two.
         calls: Number of forward calls by part, including recomputation.
     """
 

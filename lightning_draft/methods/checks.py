@@ -1,6 +1,6 @@
 """Checks before the first training step, which stop a run that cannot improve the reward.
 
-Each check receives strategies, tensors or parameters and raises `ConfigurationError`; the message gives the change.
+Each check receives strategies, tensors or parameters and raises `ConfigurationError`; the message says what to change.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +59,7 @@ def check_sampler(sampler: Sampler, schedule: Schedule) -> None:
 
 
 def check_final_step(truncation: Truncation, sampler: Sampler, schedule: Schedule) -> None:
-    """Raise if only the last step is trained and it does not depend on the network's output; warn if it hardly does."""
+    """Raise if only the last step is trained and it does not use the network's output; warn if the effect is small."""
     coefficient = last_step_coefficient(truncation, sampler, schedule)
     if coefficient is None:
         return
@@ -140,7 +140,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
 
 
 def check_loss(loss: RewardLoss, scores: Tensor) -> None:
-    """Warn if the loss is constant around the scores, which can be right in a resumed run."""
+    """Warn if the gradient of the loss is 0 at the scores; this is no error, because a resumed run may start there."""
     scores = scores.detach().requires_grad_()
     (slope,) = torch.autograd.grad(loss(scores).sum(), scores)
     if not slope.any():

@@ -89,7 +89,7 @@ class DirectModule(RewardModule, ABC):
         """Check that the reward has a gradient, and the configuration of every method.
 
         Raises:
-            ConfigurationError: One of these is not the case.
+            ConfigurationError: One of these checks fails.
         """
         check_differentiable(self.reward, type(self).__name__)
         super().check_configuration()

@@ -84,7 +84,7 @@ class DraftModule(DirectModule):
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
 
     def gradient_steps(self) -> int:
-        """Return how many steps of a chain have a gradient at most."""
+        """Return the largest number of steps of a chain with gradient."""
         return self.truncation.gradient_steps(self.sampler.num_steps)
 
     @property
@@ -100,7 +100,7 @@ class DraftModule(DirectModule):
         """Check that the reward has a gradient, something is trained, and the sampler and the truncation fit the model.
 
         Raises:
-            ConfigurationError: One of these is not the case.
+            ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
         check_final_step(self.truncation, self.sampler, self.model.schedule)

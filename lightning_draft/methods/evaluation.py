@@ -72,7 +72,7 @@ class EvaluationModule(L.LightningModule):
         shard(self, self.model, self.model.denoiser)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode of all parts except rewards, whose scores would be changed by dropout."""
+        """Set the training mode of all submodules except rewards, whose scores would be changed by dropout."""
         super().train(mode)
         self.reward.eval()
         self.eval_rewards.eval()

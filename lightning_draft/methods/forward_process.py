@@ -135,7 +135,7 @@ class ForwardProcessModule(RolloutModule):
         """Check that groups, minibatches and the strategy are valid for the objective.
 
         Raises:
-            ConfigurationError: One of them is not.
+            ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
         check_whole_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)

@@ -20,7 +20,7 @@ _SCALER_SEARCH = 40  # number of steps in which a gradient scaler finds a scale 
 class NonFiniteGradients:
     """Drop gradients that are NaN or infinite, so that the optimizer changes nothing in that step.
 
-    All processes take the same decision. Finite gradients are not changed.
+    All processes make the same decision. Finite gradients are not changed.
 
     Attributes:
         limit: Number of consecutive non-finite gradients that is an error.

@@ -72,8 +72,8 @@ class OldParameters:
     def in_use(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Within this context, the parameters have the old values, if there are any; for calls without a graph.
 
-        Autocast keeps the parameters that it has rounded by their identity, so that it would use old values after this
-        context, or new ones in it; therefore it keeps none in this context.
+        Autocast caches rounded copies of parameters by object identity, so it would use new values in this context, or
+        old values after it; its cache is therefore disabled in this context.
         """
         own = {name: parameter.data for name, parameter in parameters.items()}
         keeps = torch.is_autocast_cache_enabled()

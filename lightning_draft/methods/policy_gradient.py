@@ -127,7 +127,7 @@ class PolicyGradientModule(RolloutModule):
         """Check that the sampler has log-probabilities, and that groups and optimizer steps suit the objective.
 
         Raises:
-            ConfigurationError: One of these is not the case.
+            ConfigurationError: One of these checks fails.
         """
         check_sampler(self.sampler, self.model.schedule)
         check_stochastic(self.sampler, self.policy.steps)

@@ -41,7 +41,7 @@ class Rollout:
     ref_log_probs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
-        """Return the rollout on a device; it is copied only if it is on another."""
+        """Return the rollout on a device; it is copied only if it is on another device."""
         if self.latents.device == torch.device(device):
             return self
         state: dict[str, Any] = {

@@ -140,7 +140,7 @@ class RolloutModule(RewardModule, ABC):
         """Check that groups and optimizer steps suit the objective.
 
         Raises:
-            ConfigurationError: One of them does not.
+            ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
         check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
@@ -151,7 +151,7 @@ class RolloutModule(RewardModule, ABC):
         """Check that the Trainer's optimizer steps end with minibatches, epochs or rollouts as the objective requires.
 
         Raises:
-            ConfigurationError: They do not.
+            ConfigurationError: They end elsewhere.
         """
         number = len(self.minibatches(batch_size))
         check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)
@@ -162,7 +162,7 @@ class RolloutModule(RewardModule, ABC):
         return minibatches(samples, self.rollout_timesteps(), self.micro_batch_size, self.timesteps_per_minibatch)
 
     def training_steps_per_batch(self, batch_size: int) -> int:
-        """Return the number of consecutive training steps that need the same batch, which is that on a rollout."""
+        """Return the number of training steps on a rollout, which all need the same batch of prompts."""
         return self.inner_epochs * len(self.minibatches(batch_size))
 
     def training_loss(self, prompts: list[str]) -> Tensor:

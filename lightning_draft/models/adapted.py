@@ -62,8 +62,8 @@ class AdaptedModel(PromptEmbedding):
     def base(self) -> Iterator[None]:
         """Within this context, the model is the base model.
 
-        This is bitwise the pipeline that was loaded, or, with `lora.reference: init`, the pipeline with the LoRA from
-        which training started.
+        It is bitwise equal to the pipeline that was loaded, or with `lora.reference: init` to that pipeline with the
+        LoRA from which training started.
         """
         if self._initial is not None:
             with self._initial.scaled(0.0):
@@ -184,7 +184,7 @@ class AdaptedModel(PromptEmbedding):
 
     def _copy(self, file: LoRAFile) -> None:
         lora_copy.copy_into(self.denoiser, file)
-        self.text_updates.set_scale(0.0)  # the new updates are of the original weights
+        self.text_updates.set_scale(0.0)  # the new updates apply to the original weights
         self.text_updates = TextUpdates(self._adaptable(), file.encoders)
         self.text_updates.set_scale(1.0)
         self.clear_embeddings()

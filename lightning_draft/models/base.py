@@ -31,7 +31,7 @@ class Conditioning:
     negative: "Conditioning | None" = None
 
     def __len__(self) -> int:
-        """Batch size."""
+        """Return the batch size."""
         sizes = [*map(len, self.tensors.values()), *map(len, self.ragged.values())]
         return sizes[0]
 

@@ -48,7 +48,7 @@ class Chroma(PipelineModel):
         self.schedule, self.prediction = rectified_flow(pipeline.scheduler, "even", tokens), "flow"
 
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
-        """Return the T5's hidden states, `(tokens, width)`, and which of them are read: the prompt and one more."""
+        """Return the T5's hidden states, `(tokens, width)`, and their mask: the prompt's tokens and one more."""
         text, _, mask, *_ = self.pipeline.encode_prompt(
             prompt, device=self._text_device, do_classifier_free_guidance=False, max_sequence_length=self._text_length
         )

@@ -25,7 +25,7 @@ class Latents:
         packed: Whether the denoiser's input is tokens, with `patch^2` times the channels of a latent.
         default_size: Height and width of images in pixels, if the denoiser's config does not give it.
         cells: How many of the autoencoder's latent cells are one cell of the denoiser's latents, along each side.
-        unscale: Latents as the autoencoder decodes them, given the autoencoder and those of the denoiser.
+        unscale: Function of the autoencoder and the denoiser's latents that returns the autoencoder's input.
     """
 
     patch: int | None = None
@@ -40,7 +40,7 @@ class Latents:
         return channels // (self.patch or 1) ** 2 if self.packed else channels
 
     def factor(self, vae: Any) -> int:
-        """Return how many pixels a latent's cell is high and wide; 1 without an autoencoder."""
+        """Return the side of a latent cell in pixels; 1 without an autoencoder."""
         if vae is None:
             return 1
         stages = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
@@ -53,8 +53,8 @@ class Latents:
         Args:
             vae: The autoencoder.
             denoiser: The network, whose config gives the default size, the patch size and the largest size.
-            height: Of the images, in pixels; by default the size that the denoiser was trained for.
-            width: Likewise.
+            height: Height of the images in pixels; by default the size that the denoiser was trained for.
+            width: Width of the images in pixels.
 
         Raises:
             ConfigurationError: Only one is given, or the networks do not accept the size.
@@ -96,7 +96,7 @@ class Latents:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Return squares of 2x2 cells as tokens: `(B, C, H, W)` to `(B, H/2 W/2, 4 C)`, channels before places."""
+    """Return squares of 2x2 cells as tokens: `(B, C, H, W)` to `(B, H/2 W/2, 4 C)`, channels before positions."""
     batch, channels, height, width = latents.shape
     blocks = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)

@@ -234,7 +234,7 @@ def _variant(denoiser: Path) -> str | None:
 
 
 def _absent(family: Family, source: str) -> dict[str, None]:
-    """Return the components without which a pipeline was saved; diffusers needs them as arguments.
+    """Return `None` for each component that a saved pipeline lacks; diffusers needs these as arguments.
 
     Raises:
         ConfigurationError: The pipeline is of another family.

@@ -67,7 +67,7 @@ def read(path: str | os.PathLike[str], family: Family, networks: Mapping[str, nn
 
     Args:
         path: A `.safetensors` file in the format of diffusers, old or new, peft, kohya's scripts or ComfyUI.
-        family: Of the pipeline.
+        family: The family of the pipeline.
         networks: The denoiser and the text encoders, by their names in the pipeline; they may be on the meta device.
 
     Raises:
@@ -140,7 +140,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def _renamed(
     state: Mapping[str, Tensor], family: Family, networks: Mapping[str, nn.Module]
 ) -> dict[str, Tensor] | None:
-    """Return peft's names of a file with the names of kohya's scripts; `None` if it has others."""
+    """Rename tensors from the names of kohya's scripts to those of peft; return `None` if they have other names."""
     if family.comfy is None or not family.comfy.underscores:
         return None
     places = family.comfy.lookup(family.denoiser, networks)
@@ -178,7 +178,7 @@ def _convert(
 
 
 def _peft_names(state: Mapping[str, Any], family: Family, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return peft's names of tensors that may have the names of older releases of diffusers."""
+    """Rename tensors to peft's names; they may have the names of older releases of diffusers."""
     own = f"{family.denoiser}."
     of_denoiser = {key: value for key, value in state.items() if key.startswith(own)}
     others = {key: value for key, value in state.items() if not key.startswith(own)}
@@ -234,7 +234,7 @@ def _check_factors(a: Any, b: Any, layer: str, file: Path) -> None:
     """Check that two factors have the same rank and floating-point values.
 
     Raises:
-        ConfigurationError: They do not.
+        ConfigurationError: They differ in rank, or have integer values.
     """
     if a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
         raise ConfigurationError(

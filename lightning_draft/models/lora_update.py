@@ -72,7 +72,7 @@ def truncate(update: Update, rank: int) -> tuple[Update, float]:
 
     Args:
         update: The update.
-        rank: Of the result, at least 1; at a rank above that of the update, the result is exact and padded with zeros.
+        rank: Rank of the result, at least 1; above the rank of the update, the result is exact and padded with zeros.
 
     Returns:
         The update in float32 with scale 1, whose factors have the same singular values, and the distance

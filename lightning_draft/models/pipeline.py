@@ -212,7 +212,7 @@ class PipelineModel(AdaptedModel):
 
     @property
     def _weight(self) -> Tensor:
-        """One of the denoiser's weights; its device and dtype are those of the denoiser.
+        """A weight of the denoiser, from which the denoiser's device and dtype are read.
 
         It is found by name, because under FSDP a denoiser has no parameters of its own between its calls.
         """

@@ -46,7 +46,7 @@ class PixArtSigma(PipelineModel):
         self.schedule, self.prediction = variance_preserving(pipeline.scheduler)
 
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
-        """Return the T5's hidden states, `(tokens, width)`, and which of them are the prompt's."""
+        """Return the T5's hidden states, `(tokens, width)`, and their attention mask."""
         text, mask, _, _ = self.pipeline.encode_prompt(
             prompt, False, device=self._text_device, max_sequence_length=self._text_length
         )

@@ -1,4 +1,4 @@
-"""Diffusion models in pixel space, unconditional or of classes.
+"""Diffusion models in pixel space, unconditional or class-conditional.
 
 References:
     Ho et al., "Denoising Diffusion Probabilistic Models", arXiv:2006.11239.

@@ -20,12 +20,12 @@ from lightning_draft.models.scheduler_config import rectified_flow
 class Sana(PipelineModel):
     """A Sana pipeline, for `FlowEuler` and `FlowSDE`; arguments as of `PipelineModel`.
 
-    Prompts follow the instruction that the pipeline puts before them by default; the negative prompt does not. Images
-    have the given size (`use_resolution_binning=False` in diffusers).
+    The pipeline's default instruction is put before each prompt, but not before the negative prompt. Images have the
+    given size (`use_resolution_binning=False` in diffusers).
 
     Attributes:
         transformer: The denoiser.
-        vae: The autoencoder, which makes one latent cell of 32x32 pixels.
+        vae: The autoencoder, whose latent cells are 32x32 pixels each.
         text_encoder: The language model, `None` after it was freed.
     """
 
@@ -47,7 +47,7 @@ class Sana(PipelineModel):
         self._instruction = parameters["complex_human_instruction"].default
 
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
-        """Return the language model's hidden states, `(tokens, width)`, and which of them are read."""
+        """Return the language model's hidden states, `(tokens, width)`, and their attention mask."""
         text, mask, _, _ = self.pipeline.encode_prompt(
             prompt,
             False,

@@ -19,7 +19,8 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
     """Return the schedule and prediction type of a pipeline trained with noise levels `alpha^2 + sigma^2 = 1`.
 
     Raises:
-        ConfigurationError: The scheduler thresholds samples, has no gradient, or is of another family.
+        ConfigurationError: The scheduler is of another family, thresholds samples, or has a prediction type that is
+            not supported or does not suit its noise levels.
     """
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
@@ -57,7 +58,7 @@ def rectified_flow(scheduler: Any, last: GridEnd = "shifted", tokens: int | None
     """Return the schedule of a pipeline trained with a rectified flow.
 
     Args:
-        scheduler: The pipeline's.
+        scheduler: The scheduler of the pipeline.
         last: Where its pipeline ends the grid, see `RectifiedFlow`.
         tokens: Number of the image's tokens, for families whose shift depends on it.
 

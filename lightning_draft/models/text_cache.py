@@ -8,7 +8,7 @@ from torch import Tensor
 Embedding = Mapping[str, Tensor]
 
 CAPACITY = 4 * 2**30
-"""Bytes of embeddings that are cached without a request."""
+"""Size in bytes up to which embeddings are cached without an explicit request."""
 
 
 class TextCache:
@@ -26,7 +26,7 @@ class TextCache:
         self._embeddings: dict[Hashable, Embedding] = {}
 
     def __contains__(self, key: Hashable) -> bool:
-        """Whether the embedding is cached."""
+        """Return whether the embedding is cached."""
         return key in self._embeddings
 
     def get(self, key: Hashable, embed: Callable[[], Embedding], device: str, keep: bool = False) -> Embedding:

@@ -54,7 +54,7 @@ class TextEncoding:
 
 def warn_if_cut(tokenizer: Any, prompt: str, length: int) -> None:
     """Warn if a prompt has more tokens than the text encoder reads."""
-    # A textual inversion of several vectors has as many tokens.
+    # A textual inversion with several vectors is replaced by the same number of tokens.
     converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
     if len(tokenizer(converted, truncation=False, verbose=False)["input_ids"]) > length:
         warnings.warn(f"the model reads {length} tokens and truncates the prompt: {prompt}", stacklevel=6)

@@ -86,7 +86,7 @@ class LeaveOneOut(AdvantageEstimator):
     min_group = 2
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
-        """Compute the equal expression `K / (K - 1) (r - mean)`."""
+        """Compute the equivalent expression `K / (K - 1) (r - mean)`."""
         return (group / (group - 1) * _centered(rewards, group)).flatten()
 
 

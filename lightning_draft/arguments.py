@@ -50,7 +50,7 @@ def finite(name: str, value: float, hint: str = "write a number such as 1.0") ->
     """Return `value` if it is a finite number.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It is not a finite number.
     """
     if not _is_number(value) or not math.isfinite(value):
         raise ConfigurationError(f"{name}={value!r} must be a finite number; {hint}")

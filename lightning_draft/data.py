@@ -35,7 +35,7 @@ class PromptLoader:
         repeats: Yield every batch this many times in a row, for methods that train on a batch for several steps.
         multiple: Round the length of an epoch up to a multiple of this number of batches. Use the number of batches
             over which the Trainer accumulates gradients, because it ends an optimizer step at the end of an epoch.
-        distinct: Number of batches, the first ones, that are repeated (`Trainer(overfit_batches=...)`); None for all.
+        distinct: Use only this many batches, from the start (`Trainer(overfit_batches=...)`); None for all.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str
 
 
 def _read(option: str, source: Any, column: str, split: str) -> Sequence[str]:
-    """Read prompts; an error names the option that has them."""
+    """Read prompts; an error names the option that contains them."""
     try:
         return read_prompts(source, column, split)
     except ConfigurationError as error:

@@ -57,7 +57,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder is unchanged.
 
     Args:
-        path: The folder to write; folders on the way are made.
+        path: The folder to write; missing parent folders are created.
 
     Raises:
         ConfigurationError: The disk is full, or the folder cannot be written to.
@@ -115,7 +115,7 @@ def write_stream(write: Callable[[IO[bytes]], Any], path: str | os.PathLike[str]
         try:
             write(recorder)  # type: ignore[arg-type]
         except RuntimeError:
-            # torch's writer replaces the error of the file by one about its position.
+            # torch's writer raises an error about the file position instead of the file's own error.
             if recorder.error is not None:
                 raise recorder.error from None
             raise
@@ -124,7 +124,8 @@ def write_stream(write: Callable[[IO[bytes]], Any], path: str | os.PathLike[str]
 def remove_partial_files(folder: Path) -> None:
     """Remove temporary files and folders of killed processes from a folder.
 
-    A folder that a process had renamed to replace it, and that it did not replace, gets its name back.
+    To replace a folder, a process first renames the old one. If the process was killed before the new one took its
+    place, the old one is renamed back.
     """
     for path in folder.glob(f".*{_MARK}*") if folder.is_dir() else ():
         name, _, owner = path.name.split(_MARK)[0].removeprefix(".").rpartition(".")

@@ -95,7 +95,7 @@ class ForwardObjective(RolloutObjective):
 
 
 class DiffusionNFT(ForwardObjective):
-    """Negative-aware fine-tuning: the loss moves estimates towards good samples and, reversed, away from bad ones.
+    """Negative-aware fine-tuning: the loss moves estimates towards good samples and away from bad ones.
 
         x0+ = (1 - beta) x0_old + beta x0_theta,  x0- = (1 + beta) x0_old - beta x0_theta
         q = clip(A, -c, c) / (2 c) + 1/2,  w+- = sg(mean |x0+- - x_0|)

@@ -22,7 +22,7 @@ from lightning_draft.errors import ConfigurationError
 
 
 def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Return the mean over prompts of the mean distance between two samples of the prompt, scalar; 0 is collapse.
+    """Return the mean over prompts of the mean distance between two samples of the prompt, scalar; 0 is mode collapse.
 
     Args:
         samples: Images `(N, 3, H, W)`, clamped to [0, 1]; their distance is the root mean square difference of pixels,

@@ -33,7 +33,7 @@ def model_card(
         pipeline: Class of diffusers that opens the base model.
         rank: Rank of the adapters.
         comfy: Whether there is a file for ComfyUI.
-        file: Name of the file for diffusers, without its ending.
+        file: Name of the file for diffusers, without its suffix.
     """
     base, scores = header["base"], json.loads(header.get("scores", "{}"))
     front = yaml.safe_dump(_front_matter(title, base, scores), sort_keys=False)
@@ -129,12 +129,12 @@ def _usage(base: str, pipeline: str, file: str) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Return text as a literal of Python."""
+    """Return text as a Python string literal."""
     return json.dumps(text)
 
 
 def _plain(text: str) -> str:
-    """Return text as one line of Markdown that shows it as it is."""
+    """Return text as one line of Markdown, with special characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", _line(text))
 
 

@@ -70,7 +70,7 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def parameters_with_gradients(
     trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer
 ) -> list[nn.Parameter]:
-    """Return the parameters that have a gradient on at least one process."""
+    """Return the parameters with a gradient; with sharding all parameters, so that every process has the same list."""
     if uses_deepspeed(trainer):  # its optimizer holds flat copies
         return list(trainable_parameters(module).values())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -93,7 +93,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> flo
     if shards:
         norm = get_total_norm(shards)
         square = square + (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
-    # Replicas have the same gradients; the maximum ensures that all processes take the same decision.
+    # Replicas have the same gradients; the maximum ensures that all processes make the same decision.
     square = trainer.strategy.reduce(square.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
     return float(square.sqrt())
 

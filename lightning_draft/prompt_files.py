@@ -38,7 +38,7 @@ def _check_encoding(texts: Sequence[str], path: Path) -> None:
     """Check that no text has a NUL character, as UTF-16 without a byte order mark has when it is read as UTF-8.
 
     Raises:
-        ConfigurationError: One has.
+        ConfigurationError: A text has one.
     """
     if any("\0" in text for text in texts):
         raise ConfigurationError(

@@ -16,12 +16,12 @@ _SECRET_IN_URL = re.compile(rf"{_SECRET.pattern}|^key$", re.I)
 def redact(value: Any, name: str = "") -> Any:
     """Return `value` with secrets replaced by `REDACTED`, in mappings and lists too.
 
-    Secrets are texts under names such as `api_key`, `token` and `password`, and in URLs the user part and parameters
+    Secrets are strings under names such as `api_key`, `token` and `password`, and in URLs the user part and parameters
     with such names.
 
     Args:
-        value: Anything; only texts are changed.
-        name: The option with the value.
+        value: Any value; only strings are changed.
+        name: The option that has the value.
     """
     if isinstance(value, Mapping):
         return {key: redact(item, str(key)) for key, item in value.items()}

@@ -105,7 +105,7 @@ class Sampler(ABC):
             x: The latent at `t`, `(B, ...)`.
             x0: The network's estimate of the clean latent, `(B, ...)`.
             t: Time of `x`.
-            s: Time to go to; negative for the end of the chain.
+            s: Time after the step; negative for the end of the chain.
             solver_state: Solver state returned by the previous step; `None` at the start and for single-step samplers.
         """
 
@@ -224,7 +224,7 @@ class FlowEuler(Sampler):
 
 
 class FlowSDE(FlowEuler):
-    """The stochastic differential equation with the rectified flow's marginals, by Euler and Maruyama.
+    """The Euler-Maruyama method on the stochastic differential equation with the rectified flow's marginals.
 
         x_s = x_t + (v + sigma_t^2 / (2 t) (x_t + (1 - t) v)) (s - t) + sigma_t sqrt(t - s) z
         sigma_t = noise_level sqrt(t / (1 - t)),  z ~ N(0, I)

@@ -76,9 +76,9 @@ def sweep(
         prompts: Prompts.
         scales: The weights are `theta_0 + scale dW`.
         score: Called with images `(B, 3, H, W)` in [0, 1] and `B` prompts; returns scores `(B,)` by name.
-        evaluation: Names of the scores that were not trained on; the first one decides.
+        evaluation: Names of the scores that were not trained on; the first one determines the best scale.
         seeds: Seeds of the starting noise; each prompt is sampled once for each seed.
-        batch_size: Images at a time.
+        batch_size: Number of images generated at a time.
     """
     everything = [prompt for _ in seeds for prompt in prompts]
     images = {
@@ -142,7 +142,7 @@ def _generate(
 ) -> Tensor:
     images = []
     for start in range(0, len(prompts), batch_size):
-        torch.manual_seed(derive_seed(seed, start))  # else the starting noise is used again
+        torch.manual_seed(derive_seed(seed, start))  # else the noise of the steps repeats the starting noise
         chain = SamplingChain(model, sampler, model.encode(prompts[start : start + batch_size]))
         state = chain.start(noise[start : start + batch_size])
         images.append(model.decode(chain.advance(state).x).cpu())

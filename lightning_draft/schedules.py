@@ -111,7 +111,7 @@ class RectifiedFlow(Schedule):
         num_train_timesteps: Factor of `t` in the network's input.
         last: The last of the evenly spaced times, before they are shifted: `shifted`, the shifted first training
             timestep, as diffusers' scheduler by itself; or `even`, `1 / num_steps`, as the pipelines of FLUX.
-        terminal: Where given, times are stretched so that the last one is this.
+        terminal: If given, times are stretched so that the last one equals this value.
     """
 
     shift: float = 1.0

@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The scores of one reward on pairs of images `(a_i, b_i)`; intervals are of 95 % confidence.
+    """The scores of one reward on pairs of images `(a_i, b_i)`; intervals are 95 % confidence intervals.
 
     Args:
         reward: Name of the reward.

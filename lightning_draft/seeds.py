@@ -8,10 +8,10 @@ _END = 2**63
 
 
 def check_seed(seed: Any, name: str = "seed") -> int:
-    """Return `seed` if it is a whole number in `0..2^63 - 1`.
+    """Return `seed` if it is an integer in `0..2^63 - 1`.
 
     Raises:
-        ConfigurationError: It is not a whole number in this range.
+        ConfigurationError: It is not an integer in this range.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _END:
         raise ConfigurationError(f"{name}={seed!r} must be a whole number between 0 and 2^63 - 1; write for example 0")

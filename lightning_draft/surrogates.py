@@ -70,7 +70,7 @@ class LeapAlign(Truncation):
         self.min_distance = positive("min_distance", min_distance)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample without a graph, then take the two large steps with one."""
+        """Sample without a graph, then take the two large steps with a graph."""
         _check_two_steps(chain, self)
         k, j = chain.choose([1.0] * chain.num_steps, 2)
         with torch.no_grad():
@@ -112,7 +112,7 @@ class DirectAlign(Truncation):
         self.high = None if high is None else at_least("high", high, low, f"low is {low}")
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample without a graph, then renoise and take one step with one."""
+        """Sample without a graph, then renoise, and take one step with a graph."""
         _check_two_steps(chain, self)
         high = chain.num_steps - 1 if self.high is None else self.high
         if not self.low <= high <= chain.num_steps:

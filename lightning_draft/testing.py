@@ -132,7 +132,7 @@ class GaussianModel(_Double):
         mean: Mean of the data.
         std: Standard deviation of the data; 0 is a single point, so that `x_0` is known exactly.
         schedule: Any schedule; by default `scaled_linear()`.
-        shape: Of one latent.
+        shape: Shape of one latent.
     """
 
     def __init__(

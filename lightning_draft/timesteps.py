@@ -47,9 +47,9 @@ def training_times(
     """Choose random training times.
 
     Args:
-        grid: Of the sampler.
-        schedule: Of the model.
-        count: How many; at most the grid's length for `grid`.
+        grid: The grid of the sampler.
+        schedule: The schedule of the model.
+        count: Number of times; at most the grid's length for `grid`.
         spread: `grid` chooses from the grid without replacement; `uniform` chooses one time in each of `count` equal
             parts of the schedule.
         generator: Source of the randomness.

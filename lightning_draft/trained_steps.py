@@ -82,7 +82,7 @@ def last_step_coefficient(truncation: Truncation, sampler: Sampler, schedule: Sc
                 return None
     except ConfigurationError:
         raise
-    except Exception:  # of a truncation that needs the real model; the check of the first step runs it on that
+    except Exception:  # the truncation needs the real model, on which `check_first_step` runs it
         return None
     alpha, sigma = schedule.coefficients(grid[-1][0])
     slope = found[len(grid) - 1]

@@ -33,7 +33,7 @@ class Truncation(ABC):
         return num_steps
 
     def costliest(self) -> "Truncation":
-        """Return the one that takes the most memory of the truncations among which this one chooses at random."""
+        """Return the most memory-intensive of the truncations among which this one chooses at random."""
         return self
 
 
@@ -67,7 +67,7 @@ class LastK(Truncation):
         self.k = at_least("k", k, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample without a graph up to the last `k` steps, then with one."""
+        """Sample without a graph up to the last `k` steps, and with a graph from there on."""
         return _last_k(chain, noise, _within(self.k, chain, "k"))
 
     def gradient_steps(self, num_steps: int) -> int:
@@ -118,7 +118,7 @@ class ReFL(Truncation):
         self.m = at_least("m", m, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
-        """Sample without a graph to the stop, then predict `x_0` with one."""
+        """Sample without a graph to the stop, then predict `x_0` with a graph."""
         left = chain.randint(1, _within(self.m, chain, "m"))
         with torch.no_grad():
             state = chain.advance(chain.start(noise), chain.num_steps - left)

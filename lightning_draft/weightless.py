@@ -48,7 +48,7 @@ def shapes_only() -> Iterator[None]:
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Convert parameters and buffers; `nn.Module.to` cannot replace tensors that have no values."""
-    tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones are stored so that no id is used again
+    tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeping the old ones alive keeps ids unique
     for each in module.modules() if recurse else (module,):
         for name, parameter in each._parameters.items():
             if parameter is not None:

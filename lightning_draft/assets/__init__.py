@@ -9,7 +9,7 @@ NAMES = ("emoji64", "emoji64-clip", "emoji64-judge", "emoji64-judge-eval")
 
 
 def resolve(name: str) -> Path | str:
-    """The folder of a shipped model, or `name` unchanged: a path or a hub id.
+    """Return the folder of a shipped model, or `name` unchanged if it is a path or a hub id.
 
     Args:
         name: `emoji64` (text-to-image pipeline of 64x64 pixels), `emoji64-clip` (CLIP), `emoji64-judge` or

@@ -54,7 +54,7 @@ def _work(waiting: Any, done: Any) -> None:
             return
         try:
             done.put((number, call(), None))
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # passed to the waiting thread
             done.put((number, None, error))
             return
 

@@ -211,7 +211,7 @@ def check_threshold(threshold: float) -> None:
     """Check that a threshold lies between 0 and 1.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: It is outside this range.
     """
     if not 0 < threshold < 1:
         raise ConfigurationError(f"threshold={threshold} must lie between 0 and 1: it is a probability")

@@ -22,7 +22,7 @@ class Detector(nn.Module, ABC):
     """A frozen detector.
 
     Args:
-        model: Of transformers.
+        model: A detector of transformers.
         processor: Its image processor.
         dtype: Precision of the weights.
     """
@@ -69,7 +69,7 @@ class TextDetector(Detector):
         model: `OwlViTForObjectDetection` or `Owlv2ForObjectDetection`.
         processor: Its image processor.
         dtype: Precision of the weights.
-        tokenizer: Of its text encoder.
+        tokenizer: The tokenizer of its text encoder.
         query: Text in which `{}` stands for the object.
     """
 
@@ -116,7 +116,7 @@ class LabelDetector(Detector):
     """A detector of the DETR family: an object is one of its labels.
 
     Args:
-        model: Of `AutoModelForObjectDetection`.
+        model: A model that `AutoModelForObjectDetection` loads.
         processor: Its image processor.
         dtype: Precision of the weights.
         source: Where it comes from, for messages.

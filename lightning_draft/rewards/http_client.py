@@ -119,7 +119,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def retry_after(error: Exception) -> float:
-    """Return the seconds that the service requests to wait, 0 if it does not."""
+    """Return the seconds in the answer's `Retry-After` header, 0 if there is none."""
     headers = error.headers if isinstance(error, urllib.error.HTTPError) else None
     seconds = "" if headers is None else str(headers.get("Retry-After", ""))
     return float(seconds) if seconds.isdecimal() else 0.0

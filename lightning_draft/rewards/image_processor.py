@@ -48,7 +48,7 @@ class PixelValues:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` to `(B, 3, h, w)`, in the same dtype."""
+        """Convert `(B, 3, H, W)` to `(B, 3, h, w)`, in the same dtype."""
         if self.steps.shortest is None:
             return self.steps(images)
         if self.kind == "Owlv2":
@@ -84,7 +84,7 @@ def read_image_processor(source: Path | str) -> Any:
 def owlv2_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize as OWLv2 does: pad to a square with gray, smooth with a Gaussian before shrinking, interpolate linearly.
 
-    As in the model's first implementation and in transformers 4; transformers 5 pads with black.
+    This is the resize of the model's first implementation and of transformers 4; transformers 5 pads with black.
 
     Args:
         images: `(B, 3, H, W)` in [0, 1].
@@ -129,7 +129,7 @@ def _size(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _with_crop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ConvNeXt's and ResNet's resize: below 384 pixels to a larger size with a crop, else to a square."""
+    """Return the resize of ConvNeXt and ResNet: below 384 pixels to a larger size with a crop, else to a square."""
     side = config["size"]["shortest_edge"]
     square = {"height": side, "width": side}
     if side >= 384:

@@ -53,7 +53,7 @@ _TEXT = (
 class ImageReward(Reward):
     """`(head(BLIP(image, prompt)) - 0.1672) / 1.0333`: mean 0 and standard deviation 1 on its training data.
 
-    Good images score 0.5 to 2, bad ones -1 to -2.3. The prompt is cut to 35 tokens.
+    Good images score 0.5 to 2, bad ones -1 to -2.3. The prompt is truncated to 35 tokens.
 
     Args:
         weights: `ImageReward.pt`, or the folder that contains it; by default from the hub (THUDM/ImageReward, 1.79 GB).

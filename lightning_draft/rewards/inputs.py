@@ -13,7 +13,7 @@ from lightning_draft.arguments import prompt_list
 from lightning_draft.errors import ConfigurationError
 
 LARGEST_PIXEL = 8.0
-"""Decoded images exceed 1 only slightly. Values above this limit, without negative values, are taken for bytes."""
+"""Decoded images exceed 1 only slightly. Values above this limit, without negative values, are assumed to be bytes."""
 
 
 class NonFiniteScoreError(ValueError):
@@ -47,7 +47,7 @@ def check_prompts(prompts: Any, count: int) -> list[str]:
     """Return the prompts as a list if they are `count` strings.
 
     Raises:
-        ConfigurationError: They are not.
+        ConfigurationError: There is another number of prompts, or one is not a string.
     """
     texts = prompt_list(prompts)
     if len(texts) != count:

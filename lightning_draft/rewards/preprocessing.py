@@ -23,7 +23,7 @@ class Preprocessing:
     Args:
         shortest: Length of the shortest side after resizing, in pixels; or the size (height, width); None for no
             resizing.
-        crop: Height and width of the crop; None for none. Images that are smaller are padded with black.
+        crop: Height and width of the crop; None for no crop. Images that are smaller are padded with black.
         mean: Mean of each channel, which is subtracted.
         std: Standard deviation of each channel, by which images are divided.
         mode: Interpolation, always with antialiasing.

@@ -1,4 +1,4 @@
-"""Read models of transformers completely, without running code of their repositories."""
+"""Load models of transformers; missing weights are an error, and code from repositories is never run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -61,7 +61,7 @@ class ImageQuality(Reward):
 
 
 class CleanFraction(ImageQuality):
-    """1 if the classifier finds the image clean (`f(x) > 0`), else 0; the mean is their fraction. Black box.
+    """1 if the classifier rates the image as clean (`f(x) > 0`), else 0; the mean is the fraction. Black box.
 
     Args:
         pretrained: As in `ImageQuality`.

@@ -169,8 +169,8 @@ class HTTPReward(Reward):
 def to_json(value: Any) -> Any:
     """Convert metadata to values that JSON supports.
 
-    Arrays, tensors and numpy numbers become lists and numbers, NaN and infinity become null, and any other object its
-    string.
+    Arrays, tensors and numpy numbers become lists and numbers, NaN and infinity become null, and any other object
+    becomes its string.
     """
     try:
         return _to_json(value)

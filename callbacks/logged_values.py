@@ -36,7 +36,7 @@ class StepLog:
         return cls(int(step), values)
 
     def repeat(self, trainer: L.Trainer) -> None:
-        """Log the values again; a logger that already has them gets the same values twice."""
+        """Log the values again; a logger that already has them receives the same values again."""
         for logger in trainer.loggers if self.values else ():
             logger.log_metrics(dict(self.values), self.step)
             logger.save()

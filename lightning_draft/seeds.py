@@ -21,7 +21,7 @@ def check_seed(seed: Any, name: str = "seed") -> int:
 def derive_seed(*numbers: int) -> int:
     """Return a seed in `[0, 2^63)` derived from several numbers by a linear congruential recurrence.
 
-    Neighboring inputs (ranks, batches, samples) get unrelated random streams.
+    Neighboring inputs (ranks, batches, samples) lead to unrelated random streams.
 
     Args:
         numbers: For example the run's seed, the batch number and the rank.

@@ -1,4 +1,4 @@
-"""Models that ship with the package, accepted by name wherever a folder or a hub id is."""
+"""Models that ship with the package; their names are accepted in place of a folder or a hub id."""
 
 from pathlib import Path
 

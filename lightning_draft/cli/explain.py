@@ -111,7 +111,7 @@ def _text(error: BaseException) -> str:
 
 
 def _is_missing(problem: Problem) -> bool:
-    """Return whether a module or class in the configuration does not exist; an error while importing it is not that."""
+    """Return whether a module or class in the configuration does not exist, as opposed to failing while imported."""
     reason = problem.reason
     if isinstance(reason, ModuleNotFoundError):
         return isinstance(problem.kind, str) and f"{problem.kind}.".startswith(f"{reason.name}.")

@@ -124,7 +124,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _open(names: Sequence[str], base: str | None) -> tuple[PipelineModel, list[LoRAFile]]:
-    """Return the base model, and the files read for it; by default the base model that a header names."""
+    """Return the base model, by default the one that a header names, and the files read as LoRAs of this model."""
     files = [Path(name).expanduser() for name in names]
     headers = [lora_files.check(file)[1] for file in files]
     found = base or next((header["base"] for header in headers if header.get("base")), None)

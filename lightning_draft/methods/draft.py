@@ -111,7 +111,7 @@ class DraftModule(DirectModule):
         The random state, the parameters and their gradients are not changed.
 
         Raises:
-            ConfigurationError: The gradient is missing, zero or not finite; the message gives the place.
+            ConfigurationError: The gradient is missing, zero or not finite; the message says where.
         """
         check_dtype(self.trainable_parameters())
         probes, self.probes = self.probes, []

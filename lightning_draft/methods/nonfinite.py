@@ -23,7 +23,7 @@ class NonFiniteGradients:
     All processes make the same decision. Finite gradients are not changed.
 
     Attributes:
-        limit: Number of consecutive non-finite gradients that is an error.
+        limit: Number of consecutive non-finite gradients that ends training with an error.
         total: Number of non-finite gradients.
         in_a_row: Number of non-finite gradients since the last finite one.
     """

@@ -151,7 +151,7 @@ class RolloutModule(RewardModule, ABC):
         """Check that the Trainer's optimizer steps end with minibatches, epochs or rollouts as the objective requires.
 
         Raises:
-            ConfigurationError: They end elsewhere.
+            ConfigurationError: An optimizer step ends elsewhere.
         """
         number = len(self.minibatches(batch_size))
         check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)

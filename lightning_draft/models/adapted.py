@@ -116,7 +116,7 @@ class AdaptedModel(PromptEmbedding):
         lora_writing.write(path, updates, metadata or {}, self.family, self.denoiser.config, form)
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
-        """Copy a LoRA file into the adapters; a model without adapters gets those of the file.
+        """Copy a LoRA file into the adapters; if the model has none, attach those of the file.
 
         A part for the text encoders is added to their weights.
 

@@ -29,7 +29,7 @@ class Flux(PipelineModel):
         transformer: The denoiser.
         vae: The autoencoder.
         text_encoder: The CLIP, `None` after it was freed.
-        text_encoder_2: The T5, likewise.
+        text_encoder_2: The T5, `None` after it was freed.
     """
 
     family = Family(

@@ -102,7 +102,7 @@ class LoRA:
         try:
             if hasattr(network, "add_adapter"):
                 network.add_adapter(config, ADAPTER)
-            else:  # some of diffusers' networks lack it
+            else:  # some networks of diffusers do not have it
                 inject_adapter_in_model(config, network, ADAPTER)
         except ValueError as error:
             wanted = sorted(config.target_modules)

@@ -234,7 +234,7 @@ def _check_factors(a: Any, b: Any, layer: str, file: Path) -> None:
     """Check that two factors have the same rank and floating-point values.
 
     Raises:
-        ConfigurationError: They differ in rank, or have integer values.
+        ConfigurationError: They differ in rank, or are quantized.
     """
     if a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
         raise ConfigurationError(

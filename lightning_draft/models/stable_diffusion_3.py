@@ -30,8 +30,8 @@ class StableDiffusion3(PipelineModel):
         transformer: The denoiser.
         vae: The autoencoder.
         text_encoder: The first CLIP, `None` after it was freed.
-        text_encoder_2: The second CLIP, likewise.
-        text_encoder_3: The T5, likewise, or `None` without it.
+        text_encoder_2: The second CLIP, `None` after it was freed.
+        text_encoder_3: The T5, `None` if it is omitted or after it was freed.
     """
 
     family = Family(

@@ -30,7 +30,7 @@ class StableDiffusionXL(PipelineModel):
         unet: The denoiser.
         vae: The autoencoder.
         text_encoder: The first CLIP, `None` after it was freed.
-        text_encoder_2: The second CLIP, likewise.
+        text_encoder_2: The second CLIP, `None` after it was freed.
     """
 
     family = Family(

@@ -153,7 +153,7 @@ def model_parts(module: RewardModule) -> dict[str, nn.Module]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Within this context reference cycles are not collected, so that the count does not depend on when they are."""
+    """Within this context reference cycles are not collected, so that the count does not depend on their collection."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

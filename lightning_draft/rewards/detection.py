@@ -193,7 +193,7 @@ def log_probability_any(logits: Tensor) -> Tensor:
 
 
 def target_counts(prompts: Sequence[str], own: float | None, reward: str) -> Tensor:
-    """Return the wanted number of objects of each image, float64 `(B,)`.
+    """Return the target number of objects of each image, float64 `(B,)`.
 
     Raises:
         ConfigurationError: The count of a prompt is missing or is not a number.

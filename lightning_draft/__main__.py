@@ -58,8 +58,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
-    """Run `fit`, `validate`, `sample`, `score` or `lora`."""
-    if rest in (["-h"], ["--help"]):
+    """Run a command of `pages.VERBS`."""
+    is_help = [arg in ("-h", "--help") for arg in rest]
+    # `fit --config FILE --help` is for the parser of classes, which lists every option.
+    if rest and (all(is_help) if verb in ("fit", "validate") else any(is_help)):
         print(pages.VERBS[verb])
         return 0
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -4,12 +4,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from lightning_draft import models
-from lightning_draft.cli import pages
+from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import lora_edit, lora_files, lora_writing
 from lightning_draft.models.loading import opener
@@ -27,9 +27,6 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: The arguments are not valid.
     """
-    if {"-h", "--help"} & set(args):
-        print(pages.LORA)
-        return 0
     options = parser().parse_args(args)
     command = {"info": _info, "convert": _convert, "scale": _scale, "mix": _mix, "merge": _merge}[options.command]
     command(options)
@@ -38,26 +35,21 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"lora: {message}; see lightning-draft lora --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parsed = _Parser("lightning-draft lora", add_help=False, allow_abbrev=False)
-    commands = parsed.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    info = commands.add_parser("info", add_help=False)
+    parsed = CommandParser("lightning-draft lora")
+    commands = parsed.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info")
     info.add_argument("files", nargs=1)
     info.add_argument("--all", action="store_true")
-    convert = commands.add_parser("convert", add_help=False)
+    convert = commands.add_parser("convert")
     convert.add_argument("files", nargs=1)
-    scale = commands.add_parser("scale", add_help=False)
+    scale = commands.add_parser("scale")
     scale.add_argument("files", nargs=1)
     scale.add_argument("factor", type=float)
-    mix = commands.add_parser("mix", add_help=False)
+    mix = commands.add_parser("mix")
     mix.add_argument("files", nargs="+")
-    merging = commands.add_parser("merge", add_help=False)
+    merging = commands.add_parser("merge")
     merging.add_argument("files", nargs=1)
     merging.add_argument("--scale", type=float, default=1.0)
     for command in (info, convert, scale, mix, merging):

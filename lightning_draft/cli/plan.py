@@ -1,6 +1,5 @@
 """The command `plan`: peak memory and cost of a training step, before any weight is loaded."""
 
-import argparse
 import contextlib
 import io
 import math
@@ -15,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from lightning_draft.cli import messages, shipped
 from lightning_draft.cli.app import DraftCLI
+from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.option_checks import check_options
 from lightning_draft.cli.plan_report import Alternative, report
 from lightning_draft.cli.process import process_arguments
@@ -229,16 +229,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of ending the process."""
-
-    def error(self, message: str) -> Any:
-        """Raise the message as a `ConfigurationError`."""
-        raise ConfigurationError(f"{message}; see lightning-draft plan --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("lightning-draft plan", add_help=False, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser("lightning-draft plan")
     parser.add_argument("--memory")
     parser.add_argument("--flops")
     parser.add_argument("--brief", action="store_true")

@@ -2,11 +2,9 @@
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from lightning_draft import models
 from lightning_draft.callbacks.image_grid import comparison
-from lightning_draft.cli import pages, run_folder, shipped
+from lightning_draft.cli import run_folder, shipped
+from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.messages import as_configuration_error, root_cause
 from lightning_draft.cli.options import explain_parser_error
 from lightning_draft.cli.score import build_rewards
@@ -185,13 +184,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts + list(read_prompts(options.prompts) if options.prompts else [])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"sample: {message}; see lightning-draft sample --help")
-
-
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="lightning-draft sample", allow_abbrev=False, add_help=False)
+    parser = CommandParser("lightning-draft sample")
     parser.add_argument("lora", nargs="?")
     parser.add_argument("--config", "-c")
     parser.add_argument("--model")
@@ -205,9 +199,6 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=_positive)
     parser.add_argument("--output", "-o", type=_image_file, default=Path("sample.png"))
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    if set(args) & {"-h", "--help"}:
-        print(pages.SAMPLE)
-        sys.exit(os.EX_OK)
     return parser.parse_args(args)
 
 

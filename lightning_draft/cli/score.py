@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from lightning_draft import rewards
+from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.explain import explain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
@@ -35,17 +36,9 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as a `ConfigurationError`."""
-        raise ConfigurationError(f"{message}; see lightning-draft score --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parsed = _Parser("lightning-draft score", add_help=False)
+    parsed = CommandParser("lightning-draft score")
     parsed.add_argument("folders", nargs="+", metavar="FOLDER")
     parsed.add_argument("--reward", nargs="+", default=[], metavar="NAME")
     parsed.add_argument("--rewards", metavar="FILE")

@@ -48,6 +48,11 @@ def test_help_lists_every_callback_and_command(command: Callable) -> None:
     assert all(f"lightning-draft {verb}" in command().out for verb in ("fit", "validate", "sample", "configs"))
 
 
+@pytest.mark.parametrize("args", [["sample", "runs/x"], ["score", "."], ["lora", "mix"], ["plan", "--config", "draft"]])
+def test_help_after_other_arguments_shows_the_page_of_the_command(args: list[str], command: Callable) -> None:
+    assert command(*args, "--help").out.startswith(f"lightning-draft {args[0]}: ")
+
+
 def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None:
     every = command("fit", "--help_all").out
     assert "--trainer.accumulate_grad_batches" in every

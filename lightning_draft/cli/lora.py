@@ -4,20 +4,18 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
-
-from lightning_draft import models
+from lightning_draft.cli.base_model import open_base
 from lightning_draft.cli.command_parser import CommandParser
-from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import lora_edit, lora_files, lora_writing
-from lightning_draft.models.loading import opener
+from lightning_draft.models import lora_edit, lora_writing
+from lightning_draft.models.decoder import Precision
+from lightning_draft.models.loading import torch_dtype
 from lightning_draft.models.lora_files import LoRAFile
 from lightning_draft.models.lora_merge import merge
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.weightless import without_weights
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _SHOWN = 12
 
 
@@ -57,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (convert, scale, mix, merging):
         command.add_argument("--output", "-o", required=True, type=Path)
     for command in (convert, scale, mix):
-        command.add_argument("--format", choices=("diffusers", "comfy"), default="diffusers")
-        command.add_argument("--dtype", choices=_DTYPES, default="float32")
+        command.add_argument("--format", choices=get_args(lora_writing.Format), default="diffusers")
+        command.add_argument("--dtype", choices=get_args(Precision), default="float32")
         command.add_argument("--rank", type=int)
         command.add_argument("--prompt", nargs="+")
         command.add_argument("--reward", nargs="+", default=[])
@@ -116,13 +114,10 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _open(names: Sequence[str], base: str | None) -> tuple[PipelineModel, list[LoRAFile]]:
-    """Return the base model, by default the one that a header names, and the files read as LoRAs of this model."""
+    """Return the base model without its weights, by default the one that a header names, and the files as its LoRAs."""
     files = [Path(name).expanduser() for name in names]
-    headers = [lora_files.check(file)[1] for file in files]
-    found = base or next((header["base"] for header in headers if header.get("base")), None)
-    if found is None:
-        raise ConfigurationError(f"{files[0]} does not name its base model; write --model NAME")
-    model: Any = getattr(models, opener(found) or "StableDiffusion")(found, lora=None)
+    with without_weights():
+        model = open_base(files, base)
     return model, [model.read_lora(file) for file in files]
 
 
@@ -137,7 +132,7 @@ def _resized(file: LoRAFile, rank: int | None) -> LoRAFile:
 def _write(file: LoRAFile, model: PipelineModel, options: argparse.Namespace, metadata: Any) -> None:
     updates = {model.family.denoiser: file.denoiser, **file.encoders}
     header = {"base": model.source, **{k: v for k, v in metadata.items() if k != "format"}}
-    dtype = getattr(torch, options.dtype)
+    dtype = torch_dtype(options.dtype)
     lora_writing.write(options.output, updates, header, model.family, model.denoiser.config, options.format, dtype)
     print(f"wrote {options.output}")
 

@@ -12,12 +12,11 @@ from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
-from lightning_draft import models
 from lightning_draft.callbacks.image_grid import comparison
 from lightning_draft.cli import run_folder, shipped
+from lightning_draft.cli.base_model import open_base
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.messages import as_configuration_error, root_cause
 from lightning_draft.cli.options import explain_parser_error
@@ -27,7 +26,6 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.methods.draft import RewardModule
 from lightning_draft.models import lora_files
-from lightning_draft.models.loading import opener
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
@@ -52,8 +50,7 @@ def _sample(options: argparse.Namespace) -> None:
     file, config = _sources(options)
     module, prompts = (None, None) if config is None else _build(config)
     if module is None:
-        pretrained = options.model or _base_of(file)
-        model = getattr(models, opener(pretrained) or "StableDiffusion")(pretrained, lora=None)
+        model: Any = open_base([] if file is None else [file], options.model)
         sampler: Sampler = FlowEuler(options.steps or 28) if model.prediction == "flow" else DDIM(options.steps or 50)
     else:
         model, sampler = module.model, module.sampler
@@ -134,16 +131,6 @@ def _sources(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     if file is None and config is None and options.model is None:
         raise ConfigurationError("give a LoRA file, a run's folder, a --config or a --model; see sample --help")
     return file, config
-
-
-def _base_of(file: Path | None) -> str:
-    """Return the base model that the header of a LoRA file names."""
-    assert file is not None
-    with safe_open(file, framework="pt") as content:
-        base = (content.metadata() or {}).get("base")
-    if base is None:
-        raise ConfigurationError(f"{file} does not name its base model; write --model NAME")
-    return str(base)
 
 
 def _build(config: Path) -> tuple[RewardModule, list[str]]:

@@ -25,7 +25,7 @@ def merge(
     """Write the pipeline with `W + scale dW` in place of its weights, as a folder that `from_pretrained` opens.
 
     Args:
-        model: The model, whose pipeline is loaded again in float32; it is not changed.
+        model: The model, whose pipeline is loaded again in float32; it is not changed and needs no weights.
         file: From `model.read_lora`.
         folder: The folder to write; an existing pipeline is replaced when the new one is complete.
         scale: Strength of the LoRA.

@@ -136,6 +136,17 @@ def test_no_weight_is_read(tiny_sd: Path, tmp_path: Path) -> None:
     assert sizes == [value.nbytes for value in draft(tiny_sd).parameters()]
 
 
+def test_omitted_networks_are_omitted_without_weights_too(tiny_sd3: Path) -> None:
+    def build() -> StableDiffusion3:
+        return StableDiffusion3(str(tiny_sd3), lora=None, omit=["text_encoder_3"])
+
+    with without_weights():
+        planned = build()
+    assert planned.text_encoder_3 is None
+    shapes = [{name: value.shape for name, value in model.named_parameters()} for model in (planned, build())]
+    assert shapes[0] == shapes[1]
+
+
 def test_tensors_are_real_again_after_the_context(tiny_sd: Path) -> None:
     with without_weights():
         draft(tiny_sd)

@@ -222,7 +222,8 @@ def _from_pretrained(
     family: Family, source: str, dtypes: Mapping[str, torch.dtype], variant: str | None, options: Mapping[str, Any]
 ) -> Any:
     if is_without_weights():
-        return family.pipeline_class.from_pretrained(source, **skeleton.networks(family, source, dtypes), **options)
+        present = {name: dtype for name, dtype in dtypes.items() if name not in options}
+        return family.pipeline_class.from_pretrained(source, **skeleton.networks(family, source, present), **options)
     return family.pipeline_class.from_pretrained(source, dtype=dict(dtypes), variant=variant, **options)
 
 

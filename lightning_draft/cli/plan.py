@@ -214,11 +214,11 @@ def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
             f"\nLargest batch for a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: about {size}, "
             "extrapolated from batches of 1 and 2."
         )
-    while size > 1 and (found := peak(size)) > usable:
+    while (found := one if size == 1 else peak(size)) > usable:
         size = max(1, min(size - 1, math.floor(size * usable / found)))
     return (
         f"\nLargest batch for a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: {size} "
-        f"({peak(size) / 2**30:.2f} GiB)."
+        f"({found / 2**30:.2f} GiB)."
     )
 
 

@@ -115,8 +115,3 @@ def sampling(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]
     """Within this context, generate and score images in the precision of the run and without side effects."""
     with observing(pl_module), trainer.precision_plugin.forward_context():
         yield
-
-
-def printable(text: str) -> str:
-    """Return text in one line without control characters, such as the escape sequences of terminals."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())

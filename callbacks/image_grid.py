@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_draft.callbacks.common import printable
+from lightning_draft.text import one_line
 
 _GAP = 8
 _LINE = 20
@@ -133,7 +133,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _shorten(text: str, font: Any, width: float) -> str:
     """Shorten `text` to `width` pixels and one line; the time does not depend on its length."""
-    start = printable(text[: 8 * max(1, int(width))])
+    start = one_line(text[: 8 * max(1, int(width))])
     if len(start) <= width and font.getlength(start) <= width:
         return start
     start = start[: max(1, int(width))]  # no more characters are visible

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from lightning_draft.arguments import at_least
-from lightning_draft.callbacks.common import printable
+from lightning_draft.text import one_line
 
 
 class ProgressBar(TQDMProgressBar):
@@ -106,7 +106,7 @@ class ProgressBar(TQDMProgressBar):
         if trainer.sanity_checking or not self.is_enabled:
             return
         metrics = trainer.callback_metrics.items()
-        values = [f"{printable(name)} {float(value):.4g}" for name, value in metrics if name.startswith("val/")]
+        values = [f"{one_line(name)} {float(value):.4g}" for name, value in metrics if name.startswith("val/")]
         self.print("  ".join([f"step {trainer.global_step}", *values]))
 
     def line(self, trainer: L.Trainer) -> str:

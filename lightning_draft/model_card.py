@@ -17,6 +17,7 @@ from lightning_draft.files import atomic_path
 from lightning_draft.models.families import class_for_pipeline
 from lightning_draft.models.lora import DEFAULT_RANK
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.text import one_line
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -134,18 +135,13 @@ def _literal(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text as one line of Markdown, with special characters escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", _line(text))
-
-
-def _line(text: str) -> str:
-    """Return text as one line without control characters."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    """Return text as one line of Markdown with special characters escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", one_line(text))
 
 
 def _code(text: object) -> str:
     """Return text as one line of code in Markdown, whatever backticks it contains."""
-    line = _line(str(text))
+    line = one_line(str(text))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 

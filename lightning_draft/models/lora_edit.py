@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_draft.arguments import finite
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.lora_files import LoRAFile, Updates
 from lightning_draft.models.lora_update import Update, add, truncate
@@ -49,8 +50,7 @@ def scale(file: LoRAFile, factor: float) -> LoRAFile:
     Raises:
         ConfigurationError: The factor is not finite.
     """
-    if not math.isfinite(factor):
-        raise ConfigurationError(f"the scale {factor} must be finite; write a number such as 0.8")
+    finite("scale", factor, "write a number such as 0.8")
     return _map(file, lambda update: update.times(factor))
 
 

@@ -1,6 +1,5 @@
 """Merging of a LoRA file into the weights of its pipeline."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import finite
 from lightning_draft.models.loading import check_replaceable, load_pipeline, save_pipeline
 from lightning_draft.models.lora_files import LoRAFile
 from lightning_draft.models.pipeline import PipelineModel
@@ -34,8 +33,7 @@ def merge(
     Raises:
         ConfigurationError: The scale is not finite, or the folder has other content than a pipeline.
     """
-    if not math.isfinite(scale):
-        raise ConfigurationError(f"the scale {scale} must be finite; write a number such as 0.8")
+    finite("scale", scale, "write a number such as 0.8")
     check_replaceable(Path(folder))
     family = model.family
     dtypes = dict.fromkeys(family.networks, torch.float32)

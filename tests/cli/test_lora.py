@@ -120,7 +120,7 @@ def test_a_grid_is_written_beside_the_new_file(files: Any, tmp_path: Path) -> No
         (["info", "none.safetensors"], "there is no LoRA file none.safetensors"),
         (["scale", "a.safetensors", "much", "-o", "b.safetensors"], "invalid float value: 'much'"),
         (["merge", "{a}", "-o", "{folder}"], "is not a pipeline, and its content would be lost"),
-        (["merge", "{a}", "-o", "{folder}/new", "--scale", "nan"], "the scale nan must be finite"),
+        (["merge", "{a}", "-o", "{folder}/new", "--scale", "nan"], "scale=nan must be a finite number"),
         (["merge", "{wide}", "-o", "{folder}/new"], "1 of its 1 layers have other shapes in this model"),
         (["mix", "{a}", "-o", "{folder}/new.safetensors", "--rank", "0"], "rank=0"),
     ],

@@ -19,6 +19,7 @@ from torch import Tensor
 from examples.emoji_model.evaluate import generate, mean_and_error, open_pipeline
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
 from lightning_draft.assets import FOLDER
+from lightning_draft.callbacks.image_grid import to_pil_image
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Reward
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
@@ -69,13 +70,8 @@ def grid(drawings: dict[str, Tensor], captions: list[str], path: Path, zoom: int
         left, top = 8 + i % columns * width, 4 + i // columns * height
         pen.text((left, top), f"{caption}   {labels}", fill=(30, 30, 30), font=font)
         for k, images in enumerate(sets):
-            canvas.paste(_image(images[i], side), (left + k * (side + 4), top + 18))
+            canvas.paste(to_pil_image(images[i], side), (left + k * (side + 4), top + 18))
     canvas.save(path)
-
-
-def _image(image: Tensor, side: int) -> Image.Image:
-    pixels = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
@@ -23,6 +22,7 @@ from examples.emoji_model.data import Emoji, prepare
 from examples.emoji_model.degradations import degrade_all
 from examples.emoji_model.mixture import scenes
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
+from lightning_draft.callbacks.image_grid import to_pil_image
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 
 
@@ -86,7 +86,7 @@ def retrieval_rate(folder: Path, batch: Tensor, captions: list[str]) -> float:
     """Return the fraction of images whose caption the CLIP ranks first among `captions`."""
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CLIPProcessor.from_pretrained(folder)
-    images = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in batch]
+    images = [to_pil_image(image, 1) for image in batch]
     inputs = processor(text=captions, images=images, return_tensors="pt", padding="max_length", truncation=True)
     return (clip(**inputs).logits_per_image.argmax(1) == torch.arange(len(captions))).float().mean().item()
 
@@ -95,7 +95,7 @@ def sheet(images: Tensor, path: Path, columns: int = 8, zoom: int = 3) -> None:
     """Write images as one PNG with `columns` images per row."""
     big = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     rows = [torch.cat(list(row), 2) for row in big.split(columns)]
-    Image.fromarray((torch.cat(rows, 1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()).save(path)
+    to_pil_image(torch.cat(rows, 1), 1).save(path)
 
 
 def chosen_scenes(emoji: Emoji, count: int) -> dict[str, list[Scene]]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from lightning_draft.methods.draft import Checkpointing, DraftModule
+from lightning_draft.methods.direct import Checkpointing
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Memory, StableDiffusion
 from lightning_draft.plan import Tracker
 from lightning_draft.rewards.color import ColorTarget

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from lightning_draft.data import PromptDataModule
-from lightning_draft.methods.draft import Checkpointing, DraftModule
+from lightning_draft.methods.direct import Checkpointing
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import StableDiffusion
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM

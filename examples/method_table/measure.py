@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.callbacks.cost import CostMonitor
-from lightning_draft.methods.draft import RewardModule
+from lightning_draft.methods.base import RewardModule
 from lightning_draft.metrics import image_drift, within_prompt_diversity
 
 

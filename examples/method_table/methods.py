@@ -8,7 +8,8 @@ import torch
 
 from examples.emoji_model.nearest import NearestImage
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
-from lightning_draft.methods.draft import DraftModule, RewardModule
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce

@@ -24,7 +24,7 @@ from lightning_draft.cli.score import build_rewards
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
-from lightning_draft.methods.draft import RewardModule
+from lightning_draft.methods.base import RewardModule
 from lightning_draft.models import lora_files
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import PredictionDrift
 from lightning_draft.losses import Maximize, RewardLoss
-from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.checks import (
     check_dtype,
     check_final_step,
@@ -27,8 +26,6 @@ from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
 from lightning_draft.truncation import LastK, Truncation
-
-__all__ = ["Checkpointing", "DraftModule", "RewardModule"]
 
 
 class DraftModule(DirectModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.rewards.base import Reward
 
 
 class PassCounter:
@@ -79,7 +81,8 @@ class CostMonitor(Callback):
     - `usage/reward_queries`: images that the trained reward has scored;
     - `usage/network_forwards`: forward passes of the denoiser for one sample, including recomputed ones;
     - `usage/network_backwards`: backward passes of the denoiser for one sample;
-    - `usage/seconds`: time within training steps.
+    - `usage/seconds`: time within training steps;
+    - `usage/<name>`: what rewards have used since the process started, such as the requests and tokens of a `VLMJudge`.
 
     Passes are counted by hooks on the denoiser. A call with both branches of classifier-free guidance is two passes per
     sample; with `gradient: conditional` only one of them has a backward pass. Counts are multiplied by the number of
@@ -129,6 +132,8 @@ class CostMonitor(Callback):
         self.reward_queries += trainer.world_size * (pl_module.reward_queries - self._queries_before)
         self._keep_completed(trainer)
         pl_module.log_dict({f"usage/{name}": float(value) for name, value in self._counts().items()})
+        used = _reward_usage([pl_module.reward, *pl_module.eval_rewards])
+        pl_module.log_dict({f"usage/{name}": value for name, value in used.items()}, sync_dist=True, reduce_fx="sum")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts after the last completed optimizer step."""
@@ -147,6 +152,15 @@ class CostMonitor(Callback):
     def _counts(self) -> dict[str, Any]:
         names = ("reward_queries", "network_forwards", "network_backwards", "seconds")
         return {name: getattr(self, name) for name in names}
+
+
+def _reward_usage(rewards: Iterable[Reward]) -> dict[str, float]:
+    """Return the usage of rewards and their components, added by name."""
+    total: dict[str, float] = {}
+    for part in {part for reward in rewards for part in reward.modules() if isinstance(part, Reward)}:
+        for name, value in part.usage().items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

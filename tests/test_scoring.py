@@ -1,6 +1,7 @@
 """Scoring folders of images: prompts, tables, resumption, contact sheets, and comparisons against closed forms."""
 
 import csv
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -18,6 +20,7 @@ from lightning_draft.image_prompts import find_prompts, list_images
 from lightning_draft.rewards import Brightness, JPEGSize, PythonFunction, Reward
 from lightning_draft.score_report import compare, contact_sheet, report
 from lightning_draft.scoring import ScoredImage, score_folder, write_parquet
+from tests.rewards.chat_server import ChatServer, gray
 
 
 def folder(path: Path, levels: dict[str, int], size: tuple[int, int] = (8, 6)) -> Path:
@@ -185,6 +188,24 @@ def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pyt
         *("scores.csv", "scores.parquet", "rewards.json"),
         *("contact_sheet_Sharpness.png", "contact_sheet_bright.png"),
     }
+
+
+def test_the_command_prints_what_a_judge_has_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder(tmp_path / "in", {f"cat_{i}.png": 40 * i for i in range(3)})
+    server = ChatServer(lambda text, images: f"{1 + 4 * gray(images[0]):.2f}")
+    endpoint = {"url": server.url, "model": "tiny", "cache": str(tmp_path / "cache"), "input_price": 1.0}
+    config = {"judge": {"class_path": "VLMJudge", "init_args": {"endpoint": endpoint}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(config))
+    for output, used in (("one", "requests 3, cached 0, input_tokens 300"), ("two", "requests 0, cached 3")):
+        arguments = ["--rewards", str(tmp_path / "r.yaml"), "--output", str(tmp_path / output)]
+        assert main(["score", str(tmp_path / "in"), *arguments]) == 0
+        assert f"judge used: {used}" in capsys.readouterr().out
+    described = json.loads((tmp_path / "one" / "rewards.json").read_text())["judge"]
+    assert "'model': 'tiny'" in described
+    assert "Rate how well" in described
 
 
 @pytest.mark.parametrize(

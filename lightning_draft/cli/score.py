@@ -33,6 +33,9 @@ def main(args: Sequence[str]) -> int:
         text = report(compare(scored[0], scored[1]), names[0], names[1])
         (Path(options.output) / "comparison.md").write_text(text, encoding="utf-8")
         print(text, end="")
+    for name, reward in built.items():
+        if used := reward.usage():
+            print(f"{name} used: {', '.join(f'{key} {value:g}' for key, value in used.items())}")
     return 0
 
 

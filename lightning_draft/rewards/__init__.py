@@ -10,13 +10,17 @@ from lightning_draft.rewards.color import Brightness, ColorBalance, ColorSaturat
 from lightning_draft.rewards.combine import GradientNormSum, WeightedReward, WeightedSum, ZScoreSum
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.hps import HPSv2
+from lightning_draft.rewards.http_client import RewardServiceError
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.inputs import NonFiniteScoreError
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
+from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.rewards.pickscore import PickScore
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 from lightning_draft.rewards.robust import Augmented, Ensemble, Relative
-from lightning_draft.rewards.service import HTTPReward, RewardServiceError
+from lightning_draft.rewards.service import HTTPReward
+from lightning_draft.rewards.vlm import VLMJudge
+from lightning_draft.rewards.vlm_client import ChatEndpoint
 
 __all__ = [
     "AestheticScore",
@@ -25,6 +29,7 @@ __all__ = [
     "CLIPClassification",
     "CLIPScore",
     "CaptionRetrieval",
+    "ChatEndpoint",
     "ClassifierTarget",
     "CleanFraction",
     "ColorBalance",
@@ -44,6 +49,7 @@ __all__ = [
     "ObjectAbsent",
     "ObjectCount",
     "ObjectPresent",
+    "PairwiseReward",
     "PickScore",
     "Prompt",
     "PythonFunction",
@@ -53,6 +59,7 @@ __all__ = [
     "ColorSaturation",
     "Sharpness",
     "Symmetry",
+    "VLMJudge",
     "WeightedReward",
     "WeightedSum",
     "ZScoreSum",

@@ -84,6 +84,13 @@ class Reward(nn.Module, ABC):
             scores: The components of `breakdown` by name, detached, for the images of all processes.
         """
 
+    def usage(self) -> Mapping[str, float]:
+        """Return what scoring has used since the process started, such as requests and tokens; by default nothing.
+
+        `CostMonitor` logs each number as `usage/<name>`.
+        """
+        return {}
+
 
 def check_name(name: str) -> str:
     """Return `name` if it can be part of a log key.

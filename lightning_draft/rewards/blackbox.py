@@ -1,6 +1,8 @@
 """Rewards without a gradient: a Python function, and the helpers that black-box rewards share."""
 
+import base64
 import importlib
+import io
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -71,6 +73,19 @@ class PythonFunction(Reward):
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert images `(B, 3, H, W)` to a list of PIL images, clamped to [0, 1] and rounded to bytes."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
+
+
+def to_base64(image: Image.Image, encoding: str = "png", quality: int = 95) -> str:
+    """Return a PNG or JPEG file of an image as base64 text.
+
+    Args:
+        image: The image.
+        encoding: `png` or `jpeg`.
+        quality: Quality of the JPEG, 1 to 100.
+    """
+    file = io.BytesIO()
+    image.save(file, encoding, **({"quality": quality} if encoding == "jpeg" else {}))
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -1,22 +1,34 @@
-"""HTTP requests of rewards: URLs without secrets, attempts with a time limit, and which errors are temporary."""
+"""HTTP requests of rewards: URLs without secrets, attempts with a time limit, and repetition after temporary errors."""
 
 import os
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.client import HTTPException, IncompleteRead
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from lightning_draft.errors import ConfigurationError
 
+Result = TypeVar("Result")
+
 LARGEST_ANSWER = 1 << 26
+LONGEST_PAUSE = 60.0
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _VARIABLE = re.compile(r"\{(\w+)\}")
 _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|credential", re.IGNORECASE)
+
+
+class RewardServiceError(RuntimeError):
+    """A reward service gave no scores; the message names the prompts."""
+
+
+class FailedRequestError(RuntimeError):
+    """No attempt of a request was successful; the message gives the number of attempts and the last error."""
 
 
 def check_url(url: str) -> str:
@@ -82,6 +94,14 @@ def check_token(variable: str) -> str:
     return variable
 
 
+def json_headers(token_variable: str | None) -> dict[str, str]:
+    """Return the headers of a JSON request, with the token of an environment variable if one is named."""
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if token_variable is not None:
+        headers["Authorization"] = f"Bearer {os.environ[token_variable].strip()}"
+    return headers
+
+
 def post(url: str, content: bytes, headers: Mapping[str, str], timeout: float) -> bytes:
     """Send one request and return the body of the answer.
 
@@ -109,6 +129,35 @@ def post(url: str, content: bytes, headers: Mapping[str, str], timeout: float) -
     if expected.isdecimal() and len(body) < int(expected):
         raise IncompleteRead(bytes(body), int(expected) - len(body))
     return bytes(body)
+
+
+def with_retries(
+    send: Callable[[], Result], retries: int, backoff: float, stopped: threading.Event | None = None
+) -> Result:
+    """Return the result of `send`, which is called again after temporary failures.
+
+    The pauses are `backoff`, `2 backoff`, `4 backoff`, ... seconds, or those of the `Retry-After` header, at most a
+    minute.
+
+    Args:
+        send: One attempt, such as a call of `post`.
+        retries: Further attempts after the first, at least 0.
+        backoff: Length of the first pause in seconds, at least 0.
+        stopped: Once it is set, no further attempt is made.
+
+    Raises:
+        FailedRequestError: A failure is permanent, or the last attempt failed.
+    """
+    stopped = threading.Event() if stopped is None else stopped
+    for attempt in range(retries + 1):
+        try:
+            return send()
+        except (OSError, HTTPException) as error:
+            pause = min(LONGEST_PAUSE, max(backoff * 2**attempt, retry_after(error)))
+            if attempt == retries or not is_transient(error) or stopped.wait(pause):
+                attempts = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
+                raise FailedRequestError(f"{attempts}: {reason(error)}") from None
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def is_transient(error: Exception) -> bool:

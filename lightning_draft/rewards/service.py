@@ -11,43 +11,33 @@ if there are none. The answer is status 200 and `{"scores": [0.7, ...]}`, one fi
 `examples/judge_server.py` is an example service.
 """
 
-import base64
-import io
 import json
-import os
 import threading
 from collections.abc import Sequence
 from functools import partial
-from http.client import HTTPException
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of, positive
 from lightning_draft.prompt import metadata_of
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.base import Reward
-from lightning_draft.rewards.blackbox import parse_scores, to_pil
+from lightning_draft.rewards.blackbox import parse_scores, to_base64, to_pil
 from lightning_draft.rewards.http_client import (
+    FailedRequestError,
+    RewardServiceError,
     check_token,
     check_url,
     expand_url,
-    is_transient,
+    json_headers,
     post,
-    reason,
     redact,
-    retry_after,
+    with_retries,
 )
 from lightning_draft.rewards.inputs import quote_prompts
 from lightning_draft.rewards.jpeg_codec import check_quality
-
-LONGEST_PAUSE = 60.0
-
-
-class RewardServiceError(RuntimeError):
-    """A reward service gave no scores; the message names the prompts."""
 
 
 class HTTPReward(Reward):
@@ -110,7 +100,7 @@ class HTTPReward(Reward):
         Raises:
             RewardServiceError: The service gave no scores for some prompts.
         """
-        files = [self._encode(image) for image in to_pil(images)]
+        files = [to_base64(image, self.encoding, self.quality) for image in to_pil(images)]
         batches = [slice(start, start + self.batch_size) for start in range(0, len(files), self.batch_size)]
         stopped = threading.Event()
         calls = [partial(self._score, files[batch], prompts[batch], stopped) for batch in batches]
@@ -122,11 +112,6 @@ class HTTPReward(Reward):
             ) from error
         finally:
             stopped.set()
-
-    def _encode(self, image: Image.Image) -> str:
-        file = io.BytesIO()
-        image.save(file, self.encoding, **({"quality": self.quality} if self.encoding == "jpeg" else {}))
-        return base64.b64encode(file.getvalue()).decode("ascii")
 
     def _score(self, files: list[str], prompts: Sequence[str], stopped: threading.Event) -> Tensor:
         """Return the scores `(b,)` of one request; it is not repeated once `stopped` is set."""
@@ -147,23 +132,13 @@ class HTTPReward(Reward):
 
     def _ask(self, content: bytes, prompts: Sequence[str], stopped: threading.Event) -> bytes:
         """Return the body of the answer; repeat the request after a temporary failure."""
-        for attempt in range(self.retries + 1):
-            try:
-                return post(expand_url(self.url), content, self._headers(), self.timeout)
-            except (OSError, HTTPException) as error:
-                pause = min(LONGEST_PAUSE, max(self.backoff * 2**attempt, retry_after(error)))
-                if attempt == self.retries or not is_transient(error) or stopped.wait(pause):
-                    tries = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
-                    raise RewardServiceError(
-                        f"{redact(self.url)} gave no scores for {quote_prompts(prompts)} after {tries}: {reason(error)}"
-                    ) from None
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.token_variable is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.token_variable].strip()}"
-        return headers
+        send = partial(post, expand_url(self.url), content, json_headers(self.token_variable), self.timeout)
+        try:
+            return with_retries(send, self.retries, self.backoff, stopped)
+        except FailedRequestError as error:
+            raise RewardServiceError(
+                f"{redact(self.url)} gave no scores for {quote_prompts(prompts)} after {error}"
+            ) from None
 
 
 def to_json(value: Any) -> Any:

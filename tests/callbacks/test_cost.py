@@ -272,3 +272,38 @@ def test_interrupted_optimizer_step_is_counted_once(tmp_path: Path, moment: str)
     for name in ("reward_queries", "network_forwards", "network_backwards"):
         assert getattr(resumed, name) == getattr(uninterrupted, name)
     assert math.isfinite(resumed.seconds)
+
+
+def test_usage_of_rewards_is_logged(tmp_path: Path) -> None:
+    class Judge(LinearReward):
+        calls = 0
+
+        def forward(self, images: Tensor, prompts: Any) -> Tensor:
+            self.calls += 1
+            return super().forward(images, prompts)
+
+        def usage(self) -> dict[str, float]:
+            return {"requests": self.calls}
+
+    module = DraftModule(LinearModel(0.1), Judge(), DDIM(3), eval_rewards={"other": Judge()})
+    logged: list[float] = []
+
+    class Read(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            logged.append(float(trainer.callback_metrics["usage/requests"]))
+
+    monitor = CostMonitor()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[monitor, Read()],
+        max_steps=2,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, PromptDataModule(PROMPTS, batch_size=2, val_size=2))
+    assert logged[1] == logged[0] + 1
+    assert logged[1] == module.reward.calls

@@ -12,6 +12,7 @@ from torch import Tensor
 import lightning_draft.rewards as rewards
 from examples.judge_server import Server, redness
 from lightning_draft.rewards import Reward, WeightedReward
+from tests.rewards.chat_server import ChatServer, gray
 
 CAPTIONS = ["red cat", "cat", "red", "a dog"]
 PROMPTS = ["red cat", "a bird", "cat"]
@@ -22,6 +23,12 @@ def parts(tiny: dict[str, str]) -> dict[str, WeightedReward]:
         "clip": WeightedReward(rewards.CLIPScore(tiny["clip"]), 2.0),
         "dark": WeightedReward(rewards.Brightness(0.0)),
     }
+
+
+@cache
+def vision_language_model() -> str:
+    """The address of a chat-completions endpoint that runs during the tests."""
+    return ChatServer(lambda text, images: f"{gray(images[0]):.3f}").url
 
 
 @cache
@@ -81,11 +88,17 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "ColorSaturation": (lambda tiny: rewards.ColorSaturation(), 0, 1),
     "Sharpness": (lambda tiny: rewards.Sharpness(), 0, 16),
     "Symmetry": (lambda tiny: rewards.Symmetry(), -1, 0),
+    "VLMJudge": (
+        lambda tiny: rewards.VLMJudge(rewards.ChatEndpoint(vision_language_model(), "tiny", cache=None), low=0),
+        0,
+        5,
+    ),
     "WeightedSum": (lambda tiny: rewards.WeightedSum(parts(tiny)), -3, 2),
     "ZScoreSum": (lambda tiny: rewards.ZScoreSum(parts(tiny)), -3, 2),
 }
 DIFFERENTIABLE = sorted(
-    set(EVERY) - {"CaptionRetrieval", "CleanFraction", "DetectedCount", "HTTPReward", "JPEGSize", "PythonFunction"}
+    set(EVERY)
+    - {"CaptionRetrieval", "CleanFraction", "DetectedCount", "HTTPReward", "JPEGSize", "PythonFunction", "VLMJudge"}
 )
 
 # The value of this sum is not what its gradient is the gradient of.
@@ -98,7 +111,9 @@ def build(name: str, tiny: Tiny) -> Reward:
 
 def test_list_covers_every_reward() -> None:
     classes = {name: getattr(rewards, name) for name in rewards.__all__ if inspect.isclass(getattr(rewards, name))}
-    assert set(EVERY) == {name for name, kind in classes.items() if issubclass(kind, Reward) and kind is not Reward}
+    assert set(EVERY) == {
+        name for name, kind in classes.items() if issubclass(kind, Reward) and not inspect.isabstract(kind)
+    }
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -127,9 +127,9 @@ def test_the_installed_wheel_runs_outside_the_repository(wheel_file: Path, tmp_p
     binaries = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     (packages,) = (tmp_path / "venv").glob("**/site-packages")
     install = ["-m", "pip", "--python", str(binaries / "python"), "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([sys.executable, *install, wheel_file], check=True)
-    (packages / "requirements.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, *install, wheel_file], check=True, env=environment)
+    (packages / "requirements.pth").write_text("\n".join(site.getsitepackages()) + "\n")
 
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_draft.models.lora import LoRA
     from lightning_draft.models.text_encoding import TextEncoding
     from lightning_draft.objectives import APA, PPO, PRDP, Objective, Reinforce
+    from lightning_draft.preferences import BradleyTerry, WinRate
     from lightning_draft.prompt import Prompt
     from lightning_draft.rewards.base import Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
@@ -56,6 +57,7 @@ _MODULES = {
     "models.lora": ("LoRA",),
     "models.text_encoding": ("TextEncoding",),
     "objectives": ("APA", "Objective", "PPO", "PRDP", "Reinforce"),
+    "preferences": ("BradleyTerry", "WinRate"),
     "prompt": ("Prompt",),
     "rewards.base": ("Reward",),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
@@ -77,6 +79,7 @@ __all__ = [
     "RWR",
     "AdjointMatching",
     "AdvantageEstimator",
+    "BradleyTerry",
     "ConfigurationError",
     "DPMSolverPlusPlus",
     "DRTune",
@@ -122,6 +125,7 @@ __all__ = [
     "VGGFlow",
     "WeightedReward",
     "WeightedSum",
+    "WinRate",
 ]
 __all__ += list(FAMILIES)
 

@@ -56,14 +56,13 @@ def compare(
     Raises:
         ConfigurationError: There are no pairs.
     """
-    at_least("resamples", resamples, 100)
-    pairs = _pairs(first, second)
+    pairs = pair_images(first, second)
     names = [name for name in first[0].scores if name in second[0].scores]
-    indices = np.random.default_rng(seed).integers(0, len(pairs), (resamples, len(pairs)))
     found = []
     for name in names:
         a, b = (np.array([pair[side].scores[name] for pair in pairs], dtype=np.float64) for side in (0, 1))
         wins = (b > a) + 0.5 * (b == a)
+        intervals = bootstrap_intervals([b - a, wins], resamples, seed)
         found.append(
             Comparison(
                 name,
@@ -71,12 +70,48 @@ def compare(
                 float(a.mean()),
                 float(b.mean()),
                 float((b - a).mean()),
-                _interval((b - a)[indices]),
+                intervals[0],
                 float(wins.mean()),
-                _interval(wins[indices]),
+                intervals[1],
             )
         )
     return found
+
+
+def pair_images(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> list[tuple[ScoredImage, ScoredImage]]:
+    """Pair the images of two folders by file name and prompt, or else by prompt.
+
+    Raises:
+        ConfigurationError: There are no pairs.
+    """
+    by_file = {(row.file, row.prompt): row for row in second}
+    pairs = [(row, by_file[row.file, row.prompt]) for row in first if (row.file, row.prompt) in by_file]
+    if pairs:
+        return pairs
+    by_prompt: dict[str, list[ScoredImage]] = {}
+    for row in second:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
+    if not pairs:
+        raise ConfigurationError(
+            "the two folders have no images in common, neither by file name and prompt nor by prompt; give the files "
+            "of both folders the same names, or give the prompts"
+        )
+    return pairs
+
+
+def bootstrap_intervals(samples: Sequence[np.ndarray], resamples: int = 2000, seed: int = 0) -> list[Interval]:
+    """Return the 95 % bootstrap intervals of the means of paired samples, all from the same resampled indices.
+
+    Args:
+        samples: Arrays of the same length.
+        resamples: Number of resamples, at least 100.
+        seed: Seed of the indices.
+    """
+    at_least("resamples", resamples, 100)
+    indices = np.random.default_rng(seed).integers(0, len(samples[0]), (resamples, len(samples[0])))
+    quantiles = (np.quantile(values[indices].mean(1), [0.025, 0.975]) for values in samples)
+    return [(float(low), float(high)) for low, high in quantiles]
 
 
 def report(comparisons: Sequence[Comparison], first: str, second: str) -> str:
@@ -126,26 +161,3 @@ def contact_sheet(
         sheet.paste(thumbnail_image, (left, top))
         pen.text((left + 2, top + side + 2), f"{row.scores[reward]:.4g}", fill="black")
     return sheet
-
-
-def _pairs(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> list[tuple[ScoredImage, ScoredImage]]:
-    by_file = {(row.file, row.prompt): row for row in second}
-    pairs = [(row, by_file[row.file, row.prompt]) for row in first if (row.file, row.prompt) in by_file]
-    if pairs:
-        return pairs
-    by_prompt: dict[str, list[ScoredImage]] = {}
-    for row in second:
-        by_prompt.setdefault(row.prompt, []).append(row)
-    pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
-    if not pairs:
-        raise ConfigurationError(
-            "the two folders have no images in common, neither by file name and prompt nor by prompt; give the files "
-            "of both folders the same names, or give the prompts"
-        )
-    return pairs
-
-
-def _interval(samples: np.ndarray) -> Interval:
-    """Return the percentile interval of the mean of each resample."""
-    low, high = np.quantile(samples.mean(1), [0.025, 0.975])
-    return float(low), float(high)

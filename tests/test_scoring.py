@@ -208,6 +208,30 @@ def test_the_command_prints_what_a_judge_has_used(
     assert "Rate how well" in described
 
 
+def test_the_command_compares_pairs_with_a_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge prefers brighter images: the second folder wins three of four pairs, of images of different sizes."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder(tmp_path / "base", {f"cat_{i}.png": 100 for i in range(4)})
+    folder(tmp_path / "tuned", {f"cat_{i}.png": level for i, level in enumerate((200, 0, 150, 120))}, (16, 16))
+
+    def answer(text: str, images: list[Image.Image]) -> str:
+        return "3" if len(images) == 1 else ("A" if gray(images[0]) > gray(images[1]) else "B")
+
+    server = ChatServer(answer)
+    config = {"judge": {"class_path": "VLMJudge", "init_args": {"endpoint": {"url": server.url, "model": "m"}}}}
+    config["judge"]["init_args"]["endpoint"]["cache"] = str(tmp_path / "cache")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(config))
+    output = tmp_path / "out"
+    arguments = ["--rewards", str(tmp_path / "r.yaml"), "--output", str(output), "--pairwise"]
+    assert main(["score", str(tmp_path / "base"), str(tmp_path / "tuned"), *arguments]) == 0
+    assert "| judge | 4 | 75.0% | 25.0% to 100.0% |" in capsys.readouterr().out
+    rows = list(csv.DictReader((output / "pairs_judge.csv").open()))
+    assert [float(row["preference_for_second"]) for row in rows] == [1.0, 0.0, 1.0, 1.0]
+    assert "| judge | 4 | 75.0%" in (output / "comparison.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -216,6 +240,10 @@ def test_the_command_prints_what_a_judge_has_used(
         (["a", "--reward", "HPSv3"], "--rewards: there is no Reward 'HPSv3'; did you mean HPSv2"),
         (["a", "--reward", "Sharpness"], "there is no folder 'a'"),
         (["a", "b", "c", "--reward", "Sharpness"], "3 folders were given; give one, or two to compare"),
+        (
+            ["a", "b", "--reward", "Sharpness", "--pairwise"],
+            "--pairwise compares two folders with rewards that compare",
+        ),
         (["a", "--rewards", "nowhere.yaml"], "--rewards nowhere.yaml cannot be read"),
     ],
 )

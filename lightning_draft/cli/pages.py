@@ -109,7 +109,8 @@ lightning-draft score: score folders of existing images with rewards, without a 
   --output FOLDER       tables, contact sheets and comparison; by default scores; an interrupted scoring continues
   --batch_size N        images per call of a reward; by default 8
   --device NAME         cpu or cuda; by default cpu
-  --parquet             write scores.parquet beside scores.csv"""
+  --parquet             write scores.parquet beside scores.csv
+  --pairwise            for two folders: also ask judges (VLMJudge, HumanVotes) which image of each pair is better"""
 
 LORA = """\
 lightning-draft lora: inspect, convert, scale, mix and merge LoRA files

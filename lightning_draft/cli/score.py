@@ -1,6 +1,7 @@
 """The command `score`: rewards on folders of existing images."""
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from lightning_draft import rewards
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.explain import explain
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.pairwise_score import compare_pairs, report_pairs
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.score_report import compare, contact_sheet, report
 from lightning_draft.scoring import ScoredImage, score_folder, write_parquet
 
@@ -27,10 +30,14 @@ def main(args: Sequence[str]) -> int:
     if len(options.folders) > 2:
         raise ConfigurationError(f"{len(options.folders)} folders were given; give one, or two to compare")
     built = build_rewards(options.reward, options.rewards)
+    judges = _judges(built, options) if options.pairwise else {}
     scored = [_score(number, built, options) for number in range(len(options.folders))]
     if len(scored) == 2:
         names = [Path(folder).name or folder for folder in options.folders]
         text = report(compare(scored[0], scored[1]), names[0], names[1])
+        if judges:
+            compared = compare_pairs(options.folders, scored, judges, options.output)
+            text += "\n" + report_pairs(compared, names[0], names[1])
         (Path(options.output) / "comparison.md").write_text(text, encoding="utf-8")
         print(text, end="")
     for name, reward in built.items():
@@ -50,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parsed.add_argument("--batch_size", type=int, default=8)
     parsed.add_argument("--device", default="cpu")
     parsed.add_argument("--parquet", action="store_true")
+    parsed.add_argument("--pairwise", action="store_true")
     return parsed
 
 
@@ -77,10 +85,20 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     return built
 
 
+def _judges(built: dict[str, Reward], options: argparse.Namespace) -> dict[str, PairwiseReward]:
+    judges = {name: reward for name, reward in built.items() if isinstance(reward, PairwiseReward)}
+    if not judges or len(options.folders) != 2:
+        raise ConfigurationError(
+            "--pairwise compares two folders with rewards that compare images; give two folders, and a reward such as "
+            "VLMJudge"
+        )
+    return judges
+
+
 def _reward_names() -> list[str]:
     classes = {name: getattr(rewards, name) for name in rewards.__all__}
     kinds = {name: kind for name, kind in classes.items() if isinstance(kind, type) and issubclass(kind, Reward)}
-    return [name for name in kinds if name != "Reward"]
+    return [name for name, kind in kinds.items() if not inspect.isabstract(kind)]
 
 
 def _read(path: Path) -> dict[str, Any]:

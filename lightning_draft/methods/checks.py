@@ -14,7 +14,9 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import ForwardObjective
 from lightning_draft.losses import RewardLoss
 from lightning_draft.objectives import RolloutObjective
+from lightning_draft.preferences import PreferenceAdvantages
 from lightning_draft.rewards.base import Reward, check_scores
+from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
 from lightning_draft.trained_steps import last_step_coefficient
@@ -189,6 +191,18 @@ def check_group_size(samples_per_prompt: int, users: Iterable[RolloutObjective |
             raise ConfigurationError(
                 f"{type(user).__name__} compares samples of the same prompt, and samples_per_prompt="
                 f"{samples_per_prompt}; set samples_per_prompt to {user.min_group} or more"
+            )
+
+
+def check_comparisons(reward: Reward, estimator: AdvantageEstimator) -> None:
+    """Raise if a reward that only compares images is used for its scores."""
+    for part in reward.modules():
+        if not isinstance(part, PairwiseReward) or not part.needs_pairs:
+            continue
+        if part is not reward or not isinstance(estimator, PreferenceAdvantages):
+            raise ConfigurationError(
+                f"{type(part).__name__} only compares images: use it as the reward itself, with advantage_estimator "
+                "WinRate or BradleyTerry"
             )
 
 

@@ -14,7 +14,7 @@ from lightning_draft.arguments import at_least
 from lightning_draft.distributed import all_gather_objects, world_size
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.checks import check_accumulation, check_group_size
+from lightning_draft.methods.checks import check_accumulation, check_comparisons, check_group_size
 from lightning_draft.methods.rollout import (
     Minibatch,
     Rollout,
@@ -26,8 +26,10 @@ from lightning_draft.methods.rollout import (
 )
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import RolloutObjective
+from lightning_draft.preferences import PreferenceAdvantages
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rewards.inputs import check_finite
+from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
 
@@ -144,6 +146,7 @@ class RolloutModule(RewardModule, ABC):
         """
         super().check_configuration()
         check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
+        check_comparisons(self.reward, self.advantage_estimator)
         if (data := self.prompt_data) is not None:
             self.check_accumulation(data.batch_size)
 
@@ -198,7 +201,7 @@ class RolloutModule(RewardModule, ABC):
             parts = slices(len(every), self.micro_batch_size)
             scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
         rewards = torch.cat([total for total, _ in scores])
-        advantages = self.advantages(rewards, every)
+        advantages = self.advantages(rewards, every, latents[-1])
         components = {name: torch.cat([each[name] for _, each in scores]) for name in scores[0][1]}
         self.update_statistics(components)
         summary = summarize(rewards, advantages, self.samples_per_prompt)
@@ -207,11 +210,7 @@ class RolloutModule(RewardModule, ABC):
         return Rollout(number, step, names, latents, log_probs, rewards, advantages, summary)
 
     def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scores `(B,)` of samples, and those of the reward's components.
-
-        Args:
-            latents: `(B, ...)`.
-            prompts: `B` prompts.
+        """Return the scores `(B,)` of samples `(B, ...)`, and those of the reward's components.
 
         Raises:
             NonFiniteScoreError: A score is not finite.
@@ -222,17 +221,24 @@ class RolloutModule(RewardModule, ABC):
         scores = check_scores(total, len(prompts), self.reward)
         return check_finite(scores, images, prompts, self.reward).float(), components
 
-    def advantages(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    def advantages(self, rewards: Tensor, prompts: Sequence[str], latents: Tensor) -> Tensor:
         """Return this process's advantages `(B,)`, from an estimator that receives the rewards of all processes.
+
+        If the reward is a `PairwiseReward` and the estimator uses preferences, the images of each prompt are compared.
 
         Args:
             rewards: `(B,)`.
             prompts: `B` prompts.
+            latents: The samples, `(B, ...)`.
         """
+        estimator, group = self.advantage_estimator, self.samples_per_prompt
+        if isinstance(estimator, PreferenceAdvantages) and isinstance(self.reward, PairwiseReward):
+            parts = slices(len(latents), self.micro_batch_size)
+            images = torch.cat([self.model.decode(latents[some]).cpu() for some in parts])
+            return estimator.from_preferences(self.reward.preferences(images, prompts, group)).to(rewards)
         gathered = all_gather_objects((rewards.cpu(), [str(prompt) for prompt in prompts]))
         names = [name for _, prompts in gathered for name in prompts]
-        everything = torch.cat([rewards for rewards, _ in gathered])
-        advantages = self.advantage_estimator(everything, names, self.samples_per_prompt)
+        advantages = estimator(torch.cat([rewards for rewards, _ in gathered]), names, group)
         start = sum(len(prompts) for _, prompts in gathered[: self.global_rank])
         return advantages[start : start + len(prompts)].to(rewards)
 

@@ -31,6 +31,8 @@ POLICIES = {
     "loop": ("PPO", "LeaveOneOut"),
     "prdp": ("PRDP", "GroupRelative"),
     "apa": ("APA", "PerPromptStatistics"),
+    "pref_grpo": ("PPO", "WinRate"),
+    "prdp_preferences": ("PRDP", "BradleyTerry"),
 }
 FORWARD = {
     "nft": "DiffusionNFT",

@@ -42,9 +42,7 @@ class AdapterEMA(Callback):
 
     def __init__(self, decay: float = 0.99, warmup: bool = True) -> None:
         hint = "write 0.99, which averages over about 100 steps"
-        if in_range("AdapterEMA: decay", decay, 0.0, 1.0, hint) == 1:
-            raise ConfigurationError(f"AdapterEMA: decay={decay} must be less than 1; {hint}")
-        self.decay = decay
+        self.decay = in_range("AdapterEMA: decay", decay, 0, 1, hint, below_high=True)
         self.warmup = warmup
         self._average: tuple[int, dict[str, Tensor]] = (0, {})  # number of steps, and the average
         self._originals: dict[str, Tensor] | None = None

@@ -63,9 +63,9 @@ class RewardConflict(Callback):
         names = list(signed_rewards(reward_module(pl_module, self)))
         if len(names) < 2:
             raise ConfigurationError(
-                f"RewardConflict compares differentiable rewards and needs at least two, got "
-                f"{', '.join(names) or 'none'}; "
-                "train on a WeightedSum, or add rewards to eval_rewards of the module"
+                f"RewardConflict needs at least two differentiable rewards to compare, and the module has "
+                f"{f'only {names[0]}' if names else 'none'}; train on a WeightedSum, or add rewards to the module's "
+                "eval_rewards"
             )
 
     def on_train_batch_end(

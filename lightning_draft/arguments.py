@@ -57,16 +57,17 @@ def finite(name: str, value: float, hint: str = "write a number such as 1.0") ->
     return value
 
 
-def in_range(name: str, value: Number, low: Number, high: Number, hint: str = "") -> Number:
-    """Return `value` if `low <= value <= high`.
+def in_range(
+    name: str, value: Number, low: Number, high: Number, hint: str = "", *, below_high: bool = False
+) -> Number:
+    """Return `value` if `low <= value <= high`, or with `below_high` if `low <= value < high`.
 
     Raises:
         ConfigurationError: It is outside this range.
     """
-    if not _is_number(value) or not low <= value <= high:
-        raise ConfigurationError(
-            f"{name}={value!r} must be between {low} and {high}; {hint or f'write a value such as {low}'}"
-        )
+    if not _is_number(value) or not low <= value <= high or (below_high and value == high):
+        bounds = f"at least {low} and less than {high}" if below_high else f"between {low} and {high}"
+        raise ConfigurationError(f"{name}={value!r} must be {bounds}; {hint or f'write a value such as {low}'}")
     return value
 
 
@@ -79,7 +80,7 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     known = list(choices)
     if value not in known:
         similar = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {similar[0]}?" if similar else ""
+        hint = f"; did you mean {similar[0]}" if similar else ""
         raise ConfigurationError(f"{name}={value!r} is not a valid choice; write one of {', '.join(known)}{hint}")
     return value
 

@@ -270,8 +270,11 @@ def _read(option: str, source: Any, column: str, split: str) -> Sequence[str]:
     try:
         return read_prompts(source, column, split)
     except ConfigurationError as error:
-        shown = repr(source) if isinstance(source, str) else f"<{type(source).__name__}>"
-        raise ConfigurationError(f"{option}={shown}: {error}") from error
+        message = str(error)
+        if not isinstance(source, str):
+            raise ConfigurationError(f"{option}: {message}") from error
+        shown = "" if message.startswith(repr(source)) else f"{source!r}: "
+        raise ConfigurationError(f"{option}={shown}{message}") from error
 
 
 def _select(prompts: Sequence[str], rows: Sequence[int]) -> Sequence[str]:

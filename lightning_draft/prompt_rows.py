@@ -118,10 +118,10 @@ def check_column(names: list[Any], column: str, where: Any) -> None:
         return
     if not names:
         raise ConfigurationError(f"{where} has no columns; write a row with the column {column!r}")
-    known = ", ".join(str(name) if str(name).isprintable() else repr(name) for name in names[:20])
+    known = ", ".join(repr(str(name)) for name in names[:20])
     same = [name for name in names if str(name).strip().lower() == column.lower()]
     example = same[0] if same else names[0]
     raise ConfigurationError(
-        f"{where} has no column {column!r}; it has {known}: set column to the prompt's column, such as "
-        f"column={example!r}; write a list without columns to a .txt file"
+        f"{where} has no column {column!r}, and its columns are {known}; set column to that of the prompts, such as "
+        f"column={example!r}, or write prompts without columns to a .txt file"
     )

@@ -14,7 +14,7 @@ def check_seed(seed: Any, name: str = "seed") -> int:
         ConfigurationError: It is not an integer in this range.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _END:
-        raise ConfigurationError(f"{name}={seed!r} must be a whole number between 0 and 2^63 - 1; write for example 0")
+        raise ConfigurationError(f"{name}={seed!r} must be an integer between 0 and 2^63 - 1; write for example 0")
     return seed
 
 

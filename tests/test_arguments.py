@@ -34,8 +34,15 @@ def test_in_range_rejects_values_outside(value):
         in_range("eta", value, 0, 1)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_in_range_without_its_upper_end_rejects_that_end(value):
+    assert in_range("decay", 0.99, 0, 1, below_high=True) == 0.99
+    with pytest.raises(ConfigurationError, match=r"decay=.* must be at least 0 and less than 1; write a value such as"):
+        in_range("decay", value, 0, 1, below_high=True)
+
+
 def test_one_of_suggests_the_most_similar_choice():
-    with pytest.raises(ConfigurationError, match=r"mode='blok' .* one of step, block; did you mean block\?"):
+    with pytest.raises(ConfigurationError, match=r"mode='blok' .* one of step, block; did you mean block$"):
         one_of("mode", "blok", ["step", "block"])
 
 

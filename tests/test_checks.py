@@ -187,7 +187,7 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
         "the reward Infinite returned nan for an image of '.'; every score must be a finite number",
     ),
     ("detached", {"reward": Detached()}, "Detached returned a score without a gradient.*no .item"),
-    ("numpy", {"reward": Numpy()}, "Numpy cuts the gradient .*numpy.*use only tensor operations"),
+    ("numpy", {"reward": Numpy()}, "Numpy removes the gradient .*numpy.*use only tensor operations"),
     ("elsewhere", {"reward": Elsewhere()}, "Elsewhere returned a score without a gradient"),
     ("rounded", {"reward": Rounded()}, "reward Rounded with respect to the images is exactly zero.*a clamp, a round"),
     ("constant", {"reward": ConstantReward()}, "ConstantReward with respect to the images is exactly zero"),

@@ -212,7 +212,7 @@ def test_a_run_interrupted_in_the_first_minibatch_of_a_rollout_resumes_bitwise(t
         (lambda: RWR(temperature=0.0), "temperature=0.0 must be a positive number"),
         (lambda: DGPO(reference="new"), "reference='new' is not a valid choice"),  # type: ignore[arg-type]
         (lambda: CRD(beta=-1.0), "beta=-1.0 must be a positive number"),
-        (lambda: OldPolicy(max_decay=1.0), "old_policy.max_decay=1.0 must be between 0"),
+        (lambda: OldPolicy(max_decay=1.0), "old_policy.max_decay=1.0 must be at least 0 and less than 1"),
         (lambda: linear(times="random"), "times='random' is not a valid choice"),
         (lambda: linear(num_times=5), "num_times=5 exceeds the sampler's num_steps=4"),
     ],

@@ -114,7 +114,10 @@ class DraftCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             configs = ", ".join(option_values(sys.argv, "--config"))
-            raise ConfigurationError(f"{configs}: {str(error).splitlines()[0]}") from error
+            raise ConfigurationError(
+                f"{configs}: {str(error).splitlines()[0]}; write ${{KEY}} for another key of the file, or "
+                "${oc.env:NAME,DEFAULT} for an environment variable"
+            ) from error
         except (argparse.ArgumentError, TypeError) as error:
             self._raise_yaml_error(error)
             message = explain_parser_error(error)

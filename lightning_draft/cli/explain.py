@@ -5,6 +5,7 @@ class of the last level gives the known options and types, and the innermost exc
 """
 
 import argparse
+import ast
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ _PARSERS_OWN = r"module '.+' has no attribute|'\w+' object has no attribute 'key
 _MOST = 12
 _NO_CONFIG = re.compile(r'^Parser key "[^"]+": Unable to load config "(.*)"$')
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)|Unable to load config \"(.*)\"")
+_ELSEWHERE = {"lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr"}
+_LONGEST = 80
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Problem:
     def hint(self, groups: Mapping[str, Any]) -> Any:
         """Return the type of the last option of `path`."""
         if self.owner is not None:
-            return hints.parameters(self.owner).get(self.path[-1], Any)
+            return hints.nested_parameter(self.owner, self.path)
         group, _, key = ".".join(self.path).partition(".")
         known = groups.get(group, Any)
         return hints.parameters(known).get(key, Any) if key and isinstance(known, type) else known
@@ -141,14 +144,13 @@ def _unknown_argument(problem: Problem, groups: Mapping[str, Any], option: str) 
 
 def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> str:
     parts = name.split(".")
-    if parts[0] != "init_args" and difflib.get_close_matches(parts[0], ("init_args", "class_path"), cutoff=0.8):
-        right = nearest(parts[0], ("init_args", "class_path"))
-        return (
-            f"{_option(problem.path)}: a class is written as class_path and init_args, and has no {parts[0]!r}{right}"
-        )
+    if parts[0] != "init_args" and _is_misspelled_key(parts[0]):
+        return _misspelled_key(problem, parts[0])
     path = (*problem.path, *parts)
+    if path[-1] in _ELSEWHERE:
+        return f"there is no option {_option(path)}; did you mean --{_ELSEWHERE[path[-1]]}"
     if isinstance(problem.kind, type):
-        known, what = list(hints.parameters(problem.kind)), problem.kind.__name__
+        known, what = hints.option_names(problem.kind), problem.kind.__name__
     elif len(path) > 1 and isinstance(groups.get(path[0]), type):
         path, kind = path[:2], groups[path[0]]
         known, what = list(hints.parameters(kind)), kind.__name__
@@ -162,6 +164,15 @@ def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> s
         f"; its options are {', '.join(known)}" if what and len(known) <= 20 else "; see lightning-draft fit --help"
     )
     return f"{_option(path)}: {what + ' has' if what else 'there is'} no option {path[-1]!r}{similar or listed}"
+
+
+def _is_misspelled_key(key: str) -> bool:
+    return bool(difflib.get_close_matches(key, ("init_args", "class_path"), cutoff=0.8))
+
+
+def _misspelled_key(problem: Problem, key: str) -> str:
+    right = nearest(key, ("init_args", "class_path"))
+    return f"{_option(problem.path)}: a class is written as class_path and init_args, and has no {key!r}{right}"
 
 
 def _missing(problem: Problem, groups: Mapping[str, Any], names: str) -> str:
@@ -184,6 +195,9 @@ def _unknown_class(problem: Problem, groups: Mapping[str, Any], name: str) -> st
 
 
 def _not_a_class(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
+    wrong = next((key for key in _keys(problem.value) if key != "init_args" and _is_misspelled_key(key)), None)
+    if wrong is not None:
+        return _misspelled_key(problem, wrong)
     hint = problem.hint(groups)
     bases = hints.classes(hint)
     if bases and hints.class_names(bases) != [bases[0].__name__]:
@@ -239,11 +253,22 @@ def _wrong_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
     if str(problem.value).startswith("NestedArg("):
         option = _option(problem.path)
         return f"{option}: expected {hints.describe(hint)}, which has no options; write {option} VALUE"
+    if _shown(problem) == "null" and type(None) in hints.alternatives(hint):
+        key = problem.path[-1]
+        return f"{_option(problem.path)}: null can be given in a YAML file only; write {key}: null there"
+    return f"{_option(problem.path)}: expected {hints.describe(hint)}, got {_shown(problem)}{_advice(problem, hint)}"
+
+
+def _advice(problem: Problem, hint: Any) -> str:
+    """Return `; did you mean X` or `; write X` for a value of the wrong type, or an empty text."""
     classes = [kind.__name__ for kind in hints.subclasses(hints.classes(hint))]
-    similar = nearest(str(problem.value), [*hints.choices(hint), *classes])
+    value = str(problem.value)
+    similar = "" if value[:1] in ("[", "{") else nearest(value, [*hints.choices(hint), *classes])
     example = hints.example(hint, problem.owner, problem.path[-1])
-    hint_text = similar or (f"; write for example {example}" if example else "")
-    return f"{_option(problem.path)}: expected {hints.describe(hint)}, got {_shown(problem)}{hint_text}"
+    options = hints.field_names(hint)
+    if options and not similar:
+        return f"; set its options, such as {_option(problem.path)}.{options[0]} VALUE"
+    return similar or (f"; write for example {example}" if example else "")
 
 
 def _no_path(problem: Problem, groups: Mapping[str, Any], name: str) -> str:
@@ -289,7 +314,18 @@ def _shown(problem: Problem) -> str:
     value = problem.value
     if value is None or value == "None":
         return "null"
+    if len(value) > _LONGEST:
+        return f"{value[:_LONGEST]}..."
     return value if value[:1] in "[{" or value.replace(".", "", 1).lstrip("-").isdigit() else repr(value)
+
+
+def _keys(value: str | None) -> list[str]:
+    """Return the keys of a mapping as the parser shows it; none for other values."""
+    try:
+        content = ast.literal_eval(value or "")
+    except (ValueError, SyntaxError):
+        return []
+    return [str(key) for key in content] if isinstance(content, dict) else []
 
 
 def _names(bases: tuple[type, ...]) -> str:

@@ -183,9 +183,9 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 def _positive(text: str) -> int:
     if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} must be an integer")
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer")
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1; write 1 or more")
     return int(text)
 
 

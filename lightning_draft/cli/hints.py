@@ -1,18 +1,23 @@
 """Names, types and possible classes of options, from the type hints of constructors."""
 
 import collections.abc
+import dataclasses
 import inspect
 import types
+from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 _SEQUENCES = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)
 _MAPPINGS = (dict, collections.abc.Mapping)
 _PLAIN = (bool, int, float, str, bytes, type(None), list, tuple, set, dict, object)
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "any value"}
 
-_EXAMPLES = {int: "4", float: "0.5", bool: "true"}
+_EXAMPLES = {int: "4", float: "1.0", bool: "true"}
+_EXAMPLES_BY_NAME = {"lr": "1e-4"}
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -77,12 +82,35 @@ def parameters(kind: type) -> dict[str, Any]:
     return found
 
 
+def option_names(kind: type) -> list[str]:
+    """Return the arguments of a constructor that are options: not the parameters of an optimizer, for example."""
+    return list(parameters(kind))[issubclass(kind, (Optimizer, LRScheduler)) :]
+
+
+def nested_parameter(owner: type, path: Sequence[str]) -> Any:
+    """Return the type hint of the last option of `path`: an argument of `owner`, or a field of its dataclass."""
+    known = parameters(owner)
+    if path[-1] in known or len(path) < 2:
+        return known.get(path[-1], Any)
+    kinds = classes(known.get(path[-2], Any))
+    return parameters(kinds[0]).get(path[-1], Any) if kinds else Any
+
+
+def field_names(hint: Any) -> list[str]:
+    """Return the fields of the dataclass of a hint; none for other hints."""
+    kinds = [part for part in alternatives(hint) if dataclasses.is_dataclass(part)]
+    return [field.name for field in dataclasses.fields(kinds[0])] if kinds else []
+
+
 def describe(hint: Any) -> str:
     """Return a hint in words: `an integer`, `one of none, step, block`, `a Reward`."""
-    parts = [_describe(part) for part in alternatives(hint) if part is not type(None)]
+    parts = [part for part in alternatives(hint) if part is not type(None) and get_origin(part) is not Literal]
+    words = [_describe(part) for part in sorted(parts, key=_is_sequence)]
+    if choices(hint):
+        words.insert(0, "one of " + ", ".join(dict.fromkeys(choices(hint))))
     if type(None) in alternatives(hint):
-        parts.append("null")
-    return " or ".join(dict.fromkeys(parts))
+        words.append("null")
+    return " or ".join(dict.fromkeys(words))
 
 
 def choices(hint: Any) -> list[str]:
@@ -105,18 +133,21 @@ def example(hint: Any, owner: type | None, name: str) -> str | None:
     default = signature[name].default if name in signature else None
     if type(default) in (int, float):
         return str(default)
-    return _EXAMPLES[kinds[0]]
+    return _EXAMPLES_BY_NAME.get(name, _EXAMPLES[kinds[0]])
+
+
+def _is_sequence(part: Any) -> bool:
+    origin: Any = get_origin(part)
+    return origin in _SEQUENCES
 
 
 def _describe(part: Any) -> str:
     if part in _WORDS:
         return _WORDS[part]
-    if get_origin(part) is Literal:
-        return "one of " + ", ".join(map(str, get_args(part)))
-    if get_origin(part) in _SEQUENCES:
+    if _is_sequence(part):
         return "a list of " + describe(get_args(part)[0]).removeprefix("an ").removeprefix("a ")
     if get_origin(part) in _MAPPINGS:
-        return "a mapping"
+        return "a mapping from names to " + describe(get_args(part)[-1])
     named = classes(part)
     return f"a {named[0].__name__}" if named else str(part)
 

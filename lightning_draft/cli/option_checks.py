@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.redaction import HIDDEN
 
 _MAX_SEED = 2**32 - 1
+_DEVICES = r"auto|-1|[1-9]\d*|\d+(,\d+)+|\d+,"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class OptionCheck:
     is_valid: Callable[[Any], bool]
     rule: str
     hint: str
+
+
+def _is_available(accelerator: Any) -> bool:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(str(accelerator), True)
 
 
 CHECKS = (
@@ -58,10 +66,25 @@ CHECKS = (
     ),
     OptionCheck(
         "trainer.devices",
-        lambda devices: not isinstance(devices, str) or re.fullmatch(r"auto|-?\d+(,\d+)*,?", devices) is not None,
+        lambda devices: isinstance(devices, list) or re.fullmatch(_DEVICES, str(devices)) is not None,
         "must be auto, the number of devices, or their numbers such as 0,1",
         "write 1",
     ),
+    OptionCheck("trainer.accelerator", _is_available, "is not available on this machine", "write auto or cpu"),
+    *(
+        OptionCheck(
+            f"trainer.{name}",
+            lambda n: 0 <= n <= 1 or (n > 1 and n % 1 == 0),
+            "must be a number of batches, or a fraction in [0.0, 1.0]",
+            f"write 1 for one batch, or {default}",
+        )
+        for name, default in (
+            ("limit_train_batches", "1.0 for all"),
+            ("limit_val_batches", "1.0 for all"),
+            ("overfit_batches", "0.0 for all"),
+        )
+    ),
+    OptionCheck("trainer.fast_dev_run", lambda n: n >= 0, "must be true, false or a number of steps", "write true"),
     OptionCheck("trainer.check_val_every_n_epoch", lambda n: n >= 1, "must be at least 1", "write 1, or null"),
     OptionCheck(
         "trainer.profiler",

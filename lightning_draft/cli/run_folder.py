@@ -75,7 +75,8 @@ def create(root: Path, name: str) -> RunFolder:
             folder.mkdir()
         except FileExistsError as error:
             if not folder.parent.is_dir():
-                raise ConfigurationError(f"{folder.parent} is not a folder; choose another --name") from error
+                other = "--name" if root.is_dir() else "folder with --trainer.default_root_dir"
+                raise ConfigurationError(f"{folder.parent} is not a folder; choose another {other}") from error
         except FileNotFoundError:
             continue
         else:

@@ -74,5 +74,5 @@ def _scales(text: str) -> list[float]:
     except ValueError:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise argparse.ArgumentTypeError(f"{text} must be finite numbers; write for example 0 0.5 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must contain finite numbers only; write for example 0 0.5 1")
     return numbers

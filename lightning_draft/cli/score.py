@@ -76,12 +76,13 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
         raise ConfigurationError(
             f"there are no rewards; write --reward NAME or --rewards FILE; the rewards are {', '.join(_reward_names())}"
         )
+    option = "reward" if file is None else "rewards"
     build = ArgumentParser(exit_on_error=False)
-    build.add_argument("--rewards", type=dict[str, Reward])
+    build.add_argument(f"--{option}", type=dict[str, Reward])
     try:
-        built: dict[str, Reward] = build.instantiate(build.parse_object({"rewards": config})).rewards
+        built: dict[str, Reward] = build.instantiate(build.parse_object({option: config}))[option]
     except ArgumentError as error:
-        raise ConfigurationError(explain(error, {"rewards": dict[str, Reward]})) from error
+        raise ConfigurationError(explain(error, {option: dict[str, Reward]})) from error
     return built
 
 

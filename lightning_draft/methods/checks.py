@@ -94,8 +94,8 @@ def check_latents(latents: Tensor, truncation: Truncation) -> None:
     if not latents.requires_grad:
         raise ConfigurationError(
             f"the truncation {type(truncation).__name__} returned latents without a gradient: a step under "
-            "torch.no_grad() after the steps with gradient cuts the whole graph; to detach only the network of a step "
-            "use chain.advance(..., output_gain=0)"
+            "torch.no_grad() after the steps with gradient removes the whole graph; to detach only the network of a "
+            "step use chain.advance(..., output_gain=0)"
         )
     if not latents.isfinite().all():
         raise ConfigurationError(
@@ -122,7 +122,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     except RuntimeError as error:
         if "requires grad" not in str(error):
             raise
-        raise ConfigurationError(f"the reward {name} cuts the gradient ({error}); {_KEEP_GRADIENT}") from error
+        raise ConfigurationError(f"the reward {name} removes the gradient ({error}); {_KEEP_GRADIENT}") from error
     if not scores.isfinite().all():
         raise ConfigurationError(
             f"the reward {name} returned {scores[~scores.isfinite()][0].item()} for an image of {str(prompts[0])!r}; "

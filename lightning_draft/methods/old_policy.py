@@ -36,7 +36,7 @@ class OldPolicy:
     start: int = 0
 
     def __post_init__(self) -> None:
-        in_range("old_policy.max_decay", self.max_decay, 0, 0.9999, "write for example 0.5")
+        in_range("old_policy.max_decay", self.max_decay, 0, 1, "write for example 0.5", below_high=True)
         at_least("old_policy.rate", self.rate, 0)
         at_least("old_policy.start", self.start, 0)
 

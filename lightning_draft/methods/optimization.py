@@ -30,7 +30,7 @@ def build_optimizer(make: OptimizerCallable, parameters: Iterable[nn.Parameter],
         optimizer = make(parameters)
     except ValueError as error:
         raise ConfigurationError(
-            f"the optimizer rejects its options: {error}; leave out the option, or write for example lr: 1e-4"
+            f"the optimizer rejects its options: {error}; change that option, or leave it out for torch's default"
         ) from error
     if isinstance(optimizer, LBFGS):
         raise ConfigurationError(

@@ -73,7 +73,7 @@ class Latents:
             if pixels < multiple or pixels % multiple or (largest is not None and pixels > largest):
                 bound = "" if largest is None else f" up to {largest}"
                 raise ConfigurationError(
-                    f"{name}={pixels} must be a multiple of {multiple}{bound} for this model; write "
+                    f"{name}={pixels} must be a positive multiple of {multiple}{bound} for this model; write "
                     f"{max(1, min(pixels, largest or pixels) // multiple) * multiple}"
                 )
         return height // factor, width // factor

@@ -225,7 +225,8 @@ def _update(state: Mapping[str, Any], layer: str, settings: Mapping[str, Any], f
     _check_factors(a, b, layer, file)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ConfigurationError(
-            f"{file} has values that are not finite, first in {layer}, because training diverged; use an earlier file"
+            f"{file} has values that are not finite, first in {layer}; training has probably diverged: use an earlier "
+            "file"
         )
     return Update(a, b, _scale(layer, len(a), state.get(f"{layer}.alpha"), settings))
 

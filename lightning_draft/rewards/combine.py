@@ -86,8 +86,8 @@ class WeightedSum(Reward):
             )
         if not any(component.weight for component in rewards.values()):
             raise ConfigurationError(
-                f"{type(self).__name__} has no reward whose weight is not 0, so its score would be constant; name at "
-                "least one under `rewards`"
+                f"{type(self).__name__} needs a reward with a weight other than 0, or its score is constant; add one "
+                "under `rewards`"
             )
         self.weights = {check_name(name): component.weight for name, component in rewards.items()}
         self.rewards = nn.ModuleList(component.reward for component in rewards.values())

@@ -208,10 +208,10 @@ def target_counts(prompts: Sequence[str], own: float | None, reward: str) -> Ten
 
 
 def check_threshold(threshold: float) -> None:
-    """Check that a threshold lies between 0 and 1.
+    """Check that a threshold is above 0 and below 1.
 
     Raises:
         ConfigurationError: It is outside this range.
     """
     if not 0 < threshold < 1:
-        raise ConfigurationError(f"threshold={threshold} must lie between 0 and 1: it is a probability")
+        raise ConfigurationError(f"threshold={threshold} must be a probability above 0 and below 1; write 0.5")

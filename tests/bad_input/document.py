@@ -18,7 +18,7 @@ in your own code are shown with their traceback. This page lists the tested inpu
 `python -m tests.bad_input.document`. `FOLDER` is the current folder.
 """
 _LONGEST = 260
-_LIST = re.compile(r"((?:one of|are:?) \w+, )(?:\w+, )+\w+(?: and \d+ more)?")  # lists of classes grow
+_LIST = re.compile(r"((?:one of|are:?) [\w-]+)(?:, (?!(?:or|with|got)\b)[\w-]+){2,}(?: and \d+ more)?")  # they grow
 _REPEATED = re.compile(r"((\w)\2{4})\2{5,}")
 _LIBRARY = re.compile(r"(?<= checkpoint )\(.*?\)(?=; without a connection)")  # depends on the connection
 
@@ -26,7 +26,7 @@ _LIBRARY = re.compile(r"(?<= checkpoint )\(.*?\)(?=; without a connection)")  # 
 def row(case: Case, message: str) -> str:
     """Return the row of a case in the table of its kind."""
     shown, message = (_REPEATED.sub(r"\1...", text) for text in (case.shown, message))
-    message = _LIBRARY.sub("(...)", _LIST.sub(r"\1...", message))
+    message = _LIBRARY.sub("(...)", _LIST.sub(r"\1, ...", message))
     short = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 4].rpartition(' ')[0]} ..."
     return f"| {_code(shown)} | {_code(short)} |"
 

@@ -186,7 +186,7 @@ CASES: list[Case] = [
         _config(_class_name=["pipeline", "Mine"]),
         "needs a pipeline class from its own repository, whose code is not run",
     ),
-    _damaged("thresholding", "scheduler/scheduler_config.json", _config(thresholding=True), "cuts the gradient"),
+    _damaged("thresholding", "scheduler/scheduler_config.json", _config(thresholding=True), "a part of the gradient"),
     _damaged(
         "an unknown prediction type",
         "scheduler/scheduler_config.json",

@@ -109,7 +109,7 @@ CASES: list[Case] = [
     _returned("-Inf", torch.tensor([float("-inf"), 0.0]), "not finite (-inf) for the prompt 'a cat'"),
     _returned("on the meta device", torch.zeros(2, device="meta"), "meta"),
     _rewards("{}", lambda: {}, "rewards"),
-    _rewards("all weights 0", lambda: {"a": WeightedReward(Brightness(), weight=0.0)}, "whose weight is not 0"),
+    _rewards("all weights 0", lambda: {"a": WeightedReward(Brightness(), weight=0.0)}, "a weight other than 0"),
     _rewards("a weight of NaN", lambda: {"a": WeightedReward(Brightness(), weight=float("nan"))}, "nan"),
     _rewards("a weight of infinity", lambda: {"a": WeightedReward(Brightness(), weight=float("inf"))}, "inf"),
     _rewards(

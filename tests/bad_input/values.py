@@ -108,7 +108,7 @@ CASES: list[Case] = [
     built(
         VALUES,
         ["--model.reward", "{class_path: WeightedSum, init_args: {rewards: {a: {reward: Brightness, weight: 0}}}}"],
-        "whose weight is not 0",
+        "a weight other than 0",
     ),
     built(
         VALUES,
@@ -133,7 +133,7 @@ CASES: list[Case] = [
         "--model PolicyGradientModule --model.sampler.eta 1 --model.advantage_estimator LeaveOneOut",
         "samples_per_prompt",
     ),
-    built(TOGETHER, "--conflict RewardConflict", "at least two, got reward"),
+    built(TOGETHER, "--conflict RewardConflict", "has only reward"),
     built(TOGETHER, "--export LoRAExport", "LinearModel has no save_lora"),
     built(TOGETHER, "--guard OverOptimizationGuard", "LinearModel has no save_lora"),
     built(TOGETHER, "--trainer.precision bf16-true", "bf16"),

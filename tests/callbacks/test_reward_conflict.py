@@ -74,7 +74,7 @@ def test_training_with_the_callback_equals_training_without(make_diffusion_modul
 
 
 def test_single_reward_is_rejected(make_module, make_trainer, data):
-    with pytest.raises(ConfigurationError, match="at least two, got reward; train on a WeightedSum, or add rewards"):
+    with pytest.raises(ConfigurationError, match="the module has only reward; train on a WeightedSum, or add rewards"):
         make_trainer(RewardConflict()).fit(make_module(model=LinearModel(), eval_rewards={"size": JPEGSize()}), data)
     with pytest.raises(ConfigurationError, match="every_n_steps=0 must be at least 1"):
         RewardConflict(0)

@@ -91,7 +91,7 @@ def test_clip_sample_is_disabled_as_in_diffusers(tiny_sd_v: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("scheduler/scheduler_config.json", {"thresholding": True}, "cuts the gradient"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "removes a part of the gradient"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow' .* is not supported"),
         (
             "scheduler/scheduler_config.json",

@@ -233,8 +233,8 @@ def test_invalid_components_are_rejected(tiny_sd3: Path, tmp_path: Path) -> None
     [
         ({"dtype": "float8"}, "dtype='float8' is not a valid choice; write one of float32"),
         ({"text": TextEncoding(600)}, r"text.max_length=600 must be between 1 and 512; write 256"),
-        ({"height": 18, "width": 16}, "height=18 must be a multiple of 4 up to 48 for this model; write 16"),
-        ({"height": 16, "width": 52}, "width=52 must be a multiple of 4 up to 48"),
+        ({"height": 18, "width": 16}, "height=18 must be a positive multiple of 4 up to 48 for this model; write 16"),
+        ({"height": 16, "width": 52}, "width=52 must be a positive multiple of 4 up to 48"),
     ],
 )
 def test_invalid_arguments_are_rejected(tiny_sd3: Path, arguments: dict[str, Any], message: str) -> None:

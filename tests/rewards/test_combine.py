@@ -117,7 +117,7 @@ def test_components_can_have_names_of_module_methods(name: str, make_images: Cal
 
 @pytest.mark.parametrize("parts", [{}, {"bright": WeightedReward(Brightness(), 0.0)}])
 def test_sum_without_components_is_rejected(parts: dict[str, WeightedReward]) -> None:
-    with pytest.raises(ConfigurationError, match="has no reward whose weight is not 0"):
+    with pytest.raises(ConfigurationError, match="needs a reward with a weight other than 0"):
         WeightedSum(parts)
 
 

@@ -236,7 +236,7 @@ def test_unknown_labels_are_rejected_and_the_nearest_are_named(
     ("options", "message"),
     [
         ({"temperature": 0}, "temperature=0 must be above 0"),
-        ({"threshold": 1.0}, "threshold=1.0 must lie between 0 and 1"),
+        ({"threshold": 1.0}, "threshold=1.0 must be a probability above 0 and below 1"),
         ({"dtype": "int8"}, "dtype='int8' is not supported"),
     ],
 )

@@ -271,11 +271,13 @@ class SamplingChain:
         t, _ = self.grid[state.step]
 
         def denoise(x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-            x0 = self.model.denoise(x, t, conditioning, input_gain=input_gain, output_gain=output_gain)
-            return x0, self._drift(x, x0, t, conditioning)
+            with self.model.at_step(state.step, self.num_steps):  # in here, so that it applies when recomputing, too
+                x0 = self.model.denoise(x, t, conditioning, input_gain=input_gain, output_gain=output_gain)
+                return x0, self._drift(x, x0, t, conditioning)
 
         if output_gain == 0 or not torch.is_grad_enabled():
-            return self.model.denoise(state.x, t, self.conditioning, input_gain=input_gain, output_gain=output_gain)
+            with self.model.at_step(state.step, self.num_steps):
+                return self.model.denoise(state.x, t, self.conditioning, input_gain=input_gain, output_gain=output_gain)
         self.recompute.prepare(self.model)
         slices = self.recompute.slices(len(state.x))
         if self.recompute.steps or len(slices) > 1:

@@ -23,6 +23,11 @@ Grid = tuple[tuple[float, float], ...]
 """One `(t, s)` pair per step: the network is called at `t`, and the step ends at `s`; a negative `s` is the end."""
 
 
+def step_at(grid: Grid, t: float) -> int:
+    """Return the number of the step of a grid during which the time is `t`; 0 for times before the first step."""
+    return max(0, sum(start >= t for start, _ in grid) - 1)
+
+
 class Schedule(ABC):
     """The forward process of a model family."""
 

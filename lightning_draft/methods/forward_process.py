@@ -24,7 +24,7 @@ from lightning_draft.methods.rollout_module import RolloutModule
 from lightning_draft.models.base import Conditioning, DiffusionModel, x0_slope
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
-from lightning_draft.schedules import Grid
+from lightning_draft.schedules import Grid, step_at
 from lightning_draft.seeds import derive_seed
 from lightning_draft.timesteps import TimeSpread, training_times
 
@@ -268,7 +268,7 @@ class ForwardProcessModule(RolloutModule):
     def _estimates(self, x: Tensor, t: float, conditioning: Conditioning, moved: bool) -> dict[str, Tensor]:
         """Return the estimates of `x_0` of the current model, and of the old policy and the base model if needed."""
         found: dict[str, Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad(), self.model.at_step(step_at(self._grid, t), len(self._grid)):
             if self.objective.needs_reference or self.kl_weight > 0:
                 with self.model.base():
                     found["ref"] = self.model.denoise(x, t, conditioning)
@@ -282,7 +282,8 @@ class ForwardProcessModule(RolloutModule):
 
     def _denoise(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         self.recompute.prepare(self.model)
-        return self.model.denoise(x, t, conditioning)
+        with self.model.at_step(step_at(self._grid, t), len(self._grid)):
+            return self.model.denoise(x, t, conditioning)
 
     def _loss(self, batch: ForwardBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.objective(batch)

@@ -3,10 +3,12 @@
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
@@ -16,6 +18,7 @@ from lightning_draft.models.lora import LoRA
 from lightning_draft.models.lora_files import LoRAFile
 from lightning_draft.models.lora_text import TextUpdates
 from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
 from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
 
 
@@ -34,6 +37,7 @@ class AdaptedModel(PromptEmbedding):
     _original: OriginalWeights | None = None
     _initial: OriginalWeights | None = None
     _weight_name: str
+    _prediction_weight: float = 1.0
 
     @property
     @abstractmethod
@@ -90,6 +94,39 @@ class AdaptedModel(PromptEmbedding):
         with adapters.scaled(self.denoiser, scale), self.text_updates.scaled(scale):
             yield
 
+    @contextmanager
+    def at_step(self, step: int, num_steps: int) -> Iterator[None]:
+        """Within this context, the adapters have the scale of one step of a chain, by `lora.scale_schedule`.
+
+        Args:
+            step: Number of the step, from 0, the noisiest one.
+            num_steps: Number of steps of the chain.
+        """
+        schedule = None if self.lora is None else self.lora.scale_schedule
+        weight = 1.0 if schedule is None else schedule.weight(step, num_steps)
+        if schedule is not None and schedule.interpolate == "weights":
+            with adapters.scaled(self.denoiser, weight):
+                yield
+            return
+        before, self._prediction_weight = self._prediction_weight, weight
+        try:
+            yield
+        finally:
+            self._prediction_weight = before
+
+    def interpolated(self, predict: Callable[[], Tensor]) -> Tensor:
+        """Compute `(1 - w) eps_base + w eps_tuned` with the weight of the current step; `eps_tuned` if it is 1.
+
+        Args:
+            predict: Returns the prediction of the network with its adapters as they are.
+        """
+        weight = self._prediction_weight
+        if weight == 1 or adapters.is_disabled(self.denoiser):
+            return predict()
+        with adapters.disabled(self.denoiser):
+            base = predict()
+        return base if weight == 0 and not torch.is_grad_enabled() else torch.lerp(base, predict(), weight)
+
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable parameters by name."""
         return [(name, value) for name, value in self.named_parameters() if value.requires_grad]
@@ -113,12 +150,14 @@ class AdaptedModel(PromptEmbedding):
         self._check_adapters("save_lora")
         own = lora_writing.adapters_of(self.denoiser, self._denoiser_names(values))
         updates = {self.family.denoiser: own, **self.text_updates.updates}
-        lora_writing.write(path, updates, metadata or {}, self.family, self.denoiser.config, form)
+        schedule = None if self.lora is None else self.lora.scale_schedule
+        header = {**(metadata or {}), **({} if schedule is None else {SCHEDULE: schedule.to_text()})}
+        lora_writing.write(path, updates, header, self.family, self.denoiser.config, form)
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
         """Copy a LoRA file into the adapters; if the model has none, attach those of the file.
 
-        A part for the text encoders is added to their weights.
+        A part for the text encoders is added to their weights. If the header has a scale schedule, it is used.
 
         Args:
             path: A `.safetensors` file written by this package, diffusers, peft, kohya's scripts or for ComfyUI.
@@ -135,6 +174,14 @@ class AdaptedModel(PromptEmbedding):
         if self.lora is None:
             self._attach(LoRA(file.rank, target_modules=file.layers))
         self._copy(file)
+        if SCHEDULE in file.metadata:
+            self.set_scale_schedule(ScaleSchedule.from_text(file.metadata[SCHEDULE]))
+
+    def set_scale_schedule(self, schedule: ScaleSchedule | None) -> None:
+        """Set `lora.scale_schedule`, the scale of the adapters as a function of the sampling step."""
+        self._check_adapters("set_scale_schedule")
+        assert self.lora is not None
+        self.lora = replace(self.lora, scale_schedule=schedule)
 
     def read_lora(self, path: str | os.PathLike[str]) -> LoRAFile:
         """Read a LoRA file of this model, without applying it.
@@ -176,7 +223,7 @@ class AdaptedModel(PromptEmbedding):
             warnings.warn(
                 f"lora.init: at rank {rank} the update of {path} has a relative error of {error:.2%}", stacklevel=5
             )
-        self._attach(LoRA(rank, lora.alpha, file.layers, lora.seed))
+        self._attach(replace(lora, rank=rank, target_modules=file.layers, init=None, reference="pretrained"))
         self._copy(file)
         if lora.reference == "init":
             trained = [name for name, value in self.denoiser.named_parameters() if value.requires_grad]

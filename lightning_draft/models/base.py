@@ -128,6 +128,16 @@ class DiffusionModel(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not implement base(), its original weights")
         yield
 
+    @contextmanager
+    def at_step(self, step: int, num_steps: int) -> Iterator[None]:
+        """Within this context, network calls belong to one step of a chain, for which adapters may have another scale.
+
+        Args:
+            step: Number of the step, from 0, the noisiest one.
+            num_steps: Number of steps of the chain.
+        """
+        yield
+
     def denoise(
         self, x: Tensor, t: float, conditioning: Conditioning, *, input_gain: float = 1.0, output_gain: float = 1.0
     ) -> Tensor:

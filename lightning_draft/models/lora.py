@@ -5,7 +5,7 @@ References:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.models.scale_schedule import ScaleSchedule
 
 ADAPTER = "default"
 DEFAULT_RANK = 8
@@ -37,6 +38,8 @@ class LoRA:
             the closest update of this rank is used, and the relative error is printed. Its updates of text
             encoders are added to their frozen weights, and are written to exported files.
         reference: Base model for gain and KL divergence: the `pretrained` model, or the model with `init`.
+        scale_schedule: Scale of the update as a function of the sampling step, in training and in sampling; by default
+            1 at each step.
     """
 
     rank: int | None = None
@@ -45,6 +48,7 @@ class LoRA:
     seed: int | None = None
     init: str | None = None
     reference: Literal["pretrained", "init"] = "pretrained"
+    scale_schedule: ScaleSchedule | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -138,6 +142,11 @@ def disabled(network: nn.Module) -> Iterator[None]:
             layer._disable_adapters = value
 
 
+def is_disabled(network: nn.Module) -> bool:
+    """Return whether the network's adapters are not evaluated."""
+    return all(layer.disable_adapters for layer in layers(network))
+
+
 @contextmanager
 def scaled(network: nn.Module, scale: float) -> Iterator[None]:
     """Within this context, the network's weights are `theta + scale dW`; scales of nested contexts are multiplied."""
@@ -149,3 +158,27 @@ def scaled(network: nn.Module, scale: float) -> Iterator[None]:
     finally:
         for layer, value in before:
             layer.scaling[ADAPTER] = value
+
+
+def with_current_scales(block: nn.Module) -> Callable[..., Any]:
+    """Return a function that calls the block with the adapters as they are now, whatever their later scales.
+
+    The backward pass recomputes blocks outside of the contexts in which the forward pass evaluated them.
+    """
+    before = [(layer, layer.disable_adapters, layer.scaling[ADAPTER]) for layer in layers(block)]
+
+    def call(*inputs: Any) -> Any:
+        now = [(layer, layer.disable_adapters, layer.scaling[ADAPTER]) for layer, _, _ in before]
+        try:
+            _restore(before)
+            return block(*inputs)
+        finally:
+            _restore(now)
+
+    return call
+
+
+def _restore(states: Sequence[tuple[LoraLayer, bool, float]]) -> None:
+    for layer, is_off, scale in states:
+        layer._disable_adapters = is_off
+        layer.scaling[ADAPTER] = scale

@@ -19,7 +19,7 @@ from lightning_draft.models.base_hash import weights_sha256
 from lightning_draft.models.decoder import Memory, Precision, decode
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
-from lightning_draft.models.lora import LoRA
+from lightning_draft.models.lora import LoRA, with_current_scales
 from lightning_draft.models.text_encoding import TextEncoding
 from lightning_draft.models.trainable import Trainable
 from lightning_draft.weightless import shapes_only
@@ -139,7 +139,9 @@ class PipelineModel(AdaptedModel):
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """Return the denoiser's prediction after guidance, in the dtype of `x`."""
-        return self.guidance.apply(lambda x, conditioning: self._predict(x, t, conditioning), x, conditioning)
+        return self.interpolated(
+            lambda: self.guidance.apply(lambda x, conditioning: self._predict(x, t, conditioning), x, conditioning)
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents into images `(B, 3, H, W)` in their dtype, in [0, 1] by convention and not clamped."""
@@ -227,4 +229,4 @@ class PipelineModel(AdaptedModel):
 
 
 def _checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
-    return checkpoint(block, *inputs, use_reentrant=False)
+    return checkpoint(with_current_scales(block), *inputs, use_reentrant=False)

@@ -8,7 +8,9 @@ import math
 import lightning as L
 
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.models.scale_schedule import SCHEDULE
 from lightning_draft.redaction import redact
 
 _REWARD = "train/reward"
@@ -28,13 +30,22 @@ def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> 
         for name, value in trainer.callback_metrics.items()
         if name.startswith(prefixes) and math.isfinite(float(value))
     }
-    sha256 = module.model.source_sha256 if isinstance(module.model, PipelineModel) else None
     return {
-        "base": module.model.source,
-        **({} if sha256 is None else {"base_sha256": sha256}),
+        **_of_model(module.model),
         **{name: describe(part) for name, part in module.strategies().items()},
         "step": str(trainer.global_step),
         "scores": json.dumps(scores, sort_keys=True),
+    }
+
+
+def _of_model(model: DiffusionModel) -> dict[str, str]:
+    if not isinstance(model, PipelineModel):
+        return {"base": model.source}
+    sha256, schedule = model.source_sha256, None if model.lora is None else model.lora.scale_schedule
+    return {
+        "base": model.source,
+        **({} if sha256 is None else {"base_sha256": sha256}),
+        **({} if schedule is None else {SCHEDULE: schedule.to_text()}),
     }
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_draft.models.decoder import Memory
     from lightning_draft.models.guidance import Guidance
     from lightning_draft.models.lora import LoRA
+    from lightning_draft.models.scale_schedule import ScaleSchedule
     from lightning_draft.models.text_encoding import TextEncoding
     from lightning_draft.objectives import APA, PPO, PRDP, Objective, Reinforce
     from lightning_draft.preferences import BradleyTerry, WinRate
@@ -55,6 +56,7 @@ _MODULES = {
     "models.decoder": ("Memory",),
     "models.guidance": ("Guidance",),
     "models.lora": ("LoRA",),
+    "models.scale_schedule": ("ScaleSchedule",),
     "models.text_encoding": ("TextEncoding",),
     "objectives": ("APA", "Objective", "PPO", "PRDP", "Reinforce"),
     "preferences": ("BradleyTerry", "WinRate"),
@@ -120,6 +122,7 @@ __all__ = [
     "Reward",
     "RewardModule",
     "Sampler",
+    "ScaleSchedule",
     "TextEncoding",
     "Truncation",
     "VGGFlow",

@@ -86,6 +86,9 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   --scale S [S ...]     strengths of the LoRA: 0 is the base model, 1 the trained one; by default 0 1. With three or
                         more scales (0,0.5,1,1.5) and a reward, a plot of rewards against the scale is written too, and
                         the scale with the best evaluation reward is printed
+  --schedule SCHEDULE   scale as a function of the sampling step: linear, power_2, step_0.6 (the base model for the
+                        first 60 % of the steps), or scales of equal parts of the chain, such as 0,0.5,1
+  --interpolate WHAT    what the schedule interpolates: weights (default), or predictions of both models
   --reward NAME ...     further rewards to evaluate, with their default arguments
   --rewards FILE        the same from a YAML file that maps names to rewards, as for score
   --prompt P [P ...]    prompts; by default the held-out prompts of the config

@@ -9,6 +9,7 @@ from lightning_draft.callbacks.image_grid import comparison
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.generation import BATCH, add_options, captions, prepare
 from lightning_draft.cli.messages import as_configuration_error
+from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
 from lightning_draft.files import atomic_path
 from lightning_draft.scale_sweep import ScaleSweep, save_plot, sweep
 
@@ -27,6 +28,8 @@ def main(args: Sequence[str]) -> int:
 
 def _sample(options: argparse.Namespace) -> None:
     generation = prepare(options, "sample")
+    if options.schedule is not None:
+        generation.model.set_scale_schedule(scale_schedule(options))
     scales = sum(options.scale or [], []) or ([0.0] if generation.lora is None else [0.0, 1.0])
     found = sweep(
         generation.model,
@@ -64,6 +67,7 @@ def _write(found: ScaleSweep, prompts: Sequence[str], output: Path) -> None:
 def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("lightning-draft sample")
     add_options(parser, "sample.png")
+    add_schedule(parser)
     parser.add_argument("--scale", type=_scales, nargs="+")
     return parser.parse_args(args)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.policy import Policy
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.scale_schedule import Interpolation, ScaleSchedule
@@ -54,7 +55,8 @@ def noise() -> Tensor:
 def sampled(model: StableDiffusion, steps: int = len(SCALES)) -> Tensor:
     with torch.no_grad():
         chain = SamplingChain(model, DDIM(steps), model.encode(PROMPTS))
-        return model.decode(chain.advance(chain.start(noise())).x).clamp(0, 1)
+        images: Tensor = model.decode(chain.advance(chain.start(noise())).x).clamp(0, 1)
+        return images
 
 
 def gradients(model: StableDiffusion, truncation: Truncation, recompute: Recompute) -> list[Tensor]:
@@ -243,3 +245,25 @@ def test_closed_form_of_a_linear_network_with_a_scale_for_each_step() -> None:
 def test_times_between_the_steps_of_a_grid_have_the_scale_of_the_step_before() -> None:
     grid = ((900.0, 600.0), (600.0, 300.0), (300.0, -1.0))
     assert [step_at(grid, t) for t in (999.0, 900.0, 700.0, 600.0, 301.0, 300.0, 0.0)] == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_a_policy_gives_a_trajectory_the_log_probabilities_with_which_it_was_sampled() -> None:
+    policy = Policy(ByStep(), DDIM(4, eta=1.0), lambda value, _: value, None, Recompute())
+    prompts, seeds = ["a", "b"], [1, 2]
+    latents, log_probs = policy.sample(prompts, seeds)
+    torch.testing.assert_close(policy.log_probs(prompts, latents), log_probs)
+    policy.model = Linear()
+    assert (policy.log_probs(prompts, latents) - log_probs).abs().max() > 0.01
+
+
+def test_exported_files_name_their_schedule_and_loading_applies_it(
+    model: StableDiffusion, tiny_sd: Path, tmp_path: Path
+) -> None:
+    with scheduled(model, power=2.0, interpolate="predictions"):
+        model.save_lora(tmp_path / "lora.safetensors")
+        expected = sampled(model)
+    loaded = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(2.0))
+    loaded.load_lora(tmp_path / "lora.safetensors")
+    assert loaded.lora is not None
+    assert loaded.lora.scale_schedule == ScaleSchedule(power=2.0, interpolate="predictions")
+    torch.testing.assert_close(sampled(loaded), expected, rtol=0, atol=1e-5)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lightning_draft.files import atomic_path
+from lightning_draft.image_files import read_image
 from lightning_draft.rewards.pairwise import PairwiseReward
-from lightning_draft.score_report import Interval, bootstrap_intervals, pair_images
-from lightning_draft.scoring import ScoredImage
+from lightning_draft.score_pairs import Interval, bootstrap_intervals, pair_images, resampled_units, win_rate_interval
+from lightning_draft.score_table import ScoredImage
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ def compare_pairs(
         ConfigurationError: There are no pairs.
     """
     pairs = pair_images(*rows)
-    images = [[_read(Path(folder) / pair[side].file) for pair in pairs] for side, folder in enumerate(folders)]
+    units, _ = resampled_units(pairs)
+    images = [[read_image(Path(folder) / pair[side].file) for pair in pairs] for side, folder in enumerate(folders)]
     found = []
     for name, judge in judges.items():
         with torch.no_grad():
             wins = judge.prefer(images[1], images[0], [pair[0].prompt for pair in pairs]).double().numpy()
         if output is not None:
             _write(Path(output) / f"pairs_{name}.csv", pairs, wins)
-        (interval,) = bootstrap_intervals([wins])
+        interval = win_rate_interval(wins, units, *bootstrap_intervals([wins], units))
         found.append(PairwiseComparison(name, len(pairs), float(wins.mean()), interval))
     return found
 
@@ -76,11 +77,6 @@ def report_pairs(comparisons: Sequence[PairwiseComparison], first: str, second: 
         for c in comparisons
     ]
     return "\n".join(lines) + "\n"
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _write(path: Path, pairs: Sequence[tuple[ScoredImage, ScoredImage]], wins: np.ndarray) -> None:

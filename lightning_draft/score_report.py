@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lightning_draft.arguments import at_least
-from lightning_draft.errors import ConfigurationError
-from lightning_draft.scoring import ScoredImage
-
-Interval = tuple[float, float]
+from lightning_draft.image_files import read_image
+from lightning_draft.score_pairs import Interval, bootstrap_intervals, pair_images, resampled_units, win_rate_interval
+from lightning_draft.score_table import ScoredImage
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,20 @@ class Comparison:
     Args:
         reward: Name of the reward.
         pairs: Number of pairs.
+        sampled: What the bootstrap samples, such as `40 prompts`; see `resampled_units`.
+        unpaired: Number of images of the first and of the second folder without a counterpart.
         mean_a: Mean score of the first folder.
         mean_b: Mean score of the second folder.
         difference: Mean of `b_i - a_i`.
         difference_interval: Its bootstrap interval.
         win_rate: Fraction of pairs with `b_i > a_i`; a tie counts as a half.
-        win_rate_interval: Its bootstrap interval.
+        win_rate_interval: Its bootstrap interval; if all pairs are wins or all are losses, the exact binomial interval.
     """
 
     reward: str
     pairs: int
+    sampled: str
+    unpaired: tuple[int, int]
     mean_a: float
     mean_b: float
     difference: float
@@ -42,12 +44,15 @@ class Comparison:
 def compare(
     first: Sequence[ScoredImage], second: Sequence[ScoredImage], resamples: int = 2000, seed: int = 0
 ) -> list[Comparison]:
-    """Compare two folders of images, paired by file name and prompt, or else by prompt.
+    """Compare two folders of images, paired by file name (if need be without suffix) and prompt, or else by prompt.
+
+    Images of the same prompt are not independent, so the bootstrap samples prompts with all of their pairs. If there
+    are fewer than 10 prompts, it samples pairs; the intervals then hold for these prompts only.
 
     Args:
         first: Images of the first folder, such as those of the base model.
         second: Images of the second folder.
-        resamples: Bootstrap samples of the pairs, at least 100.
+        resamples: Bootstrap samples, at least 100.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -57,69 +62,40 @@ def compare(
         ConfigurationError: There are no pairs.
     """
     pairs = pair_images(first, second)
-    names = [name for name in first[0].scores if name in second[0].scores]
+    units, sampled = resampled_units(pairs)
     found = []
-    for name in names:
+    for name in [name for name in first[0].scores if name in second[0].scores]:
         a, b = (np.array([pair[side].scores[name] for pair in pairs], dtype=np.float64) for side in (0, 1))
         wins = (b > a) + 0.5 * (b == a)
-        intervals = bootstrap_intervals([b - a, wins], resamples, seed)
+        of_difference, of_wins = bootstrap_intervals([b - a, wins], units, resamples, seed)
         found.append(
             Comparison(
-                name,
-                len(pairs),
-                float(a.mean()),
-                float(b.mean()),
-                float((b - a).mean()),
-                intervals[0],
-                float(wins.mean()),
-                intervals[1],
+                reward=name,
+                pairs=len(pairs),
+                sampled=sampled,
+                unpaired=(len(first) - len(pairs), len(second) - len(pairs)),
+                mean_a=float(a.mean()),
+                mean_b=float(b.mean()),
+                difference=float((b - a).mean()),
+                difference_interval=of_difference,
+                win_rate=float(wins.mean()),
+                win_rate_interval=win_rate_interval(wins, units, of_wins),
             )
         )
     return found
 
 
-def pair_images(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> list[tuple[ScoredImage, ScoredImage]]:
-    """Pair the images of two folders by file name and prompt, or else by prompt.
-
-    Raises:
-        ConfigurationError: There are no pairs.
-    """
-    by_file = {(row.file, row.prompt): row for row in second}
-    pairs = [(row, by_file[row.file, row.prompt]) for row in first if (row.file, row.prompt) in by_file]
-    if pairs:
-        return pairs
-    by_prompt: dict[str, list[ScoredImage]] = {}
-    for row in second:
-        by_prompt.setdefault(row.prompt, []).append(row)
-    pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
-    if not pairs:
-        raise ConfigurationError(
-            "the two folders have no images in common, neither by file name and prompt nor by prompt; give the files "
-            "of both folders the same names, or give the prompts"
-        )
-    return pairs
-
-
-def bootstrap_intervals(samples: Sequence[np.ndarray], resamples: int = 2000, seed: int = 0) -> list[Interval]:
-    """Return the 95 % bootstrap intervals of the means of paired samples, all from the same resampled indices.
-
-    Args:
-        samples: Arrays of the same length.
-        resamples: Number of resamples, at least 100.
-        seed: Seed of the indices.
-    """
-    at_least("resamples", resamples, 100)
-    indices = np.random.default_rng(seed).integers(0, len(samples[0]), (resamples, len(samples[0])))
-    quantiles = (np.quantile(values[indices].mean(1), [0.025, 0.975]) for values in samples)
-    return [(float(low), float(high)) for low, high in quantiles]
-
-
 def report(comparisons: Sequence[Comparison], first: str, second: str) -> str:
     """Write comparisons as a Markdown table."""
+    head = comparisons[0]
+    without = " and ".join(
+        f"{count} of {name}" for count, name in zip(head.unpaired, (first, second), strict=True) if count
+    )
     lines = [
         f"# {second} against {first}",
         "",
-        f"{comparisons[0].pairs} pairs of images; intervals are of 95 % confidence, by bootstrap over the pairs.",
+        f"{head.pairs} pairs of images; intervals are of 95 % confidence, by bootstrap over the {head.sampled}."
+        + (f" Images without a counterpart, not compared: {without}." if without else ""),
         "",
         f"| reward | mean of {first} | mean of {second} | difference | interval | win rate | interval |",
         "|---|--:|--:|--:|---|--:|---|",
@@ -144,20 +120,26 @@ def contact_sheet(
         rows: Scored images; if there are more than `most`, the best `most / 2` and the worst `most / 2` are shown.
         reward: Name of the score to sort by.
         most: Number of images on the sheet.
-        side: Longest side of an image, in pixels.
+        side: Longest side of an image, in pixels; smaller images are enlarged by an integer factor.
         per_row: Images in a row.
     """
     ordered = sorted(rows, key=lambda row: row.scores[reward], reverse=True)
     if len(ordered) > most:
         ordered = ordered[: most - most // 2] + ordered[len(ordered) - most // 2 :]
-    height = side + 16
-    sheet = Image.new("RGB", (per_row * side, -(-len(ordered) // per_row) * height), "white")
+    columns, height = min(per_row, len(ordered)), side + 18
+    sheet = Image.new("RGB", (columns * (side + 4), -(-len(ordered) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for index, row in enumerate(ordered):
-        left, top = index % per_row * side, index // per_row * height
-        with Image.open(Path(folder) / row.file) as image:
-            thumbnail_image = image.convert("RGB")
-        thumbnail_image.thumbnail((side, side))
-        sheet.paste(thumbnail_image, (left, top))
+        left, top = index % columns * (side + 4), index // columns * height
+        sheet.paste(_thumbnail(Path(folder) / row.file, side), (left, top))
         pen.text((left + 2, top + side + 2), f"{row.scores[reward]:.4g}", fill="black")
     return sheet
+
+
+def _thumbnail(path: Path, side: int) -> Image.Image:
+    image = read_image(path)
+    factor = side // max(image.size)
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((side, side))
+    return image

@@ -3,8 +3,11 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +19,13 @@ from torch import Tensor
 
 from lightning_draft.__main__ import main
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.image_prompts import find_prompts, list_images
+from lightning_draft.image_files import image_size, list_images, read_image
+from lightning_draft.image_prompts import find_prompts
+from lightning_draft.prompt import metadata_of
 from lightning_draft.rewards import Brightness, JPEGSize, PythonFunction, Reward
 from lightning_draft.score_report import compare, contact_sheet, report
-from lightning_draft.scoring import ScoredImage, score_folder, write_parquet
+from lightning_draft.score_table import ScoredImage, write_parquet
+from lightning_draft.scoring import score_folder
 from tests.rewards.chat_server import ChatServer, gray
 
 
@@ -57,11 +63,18 @@ def test_prompts_come_from_each_source(tmp_path: Path) -> None:
     assert list(find_prompts(tmp_path, files).values()) == expected
     assert find_prompts(tmp_path, files[3:], "metadata") == {"x1.png": "a horse, riding", "y2.jpg": "a ship"}
     assert find_prompts(tmp_path, files[:1], "names") == {"a_red_cat_003.png": "a red cat"}
-    with pytest.raises(ConfigurationError, match="4 images have no prompt from prompts='sidecar', such as 'a_red"):
+    with pytest.raises(ConfigurationError, match="4 of 5 images have no prompt from prompts='sidecar', such as 'a_red"):
         find_prompts(tmp_path, files, "sidecar")
     table = tmp_path / "prompts.csv"
     table.write_text("file,prompt\nx1.png,a cow\nsub/two-dogs (2).jpg,dogs\n")
     assert find_prompts(tmp_path, ["x1.png", files[2]], str(table)) == {"x1.png": "a cow", files[2]: "dogs"}
+    table.write_text(f"file_name,prompt,count\n{tmp_path / 'x1.png'},two  cows,2\n")
+    (prompt,) = find_prompts(tmp_path, ["x1.png"], str(table)).values()
+    assert (prompt, dict(metadata_of(prompt))["count"]) == ("two cows", "2")
+    table.write_text("file,prompt\nx1.png,a cow\nx1.png,a pig\n")
+    with pytest.raises(ConfigurationError, match="has two prompts for 'x1.png': 'a cow' and 'a pig'"):
+        find_prompts(tmp_path, ["x1.png"], str(table))
+    assert find_prompts(tmp_path, files[:1], "none") == {files[0]: ""}
 
 
 def test_scores_equal_those_of_single_images_of_any_size(tmp_path: Path) -> None:
@@ -98,14 +111,111 @@ def test_interrupted_scoring_continues_after_the_last_row(tmp_path: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         score_folder(tmp_path / "in", {"mean": Mean()}, tmp_path / "out", batch_size=2, progress=stop)
-    assert shown == [(2, 6), (4, 6)]
+    assert shown == [(0, 6), (2, 6), (4, 6)]
     path.write_bytes(path.read_bytes()[:-5])
     again = Mean()
     assert score_folder(tmp_path / "in", {"mean": again}, tmp_path / "out", batch_size=2) == whole
     assert sum(map(len, again.seen)) == 3
     assert path.read_text().splitlines()[1:] == (tmp_path / "whole" / "scores.csv").read_text().splitlines()[1:]
-    with pytest.raises(ConfigurationError, match="contains scores of other rewards or settings"):
-        score_folder(tmp_path / "in", {"mean": Brightness()}, tmp_path / "out")
+    Image.new("RGB", (8, 6), "white").save(tmp_path / "in" / "cat_0.png")
+    os.utime(tmp_path / "in" / "cat_0.png", (0, 0))
+    rows = score_folder(tmp_path / "in", {"mean": Mean()}, tmp_path / "out")
+    assert [row.scores["mean"] for row in rows] == [1.0, *(row.scores["mean"] for row in whole[1:])]
+    assert len(path.read_text().splitlines()) == 7
+
+
+def test_scores_of_another_folder_other_rewards_or_other_weights_are_not_continued(tmp_path: Path) -> None:
+    folder(tmp_path / "in", {"cat_1.png": 0})
+    folder(tmp_path / "other", {"cat_1.png": 255})
+    convolution = torch.nn.Conv2d(3, 1, 1)
+
+    class Network(Mean):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+    out = tmp_path / "out"
+    score_folder(tmp_path / "in", {"mean": Network(convolution)}, out)
+    score_folder(tmp_path / "in", {"mean": Network(deepcopy(convolution))}, out)
+    with pytest.raises(ConfigurationError, match=r"contains scores of the folder .*in; choose another folder"):
+        score_folder(tmp_path / "other", {"mean": Network(convolution)}, out)
+    for reward in (Network(torch.nn.Conv2d(3, 1, 1)), Brightness()):
+        with pytest.raises(ConfigurationError, match="contains scores of other rewards or settings"):
+            score_folder(tmp_path / "in", {"mean": reward}, out)
+
+
+def picture() -> Image.Image:
+    """Return an image without symmetry."""
+    image = Image.new("RGB", (24, 16), (200, 60, 40))
+    image.paste((20, 200, 30), (0, 0, 12, 8))
+    return image
+
+
+def test_unusual_files_are_read_as_they_are_displayed(tmp_path: Path) -> None:
+    """Each file is compared with the array that an image viewer shows."""
+    plain = np.asarray(picture()).astype(int)
+    levels = np.linspace(0, 255, 24 * 16).reshape(16, 24).round()
+    half = np.full((16, 24), 128, np.uint8)
+    transparent = picture().convert("RGBA")
+    transparent.putalpha(Image.fromarray(half))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: the viewer rotates by 90 degrees clockwise
+    shades = np.repeat(levels[..., None], 3, 2)
+    cases = {
+        "cmyk.JPG": (picture().convert("CMYK"), {"quality": 95}, plain),
+        "sixteen.png": (Image.fromarray((levels * 257).astype(np.uint16)), {}, shades),
+        "sixteen.tif": (Image.fromarray((levels * 257).astype(np.uint16)), {}, shades),
+        "alpha.PNG": (transparent, {}, plain * 128 / 255 + 255 * 127 / 255),
+        "turned.jpeg": (picture(), {"exif": turned, "quality": 95, "subsampling": 0}, np.rot90(plain, -1)),
+        "palette.gif": (picture().convert("P", palette=Image.Palette.ADAPTIVE), {}, plain),
+        "bits.bmp": (Image.fromarray(half).convert("1", dither=Image.Dither.NONE), {}, np.full((16, 24, 3), 255)),
+        "photo.webp": (picture(), {"lossless": True}, plain),
+        "scan.tiff": (picture(), {}, plain),
+    }
+    for name, (image, options, expected) in cases.items():
+        image.save(tmp_path / name, **options)
+        found = np.asarray(read_image(tmp_path / name)).astype(int)
+        assert image_size(tmp_path / name) == (expected.shape[1], expected.shape[0]), name
+        assert np.abs(found - expected).mean() < 2, name
+    rows = score_folder(tmp_path, {"mean": Mean()}, batch_size=4)
+    assert {row.file for row in rows} == cases.keys()
+
+
+def test_linked_files_and_folders_are_read_once(tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere", {"dog.png": 50})
+    folder(tmp_path / "in", {"cat.png": 100, ".hidden.png": 0})
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "copy.png").symlink_to("cat.png")
+    (tmp_path / "in" / "linked" / "loop").symlink_to(tmp_path / "in")
+    assert list_images(tmp_path / "in") == ["cat.png", "copy.png", "linked/dog.png"]
+
+
+def test_files_that_are_no_images_stop_scoring_or_are_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    folder(tmp_path, {"good.png": 100})
+    folder(tmp_path, {"huge.png": 100}, (20, 20))
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-60])
+    with pytest.warns(UserWarning, match="left out") as warned:
+        rows = score_folder(tmp_path, {"mean": Mean()}, tmp_path / "out", unreadable="skip")
+    assert [row.file for row in rows] == ["good.png"]
+    messages = "\n".join(sorted(str(each.message).replace(f"{tmp_path}/", "") for each in warned))
+    for reason in (
+        "cut.png is not an image that can be read: image file is truncated",
+        "empty.png is not an image that can be read: it is empty",
+        "gone.png is not an image that can be read: it is a link to nowhere.png, which does not exist",
+        "huge.png is not an image that can be read: Image size (400 pixels) exceeds limit of 200 pixels",
+        "text.png is not an image that can be read: its content is not that of an image",
+    ):
+        assert f"left out: {reason}" in messages
+    with pytest.raises(
+        ConfigurationError, match="is not an image that can be read: .*, or leave such files out with unreadable=skip"
+    ):
+        score_folder(tmp_path, {"mean": Mean()}, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -114,9 +224,10 @@ def test_interrupted_scoring_continues_after_the_last_row(tmp_path: Path) -> Non
         (None, {}, "there is no folder"),
         ({}, {}, "there are no images in"),
         ({"a.png": b"not an image"}, {}, "a.png is not an image that can be read"),
-        ({"123.png": None}, {}, "1 images have no prompt from prompts='auto'"),
+        ({"123.png": None}, {}, "1 of 1 images have no prompt from prompts='auto'"),
         ({"a.png": None}, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"a.png": None}, {"prompts": "nowhere.csv"}, "there is no file 'nowhere.csv'"),
+        ({"a.png": None}, {"device": "cuda:9"}, "device='cuda:9' cannot be used: .*; write cpu or auto"),
         ({"a.png": None}, {"rewards": {}}, "there are no rewards; give at least one"),
     ],
 )
@@ -161,13 +272,44 @@ def test_ties_count_as_half_a_win_and_the_order_reverses_the_sign() -> None:
         compare(first, [ScoredImage("x.png", "b", {"r": 1.0})])
 
 
+def test_images_of_one_prompt_are_resampled_together() -> None:
+    """With equal differences within a prompt, the interval is that of one pair per prompt."""
+    generator = np.random.default_rng(2)
+    per_prompt = generator.normal(0.2, 1, 40)
+    one = [ScoredImage(f"{i}.png", f"p{i}", {"r": d}) for i, d in enumerate(per_prompt)]
+    many = [ScoredImage(f"{i}_{k}.png", f"p{i}", {"r": d}) for i, d in enumerate(per_prompt) for k in range(5)]
+    (single,), (clustered,) = (compare([zeroed(row) for row in rows], rows) for rows in (one, many))
+    assert (single.sampled, clustered.sampled, clustered.pairs) == ("40 prompts", "40 prompts", 200)
+    assert clustered.difference_interval == pytest.approx(single.difference_interval)
+    assert "by bootstrap over the 40 prompts" in report([clustered], "a", "b")
+
+
+def zeroed(row: ScoredImage) -> ScoredImage:
+    return ScoredImage(row.file, row.prompt, {"r": 0.0})
+
+
+def test_the_interval_of_a_win_rate_of_1_is_exact() -> None:
+    (found,) = compare(scored([0.0] * 8), scored([1.0] * 9))
+    low, high = found.win_rate_interval
+    assert low**8 == pytest.approx(0.025)
+    assert high == 1.0
+    assert "Images without a counterpart, not compared: 1 of b." in report([found], "a", "b")
+
+
+def test_other_suffixes_are_paired_by_name() -> None:
+    first = [ScoredImage(f"{i}.png", "a", {"r": float(i)}) for i in range(4)]
+    second = [ScoredImage(f"{i}.jpg", "a", {"r": float(i) + 1}) for i in (3, 1, 2, 0)]
+    (found,) = compare(first, second)
+    assert found.difference_interval == (1.0, 1.0)
+
+
 def test_a_contact_sheet_is_sorted_from_best_to_worst(tmp_path: Path) -> None:
     folder(tmp_path, {f"cat_{level}.png": level for level in (200, 10, 100, 150)}, (16, 16))
     rows = score_folder(tmp_path, {"mean": Mean()})
     sheet = np.asarray(contact_sheet(tmp_path, rows, "mean", side=16, per_row=4))
-    assert [int(sheet[8, 16 * i + 8, 0]) for i in range(4)] == [200, 150, 100, 10]
+    assert [int(sheet[8, 20 * i + 8, 0]) for i in range(4)] == [200, 150, 100, 10]
     few = np.asarray(contact_sheet(tmp_path, rows, "mean", most=2, side=16, per_row=2))
-    assert [int(few[8, 16 * i + 8, 0]) for i in range(2)] == [200, 10]
+    assert [int(few[8, 20 * i + 8, 0]) for i in range(2)] == [200, 10]
 
 
 def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +327,7 @@ def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pyt
     assert f"| {difference:+.4g} |" in row
     assert "| 100.0% |" in row
     assert {path.name for path in (output / "1-base").iterdir()} == {
-        *("scores.csv", "scores.parquet", "rewards.json"),
+        *("scores.csv", "scores.parquet", "scoring.json"),
         *("contact_sheet_Sharpness.png", "contact_sheet_bright.png"),
     }
 
@@ -203,7 +345,7 @@ def test_the_command_prints_what_a_judge_has_used(
         arguments = ["--rewards", str(tmp_path / "r.yaml"), "--output", str(tmp_path / output)]
         assert main(["score", str(tmp_path / "in"), *arguments]) == 0
         assert f"judge used: {used}" in capsys.readouterr().out
-    described = json.loads((tmp_path / "one" / "rewards.json").read_text())["judge"]
+    described = str(json.loads((tmp_path / "one" / "scoring.json").read_text())["rewards"]["judge"])
     assert "'model': 'tiny'" in described
     assert "Rate how well" in described
 
@@ -237,7 +379,7 @@ def test_the_command_compares_pairs_with_a_judge(
     [
         ([], "the following arguments are required: FOLDER"),
         (["a"], "there are no rewards; write --reward NAME"),
-        (["a", "--reward", "HPSv3"], "--rewards: there is no Reward 'HPSv3'; did you mean HPSv2"),
+        (["a", "--reward", "HPSv3"], "--reward: there is no Reward 'HPSv3'; did you mean HPSv2"),
         (["a", "--reward", "Sharpness"], "there is no folder 'a'"),
         (["a", "b", "c", "--reward", "Sharpness"], "3 folders were given; give one, or two to compare"),
         (

@@ -105,13 +105,14 @@ lightning-draft score: score folders of existing images with rewards, without a 
   lightning-draft score images --reward AestheticScore
   lightning-draft score base fine_tuned --rewards rewards.yaml       compare two folders, image by image
 
-  FOLDER [FOLDER]       images (.png, .jpg, .jpeg, .webp, .bmp), also in subfolders
+  FOLDER [FOLDER]       images (.png, .jpg, .webp, .bmp, .gif, .tif, .avif), also in subfolders
   --reward NAME ...     rewards with their default arguments: HPSv2, PickScore, ImageReward, AestheticScore, ...
   --rewards FILE        the same from a YAML file that maps names to rewards: hps: {class_path: HPSv2, init_args: {...}}
-  --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, or a table with the columns file and prompt
+  --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, a table with the columns file and prompt, or none
   --output FOLDER       tables, contact sheets and comparison; by default scores; an interrupted scoring continues
   --batch_size N        images per call of a reward; by default 8
-  --device NAME         cpu or cuda; by default cpu
+  --device NAME         cpu or cuda; by default cuda if there is a GPU
+  --unreadable WHAT     files that are no images: stop (the default), or skip them with a warning
   --parquet             write scores.parquet beside scores.csv
   --pairwise            for two folders: also ask judges (VLMJudge, HumanVotes) which image of each pair is better"""
 

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from lightning_draft import rewards
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.explain import explain
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_path
 from lightning_draft.pairwise_score import compare_pairs, report_pairs
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.score_report import compare, contact_sheet, report
-from lightning_draft.scoring import ScoredImage, score_folder, write_parquet
+from lightning_draft.score_table import ScoredImage, write_parquet
+from lightning_draft.scoring import score_folder
 
 
 def main(args: Sequence[str]) -> int:
@@ -33,12 +36,13 @@ def main(args: Sequence[str]) -> int:
     judges = _judges(built, options) if options.pairwise else {}
     scored = [_score(number, built, options) for number in range(len(options.folders))]
     if len(scored) == 2:
-        names = [Path(folder).name or folder for folder in options.folders]
-        text = report(compare(scored[0], scored[1]), names[0], names[1])
+        names = _titles(options.folders)
+        text = report(compare(scored[0], scored[1]), *names)
         if judges:
             compared = compare_pairs(options.folders, scored, judges, options.output)
-            text += "\n" + report_pairs(compared, names[0], names[1])
-        (Path(options.output) / "comparison.md").write_text(text, encoding="utf-8")
+            text += "\n" + report_pairs(compared, *names)
+        with atomic_path(Path(options.output) / "comparison.md") as partial:
+            partial.write_text(text, encoding="utf-8")
         print(text, end="")
     for name, reward in built.items():
         if used := reward.usage():
@@ -55,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     parsed.add_argument("--prompts", default="auto")
     parsed.add_argument("--output", default="scores")
     parsed.add_argument("--batch_size", type=int, default=8)
-    parsed.add_argument("--device", default="cpu")
+    parsed.add_argument("--device", default="auto")
+    parsed.add_argument("--unreadable", choices=["stop", "skip"], default="stop")
     parsed.add_argument("--parquet", action="store_true")
     parsed.add_argument("--pairwise", action="store_true")
     return parsed
@@ -113,11 +118,18 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _titles(folders: Sequence[str]) -> list[str]:
+    """Return the names of the folders, or the paths as given if the names are equal."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(folders)
+
+
 def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -> list[ScoredImage]:
     folder = Path(options.folders[number])
     output = Path(options.output)
     if len(options.folders) == 2:
-        output = output / f"{number + 1}-{folder.name}"
+        output = output / f"{number + 1}-{folder.resolve().name}"
+    progress = _Progress()
     rows = score_folder(
         folder,
         built,
@@ -125,11 +137,13 @@ def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -
         prompts=options.prompts,
         batch_size=options.batch_size,
         device=options.device,
-        progress=_show,
+        unreadable=options.unreadable,
+        progress=progress,
     )
-    print(file=sys.stderr)
+    progress.finish()
     for name in built:
-        contact_sheet(folder, rows, name).save(output / f"contact_sheet_{name}.png")
+        with atomic_path(output / f"contact_sheet_{name}.png") as partial:
+            contact_sheet(folder, rows, name).save(partial, format="PNG")
         values = [row.scores[name] for row in rows]
         print(f"{folder}  {name}: mean {sum(values) / len(values):.4g}, {min(values):.4g} to {max(values):.4g}")
     if options.parquet:
@@ -137,5 +151,33 @@ def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -
     return rows
 
 
-def _show(done: int, total: int) -> None:
-    print(f"\r{done}/{total} images", end="", file=sys.stderr, flush=True)
+class _Progress:
+    """Show the number of scored images and the remaining time: in one line of a terminal, else a line per minute."""
+
+    def __init__(self) -> None:
+        self.start: tuple[int, float] | None = None
+        self.last = -60.0
+        self.text = ""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total`; the first call is that before the first batch."""
+        now = time.monotonic()
+        if self.start is None:
+            self.start = (done, now)
+            if done:
+                print(f"continuing after {done} images", file=sys.stderr)
+            return
+        before, started = self.start
+        remaining = (now - started) * (total - done) / max(1, done - before)
+        self.text = f"{done}/{total} images, {int(remaining) // 60}:{int(remaining) % 60:02} left"
+        if sys.stderr.isatty():
+            print(f"\r{self.text}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif now - self.last >= 60:
+            self.last = now
+            print(self.text, file=sys.stderr, flush=True)
+            self.text = ""
+
+    def finish(self) -> None:
+        """End the line of a terminal, or show the last state that was not shown."""
+        if self.text:
+            print(file=sys.stderr) if sys.stderr.isatty() else print(self.text, file=sys.stderr)

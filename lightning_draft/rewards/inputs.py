@@ -127,7 +127,7 @@ def from_pil(images: Sequence[Any]) -> Tensor:
             f"the images have different sizes, such as {sizes[0]} and {sizes[1]}; resize them to one size, or score "
             "them one by one"
         )
-    arrays = np.stack([np.asarray(_to_rgb(image)) for image in images])
+    arrays = np.stack([np.asarray(to_rgb(image)) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
@@ -195,9 +195,18 @@ def _describe_shape(shape: tuple[int, ...]) -> str:
     return f"images have shape {shape}; rewards need (B, 3, H, W): {fix}"
 
 
-def _to_rgb(image: Any) -> Any:
+def to_rgb(image: Any) -> Any:
+    """Convert a PIL image to mode RGB; 16 bits are scaled to 8, and transparent images get a white background.
+
+    Raises:
+        ConfigurationError: The pixels are floating-point numbers, whose range is not known.
+    """
     from PIL import Image
 
+    if image.mode == "F":
+        raise ConfigurationError("the image has floating-point pixels, whose range is not known; save it with 8 bits")
+    if image.mode.startswith("I"):  # convert("RGB") would clip the values at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,4 +1,4 @@
-"""Gradient norms of the parameters and along the denoising chain, and the action when they explode.
+"""Gradient norms of the parameters and along the sampling chain, and the action when they explode.
 
 References:
     Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv:2309.17400, section 3 (the

@@ -62,7 +62,7 @@ def profile_figure(profile: Mapping[int, float], step: int) -> Any:
     axes.plot(list(profile), list(profile.values()), marker="o")
     axes.set(
         yscale="log" if any(value > 0 for value in profile.values()) else "linear",
-        xlabel="denoising step (0 is the first)",
+        xlabel="sampling step (0 is the first)",
         ylabel="gradient norm of the latent",
         title=f"optimizer step {step}",
     )

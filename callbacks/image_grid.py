@@ -49,7 +49,7 @@ def comparison(
 
     Args:
         prompts: `N` prompts.
-        images: By label (such as `base` and `tuned`), `(N, 3, H, W)` each, in [0, 1].
+        images: By label (such as `base` and `fine-tuned`), `(N, 3, H, W)` each, in [0, 1].
         scores: By label, `(N,)` each; by default only the labels are shown.
         min_size: Least length of the shorter side of an image in the grid, in pixels.
         per_row: Panels in a row.

@@ -234,7 +234,7 @@ def write(
         module: Its module.
         path: The file.
         metadata: Text for its header.
-        values: Result of `gather_full`; used if this process holds only a shard of the adapters.
+        values: Result of `gather_full`; used if this process stores only a shard of the adapters.
         comfy: Also write the file for ComfyUI, `NAME.comfy.safetensors`, if the names of the layers are known.
 
     Raises:

@@ -123,16 +123,16 @@ class SampleLogger(Callback):
                 tuned = self._samples.generate(module)
                 scores = self._samples.score(module, tuned)
         if trainer.is_global_zero:
-            images = {"base": self._base, "tuned": tuned}
-            self._log(trainer, step, images, {"base": self._base_scores, "tuned": scores})
+            images = {"base": self._base, "fine-tuned": tuned}
+            self._log(trainer, step, images, {"base": self._base_scores, "fine-tuned": scores})
         self._last_step = step
 
     def _log(
         self, trainer: L.Trainer, step: int, images: dict[str, Tensor], scores: dict[str, dict[str, Tensor]]
     ) -> None:
         rewards = {label: each["reward"] for label, each in scores.items()}
-        base, tuned = (float(rewards[name].mean()) for name in ("base", "tuned"))
-        means = {f"samples/{name}": float(score.mean()) for name, score in scores["tuned"].items()}
+        base, tuned = (float(rewards[name].mean()) for name in ("base", "fine-tuned"))
+        means = {f"samples/{name}": float(score.mean()) for name, score in scores["fine-tuned"].items()}
         means |= {f"samples/{name}_base": float(score.mean()) for name, score in scores["base"].items()}
         grid = comparison(
             self._samples.prompts,
@@ -140,7 +140,7 @@ class SampleLogger(Callback):
             rewards,
             min_size=self.min_size,
             per_row=self.per_row,
-            title=f"step {step}: mean reward {base:.4g} (base), {tuned:.4g} (tuned)",
+            title=f"step {step}: mean reward {base:.4g} (base), {tuned:.4g} (fine-tuned)",
         )
         without = []
         for logger in trainer.loggers:

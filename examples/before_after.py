@@ -47,29 +47,29 @@ def rewards(data: Path) -> dict[str, Reward]:
     return found
 
 
-def compare(drawings: dict[str, Tensor], captions: list[str], data: Path) -> dict[str, dict[str, list[float]]]:
+def compare(sets: dict[str, Tensor], captions: list[str], data: Path) -> dict[str, dict[str, list[float]]]:
     """Return mean and standard error of each reward for every set, and of the paired differences from the first set."""
     figures = {}
     for name, reward in rewards(data).items():
-        scores = {label: reward(images, captions) for label, images in drawings.items()}
+        scores = {label: reward(images, captions) for label, images in sets.items()}
         first, *others = scores
         columns = scores | {f"{label} - {first}": scores[label] - scores[first] for label in others}
         figures[name] = {label: [round(x, 3) for x in mean_and_error(s)] for label, s in columns.items()}
     return figures
 
 
-def grid(drawings: dict[str, Tensor], captions: list[str], path: Path, zoom: int = 2) -> None:
+def grid(sets: dict[str, Tensor], captions: list[str], path: Path, zoom: int = 2) -> None:
     """Write the sets, each `(N, 3, H, W)`, side by side under their captions."""
-    labels, sets = " | ".join(drawings), list(drawings.values())
-    side = sets[0].shape[-1] * zoom
-    width, height = len(sets) * (side + 4) + 12, side + 26
-    columns = 8 // len(sets)
+    labels, models = " | ".join(sets), list(sets.values())
+    side = models[0].shape[-1] * zoom
+    width, height = len(models) * (side + 4) + 12, side + 26
+    columns = 8 // len(models)
     canvas = Image.new("RGB", (columns * width + 8, -(-len(captions) // columns) * height + 6), (232, 232, 232))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for i, caption in enumerate(captions):
         left, top = 8 + i % columns * width, 4 + i // columns * height
         pen.text((left, top), f"{caption}   {labels}", fill=(30, 30, 30), font=font)
-        for k, images in enumerate(sets):
+        for k, images in enumerate(models):
             canvas.paste(to_pil_image(images[i], side), (left + k * (side + 4), top + 18))
     canvas.save(path)
 
@@ -88,12 +88,12 @@ def main() -> None:
     arguments = parser.parse_args()
     captions = ordered(arguments.prompts)
     everything = captions * arguments.noises
-    drawings = {
+    sets = {
         label: generate(open_pipeline(Path(arguments.model), lora), everything, guidance=1.0, steps=arguments.steps)
         for label, lora in zip(arguments.labels, (None, *arguments.lora), strict=True)
     }
-    grid({label: x[:SHOWN] for label, x in drawings.items()}, captions[:SHOWN], arguments.out)
-    figures = compare(drawings, everything, arguments.data)
+    grid({label: x[:SHOWN] for label, x in sets.items()}, captions[:SHOWN], arguments.out)
+    figures = compare(sets, everything, arguments.data)
     arguments.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

@@ -1,4 +1,4 @@
-"""The sampling chain: the only loop over denoising steps, and the only place that recomputes their activations."""
+"""The sampling chain: the only loop over sampling steps, and the only code that recomputes their activations."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ class State:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Activations that the backward pass recomputes instead of storing them. No option changes a gradient.
+    """Which activations the backward pass recomputes, so that they need not be stored. Gradients do not depend on it.
 
     Args:
         steps: Recompute the network call of each step, so that the activations of one step are stored at a time.
@@ -125,7 +125,7 @@ class SamplingChain:
         probes: Called with every latent that a step returns with a graph.
 
     Attributes:
-        grid: One `(t, s)` pair per step.
+        grid: One `(t, s)` pair per step: the network is called at time `t`, and the step ends at time `s`.
 
     Raises:
         ConfigurationError: The sampler does not fit the model's schedule.
@@ -238,7 +238,7 @@ class SamplingChain:
         return State(alpha * x0 + sigma * (torch.randn_like(x0) if noise is None else noise), step)
 
     def repeat(self, copies: int) -> "SamplingChain":
-        """Return the chain of `copies` copies of the batch, one after the other: row `c * B + b` is copy `c` of `b`."""
+        """Return the chain of `copies` copies of the batch: row `c * B + b` is copy `c` of sample `b`."""
         return replace(self, conditioning=self.conditioning.repeat(copies))
 
     def randint(self, low: int, high: int) -> int:

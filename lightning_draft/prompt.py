@@ -1,4 +1,4 @@
-"""Prompts that carry metadata."""
+"""Prompts with metadata."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType

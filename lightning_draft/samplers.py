@@ -1,4 +1,4 @@
-"""Samplers: one denoising step, as a Gaussian `Transition`, and the time grid.
+"""Samplers: one sampling step, as a Gaussian `Transition`, and the time grid.
 
 A sampler has hyper-parameters only. It receives `x_t` and the network's estimate of `x_0`, and never calls the network:
 the loop over steps is in `lightning_draft.chain`.

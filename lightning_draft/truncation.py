@@ -29,7 +29,7 @@ class Truncation(ABC):
         """Sample from `noise` and return the latents that are decoded and rewarded, with a graph."""
 
     def gradient_steps(self, num_steps: int) -> int:
-        """Return the largest number of steps with gradient; the default of step checkpointing depends on it."""
+        """Return the largest number of steps with gradient; whether steps are recomputed by default depends on it."""
         return num_steps
 
     def costliest(self) -> "Truncation":

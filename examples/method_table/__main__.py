@@ -122,9 +122,9 @@ class Table:
         return read_prompts(self.setting.many if TASKS[task].many else self.setting.prompts)
 
     def _evaluation(self, task: str) -> Evaluation:
-        number, draws = self.evaluated
+        number, images_per_prompt = self.evaluated
         prompts = self._read(task)
-        return Evaluation(prompts[:: max(1, len(prompts) // number)][:number], draws)
+        return Evaluation(prompts[:: max(1, len(prompts) // number)][:number], images_per_prompt)
 
     def _prompts(self, task: str, method: str, seed: int) -> PromptDataModule:
         return PromptDataModule(self._read(task), val_size=0, batch_size=METHODS[method].batch_size, seed=seed)
@@ -194,7 +194,7 @@ def main() -> None:
         "--captions", default="tests/assets/prompts/emoji32.txt", help="candidate captions of the reward"
     )
     parser.add_argument("--evaluated", type=int, default=46, help="number of evaluation prompts")
-    parser.add_argument("--draws", type=int, default=3, help="evaluation images per prompt")
+    parser.add_argument("--images-per-prompt", type=int, default=3, help="evaluation images per prompt")
     parser.add_argument(
         "--report", action="store_true", help="write table and plots from the stored runs without training"
     )
@@ -210,7 +210,7 @@ def main() -> None:
         arguments.sampling_steps,
         str(arguments.training_images) if arguments.training_images.exists() else None,
     )
-    table = Table(setting, arguments.out, arguments.budget, (arguments.evaluated, arguments.draws))
+    table = Table(setting, arguments.out, arguments.budget, (arguments.evaluated, arguments.images_per_prompt))
     for seed in [] if arguments.report else arguments.seeds:
         for task in arguments.tasks:
             for method in TASKS[task].methods:

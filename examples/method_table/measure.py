@@ -19,18 +19,18 @@ class Evaluation:
 
     Args:
         prompts: The evaluation prompts.
-        draws: Images per prompt.
+        images_per_prompt: Images per prompt.
         batch_size: Images per batch.
     """
 
     prompts: Sequence[str]
-    draws: int = 3
+    images_per_prompt: int = 3
     batch_size: int = 48
 
     @torch.no_grad()
     def images(self, module: RewardModule) -> tuple[Tensor, list[str]]:
         """Return images `(N, 3, H, W)` in [0, 1] and their prompts; the random state is unchanged."""
-        prompts = [prompt for prompt in self.prompts for _ in range(self.draws)]
+        prompts = [prompt for prompt in self.prompts for _ in range(self.images_per_prompt)]
         starts = range(0, len(prompts), self.batch_size)
         images = [module.generate(prompts[i : i + self.batch_size], seed=10_000 + i) for i in starts]
         return torch.cat(images).float().clamp(0, 1), prompts

@@ -23,7 +23,7 @@ class CallbackOption(NamedTuple):  # `import dataclasses` would take a fifth of 
 
 CALLBACK_OPTIONS = (
     CallbackOption("cost", "CostMonitor", True, "log reward queries, network passes and seconds"),
-    CallbackOption("samples", "SampleLogger", True, "image grids of the base and the trained model", True),
+    CallbackOption("samples", "SampleLogger", True, "image grids of the base and the fine-tuned model", True),
     CallbackOption("export", "LoRAExport", True, "LoRA files of the last and the best step", True),
     CallbackOption("gradients", "GradientNormMonitor", True, "log gradient norms, act when they explode"),
     CallbackOption("checkpoint", "LastCheckpoint", True, "the checkpoint to resume from", True),

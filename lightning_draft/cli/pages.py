@@ -6,7 +6,7 @@ MAIN = """\
 lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-propagating through its sampler
 
   lightning-draft fit --config quickstart          train; the config is a shipped name or a YAML file
-  lightning-draft sample runs/quickstart           generate images with the base and the trained model, side by side
+  lightning-draft sample runs/quickstart           generate images with the base and the fine-tuned model
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
@@ -56,7 +56,7 @@ More help
 )
 
 VALIDATE = """\
-lightning-draft validate: score held-out prompts; prints the mean of each reward for the trained and the base model
+lightning-draft validate: score held-out prompts; prints the mean of each reward for the fine-tuned and the base model
 
   lightning-draft validate --config runs/quickstart --ckpt_path last
 
@@ -83,7 +83,7 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   LORA                  a .safetensors file, or a run's folder for its best LoRA file
   --config NAME|FILE    the config of the model, sampler and reward; by default the one in the run's folder
   --model NAME          instead of a config: a shipped model, a pipeline's folder or file, or a hub id
-  --scale S [S ...]     strengths of the LoRA: 0 is the base model, 1 the trained one; by default 0 1. With three or
+  --scale S [S ...]     scales of the LoRA: 0 is the base model, 1 the fine-tuned one; by default 0 1. With three or
                         more scales (0,0.5,1,1.5) and a reward, a plot of rewards against the scale is written too, and
                         the scale with the best evaluation reward is printed
   --schedule SCHEDULE   scale as a function of the sampling step: linear, power_2, step_0.6 (the base model for the
@@ -131,7 +131,7 @@ lightning-draft lora: inspect, convert, scale, mix and merge LoRA files
   --rank N              rank of the new file, by singular value decomposition of each layer's update; the relative error
                         |dW - dW'| / |dW| is printed; the default of mix is the sum of the ranks, which is exact
   --dtype NAME          float32, float16 or bfloat16
-  --scale S             for merge: strength of the LoRA
+  --scale S             for merge: scale of the LoRA; by default 1
   --all                 for info: every layer
   --prompt P [P ...]    also write an image grid of the base model and the new file, to --grid FILE
   --reward NAME ...     rewards whose scores are printed in the grid"""

@@ -23,7 +23,7 @@ class RunLogger(TensorBoardLogger):
 
 
 def charts(rewards: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """Return the layout of the page "Custom Scalars": each reward of the trained and the base model in one chart.
+    """Return the layout of the page "Custom Scalars": each reward in one chart, of both models.
 
     Args:
         rewards: Names of the rewards: `reward`, and those of the evaluation rewards.

@@ -1,1 +1,1 @@
-"""LightningModules that fine-tune a diffusion model on a reward: direct gradients and policy gradients."""
+"""LightningModules that fine-tune a diffusion model on a reward, one for each kind of method."""

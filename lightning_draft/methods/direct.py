@@ -86,7 +86,7 @@ class DirectModule(RewardModule, ABC):
             self.batches = 0
 
     def check_configuration(self) -> None:
-        """Check that the reward has a gradient, and the configuration of every method.
+        """Check that the reward is differentiable, and run the checks of all methods.
 
         Raises:
             ConfigurationError: One of these checks fails.

@@ -94,7 +94,7 @@ class DraftModule(DirectModule):
         return {**super().strategies(), "loss": self.loss}
 
     def check_configuration(self) -> None:
-        """Check that the reward has a gradient, something is trained, and the sampler and the truncation fit the model.
+        """Check that the reward is differentiable, something is trained, and sampler and truncation fit the model.
 
         Raises:
             ConfigurationError: One of these checks fails.

@@ -59,7 +59,7 @@ class ForwardProcessModule(RolloutModule):
             `num_times` equal parts.
         num_times: Number of training times of each sample; by default the sampler's number of steps. With `grid` they
             are chosen without replacement.
-        micro_batch_size: Number of samples that are sampled and trained on at a time; by default all. It does not
+        micro_batch_size: Number of samples that are generated and trained on at a time; by default all. It does not
             change the rollout. Objectives that compare the samples of a prompt need complete groups.
         timesteps_per_minibatch: Number of training times per minibatch; by default all. Memory is proportional
             to it.

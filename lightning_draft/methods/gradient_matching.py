@@ -1,4 +1,4 @@
-"""Gradient matching: regress the difference from the base model on gradients of the reward, without a chain graph.
+"""Gradient matching: regress the difference from the base model on gradients of the reward.
 
 References:
     Domingo-Enrich et al., "Adjoint Matching: Fine-tuning Flow and Diffusion Generative Models with Memoryless
@@ -25,14 +25,15 @@ from lightning_draft.samplers import DDIM, Sampler
 
 
 class GradientMatchingModule(DirectModule):
-    """Increase a differentiable reward by training the change from the base model's prediction to match its gradient.
+    """Increase a differentiable reward by matching the change of the predictions to the gradient of the reward.
 
-    Each training step samples trajectories without a graph, computes targets from the gradient of the reward, and
-    minimizes the mean over the trained steps of
+    Each training step samples trajectories without a graph, computes a target from the gradient of the reward for each
+    trained step `k`, and minimizes
 
-        matching.loss(model - base model, target).
+        L = mean_k matching.loss(residual_k, target_k),
 
-    The loss also regularizes towards the base model: at its optimum the difference is finite.
+    where the residual is the difference of the model's prediction and step from those of the base model. The loss also
+    regularizes towards the base model: at its optimum the difference is finite.
 
     Args:
         model: The diffusion model, with its trainable parameters.
@@ -84,7 +85,7 @@ class GradientMatchingModule(DirectModule):
         return self.trained_steps or self.sampler.num_steps
 
     def check_configuration(self) -> None:
-        """Check that the reward has a gradient, and that the sampler has as many steps as are trained.
+        """Check that the reward is differentiable, and that the sampler has as many steps as are trained.
 
         Raises:
             ConfigurationError: One of these checks fails.

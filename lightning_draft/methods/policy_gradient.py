@@ -62,9 +62,9 @@ class PolicyGradientModule(RolloutModule):
         inner_epochs: Number of epochs on each rollout.
         kl_weight: Weight of the KL divergence of each step from that of the base model, at least 0, with the reduction
             of the objective's log-probabilities; it costs one more network call per step.
-        kl_per_time: Whether the divergence of each step is multiplied by the step's length in time, as Flow-GRPO's code
-            does: it divides the squared distance of the means by `2 sigma_t^2` and not by `2 sigma_t^2 (t - s)`.
-        micro_batch_size: Number of samples that are sampled and trained on at a time; by default all. It does not
+        kl_per_time: Whether the divergence of each step is multiplied by the step's length `t - s`, as in Flow-GRPO's
+            code, which divides the squared distance of the means by `2 sigma_t^2` instead of `2 sigma_t^2 (t - s)`.
+        micro_batch_size: Number of samples that are generated and trained on at a time; by default all. It does not
             change the rollout.
         timesteps_per_minibatch: Number of stochastic steps that are trained on at a time; by default all. Memory is
             proportional to it.

@@ -55,7 +55,7 @@ class RolloutModule(RewardModule, ABC):
         advantage_estimator: Map from rewards to advantages.
         samples_per_prompt: Number of samples for each prompt of a batch.
         inner_epochs: Number of epochs on each rollout.
-        micro_batch_size: Number of samples that are sampled and trained on at a time; by default all.
+        micro_batch_size: Number of samples that are generated and trained on at a time; by default all.
         timesteps_per_minibatch: Number of timesteps that are trained on at a time; by default all.
         share_start_noise: Whether the samples of a prompt start from the same noise.
 

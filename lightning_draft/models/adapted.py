@@ -23,7 +23,7 @@ from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreez
 
 
 class AdaptedModel(PromptEmbedding):
-    """Base class of pipelines for their adapters, or for trained weights instead of adapters.
+    """Base class that adds adapters to a pipeline, or makes the denoiser's own weights trainable.
 
     Attributes:
         lora: The adapters' settings, `None` without adapters.

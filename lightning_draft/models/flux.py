@@ -22,7 +22,7 @@ from lightning_draft.models.scheduler_config import rectified_flow
 class Flux(PipelineModel):
     """A FLUX.1 dev or schnell pipeline, for `FlowEuler` and `FlowSDE`; arguments as of `PipelineModel`.
 
-    The dev model has its guidance scale as an input (`guidance.embedded`) and is evaluated once per step. With
+    The dev model has its guidance scale as an input (`guidance.embedded`) and is called once per step. With
     `guidance.scale` other than 1, classifier-free guidance is applied in addition, like diffusers' `true_cfg_scale`.
 
     Attributes:

@@ -25,7 +25,7 @@ class Guidance:
     """Guidance: `e = e_u + w (e_c - e_u)`, with `e_c` given the prompt and `e_u` the negative prompt.
 
     Args:
-        scale: `w`, at least 0; with 1, `e_u` is not evaluated. By default the published value of the model family, such
+        scale: `w`, at least 0; with 1, `e_u` is not computed. By default the published value of the model family, such
             as 7.5 for Stable Diffusion 1.x.
         negative_prompt: The prompt of `e_u`.
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
@@ -47,7 +47,7 @@ class Guidance:
 
     @property
     def enabled(self) -> bool:
-        """Whether the prediction for the negative prompt is evaluated."""
+        """Whether the prediction for the negative prompt is computed."""
         return self.scale != 1
 
     def or_default(self, scale: float, embedded: float | None = None) -> "Guidance":

@@ -110,6 +110,6 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
-    """Return `(0, row, column)` of every token of an image of this many tokens, `(height width, 3)`."""
+    """Return `(0, row, column)` of every token of an image of `height x width` tokens, `(height width, 3)`."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(device)

@@ -1,4 +1,4 @@
-"""Opening of diffusers' pipelines (shipped names, folders, single files, hub ids), and writing of trained ones."""
+"""Open diffusers' pipelines (shipped names, folders, single files, hub ids), and write fine-tuned ones."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +103,7 @@ def save_pipeline(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Check that a path is free, or a folder that is empty or holds a pipeline.
+    """Check that a path does not exist, or is a folder that is empty or contains a pipeline.
 
     Raises:
         ConfigurationError: It has other content, which replacing it would delete.

@@ -84,7 +84,7 @@ def mix(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = 
     Args:
         files: Files of the same model.
         weights: One for each file; negative ones subtract.
-        rank: Rank of the result; by default the largest sum of the ranks of a layer.
+        rank: Rank of the result; by default, for each layer, the sum of its ranks, at which the result is exact.
 
     Returns:
         The sum, and its relative error, `sqrt(sum |dW - dW'|^2 / sum |dW|^2)` over all layers.

@@ -21,7 +21,8 @@ class PixelDiffusion(PipelineModel):
     """A `UNet2DModel` in pixel space, as in DDPM and DDIM pipelines; arguments as of `PipelineModel`.
 
     An unconditional network accepts any prompt and does not read it. A network with `num_class_embeds` reads prompts as
-    class numbers, such as `7`. The scheduler's `clip_sample` is not applied: it would cut the gradient.
+    class numbers, such as `7`. The scheduler's `clip_sample` is not applied, because
+    clipped values have no gradient.
 
     Attributes:
         unet: The denoiser.

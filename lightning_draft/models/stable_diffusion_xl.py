@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, including SDXL-Turbo and Lightning-type checkpoints.
+"""Stable Diffusion XL, including SDXL-Turbo.
 
 References:
     Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", arXiv:2307.01952.

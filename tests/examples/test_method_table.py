@@ -44,7 +44,7 @@ def run(
             "training-images": tmp_path / "none",
             "many": prompts,
             "evaluated": 2,
-            "draws": 2,
+            "images-per-prompt": 2,
             "seeds": 0,
             "lrs": lrs,
         }
@@ -228,7 +228,8 @@ def test_standard_error_equals_numpy() -> None:
 def test_evaluation_is_reproducible(tiny_sd: Path, tiny_clip: Path) -> None:
     setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", "animals", STEPS)
     module = methods.METHODS["DRaFT-1"].build(setting, "recognized", methods.Trial(1e-3), 0)
-    evaluation = Evaluation([Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})], draws=2)
+    prompts = [Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})]
+    evaluation = Evaluation(prompts, images_per_prompt=2)
     images, prompts = evaluation.images(module)
     first = evaluation.scores(module, images)
     torch.randn(3)

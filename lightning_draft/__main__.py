@@ -74,6 +74,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from lightning_draft.cli.score import main as score
 
         return score(rest)
+    if verb == "vote":
+        from lightning_draft.cli.vote import main as vote
+
+        return vote(rest)
     if verb == "lora":
         from lightning_draft.cli.lora import main as lora
 

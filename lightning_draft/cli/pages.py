@@ -10,6 +10,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
+  lightning-draft vote FOLDER                      compare images yourself, on a local page
   lightning-draft lora info FILE                   inspect, convert, scale, mix and merge LoRA files
   lightning-draft plan --config NAME               memory and cost of a training step, before anything is loaded
   lightning-draft configs list                     list the shipped configs
@@ -116,6 +117,18 @@ lightning-draft score: score folders of existing images with rewards, without a 
   --parquet             write scores.parquet beside scores.csv
   --pairwise            for two folders: also ask judges (VLMJudge, HumanVotes) which image of each pair is better"""
 
+VOTE = """\
+lightning-draft vote: compare images of the same prompt on a page in the browser, served to this machine only
+
+  lightning-draft vote images                    pairs of images of the same prompt
+  lightning-draft vote base fine_tuned           pairs with one image from each folder
+  lightning-draft vote votes                     pairs that a training run with the reward HumanVotes(votes) asks for
+
+  FOLDER [FOLDER]       images (.png, .jpg, .jpeg, .webp, .bmp), or the folder of HumanVotes
+  --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, or a table with the columns file and prompt
+  --votes FOLDER        folder of votes.csv, to which each vote is appended; by default the first FOLDER
+  --port N              port on 127.0.0.1, by default 8765; 0 for any free one"""
+
 LORA = """\
 lightning-draft lora: inspect, convert, scale, mix and merge LoRA files
 
@@ -148,7 +161,7 @@ lightning-draft plan: peak memory and cost of a training step, before any weight
   --flops NUMBER         FLOP/s that the GPU reaches, such as 60e12; the seconds of a step are printed
   --brief                do not try the options that may lower the peak"""
 
-VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "lora": LORA, "plan": PLAN}
+VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "vote": VOTE, "lora": LORA, "plan": PLAN}
 INSTEAD = {
     "test": "score held-out prompts with `lightning-draft validate`",
     "predict": "generate images with `lightning-draft sample`",

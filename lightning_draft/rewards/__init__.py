@@ -11,6 +11,7 @@ from lightning_draft.rewards.combine import GradientNormSum, WeightedReward, Wei
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.hps import HPSv2
 from lightning_draft.rewards.http_client import RewardServiceError
+from lightning_draft.rewards.human import HumanVotes
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.inputs import NonFiniteScoreError
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
@@ -39,6 +40,7 @@ __all__ = [
     "Ensemble",
     "GradientNormSum",
     "HTTPReward",
+    "HumanVotes",
     "ImageQuality",
     "ImageReward",
     "JPEGCompressibility",

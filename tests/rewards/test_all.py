@@ -65,6 +65,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     ),
     "GradientNormSum": (lambda tiny: rewards.GradientNormSum(parts(tiny)), -3, 2),
     "HTTPReward": (lambda tiny: rewards.HTTPReward(judge()), -1, 1),
+    "HumanVotes": (lambda tiny: rewards.HumanVotes(f"{tiny['clip']}/no_votes"), 0, 0),
     "ImageQuality": (lambda tiny: rewards.ImageQuality(tiny["judge"]), -torch.inf, 0),
     "ImageReward": (
         lambda tiny: rewards.ImageReward(f"{tiny['image_reward']}/small.pt", tokenizer=tiny["image_reward"]),
@@ -96,10 +97,11 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "WeightedSum": (lambda tiny: rewards.WeightedSum(parts(tiny)), -3, 2),
     "ZScoreSum": (lambda tiny: rewards.ZScoreSum(parts(tiny)), -3, 2),
 }
-DIFFERENTIABLE = sorted(
-    set(EVERY)
-    - {"CaptionRetrieval", "CleanFraction", "DetectedCount", "HTTPReward", "JPEGSize", "PythonFunction", "VLMJudge"}
-)
+BLACK_BOXES = {
+    *("CaptionRetrieval", "CleanFraction", "DetectedCount", "HTTPReward", "HumanVotes", "JPEGSize", "PythonFunction"),
+    "VLMJudge",
+}
+DIFFERENTIABLE = sorted(set(EVERY) - BLACK_BOXES)
 
 # The value of this sum is not what its gradient is the gradient of.
 OF_A_FUNCTION = [name for name in DIFFERENTIABLE if name != "GradientNormSum"]

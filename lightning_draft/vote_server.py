@@ -1,0 +1,153 @@
+"""A web server on this machine that shows pairs of images and stores votes.
+
+It listens on the loopback address only. A vote is accepted only from the page itself: the request must have the page's
+origin and its token, and the host must be this machine, so that other sites cannot vote. Only the images of known pairs
+are served, by the keys of their pixels; no path comes from a request.
+"""
+
+import secrets
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from lightning_draft.vote_page import finished_page, vote_page
+from lightning_draft.votes import WINNERS, Pair, VoteFolder
+
+_HOSTS = frozenset({"127.0.0.1", "localhost"})
+_LARGEST_FORM = 4096
+_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"}
+
+
+class VoteServer(ThreadingHTTPServer):
+    """Show the pairs without a vote, one after the other, and store the votes.
+
+    Args:
+        folder: The folder of votes.
+        pairs: Pairs to vote on; None for those that training runs ask for, which are read again for each page.
+        files: Files of the images of `pairs` by their keys.
+        port: Port on the loopback address; 0 chooses a free one (`server_port`).
+    """
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        folder: VoteFolder,
+        pairs: list[Pair] | None = None,
+        files: Mapping[str, Path] | None = None,
+        port: int = 0,
+    ) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.folder = folder
+        self.fixed_pairs = pairs
+        self.files = dict(files or {})
+        self.token = secrets.token_urlsafe(16)
+        self.last: Pair | None = None
+
+    @property
+    def url(self) -> str:
+        """The address of the page."""
+        return f"http://127.0.0.1:{self.server_port}/"
+
+    def pairs(self) -> list[Pair]:
+        """Return all pairs."""
+        return self.folder.pairs() if self.fixed_pairs is None else self.fixed_pairs
+
+    def find(self, first: str, second: str) -> Pair | None:
+        """Return the pair with these keys, None if there is none."""
+        return next((pair for pair in self.pairs() if (pair.first, pair.second) == (first, second)), None)
+
+    def image(self, key: str) -> Path | None:
+        """Return the file of an image of a pair, None if there is none."""
+        if self.fixed_pairs is not None:
+            return self.files.get(key)
+        return self.folder.image(key) if any(key in (pair.first, pair.second) for pair in self.pairs()) else None
+
+    def page(self, wanted: str, nonce: str) -> str:
+        """Return the page for the pair `wanted`, given as `first-second`, or for the next pair without a vote."""
+        pairs, votes = self.pairs(), self.folder.votes()
+        done = sum(pair.id in votes for pair in pairs)
+        chosen = self.find(*wanted.split("-", 1)) if wanted.count("-") == 1 else None
+        pair = chosen or next((pair for pair in pairs if pair.id not in votes), None)
+        if pair is None:
+            return finished_page(nonce, len(pairs), self.fixed_pairs is None)
+        return vote_page(pair, self.token, nonce, done, len(pairs), self.last)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: VoteServer
+    timeout = 30
+
+    def do_GET(self) -> None:
+        """Answer with a page or an image."""
+        address = urlsplit(self.path)
+        if not self._is_local():
+            self._answer(403, b"this page is served to this machine only")
+        elif address.path == "/":
+            nonce = secrets.token_urlsafe(16)
+            wanted = parse_qs(address.query).get("pair", [""])[0]
+            self._answer(200, self.server.page(wanted, nonce).encode(), "text/html; charset=utf-8", nonce)
+        elif address.path.startswith("/image/"):
+            self._send_image(address.path.removeprefix("/image/"))
+        else:
+            self._answer(404, b"there is no such page")
+
+    def do_POST(self) -> None:
+        """Store a vote and show the next pair."""
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/vote" or not length.isdecimal() or int(length) > _LARGEST_FORM:
+            self._answer(400, b"this is not a vote")
+            return
+        form = {name: values[0] for name, values in parse_qs(self.rfile.read(int(length)).decode("latin-1")).items()}
+        is_own = self.headers.get("Origin") == f"http://{self.headers.get('Host')}"
+        if not (self._is_local() and is_own and secrets.compare_digest(form.get("token", "").encode(), self._token())):
+            self._answer(403, b"this vote does not come from the current page; load the page again")
+            return
+        pair = self.server.find(form.get("first", ""), form.get("second", ""))
+        if pair is None or form.get("winner") not in WINNERS:
+            self._answer(400, b"there is no such pair or answer")
+            return
+        self.server.folder.add_vote(pair, form["winner"])
+        self.server.last = pair
+        self.send_response(303)
+        self.send_header("Location", "/")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Do not log requests."""
+
+    def _token(self) -> bytes:
+        return self.server.token.encode()
+
+    def _is_local(self) -> bool:
+        """Return whether the page was opened under this machine's name; other names may belong to other sites."""
+        return self.headers.get("Host", "").rpartition(":")[0] in _HOSTS
+
+    def _send_image(self, key: str) -> None:
+        path = self.server.image(key)
+        try:
+            content = None if path is None else path.read_bytes()
+        except OSError:
+            content = None
+        if path is None or content is None:
+            self._answer(404, b"there is no such image")
+        else:
+            self._answer(200, content, _TYPES.get(path.suffix.lower(), "image/png"))
+
+    def _answer(self, status: int, content: bytes, kind: str = "text/plain; charset=utf-8", nonce: str = "") -> None:
+        allowed = f"; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'" if nonce else ""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "same-origin")
+        self.send_header(
+            "Content-Security-Policy",
+            f"default-src 'none'; img-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'{allowed}",
+        )
+        self.end_headers()
+        self.wfile.write(content)

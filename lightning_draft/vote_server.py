@@ -5,6 +5,7 @@ origin and its token, and the host must be this machine, so that other sites can
 are served, by the keys of their pixels; no path comes from a request.
 """
 
+import io
 import secrets
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from lightning_draft.image_files import UnreadableImageError, read_image
 from lightning_draft.vote_page import finished_page, vote_page
 from lightning_draft.votes import WINNERS, Pair, VoteFolder
 
 _HOSTS = frozenset({"127.0.0.1", "localhost"})
 _LARGEST_FORM = 4096
-_TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".bmp": "image/bmp"}
+_TYPES = {".jpg": "image/jpeg"} | {
+    f".{kind}": f"image/{kind}" for kind in ("png", "jpeg", "webp", "bmp", "gif", "avif")
+}
 
 
 class VoteServer(ThreadingHTTPServer):
@@ -129,13 +133,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_image(self, key: str) -> None:
         path = self.server.image(key)
         try:
-            content = None if path is None else path.read_bytes()
-        except OSError:
-            content = None
-        if path is None or content is None:
-            self._answer(404, b"there is no such image")
+            content, kind = _image_file(path) if path is not None else (b"", "")
+        except (OSError, UnreadableImageError):
+            content, kind = b"", ""
+        if kind:
+            self._answer(200, content, kind)
         else:
-            self._answer(200, content, _TYPES.get(path.suffix.lower(), "image/png"))
+            self._answer(404, b"there is no such image")
 
     def _answer(self, status: int, content: bytes, kind: str = "text/plain; charset=utf-8", nonce: str = "") -> None:
         allowed = f"; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'" if nonce else ""
@@ -151,3 +155,13 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.end_headers()
         self.wfile.write(content)
+
+
+def _image_file(path: Path) -> tuple[bytes, str]:
+    """Return a file and its type; a format that browsers do not show is converted to PNG."""
+    kind = _TYPES.get(path.suffix.lower())
+    if kind is not None:
+        return path.read_bytes(), kind
+    file = io.BytesIO()
+    read_image(path).save(file, "png")
+    return file.getvalue(), "image/png"

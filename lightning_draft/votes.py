@@ -9,20 +9,16 @@ import csv
 import hashlib
 import io
 import os
-import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path, writing
-from lightning_draft.image_prompts import find_prompts, list_images
 from lightning_draft.preferences import bradley_terry
 
 if TYPE_CHECKING:
@@ -123,44 +119,6 @@ def one_line(prompt: str) -> str:
     return " ".join(prompt.split())
 
 
-def pairs_of_folders(folders: Sequence[str | Path], prompts: str = "auto") -> tuple[list[Pair], dict[str, Path]]:
-    """Return the pairs of different images with the same prompt, in a random order that is always the same.
-
-    Args:
-        folders: One folder, or several: then the images of a pair are from different folders.
-        prompts: Where the prompts come from; see `find_prompts`.
-
-    Returns:
-        The pairs, and the files by the keys of the images.
-
-    Raises:
-        ConfigurationError: There are no images, no prompts or no pairs.
-    """
-    files: dict[str, Path] = {}
-    by_prompt: dict[str, list[tuple[int, str]]] = {}
-    for number, folder in enumerate(map(Path, folders)):
-        names = list_images(folder)
-        for name, prompt in find_prompts(folder, names, prompts).items():
-            key = image_key(_open(folder / name))
-            files[key] = folder / name
-            by_prompt.setdefault(one_line(prompt), []).append((number, key))
-    pairs = {
-        pair.id: pair
-        for prompt, images in by_prompt.items()
-        for (here, first), (there, second) in combinations(images, 2)
-        if first != second and (len(folders) == 1 or here != there)
-        for pair in [Pair(first, second, prompt)]
-    }
-    if not pairs:
-        raise ConfigurationError(
-            f"there are no two different images of the same prompt in {', '.join(map(str, folders))}; give two folders "
-            "with images of the same prompts, or the prompts with --prompts"
-        )
-    ordered = list(pairs.values())
-    random.Random(0).shuffle(ordered)
-    return ordered, files
-
-
 def fit_votes(votes: Votes, prior_std: float) -> dict[tuple[str, str], float]:
     """Fit Bradley-Terry scores to the votes on the images of each prompt.
 
@@ -185,20 +143,6 @@ def fit_votes(votes: Votes, prior_std: float) -> dict[tuple[str, str], float]:
         fitted = bradley_terry(wins, prior_std)[0].tolist()
         scores.update({(prompt, key): score for key, score in zip(keys, fitted, strict=True)})
     return scores
-
-
-def _open(path: Path) -> "Image.Image":
-    """Return an image as rewards receive it: transparent images on a white background."""
-    from PIL import Image
-
-    from lightning_draft.rewards.blackbox import to_pil
-    from lightning_draft.rewards.inputs import from_pil
-
-    try:
-        with Image.open(path) as image:
-            return to_pil(from_pil([image]))[0]
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not an image that can be read: {error}; remove or replace it") from error
 
 
 def _read(path: Path, columns: Sequence[str]) -> Iterable[list[str]]:

@@ -2,6 +2,7 @@
 
 import csv
 import http.client
+import io
 import os
 import re
 import threading
@@ -23,8 +24,9 @@ from lightning_draft.rewards import HumanVotes, RewardServiceError
 from lightning_draft.rewards.blackbox import to_pil
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
+from lightning_draft.vote_pairs import pairs_of_folders
 from lightning_draft.vote_server import VoteServer
-from lightning_draft.votes import Pair, VoteFolder, fit_votes, image_key, pairs_of_folders
+from lightning_draft.votes import Pair, VoteFolder, fit_votes, image_key
 from tests.rewards.chat_server import gray
 from tests.tiny_policy_gradients import MILD, fit, linear
 
@@ -127,6 +129,16 @@ def test_no_other_file_is_served(server: VoteServer, tmp_path: Path, path: str) 
     (tmp_path / "secret.png").write_bytes(b"secret")
     status, content, _ = Browser(server).send("GET", path)
     assert (status, b"secret" in content) == (404, False)
+
+
+def test_formats_that_browsers_do_not_show_are_converted(tmp_path: Path) -> None:
+    image = Image.new("RGB", (6, 4), (1, 2, 3))
+    image.save(tmp_path / "cat_1.tif")
+    with VoteServer(VoteFolder(tmp_path), [], {"a" * 32: tmp_path / "cat_1.tif"}) as built:
+        status, content, headers = start(built).send("GET", f"/image/{'a' * 32}")
+        built.shutdown()
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert image_key(Image.open(io.BytesIO(content))) == image_key(image)
 
 
 def test_a_damaged_pairs_file_gives_no_path(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from contextlib import suppress
 from lightning_draft.arguments import in_range
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.vote_pairs import pairs_of_folders
 from lightning_draft.vote_server import VoteServer
-from lightning_draft.votes import VoteFolder, pairs_of_folders
+from lightning_draft.votes import VoteFolder
 
 
 def main(args: Sequence[str]) -> int:

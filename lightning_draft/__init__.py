@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
     from lightning_draft.gradient_matching import AdjointMatching, GradientMatching, NablaGFlowNet, VGGFlow
     from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
+    from lightning_draft.guide.best_of_n import best_of_n
+    from lightning_draft.guide.gradient import gradient_guidance, norm_matched_guidance
+    from lightning_draft.guide.latent_reward import latent_reward
+    from lightning_draft.guide.noise import dno, reno
     from lightning_draft.methods.base import RewardModule
     from lightning_draft.methods.draft import DraftModule
     from lightning_draft.methods.forward_process import ForwardProcessModule
@@ -46,6 +50,10 @@ _MODULES = {
     "forward_objectives": ("AWM", "DiffusionNFT", "ForwardObjective", "RWR"),
     "gradient_matching": ("AdjointMatching", "GradientMatching", "NablaGFlowNet", "VGGFlow"),
     "group_objectives": ("CRD", "DGPO", "OnlineDPO"),
+    "guide.best_of_n": ("best_of_n",),
+    "guide.gradient": ("gradient_guidance", "norm_matched_guidance"),
+    "guide.latent_reward": ("latent_reward",),
+    "guide.noise": ("dno", "reno"),
     "methods.base": ("RewardModule",),
     "methods.draft": ("DraftModule",),
     "methods.forward_process": ("ForwardProcessModule",),
@@ -129,6 +137,12 @@ __all__ = [
     "WeightedReward",
     "WeightedSum",
     "WinRate",
+    "best_of_n",
+    "dno",
+    "gradient_guidance",
+    "latent_reward",
+    "norm_matched_guidance",
+    "reno",
 ]
 __all__ += list(FAMILIES)
 

@@ -70,6 +70,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from lightning_draft.cli.sample import main as sample
 
         return sample(rest)
+    if verb == "guide":
+        from lightning_draft.cli.guide import main as guide
+
+        return guide(rest)
     if verb == "score":
         from lightning_draft.cli.score import main as score
 

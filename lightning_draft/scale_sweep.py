@@ -1,20 +1,17 @@
 """Images and scores at several scales of a LoRA, and the best scale by an evaluation reward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
+from lightning_draft.image_generation import Score, generate, score_images
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.samplers import Sampler
-from lightning_draft.seeds import derive_seed
-
-Score = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,25 +82,10 @@ def sweep(
         scale: torch.cat([generate(model, sampler, prompts, seed, scale, batch_size) for seed in seeds])
         for scale in dict.fromkeys(scales)
     }
-    scores = {} if score is None else {s: _score(score, x, everything, batch_size, model) for s, x in images.items()}
+    scores = {}
+    if score is not None:
+        scores = {s: score_images(score, x, everything, model.device, batch_size) for s, x in images.items()}
     return ScaleSweep(everything, images, scores, evaluation)
-
-
-@torch.no_grad()
-def generate(
-    model: PipelineModel,
-    sampler: Sampler,
-    prompts: Sequence[str],
-    seed: int,
-    scale: float = 1.0,
-    batch_size: int = 8,
-) -> Tensor:
-    """Return images `(N, 3, H, W)` on the CPU, from noise that depends only on the seed."""
-    noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
-    if model.lora is None:
-        return _generate(model, sampler, prompts, seed, noise, batch_size)
-    with model.adapter_scale(scale):
-        return _generate(model, sampler, prompts, seed, noise, batch_size)
 
 
 def save_plot(result: ScaleSweep, path: str | Path) -> None:
@@ -135,24 +117,3 @@ def save_plot(result: ScaleSweep, path: str | Path) -> None:
     axes.legend()
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120)
-
-
-def _generate(
-    model: PipelineModel, sampler: Sampler, prompts: Sequence[str], seed: int, noise: Tensor, batch_size: int
-) -> Tensor:
-    images = []
-    for start in range(0, len(prompts), batch_size):
-        torch.manual_seed(derive_seed(seed, start))  # else the noise of the steps repeats the starting noise
-        chain = SamplingChain(model, sampler, model.encode(prompts[start : start + batch_size]))
-        state = chain.start(noise[start : start + batch_size])
-        images.append(model.decode(chain.advance(state).x).cpu())
-    return torch.cat(images).float()
-
-
-@torch.no_grad()
-def _score(
-    score: Score, images: Tensor, prompts: Sequence[str], batch_size: int, model: PipelineModel
-) -> dict[str, Tensor]:
-    slices = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
-    parts = [score(images[some].clamp(0, 1).to(model.device), prompts[some]) for some in slices]
-    return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}

@@ -7,6 +7,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
 
   lightning-draft fit --config quickstart          train; the config is a shipped name or a YAML file
   lightning-draft sample runs/quickstart           generate images with the base and the fine-tuned model
+  lightning-draft guide --config quickstart        try a reward without training: best of n, guidance, ...
   lightning-draft validate --config runs/quickstart --ckpt_path last
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
@@ -100,6 +101,33 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   --output FILE         the image file; by default sample.png
   --device NAME         cpu, cuda, ...; by default cuda if available"""
 
+GUIDE = """\
+lightning-draft guide: images with a higher reward from the base model, by methods that need no training
+
+  lightning-draft guide --config quickstart
+  lightning-draft guide runs/quickstart --method best_of_n:16 gradient:1 gradient:3
+  lightning-draft guide --model emoji64 --rewards rewards.yaml --prompts emoji64_eval
+
+  --method NAME[:VALUE] ...   by default all that the reward allows:
+                        best_of_n:8        the best of 8 samples; the reward needs no gradient
+                        gradient:1         gradient of the reward of the predicted image at each step, times 1
+                        norm_matched:0.1   the same, with 0.1 of the length of the sampling step (PGDiff)
+                        reno:10            10 updates of the starting noise (ReNO)
+                        dno:10             10 updates of all noise of the sampler (DNO)
+  LORA                  a .safetensors file, or a run's folder for its best LoRA file, for comparison
+  --config NAME|FILE    the config of the model, sampler and rewards; by default the one in the run's folder
+  --model NAME          instead of a config: a shipped model, a pipeline's folder or file, or a hub id
+  --reward NAME ...     rewards with their default arguments; without a config, the first one is increased and the
+                        others are for evaluation
+  --rewards FILE        the same from a YAML file that maps names to rewards, as for score
+  --prompt P [P ...]    prompts; by default the held-out prompts of the config
+  --prompts FILE|NAME   the prompts of a file, or of a shipped list
+  --seed N [N ...]      seeds of the starting noise; by default 0
+  --max N               use at most N prompts; by default 8
+  --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
+  --output FILE         the image file, by default guide.png; scores and costs are written beside it as .csv and .json
+  --device NAME         cpu, cuda, ...; by default cuda if available"""
+
 SCORE = """\
 lightning-draft score: score folders of existing images with rewards, without a diffusion model
 
@@ -161,7 +189,16 @@ lightning-draft plan: peak memory and cost of a training step, before any weight
   --flops NUMBER         FLOP/s that the GPU reaches, such as 60e12; the seconds of a step are printed
   --brief                do not try the options that may lower the peak"""
 
-VERBS = {"fit": FIT, "validate": VALIDATE, "sample": SAMPLE, "score": SCORE, "vote": VOTE, "lora": LORA, "plan": PLAN}
+VERBS = {
+    "fit": FIT,
+    "validate": VALIDATE,
+    "sample": SAMPLE,
+    "guide": GUIDE,
+    "score": SCORE,
+    "vote": VOTE,
+    "lora": LORA,
+    "plan": PLAN,
+}
 INSTEAD = {
     "test": "score held-out prompts with `lightning-draft validate`",
     "predict": "generate images with `lightning-draft sample`",

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_draft.__main__ import main
+from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.models.lora_files import LoRAFile
 from lightning_draft.samplers import DDIM
-from lightning_draft.scale_sweep import generate, save_plot, sweep
+from lightning_draft.scale_sweep import save_plot, sweep
 
 LAYERS = {"a": ["to_q", "conv1"], "b": ["to_q", "to_v"]}
 

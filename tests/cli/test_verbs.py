@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_draft import __version__
+from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.samplers import DDIM, Transition
-from lightning_draft.scale_sweep import generate
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
 PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]

@@ -1,0 +1,85 @@
+"""Generate and score images of prompts from fixed noise."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_draft.chain import SamplingChain
+from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.samplers import Sampler
+from lightning_draft.seeds import derive_seed
+
+Score = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
+
+Sample = Callable[[SamplingChain, Tensor, Sequence[str]], Tensor]
+"""Called with a chain, starting noise `(B, ...)` and `B` prompts; returns clean latents `(B, ...)`."""
+
+
+@torch.no_grad()
+def generate(
+    model: PipelineModel,
+    sampler: Sampler,
+    prompts: Sequence[str],
+    seed: int,
+    scale: float = 1.0,
+    batch_size: int = 8,
+    method: Sample | None = None,
+) -> Tensor:
+    """Return images `(N, 3, H, W)` on the CPU, from noise that depends only on the seed.
+
+    Args:
+        model: The model.
+        sampler: The sampler.
+        prompts: `N` prompts.
+        seed: Seed of the starting noise and, separately, of all further random numbers.
+        scale: Scale of the model's adapters, if it has any.
+        batch_size: Number of images generated at a time.
+        method: Samples latents from noise; by default the plain chain.
+    """
+    noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
+    method = method or _sample
+    if model.lora is None:
+        return _generate(model, sampler, prompts, seed, noise, batch_size, method)
+    with model.adapter_scale(scale):
+        return _generate(model, sampler, prompts, seed, noise, batch_size, method)
+
+
+@torch.no_grad()
+def score_images(
+    score: Score, images: Tensor, prompts: Sequence[str], device: torch.device, batch_size: int = 8
+) -> dict[str, Tensor]:
+    """Return scores `(N,)` on the CPU by name, of images `(N, 3, H, W)` clamped to [0, 1].
+
+    Args:
+        score: Called with images and their prompts.
+        images: The images.
+        prompts: `N` prompts.
+        device: The device of the rewards.
+        batch_size: Number of images scored at a time.
+    """
+    slices = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    parts = [score(images[some].clamp(0, 1).to(device), prompts[some]) for some in slices]
+    return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
+
+
+def _generate(
+    model: PipelineModel,
+    sampler: Sampler,
+    prompts: Sequence[str],
+    seed: int,
+    noise: Tensor,
+    batch_size: int,
+    method: Sample,
+) -> Tensor:
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        some = prompts[start : start + batch_size]
+        torch.manual_seed(derive_seed(seed, start))  # else the noise of the steps repeats the starting noise
+        chain = SamplingChain(model, sampler, model.encode(some))
+        images.append(model.decode(method(chain, noise[start : start + batch_size], some)).cpu())
+    return torch.cat(images).float()
+
+
+def _sample(chain: SamplingChain, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    return chain.advance(chain.start(noise)).x

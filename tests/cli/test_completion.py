@@ -29,7 +29,7 @@ def complete(*words: str) -> list[str]:
         (["lightning-draft", "fit", "--trainer.max"], ["--trainer.max_steps"]),
         (["lightning-draft", "fit", "--model.truncation.k"], ["--model.truncation.k"]),
         (["lightning-draft", "fit", "--model.model.lora.rank"], ["--model.model.lora.rank"]),
-        (["lightning-draft", "sample", "--sc"], ["--scale"]),
+        (["lightning-draft", "sample", "--sca"], ["--scale"]),
         (["lightning-draft", "score", "runs"], []),
     ],
 )

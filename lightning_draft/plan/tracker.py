@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 OTHER = "other"
@@ -60,7 +59,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count the outputs that share no storage with an input."""
         kwargs = kwargs or {}
-        old = {storage._cdata for storage in _storages((args, kwargs))}
+        old = {storage._cdata for storage in _storages((*args, *kwargs.values()))}
         result = func(*args, **kwargs)
         part = self._entered[-1] if self._entered else OTHER
         for storage in _storages(result):
@@ -97,4 +96,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Any) -> Iterator[Any]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    """Yield the storages of the tensors of an operation; its arguments and results nest in lists at most."""
+    if isinstance(values, Tensor):
+        yield values.untyped_storage()
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _storages(value)

@@ -10,10 +10,15 @@ from lightning_draft.cli import shipped
 from lightning_draft.cli.completion import script
 
 
-def complete(*words: str) -> list[str]:
+@pytest.fixture(scope="module")
+def bash_script() -> str:
+    return script("bash")
+
+
+def complete(bash_script: str, *words: str) -> list[str]:
     """Return bash's completions for the last of `words`."""
     line = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _lightning_draft"
-    program = f'{script("bash")}\n{line}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
+    program = f'{bash_script}\n{line}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
     done = subprocess.run(["bash", "--norc", "-c", program], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
@@ -33,14 +38,14 @@ def complete(*words: str) -> list[str]:
         (["lightning-draft", "score", "runs"], []),
     ],
 )
-def test_bash_completes_commands_configs_and_options(words: list[str], expected: list[str]) -> None:
-    assert complete(*words) == expected
+def test_bash_completes_commands_configs_and_options(words: list[str], expected: list[str], bash_script: str) -> None:
+    assert complete(bash_script, *words) == expected
 
 
-def test_command_prints_the_script(command: Callable) -> None:
-    assert command("completion", "bash").out == script("bash")
-    assert script("zsh").endswith(script("bash"))
+def test_command_prints_the_script(command: Callable, bash_script: str) -> None:
+    assert command("completion", "bash").out == bash_script
+    assert script("zsh").endswith(bash_script)
     assert command("completion").status == 2
     assert "completion='fish'" in command("completion", "fish").err
-    assert "init_args" not in script("bash")
-    assert "class_path" not in script("bash")
+    assert "init_args" not in bash_script
+    assert "class_path" not in bash_script

@@ -31,7 +31,11 @@ def test_value_and_gradient_equal_the_closed_form(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("class_path", ["examples.custom_reward.Warmth", "my_rewards.Warmth"])
 def test_reward_is_found_in_the_current_folder(
-    class_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    class_path: str,
+    tiny_sd: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The shipped example, and a copy in a file with another name."""
     monkeypatch.chdir(tmp_path)
@@ -44,6 +48,8 @@ def test_reward_is_found_in_the_current_folder(
     fragment = Path("reward.yaml")
     fragment.write_text(FRAGMENT.read_text().replace("examples.custom_reward.Warmth", class_path))
     small = {
+        "model.init_args.model.init_args.pretrained": tiny_sd,
+        "model.init_args.model.init_args.lora": "{rank: 2}",
         "model.init_args.sampler.init_args.num_steps": 3,
         "model.init_args.eval_rewards": "null",
         "data.prompts": "[a cat, a red cat, red, a bed]",

@@ -16,6 +16,8 @@ from examples.method_table.runs import Run, RunFile
 from lightning_draft.rewards import Prompt
 
 STEPS = 3
+BUDGET = 100
+NAMES = ("cat", "dog", "bed", "ant")
 PASSES = {
     "DRaFT": (2 * STEPS, STEPS),
     "DRaFT-1": (STEPS, 1),
@@ -26,21 +28,43 @@ PASSES = {
 
 
 @pytest.fixture
-def run(
-    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Path]:
-    prompts = tmp_path / "prompts.csv"
-    prompts.write_text("prompt,caption\n" + "".join(f"{name},a {name}\n" for name in ("cat", "dog", "bed", "ant")))
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,caption\n" + "".join(f"{name},a {name}\n" for name in NAMES))
+    return file
 
-    def start(*words: str, budget: int = 1, lrs: str = "1e-3") -> Path:
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    file = tmp_path / "captions.txt"
+    file.write_text("".join(f"a {name}\n" for name in NAMES))
+    return file
+
+
+@pytest.fixture
+def setting(tiny_sd: Path, tiny_clip: Path, prompts: Path, captions: Path) -> methods.Setting:
+    return methods.Setting(str(tiny_sd), str(tiny_clip), str(prompts), str(prompts), str(captions), STEPS)
+
+
+@pytest.fixture
+def run(
+    tiny_sd: Path,
+    tiny_clip: Path,
+    prompts: Path,
+    captions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Path]:
+    def start(*words: str, budget: int = 1, lrs: str = "1e-3", steps: int = STEPS) -> Path:
         options = {
             "out": tmp_path,
             "model": tiny_sd,
             "clip": tiny_clip,
             "budget": budget,
-            "sampling-steps": STEPS,
+            "sampling-steps": steps,
             "prompts": prompts,
-            "captions": "animals",
+            "captions": captions,
             "training-images": tmp_path / "none",
             "many": prompts,
             "evaluated": 2,
@@ -57,10 +81,10 @@ def run(
 
 
 @pytest.mark.parametrize("method", ["DRaFT", "DRaFT-1", "DRaFT-LV", "REINFORCE"])
-def test_passes_of_one_step_equal_the_expected_cost(method: str, run: Callable[..., Path]) -> None:
+def test_passes_of_one_step_equal_the_expected_cost(method: str, setting: methods.Setting, tmp_path: Path) -> None:
     """The expected cost: a forward pass per step, another if it is recomputed, and a backward pass."""
-    out = run("--tasks", "recognized", "--methods", method)
-    result = find(out, method=method, seed=0)
+    table = command.Table(setting, tmp_path, budget=1, evaluation=(2, 2))
+    result = table.run("recognized", method, methods.Trial(1e-3), seed=0)
     samples = 8 if method in methods.DIRECT else 16
     copies = 3 if method == "DRaFT-LV" else 1
     assert len(result["curve"]) == len(result["evaluations"]) == 1
@@ -72,14 +96,14 @@ def test_passes_of_one_step_equal_the_expected_cost(method: str, run: Callable[.
 
 
 def test_learning_rate_is_tuned_on_separate_seeds(run: Callable[..., Path]) -> None:
-    out = run("--tasks", "recognized", "--methods", "DRaFT-1", budget=400, lrs="1e-9 1e-3 3e-2")
+    out = run("--tasks", "recognized", "--methods", "DRaFT-1", budget=BUDGET, lrs="1e-9 1e-3 3e-2")
     heat = {lr: end(out, lr=lr, seed=command.SHORT) for lr in (1e-9, 1e-3, 3e-2)}
     finalists = sorted(heat, key=lambda lr: heat[lr]["reward"])[1:]
     finals = {lr: end(out, lr=lr, seed=command.FINAL) for lr in finalists}
     assert sum(run.get("seed") == command.FINAL for run in RunFile(out / "runs.jsonl").all()) == 2
     best = max(finals, key=lambda lr: finals[lr]["reward"])
     assert f"| DRaFT-1 | {best:g} |" in (out / "methods.md").read_text()
-    assert end(out, lr=best, seed=0)["passes"] == finals[best]["passes"] >= 400 > heat[best]["passes"]
+    assert end(out, lr=best, seed=0)["passes"] == finals[best]["passes"] >= BUDGET > heat[best]["passes"]
 
 
 def find(out: Path, **identity: object) -> Run:
@@ -123,7 +147,7 @@ def add_runs(file: Path, method: str, number: int) -> None:
 
 def test_two_processes_can_append_runs_to_the_same_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "runs.jsonl"
-    start = multiprocessing.get_context("spawn").Process
+    start = multiprocessing.get_context("fork").Process
     processes = [start(target=add_runs, args=(file, method, 20)) for method in ("b", "a")]
     for process in processes:
         process.start()
@@ -169,7 +193,7 @@ def test_table_covers_every_method_and_truncation() -> None:
 
 def test_method_parameter_is_tuned_with_the_learning_rate(run: Callable[..., Path]) -> None:
     """PRDP's squared error is 1/beta^2 of that of the reward at the start, so that the used value can be checked."""
-    out = run("--tasks", "recognized", "many", "--methods", "PRDP", lrs="1e-3 1e-2")
+    out = run("--tasks", "recognized", "many", "--methods", "PRDP", lrs="1e-3 1e-2", steps=2)
     found = [run for run in RunFile(out / "runs.jsonl").all() if run["method"] == "PRDP"]
     tried = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.SHORT}
     final = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.FINAL}

@@ -48,7 +48,6 @@ TINY = {
     "trainer.accelerator": "cpu",
     "trainer.accumulate_grad_batches": 1,
     "trainer.val_check_interval": 1,
-    "model.sampler.num_steps": 5,
     "model.micro_batch_size": "null",
     "data.batch_size": 2,
     "data.val_size": 1,
@@ -109,7 +108,7 @@ def test_shipped_config_runs(command: Callable, name: str, pipeline: Callable, t
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.eval_rewards": "null"}
     if name == "guard":
         models |= {"model.eval_rewards": '{"judge": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
-    if name == "sd15_drtune_clip":
+    if name not in EMOJI:
         models["model.sampler.num_steps"] = 10
     writes = name == "guard"
     result = command("fit", "--config", name, *_options(TINY | models | {"trainer.fast_dev_run": not writes}))

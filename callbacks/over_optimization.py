@@ -231,7 +231,7 @@ class OverOptimizationGuard(Callback):
         if degradation > self.margin and evaluation.reward > reward:
             return (
                 f"the reward rose from {reward:.4g} to {evaluation.reward:.4g} while {name} fell from {value:.4g} to "
-                f"{evaluation.eval_rewards[name]:.4g}, {degradation:.2g} standard deviations"
+                f"{evaluation.eval_rewards[name]:.4g}, by {degradation:.2g} standard deviations"
             )
         base = self.evaluator.base
         ratio = evaluation.diversity / base.diversity if base.diversity > 0 else 1.0

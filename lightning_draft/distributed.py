@@ -174,8 +174,8 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
         )
     if strategy._save_distributed_checkpoint:
         raise ConfigurationError(
-            "ModelParallelStrategy would search checkpoints for frozen parameters, which contain only trained ones; "
-            "write save_distributed_checkpoint: false"
+            "ModelParallelStrategy reads all parameters from its sharded checkpoints, and checkpoints contain the "
+            "trained ones only; write save_distributed_checkpoint: false"
         )
 
 

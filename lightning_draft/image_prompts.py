@@ -41,9 +41,9 @@ def find_prompts(folder: Path, files: Sequence[str], source: PromptSource | str 
     missing = [file for file, prompt in prompts.items() if not prompt]
     if missing:
         raise ConfigurationError(
-            f"{len(missing)} of {len(files)} images have no prompt from prompts={source!r}, such as {missing[0]!r}; "
-            "write sidecar, metadata, names, auto, or the path of a table with the columns file and prompt, or none "
-            "if the rewards ignore the prompt"
+            f"{len(missing)} of {len(files)} images have no prompt in the source prompts={source!r}, such as "
+            f"{missing[0]!r}; write sidecar, metadata, names, auto, or the path of a table with the columns file and "
+            "prompt, or none if the rewards ignore the prompt"
         )
     return {file: Prompt(" ".join(text.split()), metadata_of(text)) for file, text in prompts.items() if text}
 

@@ -63,7 +63,7 @@ def test_prompts_come_from_each_source(tmp_path: Path) -> None:
     assert list(find_prompts(tmp_path, files).values()) == expected
     assert find_prompts(tmp_path, files[3:], "metadata") == {"x1.png": "a horse, riding", "y2.jpg": "a ship"}
     assert find_prompts(tmp_path, files[:1], "names") == {"a_red_cat_003.png": "a red cat"}
-    with pytest.raises(ConfigurationError, match="4 of 5 images have no prompt from prompts='sidecar', such as 'a_red"):
+    with pytest.raises(ConfigurationError, match="4 of 5 .* no prompt in the source prompts='sidecar', such as 'a_red"):
         find_prompts(tmp_path, files, "sidecar")
     table = tmp_path / "prompts.csv"
     table.write_text("file,prompt\nx1.png,a cow\nsub/two-dogs (2).jpg,dogs\n")
@@ -224,7 +224,7 @@ def test_files_that_are_no_images_stop_scoring_or_are_left_out(tmp_path: Path, m
         (None, {}, "there is no folder"),
         ({}, {}, "there are no images in"),
         ({"a.png": b"not an image"}, {}, "a.png is not an image that can be read"),
-        ({"123.png": None}, {}, "1 of 1 images have no prompt from prompts='auto'"),
+        ({"123.png": None}, {}, "1 of 1 images have no prompt in the source prompts='auto'"),
         ({"a.png": None}, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"a.png": None}, {"prompts": "nowhere.csv"}, "there is no file 'nowhere.csv'"),
         ({"a.png": None}, {"device": "cuda:9"}, "device='cuda:9' cannot be used: .*; write cpu or auto"),

@@ -73,7 +73,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GM])i?B\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise ConfigurationError(f"--memory {text} is not a size; write the GPU's memory as 12GB")
+        raise ConfigurationError(f"--memory {text} is not a size; write the GPU's memory, such as 12GB")
     return int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2].upper()])
 
 

@@ -52,7 +52,7 @@ def report(title: str, plan: StepPlan, prompts: int, flops_per_second: float | N
         *_rows("activations and gradients", plan.live_by_part),
         f"  largest: {_largest(plan)}",
         "",
-        f"Cost of a training step  {_tera(plan.total_flops)}, {_tera(plan.total_flops / prompts)} a prompt",
+        f"Cost of a training step  {_tera(plan.total_flops)}, {_tera(plan.total_flops / prompts)} per prompt",
         f"  calls of the denoiser with the whole batch, recomputed ones included: {calls}",
     ]
     if flops_per_second is not None:

@@ -107,10 +107,9 @@ def newest(root: Path, name: str) -> RunFolder:
     checkpoint = newest_checkpoint(runs[-1])
     if checkpoint is None:
         others = [run for run in runs[:-1] if newest_checkpoint(run) is not None]
-        hint = f"; to continue from {others[-1]} write --ckpt_path {others[-1]}" if others else ""
-        raise ConfigurationError(
-            f"--ckpt_path last: there is no checkpoint in {runs[-1]}{', the newest run' if len(runs) > 1 else ''}{hint}"
-        )
+        hint = f"to continue from {others[-1]} write --ckpt_path {others[-1]}" if others else "leave --ckpt_path out"
+        which = ", the newest run" if len(runs) > 1 else ""
+        raise ConfigurationError(f"--ckpt_path last: there is no checkpoint in {runs[-1]}{which}; {hint}")
     return RunFolder(runs[-1], check_checkpoint(checkpoint))
 
 
@@ -126,7 +125,9 @@ def resume(folder: Path, checkpoints: Path | None = None) -> RunFolder:
     """
     checkpoint = newest_checkpoint(folder if checkpoints is None else checkpoints)
     if checkpoint is None:
-        raise ConfigurationError(f"--ckpt_path last: there is no checkpoint in {checkpoints or folder}")
+        raise ConfigurationError(
+            f"--ckpt_path last: there is no checkpoint in {checkpoints or folder}; leave --ckpt_path out to start a run"
+        )
     return RunFolder(folder, check_checkpoint(checkpoint))
 
 
@@ -188,7 +189,9 @@ def adapters(folder: Path) -> Path:
         file = folder / "lora" / f"{name}.safetensors"
         if file.is_file():
             return file
-    raise ConfigurationError(f"{folder} has no LoRA file (lora/best.safetensors or lora/last.safetensors)")
+    raise ConfigurationError(
+        f"{folder} has no LoRA file (lora/best.safetensors or lora/last.safetensors); give a .safetensors file"
+    )
 
 
 def _fault(part: str) -> str | None:

@@ -50,7 +50,7 @@ def locate(name: str) -> Path:
     if path.is_dir():
         raise ConfigurationError(f"{name} is a folder without a config.yaml; give a YAML file or a run's folder")
     if path.suffix or len(path.parts) > 1:
-        raise ConfigurationError(f"there is no config file {name}")
+        raise ConfigurationError(f"there is no config file {name}; give a YAML file, a run's folder or a shipped name")
     raise ConfigurationError(
         f"there is no config {name!r}: it is neither a file nor a shipped name{nearest(name, names())}; "
         "see lightning-draft configs list"

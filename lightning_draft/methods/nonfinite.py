@@ -50,9 +50,8 @@ class NonFiniteGradients:
         if self.in_a_row >= limit:
             raise DivergenceError(
                 f"the gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step "
-                f"{trainer.global_step}; the parameters have not been changed by them; lower the learning rate or the "
-                "number "
-                "of steps with gradient, or look for NaN in the reward"
+                f"{trainer.global_step}, which changed no parameter; lower the learning rate or the number of steps "
+                "with gradient, or look for NaN in the reward"
             )
         rank_zero_warn(
             f"the gradient is not finite at step {trainer.global_step}, so the step changes nothing ({self.in_a_row} "

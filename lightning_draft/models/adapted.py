@@ -200,7 +200,8 @@ class AdaptedModel(PromptEmbedding):
         if self.trainable != "lora":
             if self.lora is not None and self.lora.init is not None:
                 raise ConfigurationError(
-                    f"lora.init={self.lora.init!r} has no effect with trainable: {self.trainable}; write lora there"
+                    f"lora.init={self.lora.init!r} has no effect with trainable: {self.trainable}; write "
+                    "trainable: lora"
                 )
             self.lora = None
             self._original = unfreeze(self.denoiser, self.trainable)

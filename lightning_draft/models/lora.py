@@ -55,7 +55,9 @@ class LoRA:
             at_least("lora.rank", self.rank, 1, "write a rank such as 8")
         one_of("lora.reference", self.reference, ("pretrained", "init"))
         if self.init is None and self.reference == "init":
-            raise ConfigurationError("lora.reference=init needs lora.init; write lora.init FILE, or leave it out")
+            raise ConfigurationError(
+                "lora.reference=init needs lora.init; write lora.init FILE, or leave lora.reference out"
+            )
         if self.init is not None and self.target_modules is not None:
             raise ConfigurationError(
                 "lora.init adapts the layers of its file; leave lora.target_modules out, or leave lora.init out"

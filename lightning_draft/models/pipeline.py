@@ -35,9 +35,9 @@ class PipelineModel(AdaptedModel):
         pretrained: A shipped name (`emoji64`), a diffusers pipeline folder, a hub id, or, for families that support it,
             a `.safetensors` file in the original layout.
         lora: The adapters; `None` for no adapters, so that nothing is trained until `load_lora` adds those of a file.
-        trainable: `lora` trains adapters; `full` trains all weights of the denoiser; a list trains the weights whose
-            dotted names contain one of its names, such as `[attn2, conv_out]`. The argument `lora` is used only with
-            `lora`.
+        trainable: `lora` trains adapters; `full` trains all weights of the denoiser; a list trains the weights in
+            whose dotted names one of its names is a complete part, such as `[attn2, conv_out]`. The argument
+            `lora` is used only with `lora`.
         dtype: Precision of the frozen networks. Adapters, a denoiser whose own weights are trained, and latents are
             float32.
         guidance: Classifier-free guidance.

@@ -110,7 +110,7 @@ class ObjectCount(ObjectPresent):
         dtype: Precision = "float32",
     ) -> None:
         if temperature <= 0:
-            raise ConfigurationError(f"temperature={temperature} must be above 0; 1 is the probability itself")
+            raise ConfigurationError(f"temperature={temperature} must be positive; write 1.0, the default")
         check_threshold(threshold)
         super().__init__(pretrained, object, query, dtype)
         self.count = count

@@ -235,7 +235,7 @@ def test_unknown_labels_are_rejected_and_the_nearest_are_named(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "temperature=0 must be above 0"),
+        ({"temperature": 0}, "temperature=0 must be positive"),
         ({"threshold": 1.0}, "threshold=1.0 must be a probability above 0 and below 1"),
         ({"dtype": "int8"}, "dtype='int8' is not supported"),
     ],

@@ -95,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self.server.page(wanted, nonce).encode(), "text/html; charset=utf-8", nonce)
         elif address.path.startswith("/image/"):
             self._send_image(address.path.removeprefix("/image/"))
+        elif address.path == "/favicon.ico":  # browsers ask for it
+            self._answer(204, b"")
         else:
             self._answer(404, b"there is no such page")
 

@@ -81,8 +81,9 @@ def completion(answer: str | list[tuple[str, dict[str, float]]], images: int = 1
         }
         answer = "".join(token for token, _ in answer)
     choice["message"] = {"role": "assistant", "content": answer}
-    usage = {"prompt_tokens": 100 * images, "completion_tokens": 10}
-    return json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode()
+    usage = {"prompt_tokens": 100 * images, "completion_tokens": 10, "total_tokens": 100 * images + 10}
+    fields = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1764230400, "model": "tiny-vlm"}
+    return json.dumps({**fields, "choices": [choice], "usage": usage}).encode()
 
 
 def gray(image: Image.Image) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.score_report import compare, contact_sheet, report
 from lightning_draft.score_table import ScoredImage, write_parquet
 from lightning_draft.scoring import score_folder
+
+_OPTION_OF_FIT = re.compile(r"; write --rewards?\.\S+ VALUE$")
 
 
 def main(args: Sequence[str]) -> int:
@@ -87,7 +90,8 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
     try:
         built: dict[str, Reward] = build.instantiate(build.parse_object({option: config}))[option]
     except ArgumentError as error:
-        raise ConfigurationError(explain(error, {option: dict[str, Reward]})) from error
+        text = explain(error, {option: dict[str, Reward]})
+        raise ConfigurationError(_OPTION_OF_FIT.sub("; write it in a YAML file for --rewards", text)) from error
     return built
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_draft.arguments import positive
@@ -78,6 +77,8 @@ class HumanVotes(PairwiseReward):
         if missing:
             wanted = {key for pair in missing for key in (pair.first, pair.second)}
             votes.request(missing, {keys[number]: image for number, image in images.items() if keys[number] in wanted})
+            from lightning.pytorch.utilities import rank_zero_info  # slow to import, and not needed for scores
+
             rank_zero_info(f"waiting for {len(missing)} votes: lightning-draft vote {self.folder}")
             self._wait(missing, votes)
         found = votes.votes()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from lightning_draft.cli import plan as command
 from lightning_draft.cli.plan_report import size
@@ -21,8 +22,21 @@ from lightning_draft.rewards.service import HTTPReward
 from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.truncation import Full, LastK, RandomK, RandomSteps, Truncation
 from lightning_draft.weightless import without_weights
+from tests.conftest import write_pipeline
 
 PROMPTS = ["a cat", "a red dog"]
+SMALL = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""A denoiser of few operations, each of which takes long without weights."""
+
+
+@pytest.fixture(scope="module")
+def small_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "small-sd", scheduler, **SMALL)
 
 
 def test_tracker_counts_the_bytes_of_live_storages() -> None:
@@ -63,33 +77,33 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plan_without_weights_equals_the_count_of_the_real_step(tiny_sd: Path, case: str) -> None:
-    without, real = (planned(lambda: draft(tiny_sd, **dict(CASES[case])), weights) for weights in (False, True))
+def test_plan_without_weights_equals_the_count_of_the_real_step(small_sd: Path, case: str) -> None:
+    without, real = (planned(lambda: draft(small_sd, **dict(CASES[case])), weights) for weights in (False, True))
     assert without == real
     assert real.live > 0
     assert real.total_flops > 0
 
 
-def test_a_step_takes_the_whole_batch_and_all_accumulated_batches(tiny_sd: Path) -> None:
+def test_a_step_takes_the_whole_batch_and_all_accumulated_batches(small_sd: Path) -> None:
     """FLOPs are proportional to the number of prompts, and activations grow with the batch."""
-    one = plan_step(draft(tiny_sd), PROMPTS[:1], {})
+    one = plan_step(draft(small_sd), PROMPTS[:1], {})
     for prompts, batches in ((2, 1), (1, 3), (2, 2)):
-        several = plan_step(draft(tiny_sd), PROMPTS[:prompts], {"accumulate_grad_batches": batches})
+        several = plan_step(draft(small_sd), PROMPTS[:prompts], {"accumulate_grad_batches": batches})
         assert several.flops["denoiser"] == prompts * batches * one.flops["denoiser"]
         assert several.calls["denoiser"] == batches * one.calls["denoiser"]
         assert (several.live > 1.5 * one.live) == (prompts == 2)
 
 
 @pytest.mark.parametrize("random", [RandomK(), RandomSteps()])
-def test_plan_of_a_random_truncation_is_that_of_its_costliest_choice(tiny_sd: Path, random: Truncation) -> None:
-    plans = [plan_step(draft(tiny_sd, truncation=each), PROMPTS[:1], {}) for each in (random, Full())]
+def test_plan_of_a_random_truncation_is_that_of_its_costliest_choice(small_sd: Path, random: Truncation) -> None:
+    plans = [plan_step(draft(small_sd, truncation=each), PROMPTS[:1], {}) for each in (random, Full())]
     assert plans[0] == plans[1]
 
 
-def test_a_reward_that_reads_pixel_values_is_rejected(tiny_sd: Path) -> None:
+def test_a_reward_that_reads_pixel_values_is_rejected(small_sd: Path) -> None:
     def build() -> PolicyGradientModule:
         return PolicyGradientModule(
-            StableDiffusion(str(tiny_sd)),
+            StableDiffusion(str(small_sd)),
             HTTPReward("http://127.0.0.1:9/score"),
             DDIM(2, eta=1.0),
             samples_per_prompt=2,
@@ -99,9 +113,9 @@ def test_a_reward_that_reads_pixel_values_is_rejected(tiny_sd: Path) -> None:
         planned(build, weights=False)
 
 
-def test_plan_counts_rollouts_minibatches_and_full_fine_tuning(tiny_sd: Path) -> None:
+def test_plan_counts_rollouts_minibatches_and_full_fine_tuning(small_sd: Path) -> None:
     def build() -> PolicyGradientModule:
-        model = StableDiffusion(str(tiny_sd), guidance=Guidance(1.0), trainable="full")
+        model = StableDiffusion(str(small_sd), guidance=Guidance(1.0), trainable="full")
         return PolicyGradientModule(
             model, ColorTarget(), DDIM(2, eta=1.0), samples_per_prompt=2, timesteps_per_minibatch=1
         )
@@ -113,11 +127,11 @@ def test_plan_counts_rollouts_minibatches_and_full_fine_tuning(tiny_sd: Path) ->
 
 def test_plan_of_other_families_and_of_clip(tiny_sdxl: Path, tiny_sd3: Path, tiny_clip: Path) -> None:
     def xl() -> DraftModule:
-        return DraftModule(StableDiffusionXL(str(tiny_sdxl)), CLIPScore(str(tiny_clip)), DDIM(2), LastK(1))
+        return DraftModule(StableDiffusionXL(str(tiny_sdxl)), CLIPScore(str(tiny_clip)), DDIM(1), LastK(1))
 
     def sd3() -> DraftModule:
         model = StableDiffusion3(str(tiny_sd3), lora=LoRA(rank=2, target_modules=["to_q"]))
-        return DraftModule(model, CLIPScore(str(tiny_clip)), FlowEuler(2), LastK(1))
+        return DraftModule(model, CLIPScore(str(tiny_clip)), FlowEuler(1), LastK(1))
 
     for build in (xl, sd3):
         without, real = planned(build, False), planned(build, True)
@@ -174,13 +188,14 @@ def run(folder: Path, *options: str) -> command._Run:
 @pytest.mark.usefixtures("counted_with_weights")
 @pytest.mark.parametrize("truncation", ["LastK", "Full"])
 def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
-    tiny_sd: Path, truncation: str, monkeypatch: pytest.MonkeyPatch
+    small_sd: Path, truncation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--model.sampler.num_steps", "5", "--model.truncation", truncation)
-    short = run(tiny_sd, *options)
-    monkeypatch.setattr(command, "_LONG", 5)
+    monkeypatch.setattr(command, "_LONG", 3)
+    options = ("--model.sampler.num_steps", "4", "--model.truncation", truncation)
+    short = run(small_sd, *options)
+    monkeypatch.setattr(command, "_LONG", 4)
     monkeypatch.setattr(command, "_steps_needed", lambda module: module.sampler.num_steps)
-    whole = run(tiny_sd, *options)
+    whole = run(small_sd, *options)
     assert (short.plan.live, short.plan.flops, short.plan.calls) == (
         whole.plan.live,
         whole.plan.flops,
@@ -190,12 +205,12 @@ def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
 
 @pytest.mark.usefixtures("counted_with_weights")
 def test_page_names_the_parts_and_the_options_that_lower_the_peak(
-    tiny_sd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_sd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "ALTERNATIVES", ("--model.checkpointing step", "--model.timesteps_per_minibatch 1"))
-    config = tiny_sd.with_name("plan.yaml")
+    config = small_sd.with_name("plan.yaml")
     method = {
-        "model": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_sd)}},
+        "model": {"class_path": "StableDiffusion", "init_args": {"pretrained": str(small_sd)}},
         "sampler": {"class_path": "DDIM", "init_args": {"num_steps": 2}},
         "truncation": "Full",
         "checkpointing": "none",

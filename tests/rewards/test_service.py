@@ -1,9 +1,10 @@
 """Rewards by a service: requests, retries, how failures are reported, and settings that are rejected."""
 
 import itertools
+import multiprocessing
+import os
 import signal
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -313,28 +314,26 @@ def test_certificate_errors_are_not_repeated() -> None:
     assert is_transient(urllib.error.URLError(ConnectionRefusedError()))
 
 
-SILENT = """
-import signal, sys, torch
-from lightning_draft.rewards import HTTPReward
-signal.signal(signal.SIGTERM, lambda *_: print("noted", flush=True))
-print("ready", flush=True)
-HTTPReward(sys.argv[1])(torch.zeros(1, 3, 4, 4), ["a cat"])
-print("scored", flush=True)
-"""
+def score_and_note_signals(url: str, folder: Path) -> None:
+    """Score an image in this process, with a handler that only records SIGTERM, as that of Lightning's Trainer."""
+    sys.stdout, sys.stderr = ((folder / name).open("w", buffering=1) for name in ("out", "err"))
+    signal.signal(signal.SIGTERM, lambda *_: print("noted"))
+    HTTPReward(url)(torch.zeros(1, 3, 4, 4), ["a cat"])
+    print("scored")
 
 
-def test_sigterm_ends_the_wait_for_a_silent_service_and_the_process(serve: Callable) -> None:
-    """The handler only records the signal, as that of Lightning's Trainer."""
+def test_sigterm_ends_the_wait_for_a_silent_service_and_the_process(serve: Callable, tmp_path: Path) -> None:
     server = Flaky(60.0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SILENT, serve(server)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    start_process = multiprocessing.get_context("fork").Process
+    process = start_process(target=score_and_note_signals, args=(serve(server), tmp_path))
+    process.start()
     while not server.times:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     start = time.monotonic()
-    out, err = process.communicate(timeout=30)
+    process.join(30)
     assert time.monotonic() - start < 15
-    assert out == "ready\nnoted\n"
-    assert "Error" not in err
+    assert process.exitcode is not None
+    assert (tmp_path / "out").read_text() == "noted\n"
+    assert "Error" not in (tmp_path / "err").read_text()

@@ -14,15 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of
-from lightning_draft.callbacks.artifacts import log_file
+from lightning_draft.callbacks.artifacts import log_files
 from lightning_draft.callbacks.common import reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.lora_header import header
+from lightning_draft.callbacks.run_card import validation_changes, write_run_card
 from lightning_draft.distributed import gather_full, uses_fsdp
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.files import atomic_folder, atomic_path, remove_partial_files
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.model_card import CARD, check_repository, upload, write_card
+from lightning_draft.model_card import CARD, check_repository, upload
 from lightning_draft.models.pipeline import PipelineModel
 
 
@@ -31,8 +32,8 @@ class LoRAExport(Callback):
 
     The last adapters are written every `every_n_steps` steps, after each validation, at the end of training and when it
     is interrupted. The best adapters are those with the best `monitor` of all validations; without a validation there
-    is no `best.safetensors`. Weights & Biases and MLflow loggers receive it at the end of training. The header of a
-    file contains the base model, reward, method, sampler, step and scores.
+    is no `best.safetensors`. Weights & Biases and MLflow loggers receive it at the end of training, with its file for
+    ComfyUI and its model card. The header of a file contains the base model, reward, method, sampler, step and scores.
 
     Note:
         A file is replaced only when the new one is complete. Adapters that are not finite are never written. If the
@@ -108,8 +109,12 @@ class LoRAExport(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the best adapters of a resumed run if its folder has changed."""
-        for path in (self.best_path, self.best_path.with_suffix(".comfy.safetensors"), self.best_path.parent / CARD):
+        folder = self.best_path.parent
+        images = [] if self._restored_folder is None else sorted((self._restored_folder / "images").glob("*.png"))
+        for path in (self.best_path, self.best_path.with_suffix(".comfy.safetensors"), folder / CARD):
             copy_from_resumed_run(trainer, self._restored_folder, path)
+        for image in images:
+            copy_from_resumed_run(trainer, image.parent, folder / "images" / image.name)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Export every `every_n_steps` optimization steps."""
@@ -126,7 +131,8 @@ class LoRAExport(Callback):
         if trainer.global_step != self._last_step:
             self.export(trainer, pl_module)
         if trainer.is_global_zero:
-            log_file(trainer, self.best_path, "lora")
+            comfy = self.best_path.with_suffix(".comfy.safetensors")
+            log_files(trainer, [self.best_path, comfy, self.best_path.parent / CARD], "lora")
         if self.push_to_hub is not None and trainer.is_global_zero:
             upload(self.last_path.parent, self.push_to_hub)
 
@@ -161,12 +167,13 @@ class LoRAExport(Callback):
                 self._last_step = step
                 return
             score = self._better_score(trainer) if validated else None
+            changes = validation_changes(trainer, module) if validated else {}
             if trainer.is_global_zero:
                 metadata = header(trainer, module, validated)
                 for path in [self.last_path] if score is None else [self.last_path, self.best_path]:
                     write(trainer, module, path, metadata, values, self.comfy)
                 if score is not None or not self.best_path.exists():
-                    write_card(module.model, path, metadata, self.comfy)
+                    write_run_card(trainer, module, path, metadata, self.comfy, changes)
         self._last_step = step  # set last, so that an export that failed or was interrupted is repeated
         if score is not None:
             self.best_score, self.best_step = score, step

@@ -57,3 +57,26 @@ def describe(thing: object) -> str:
         if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
     }
     return f"{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
+
+
+def training_settings(trainer: L.Trainer, module: RewardModule) -> dict[str, str]:
+    """Return the settings of a run that its model card lists besides those in the header of the file."""
+    data = module.prompt_data
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups][:1]
+    rates = [
+        f"{type(trainer.optimizers[0]).__name__}, learning rate {group.get('initial_lr', group['lr']):g}"
+        for group in groups
+    ]
+    images = None if data is None else data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    found = {
+        "evaluation rewards": ", ".join(
+            f"{name}: {describe(reward)}"
+            for name, reward in zip(module.eval_reward_names, module.eval_rewards, strict=True)
+        ),
+        "optimizer": "".join(rates),
+        "training prompts": "" if data is None else str(len(data.train_prompts)),
+        "prompts per optimization step": "" if images is None else str(images),
+        "precision": str(trainer.precision),
+        "seed": str(module.seed),
+    }
+    return {name: value for name, value in found.items() if value}

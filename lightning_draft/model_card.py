@@ -1,12 +1,14 @@
 """Model cards of exported LoRA files, with the front matter that the Hugging Face hub reads, and their upload."""
 
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import diffusers
 import yaml
@@ -14,19 +16,44 @@ import yaml
 from lightning_draft.assets import NAMES
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
+from lightning_draft.methods.validation_record import Change
 from lightning_draft.models.families import class_for_pipeline
 from lightning_draft.models.lora import DEFAULT_RANK
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.text import one_line
 
 CARD = "README.md"
+GRID = "images/before_after.png"
+WIDGET = "images/{}.png"
+UNKNOWN_LICENSE = "license-of-the-base-model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+@dataclass(frozen=True)
+class Results:
+    """What a card shows besides the metadata of the file.
+
+    Args:
+        changes: Mean scores before and after training by reward, of a validation.
+        prompts: Prompts of the images `WIDGET` of the fine-tuned model; if there are some, `GRID` compares the models.
+        settings: Further settings of the run.
+    """
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
 def model_card(
-    title: str, header: Mapping[str, str], pipeline: str, rank: int | None, comfy: bool, file: str = "best"
+    title: str,
+    header: Mapping[str, str],
+    pipeline: str,
+    rank: int | None,
+    comfy: bool,
+    file: str = "best",
+    results: Results = Results(),
 ) -> str:
-    """Write the card of a LoRA: front matter, scores, settings, license, and code that loads it.
+    """Write the card of a LoRA: front matter, images, scores, settings, code that loads it, and license.
 
     Args:
         title: Name of the model.
@@ -35,77 +62,127 @@ def model_card(
         rank: Rank of the adapters.
         comfy: Whether there is a file for ComfyUI.
         file: Name of the file for diffusers, without its suffix.
+        results: Scores, images and further settings.
     """
-    base, scores = header["base"], json.loads(header.get("scores", "{}"))
-    front = yaml.safe_dump(_front_matter(title, base, scores), sort_keys=False)
-    settings = {"rank": rank, **{key: value for key, value in header.items() if key != "scores"}}
+    base = header["base"]
+    terms = base_license(base)
+    front = yaml.safe_dump(_front_matter(title, base, terms, results), sort_keys=False, allow_unicode=True)
+    settings = {"rank": rank, **{key: value for key, value in header.items() if key != "scores"}, **results.settings}
     lines = [
         f"---\n{front}---\n\n# {_plain(title)}\n",
         f"A LoRA for {_code(base)}, fine-tuned on a reward with Lightning-Draft.\n",
-        *_score_table(scores),
+        *_gallery(results.prompts),
+        *_score_table(results.changes),
         "## Settings\n",
         *[f"- {_plain(key)}: {_code(value)}" for key, value in settings.items() if value is not None],
         *_usage(base, pipeline, f"{file}.safetensors"),
     ]
     if comfy:
         lines.append(
-            "\n## Use in ComfyUI\n\nPut `best.comfy.safetensors` into `models/loras` and add a *Load LoRA* node."
+            f"\n## Use in ComfyUI\n\nPut `{file}.comfy.safetensors` into `models/loras` and add a *Load LoRA* node."
         )
-    lines.append("\n## License\n\nThe license of the base model applies.")
+    name = terms.get("license_name", terms["license"])
+    known = name != UNKNOWN_LICENSE
+    lines.append(f"\n## License\n\nThe license of the base model applies{f': {_code(name)}' if known else ''}.")
     return "\n".join(lines) + "\n"
 
 
-def write_card(model: object, path: Path, header: Mapping[str, str], comfy: bool) -> None:
-    """Write the card of a LoRA file beside it, if the model is a pipeline with adapters.
+def has_card(model: object) -> TypeGuard[PipelineModel]:
+    """Return whether files of this model have a card: whether it is a pipeline with adapters."""
+    return isinstance(model, PipelineModel) and model.lora is not None
+
+
+def write_card(
+    model: PipelineModel, path: Path, header: Mapping[str, str], comfy: bool, results: Results = Results()
+) -> str:
+    """Write the card of a LoRA file beside it, and return it.
 
     Args:
         model: The model whose adapters the file contains.
         path: The file.
         header: Its metadata.
         comfy: Whether files for ComfyUI are written if the family supports them.
+        results: Scores, images and further settings.
     """
-    if not isinstance(model, PipelineModel) or model.lora is None:
-        return
     has_comfy = comfy and model.family.comfy is not None
     title = path.parent.parent.name or path.stem
-    card = model_card(title, header, model.family.pipeline_name, model.lora.rank or DEFAULT_RANK, has_comfy, path.stem)
+    rank = DEFAULT_RANK if model.lora is None else model.lora.rank or DEFAULT_RANK
+    card = model_card(title, header, model.family.pipeline_name, rank, has_comfy, path.stem, results)
     with atomic_path(path.parent / CARD) as partial:
         partial.write_text(card, encoding="utf-8")
+    return card
 
 
-def _front_matter(title: str, base: str, scores: Mapping[str, float]) -> dict[str, Any]:
-    metrics = [{"type": name, "name": name, "value": value} for name, value in _final(scores).items()]
+def base_license(base: str) -> dict[str, str]:
+    """Return the license of a base model as front matter: that of its card in its folder or in the hub's cache."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    if base in NAMES:
+        return {"license": "apache-2.0"}
+    unknown = {"license": "other", "license_name": UNKNOWN_LICENSE}
+    cached = try_to_load_from_cache(base, CARD) if _is_hub_id(base) else Path(base) / CARD
+    if not isinstance(cached, (str, Path)) or not Path(cached).is_file():
+        return unknown
+    try:
+        text = Path(cached).read_text(encoding="utf-8")
+        front: Any = vars(ModelCard(text, ignore_metadata_errors=True).data)
+    except (OSError, ValueError, yaml.YAMLError):
+        return unknown
+    if not isinstance(front.get("license"), str):
+        return unknown
+    return {key: str(front[key]) for key in ("license", "license_name", "license_link") if front.get(key)}
+
+
+def _is_hub_id(base: str) -> bool:
+    return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+
+
+def _front_matter(title: str, base: str, terms: Mapping[str, str], results: Results) -> dict[str, Any]:
+    metrics = [metric for name, change in results.changes.items() for metric in _metrics(name, change)]
     result = {"task": {"type": "text-to-image"}, "dataset": {"type": "prompts", "name": "held-out prompts"}}
-    is_hub_id = _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    widget = [{"text": one_line(p), "output": {"url": WIDGET.format(i)}} for i, p in enumerate(results.prompts)]
     return {
-        **({"base_model": base} if is_hub_id else {}),
-        "license": "other",
-        "license_name": "license-of-the-base-model",
+        **({"base_model": base} if _is_hub_id(base) else {}),
+        **terms,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusers", "lora", "reward-fine-tuning", "lightning-draft"],
+        **({"widget": widget} if widget else {}),
         **({"model-index": [{"name": title, "results": [{**result, "metrics": metrics}]}]} if metrics else {}),
     }
 
 
-def _final(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the scores of the last validation, without the gain over the base model."""
-    return {
-        name.removeprefix("val/"): v for name, v in scores.items() if name.startswith("val/") and name != "val/gain"
-    }
-
-
-def _score_table(scores: Mapping[str, float]) -> list[str]:
-    """Return lines of a table; the reward before training is the reward minus the gain on the same noise."""
-    final = _final(scores)
-    if not final:
-        return []
-    gain = scores.get("val/gain")
-    before = {"reward": final["reward"] - gain} if gain is not None and "reward" in final else {}
-    rows = [
-        f"| {_plain(n)} | {f'{before[n]:.4g}' if n in before else ''} | {value:.4g} |" for n, value in final.items()
+def _metrics(name: str, change: Change) -> list[dict[str, Any]]:
+    error = {} if math.isnan(change.error) else {"args": {"standard_error": change.error}}
+    return [
+        {"type": name, "name": name, "value": change.after},
+        {"type": name, "name": f"{name}, base model", "value": change.before},
+        {"type": name, "name": f"{name}, gain", "value": change.after - change.before, **error},
     ]
-    return ["## Scores on held-out prompts\n", "| reward | before training | after |", "|---|--:|--:|", *rows, ""]
+
+
+def _gallery(prompts: Sequence[str]) -> list[str]:
+    """Return lines with the comparison of both models."""
+    if not prompts:
+        return []
+    return [f"![Images of the base model and of the fine-tuned model for the same prompts and noise]({GRID})\n"]
+
+
+def _score_table(changes: Mapping[str, Change]) -> list[str]:
+    """Return lines of a table of scores before and after training; a pair of images has the same prompt and noise."""
+    if not changes:
+        return []
+    count = next(iter(changes.values())).count
+    return [
+        f"## Scores of {count} images of held-out prompts\n",
+        "| reward | before training | after | gain (standard error) |",
+        "|---|--:|--:|--:|",
+        *[
+            f"| {_plain(n)} | {c.before:.4g} | {c.after:.4g} | {c.after - c.before:+.4g} ({c.error:.2g}) |"
+            for n, c in changes.items()
+        ],
+        "",
+    ]
 
 
 def _usage(base: str, pipeline: str, file: str) -> list[str]:
@@ -171,12 +248,12 @@ def upload(folder: Path, repository: str) -> None:
 
 
 def push_to_hub(folder: str | Path, repository: str, endpoint: str | None = None) -> str:
-    """Upload LoRA files and their card; a repository that does not exist is created as a private one.
+    """Upload LoRA files, their card and its images; a repository that does not exist is created as a private one.
 
     The token is that of `hf auth login` or of the environment variable `HF_TOKEN`.
 
     Args:
-        folder: Folder of `README.md` and the `.safetensors` files.
+        folder: Folder of `README.md`, the `.safetensors` files and `images`.
         repository: `owner/name`.
         endpoint: Address of the hub; by default that of huggingface_hub.
 
@@ -188,6 +265,9 @@ def push_to_hub(folder: str | Path, repository: str, endpoint: str | None = None
     api = HfApi(endpoint=endpoint)
     api.create_repo(repository, private=True, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repository, folder_path=folder, allow_patterns=[CARD, "*.safetensors"], commit_message="Add LoRA"
+        repo_id=repository,
+        folder_path=folder,
+        allow_patterns=[CARD, "*.safetensors", "images/*.png"],
+        commit_message="Add LoRA",
     )
     return str(commit.commit_url)

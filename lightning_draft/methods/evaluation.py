@@ -14,6 +14,7 @@ from lightning_draft.distributed import shard
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.stop_iteration import stop_iteration_is_error
+from lightning_draft.methods.validation_record import KEPT_IMAGES, ValidationRecord
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
@@ -33,6 +34,10 @@ class EvaluationModule(L.LightningModule):
         sampler: The sampler; `DDIM(50)` by default.
         eval_rewards: Further rewards by name.
         seed: Seed of the starting noise, in `0..2^63 - 1`.
+
+    Attributes:
+        validation: Paired scores and first images of this process's last validation, of the first data loader;
+            None before the first one.
 
     Raises:
         ConfigurationError: An evaluation reward has the name of another log key, or the seed is out of range.
@@ -61,7 +66,8 @@ class EvaluationModule(L.LightningModule):
         self.sampler = DDIM(50) if sampler is None else sampler
         self.seed = check_seed(seed)
         self.strict_loading = False
-        self._base_scores: dict[tuple[Any, ...], Tensor] = {}
+        self._base_scores: dict[tuple[Any, ...], tuple[dict[str, Tensor], Tensor]] = {}
+        self.validation: ValidationRecord | None = None
 
     def setup(self, stage: str) -> None:
         """Drop the cached scores of the base model: sampler, guidance and data may have changed."""
@@ -122,15 +128,27 @@ class EvaluationModule(L.LightningModule):
         """
         prompts = to_prompts(batch)
         seed = derive_seed(self.seed, dataloader_idx, batch_idx, self.global_rank)
-        scores = self.score(self.generate(prompts, seed=seed), prompts)
+        images = self.generate(prompts, seed=seed)
+        scores = self.score(images, prompts)
+        is_first = dataloader_idx == batch_idx == 0
+        base, base_images = self._score_base(prompts, seed, KEPT_IMAGES if is_first else 0)
+        if is_first:
+            self.validation = ValidationRecord(prompts, images, base_images)
+        if dataloader_idx == 0 and self.validation is not None:
+            self.validation.add(scores, base)
+        prefix = f"val_{dataloader_idx}" if dataloader_idx else "val"
+        values = {f"{prefix}/{name}": value.mean() for name, value in scores.items()}
+        values[f"{prefix}/gain"] = (scores["reward"] - base["reward"]).mean()
+        self.log_dict(values, on_epoch=True, batch_size=len(prompts), sync_dist=True, add_dataloader_idx=False)
+
+    def _score_base(self, prompts: list[str], seed: int, kept: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the base model's scores for prompts and noise, and its first `kept` images, if possible cached."""
         key = (seed, *prompts)
         if key not in self._base_scores:
             with self.model.base():
-                self._base_scores[key] = self.score(self.generate(prompts, seed=seed), prompts)["reward"]
-        prefix = f"val_{dataloader_idx}" if dataloader_idx else "val"
-        values = {f"{prefix}/{name}": value.mean() for name, value in scores.items()}
-        values[f"{prefix}/gain"] = (scores["reward"] - self._base_scores[key]).mean()
-        self.log_dict(values, on_epoch=True, batch_size=len(prompts), sync_dist=True, add_dataloader_idx=False)
+                images = self.generate(prompts, seed=seed)
+                self._base_scores[key] = self.score(images, prompts), images[:kept].cpu()
+        return self._base_scores[key]
 
     def clear_base_scores(self) -> None:
         """Drop the cached scores of the base model."""

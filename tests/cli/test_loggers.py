@@ -1,5 +1,6 @@
 """Two runs and a resume with each logger: loggers only log, inside the run folder that the command line owns."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def _train(command: Callable, config: Path, *options: str, after: Callable[[], o
             "lora",
             "samples",
         }
+        assert (Path("runs") / run / "lora" / "images" / "before_after.png").is_file()
     assert Path("config.yaml").read_text() == "# written by hand\n"
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {*before, "runs"}
 
@@ -65,6 +67,15 @@ def test_loggers_only_log_and_inside_the_run_folder(
         assert all([*(Path("runs") / run).glob(pattern)] for pattern in patterns)
 
 
+def _complete(file: Path) -> bytes:
+    """Return a file that W&B's background process has finished writing; in a run this happens when Python exits."""
+    for _ in range(100):
+        if file.stat().st_size > 1000:
+            break
+        time.sleep(0.1)
+    return file.read_bytes()
+
+
 def test_wandb_offline_logs_images_and_the_best_lora_inside_the_run_folder(command: Callable, config: Path) -> None:
     wandb = pytest.importorskip("wandb")
     logger = "{class_path: WandbLogger, init_args: {offline: true, project: small}}"
@@ -75,7 +86,8 @@ def test_wandb_offline_logs_images_and_the_best_lora_inside_the_run_folder(comma
         for folder in runs:
             assert [*folder.glob("*.wandb")]
             assert [*folder.glob("files/media/images/samples_*.png")]
-            assert b"best.safetensors" in next(folder.glob("*.wandb")).read_bytes()
+            content = _complete(next(folder.glob("*.wandb")))
+            assert all(name in content for name in (b"best.safetensors", b"best.comfy.safetensors", b"README.md"))
 
 
 @pytest.mark.parametrize("uri", [None, "sqlite:///{folder}/mlflow.db"])
@@ -98,5 +110,6 @@ def test_mlflow_logs_images_and_the_best_lora(
     assert len(seen) == 3
     for client, run in seen:
         assert "train/reward" in run.data.metrics
-        assert [file.path for file in client.list_artifacts(run.info.run_id, "lora")] == ["lora/best.safetensors"]
+        files = {file.path for file in client.list_artifacts(run.info.run_id, "lora")}
+        assert files == {f"lora/{name}" for name in ("best.safetensors", "best.comfy.safetensors", "README.md")}
         assert client.list_artifacts(run.info.run_id, "images")

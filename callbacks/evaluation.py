@@ -51,7 +51,7 @@ class Evaluator:
 
     Attributes:
         base: The evaluation of the base model.
-        scales: Standard deviation of each evaluation reward over the base model's images; 1 where all are equal.
+        scales: Standard deviation of each evaluation reward over the base model's images; 1 if all are equal.
     """
 
     base: Evaluation

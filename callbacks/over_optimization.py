@@ -46,7 +46,7 @@ class OverOptimizationGuard(Callback):
     - `stop`: warn, and end training.
 
     With every action, `guarded.safetensors`, beside the files of `LoRAExport`, contains the adapters with the highest
-    trained reward of all evaluations that were not over-optimized. The log keys under `guard/` are `reward`,
+    trained reward of all evaluations without over-optimization. The log keys under `guard/` are `reward`,
     `eval/<name>`, `degradation` (the largest), `image_drift`, `diversity`, `sharpness`, `saturated_pixel_fraction`, and
     the number of actions so far: `warned`, `shrunk`, `stopped`.
 

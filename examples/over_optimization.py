@@ -1,4 +1,4 @@
-"""A reward that can be hacked, with and without a guard: the trained reward rises and the evaluation reward falls.
+"""Over-optimization with and without a guard: the trained reward rises and the evaluation reward falls.
 
     python -m examples.over_optimization
 

@@ -144,7 +144,7 @@ class PerPromptStatistics(AdvantageEstimator):
 
 
 def _centered(rewards: Tensor, group: int) -> Tensor:
-    """Return `r - mean` by group, `(prompts, group)`; exactly 0 where all rewards of a group are equal."""
+    """Return `r - mean` by group, `(prompts, group)`; exactly 0 if all rewards of a group are equal."""
     groups = rewards.view(-1, group)
     shifted = groups - groups[:, :1]
     return shifted - shifted.mean(1, keepdim=True)

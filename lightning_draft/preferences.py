@@ -40,8 +40,8 @@ class PreferenceAdvantages(AdvantageEstimator):
 class WinRate(PreferenceAdvantages):
     """Pref-GRPO: `A_i = (w_i - mean(w)) / (std(w) + epsilon)` with the win rate `w_i = 1 / (K - 1) sum_{j != i} w_ij`.
 
-    Advantages depend only on the order of the scores: a score difference of 1e-6 is not amplified more than one of 1,
-    and outliers have no larger weight.
+    Advantages depend only on the order of the scores: every difference counts the same, and outliers have no larger
+    weight.
 
     Args:
         divide_by_std: Divide by the (population) standard deviation of the prompt's win rates; the authors' code uses

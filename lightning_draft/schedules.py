@@ -114,8 +114,8 @@ class RectifiedFlow(Schedule):
     Args:
         shift: Moves the time grid towards high noise: `t -> shift t / (1 + (shift - 1) t)` (SD3, eq. 23).
         num_train_timesteps: Factor of `t` in the network's input.
-        last: The last of the evenly spaced times, before they are shifted: `shifted`, the shifted first training
-            timestep, as diffusers' scheduler by itself; or `even`, `1 / num_steps`, as the pipelines of FLUX.
+        last: Smallest of the evenly spaced times, before they are shifted: `shifted` is the smallest shifted training
+            time, the default of diffusers' scheduler; `even` is `1 / num_steps`, as in the pipelines of FLUX.
         terminal: If given, times are stretched so that the last one equals this value.
     """
 

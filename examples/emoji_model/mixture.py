@@ -51,7 +51,7 @@ def scenes(emoji: Emoji) -> dict[str, list[Scene]]:
 
 
 def split(some: list[Scene]) -> tuple[list[str], list[str]]:
-    """Return the captions for fine-tuning and for evaluation: every fourth thing is evaluated, in both styles."""
+    """Return the captions for fine-tuning and for evaluation: every fourth name is for evaluation, in both styles."""
     shown = sorted({replace(scene, style="").caption for scene in some})
     evaluated = set(shown[1::4])
     captions: tuple[list[str], list[str]] = ([], [])
@@ -112,7 +112,7 @@ class Captioned(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def similar(scene: Scene) -> Scene:
-    """Return `scene` with one thing changed: the style, the color of the ground, or the order of a pair."""
+    """Return `scene` with one change: of the style, the color of the background, or the order of a pair."""
     if scene.kind == "pair" and torch.rand(()) < 0.5:
         return replace(scene, names=scene.names[::-1])
     if scene.kind == "ground" and torch.rand(()) < 0.5:

@@ -57,8 +57,8 @@ class Part(L.LightningModule):
 class Autoencoder(Part):
     """L1 loss of pixels and of their differences, a weak KL to the unit Gaussian, and a loss towards the 32x32 latents.
 
-    The decoder and the latent space start as those of the 32x32 model: its latents of the image reduced to
-    32x32 are what the encoder first learns to predict, so that the denoiser can start from the 32x32 one too.
+    The decoder and the latent space start as those of the 32x32 model: the encoder first learns to predict that model's
+    latents of the image reduced to 32x32, so that the denoiser can start from that of the 32x32 model too.
     """
 
     def __init__(self, steps: int, first: AutoencoderKL) -> None:

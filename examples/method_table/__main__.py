@@ -3,7 +3,7 @@
     python -m examples.method_table
     python -m examples.method_table --report
 
-Cost is counted in network passes: one is one forward or one backward pass of the denoiser over one latent, and
+Cost is counted in network passes: a pass is one forward or one backward pass of the denoiser over one latent, and
 recomputation counts. All direct methods have the same budget; policy gradients have four times as much. Tuning is the
 same for every method and uses the trained reward: three learning rates and, if a method has its own parameter (clip of
 PPO and LOOP, beta of PRDP), three values of it are run for a quarter of the budget. The best settings of the two best

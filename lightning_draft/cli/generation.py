@@ -33,7 +33,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Generation:
-    """What `sample` and `guide` generate images with.
+    """The objects with which `sample` and `guide` generate images.
 
     Args:
         model: The model, with the LoRA of `lora` loaded.

@@ -1,4 +1,4 @@
-"""The command `guide`: inference-time methods beside the base model and a tuned LoRA."""
+"""The command `guide`: compare inference-time methods with the base model and a LoRA."""
 
 import argparse
 from collections.abc import Sequence

@@ -111,7 +111,7 @@ lightning-draft guide: images with a higher reward from the base model, by metho
   --method NAME[:VALUE] ...   by default all that the reward allows:
                         best_of_n:8        the best of 8 samples; the reward needs no gradient
                         gradient:1         gradient of the reward of the predicted image at each step, times 1
-                        norm_matched:0.1   the same, with 0.1 of the length of the sampling step (PGDiff)
+                        norm_matched:0.1   each step moves along the gradient by 0.1 of its length (PGDiff)
                         reno:10            10 updates of the starting noise (ReNO)
                         dno:10             10 updates of all noise of the sampler (DNO)
   LORA                  a .safetensors file, or a run's folder for its best LoRA file, for comparison
@@ -152,7 +152,7 @@ lightning-draft vote: compare images of the same prompt on a page in the browser
   lightning-draft vote base fine_tuned           pairs with one image from each folder
   lightning-draft vote votes                     pairs that a training run with the reward HumanVotes(votes) asks for
 
-  FOLDER [FOLDER]       images (.png, .jpg, .jpeg, .webp, .bmp), or the folder of HumanVotes
+  FOLDER [FOLDER]       images as for score, or the folder of HumanVotes
   --prompts SOURCE      auto, sidecar (NAME.txt), metadata, names, or a table with the columns file and prompt
   --votes FOLDER        folder of votes.csv, to which each vote is appended; by default the first FOLDER
   --port N              port on 127.0.0.1, by default 8765; 0 for any free one"""

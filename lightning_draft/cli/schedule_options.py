@@ -1,4 +1,4 @@
-"""The options of the scale schedule of a LoRA, for the commands `sample` and `lora anneal`."""
+"""The command-line options of the scale schedule of a LoRA."""
 
 import argparse
 from dataclasses import replace

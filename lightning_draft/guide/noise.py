@@ -114,7 +114,7 @@ def norm_log_density(noise: Tensor) -> Tensor:
 
 
 def gaussian_log_probability(noises: Tensor, block: int = 4, permutations: int = 10) -> Tensor:
-    """Return a bound on the log-probability of Gaussian noise that is as irregular as `noises`, `(B,)`, at most 0.
+    """Bound the log-probability that Gaussian noise has a mean and covariance as unusual as `noises`, `(B,)`, <= 0.
 
     The `D` numbers of a sample are divided into `m = D / k` blocks of `k`. With `M_1` the norm of the mean of the
     blocks and `M_2` the spectral norm of `sum x x^T / m - I`:

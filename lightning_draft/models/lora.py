@@ -133,7 +133,7 @@ def layers(network: nn.Module) -> list[LoraLayer]:
 
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
-    """Within this context, adapters are not evaluated; their `requires_grad` does not change."""
+    """Within this context, adapters are disabled; their `requires_grad` does not change."""
     before = [(layer, layer.disable_adapters) for layer in layers(network)]
     try:
         for layer, _ in before:
@@ -145,7 +145,7 @@ def disabled(network: nn.Module) -> Iterator[None]:
 
 
 def is_disabled(network: nn.Module) -> bool:
-    """Return whether the network's adapters are not evaluated."""
+    """Return whether the network's adapters are disabled."""
     return all(layer.disable_adapters for layer in layers(network))
 
 

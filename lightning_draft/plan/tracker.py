@@ -96,7 +96,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Any) -> Iterator[Any]:
-    """Yield the storages of the tensors of an operation; its arguments and results nest in lists at most."""
+    """Yield the storages of the tensors among an operation's arguments or results, also in nested lists."""
     if isinstance(values, Tensor):
         yield values.untyped_storage()
     elif isinstance(values, (tuple, list)):

@@ -97,7 +97,7 @@ class WeightedSum(Reward):
         self._caps = {name: component.capped for name, component in rewards.items()}
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score `(B, 3, H, W)` to `(B,)`; components of weight 0 are not evaluated."""
+        """Score `(B, 3, H, W)` to `(B,)`; components of weight 0 are not computed."""
         active = [name for name, weight in self.weights.items() if weight != 0]
         return self._total(images, self._scores(images, prompts, active))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import lightning as L
 
@@ -43,16 +44,16 @@ def _of_model(model: DiffusionModel) -> dict[str, str]:
         return {"base": model.source}
     sha256, schedule = model.source_sha256, None if model.lora is None else model.lora.scale_schedule
     return {
-        "base": model.source,
+        "base": model.public_name,
         **({} if sha256 is None else {"base_sha256": sha256}),
         **({} if schedule is None else {SCHEDULE: schedule.to_text()}),
     }
 
 
 def describe(thing: object) -> str:
-    """Return class and plain public attributes, such as `LastK(k=1)`, without secrets."""
+    """Return class and plain public attributes, such as `LastK(k=1)`, without secrets and local folders."""
     plain = {
-        name: redact(value, name)
+        name: _without_folder(redact(value, name))
         for name, value in vars(thing).items()
         if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
     }
@@ -80,3 +81,9 @@ def training_settings(trainer: L.Trainer, module: RewardModule) -> dict[str, str
         "seed": str(module.seed),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _without_folder(value: bool | int | float | str) -> bool | int | float | str:
+    """Return the name of a file or folder that is given by an absolute path, and any other value as it is."""
+    is_path = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(str(value)).name if is_path else value

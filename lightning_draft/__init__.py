@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lightning_draft.models.decoder import Memory
     from lightning_draft.models.guidance import Guidance
     from lightning_draft.models.lora import LoRA
+    from lightning_draft.models.lora_base import convert_lora, read_lora, read_loras
+    from lightning_draft.models.lora_edit import anneal_lora, lora_info, mix_loras, resize_lora, scale_lora
+    from lightning_draft.models.lora_merge import merge_lora
+    from lightning_draft.models.lora_writing import write_lora
     from lightning_draft.models.scale_schedule import ScaleSchedule
     from lightning_draft.models.text_encoding import TextEncoding
     from lightning_draft.objectives import APA, PPO, PRDP, Objective, Reinforce
@@ -64,6 +68,10 @@ _MODULES = {
     "models.decoder": ("Memory",),
     "models.guidance": ("Guidance",),
     "models.lora": ("LoRA",),
+    "models.lora_base": ("convert_lora", "read_lora", "read_loras"),
+    "models.lora_edit": ("anneal_lora", "lora_info", "mix_loras", "resize_lora", "scale_lora"),
+    "models.lora_merge": ("merge_lora",),
+    "models.lora_writing": ("write_lora",),
     "models.scale_schedule": ("ScaleSchedule",),
     "models.text_encoding": ("TextEncoding",),
     "objectives": ("APA", "Objective", "PPO", "PRDP", "Reinforce"),
@@ -137,12 +145,22 @@ __all__ = [
     "WeightedReward",
     "WeightedSum",
     "WinRate",
+    "anneal_lora",
     "best_of_n",
+    "convert_lora",
     "dno",
     "gradient_guidance",
     "latent_reward",
+    "lora_info",
+    "merge_lora",
+    "mix_loras",
     "norm_matched_guidance",
+    "read_lora",
+    "read_loras",
     "reno",
+    "resize_lora",
+    "scale_lora",
+    "write_lora",
 ]
 __all__ += list(FAMILIES)
 

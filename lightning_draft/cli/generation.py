@@ -14,15 +14,17 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from torch import Tensor
 
+from lightning_draft.callbacks.image_grid import comparison
 from lightning_draft.cli import run_folder, shipped
-from lightning_draft.cli.base_model import open_base
 from lightning_draft.cli.messages import root_cause
 from lightning_draft.cli.options import explain_parser_error
 from lightning_draft.cli.score import build_rewards
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_path
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.models import lora_files
+from lightning_draft.models.lora_base import open_base
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards.base import Reward
@@ -66,6 +68,12 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("lora", nargs="?")
     parser.add_argument("--config", "-c")
     parser.add_argument("--model")
+    add_image_options(parser)
+    parser.add_argument("--output", "-o", type=image_file, default=Path(output))
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prompts, the rewards, the noise, the sampling steps and the device."""
     parser.add_argument("--reward", nargs="+", default=[])
     parser.add_argument("--rewards")
     parser.add_argument("--prompt", nargs="+")
@@ -73,7 +81,6 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--max", type=_positive, default=8)
     parser.add_argument("--steps", type=_positive)
-    parser.add_argument("--output", "-o", type=_image_file, default=Path(output))
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -91,13 +98,13 @@ def prepare(options: argparse.Namespace, command: str) -> Generation:
     module, prompts = (None, None) if config is None else _build(config, command)
     if module is None:
         model: Any = open_base([] if file is None else [file], options.model)
-        sampler: Sampler = FlowEuler(options.steps or 28) if model.prediction == "flow" else DDIM(options.steps or 50)
+        sampler = default_sampler(model, options.steps)
     else:
         model, sampler = module.model, module.sampler
         sampler.num_steps = options.steps or sampler.num_steps
     if file is not None:
         model.load_lora(file)
-    prompts = _prompts(options) or prompts
+    prompts = prompts_of(options) or prompts
     if not prompts:
         raise ConfigurationError('there are no prompts; write --prompt "a cat" "a dog", or --prompts FILE')
     trained, evaluated = ({}, {}) if module is None else _rewards_of(module)
@@ -109,6 +116,38 @@ def prepare(options: argparse.Namespace, command: str) -> Generation:
     for reward in rewards.values():
         reward.requires_grad_(False)
     return Generation(model, sampler, prompts[: options.max], rewards, list(evaluated), file)
+
+
+def default_sampler(model: PipelineModel, steps: int | None) -> Sampler:
+    """Return the sampler of a model without a config: 28 steps of Euler for flows, else 50 steps of DDIM."""
+    return FlowEuler(steps or 28) if model.prediction == "flow" else DDIM(steps or 50)
+
+
+def write_comparison(
+    output: Path,
+    prompts: Sequence[str],
+    images: Mapping[str, Tensor],
+    scores: Mapping[str, Mapping[str, Tensor]],
+    title: str = "",
+) -> None:
+    """Print the mean scores, and write a grid with the images and the scores of the first reward.
+
+    Args:
+        output: The image file.
+        prompts: Captions of the `N` images.
+        images: By label, `(N, 3, H, W)`.
+        scores: By label and reward, `(N,)`; empty without rewards.
+        title: A line above the grid.
+    """
+    width = max(10, *map(len, images))
+    for label, each in scores.items():
+        print(
+            f"{label:{width}} {'  '.join(f'{n} {float(v.double().mean()):.4g}' for n, v in each.items())}", flush=True
+        )
+    first = {label: next(iter(each.values())) for label, each in scores.items()} or None
+    with atomic_path(output) as partial:
+        comparison(prompts, images, first, title=title).save(partial)
+    print(f"wrote {output}")
 
 
 def captions(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -176,7 +215,8 @@ def _load(config: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
+def prompts_of(options: argparse.Namespace) -> list[str]:
+    """Return the prompts that the options give, if any."""
     prompts: list[str] = list(options.prompt or [])
     return prompts + list(read_prompts(options.prompts) if options.prompts else [])
 
@@ -189,7 +229,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _image_file(text: str) -> Path:
+def image_file(text: str) -> Path:
     if Path(text).suffix.lower() not in Image.registered_extensions():
         raise argparse.ArgumentTypeError(f"{text} is not an image file; write a name such as sample.png")
     return Path(text)

@@ -1,35 +1,50 @@
-"""The command `lora`: information about LoRA files, and conversion, scaling, mixing and merging of them."""
+"""The command `lora`: information about LoRA files, and conversion, scaling, mixing, annealing and merging of them."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from lightning_draft.cli.base_model import open_base
 from lightning_draft.cli.command_parser import CommandParser
-from lightning_draft.models import lora_edit, lora_writing
+from lightning_draft.cli.generation import add_image_options, image_file
+from lightning_draft.cli.lora_grid import Shown, check_grid_options, write_grid
+from lightning_draft.cli.messages import as_configuration_error
+from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
+from lightning_draft.models import lora_writing
 from lightning_draft.models.decoder import Precision
 from lightning_draft.models.loading import torch_dtype
-from lightning_draft.models.lora_files import LoRAFile
-from lightning_draft.models.lora_merge import merge
+from lightning_draft.models.lora_base import open_base, read_lora, read_loras
+from lightning_draft.models.lora_content import LoRAFile
+from lightning_draft.models.lora_edit import anneal_lora, lora_info, mix_loras, resize_lora, scale_lora
+from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.pipeline import PipelineModel
-from lightning_draft.weightless import without_weights
 
 _SHOWN = 12
 
 
 def main(args: Sequence[str]) -> int:
-    """Run `lora info`, `convert`, `scale`, `mix` or `merge`, and return the exit status.
+    """Run `lora info`, `convert`, `scale`, `mix`, `anneal` or `merge`, and return the exit status.
 
     Raises:
         ConfigurationError: The arguments are not valid.
     """
     options = parser().parse_args(args)
-    command = {"info": _info, "convert": _convert, "scale": _scale, "mix": _mix, "merge": _merge}[options.command]
-    command(options)
-    if getattr(options, "prompt", None):
-        _grid(options)
+    with as_configuration_error():
+        if options.command == "info":
+            _info(options)
+            return 0
+        check_grid_options(options)
+        names, weights = zip(*map(_weighted if options.command == "mix" else _whole, options.files), strict=True)
+        files = read_loras(names, options.model)
+        if options.command == "merge":
+            merge_lora(files[0], options.output, options.scale)
+        else:
+            lora_writing.write_lora(
+                _edited(files, weights, options), options.output, options.format, torch_dtype(options.dtype)
+            )
+        print(f"wrote {options.output}")
+        if options.prompt or options.prompts:
+            _grid([file.path for file in files], options)
     return 0
 
 
@@ -37,38 +52,30 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parsed = CommandParser("lightning-draft lora")
     commands = parsed.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info")
-    info.add_argument("files", nargs=1)
-    info.add_argument("--all", action="store_true")
-    convert = commands.add_parser("convert")
-    convert.add_argument("files", nargs=1)
-    scale = commands.add_parser("scale")
-    scale.add_argument("files", nargs=1)
-    scale.add_argument("factor", type=float)
-    mix = commands.add_parser("mix")
-    mix.add_argument("files", nargs="+")
-    merging = commands.add_parser("merge")
-    merging.add_argument("files", nargs=1)
-    merging.add_argument("--scale", type=float, default=1.0)
-    for command in (info, convert, scale, mix, merging):
+    each = {name: commands.add_parser(name) for name in ("info", "convert", "scale", "mix", "anneal", "merge")}
+    for name, command in each.items():
+        command.add_argument("files", nargs="+" if name == "mix" else 1)
         command.add_argument("--model")
-    for command in (convert, scale, mix, merging):
-        command.add_argument("--output", "-o", required=True, type=Path)
-    for command in (convert, scale, mix):
-        command.add_argument("--format", choices=get_args(lora_writing.Format), default="diffusers")
-        command.add_argument("--dtype", choices=get_args(Precision), default="float32")
-        command.add_argument("--rank", type=int)
-        command.add_argument("--prompt", nargs="+")
-        command.add_argument("--reward", nargs="+", default=[])
-        command.add_argument("--grid", type=Path)
+    each["info"].add_argument("--all", action="store_true")
+    each["scale"].add_argument("factor", type=float)
+    each["merge"].add_argument("--scale", type=float, default=1.0)
+    add_schedule(each["anneal"], required=True)
+    for name in ("convert", "scale", "mix", "anneal", "merge"):
+        each[name].add_argument("--output", "-o", required=True, type=Path)
+        each[name].add_argument("--grid", type=image_file)
+        add_image_options(each[name])
+    for name in ("convert", "scale", "mix", "anneal"):
+        each[name].add_argument("--format", choices=get_args(lora_writing.Format), default="diffusers")
+        each[name].add_argument("--dtype", choices=get_args(Precision), default="float32")
+        each[name].add_argument("--rank", type=int)
     return parsed
 
 
 def _info(options: argparse.Namespace) -> None:
-    model, (file,) = _open(options.files, options.model)
+    file = read_lora(options.files[0], options.model)
     for name, value in sorted(file.metadata.items()):
         print(f"{name}: {value}")
-    rows = lora_edit.info(file, model.family.denoiser)
+    rows = lora_info(file)
     total = sum(row.norm**2 for row in rows) ** 0.5
     print(f"{len(rows)} layers, ranks {sorted({row.rank for row in rows})}, |dW| = {total:.6g}, all values are finite")
     print(f"{'|dW|':>12}  rank  alpha  layer")
@@ -78,30 +85,28 @@ def _info(options: argparse.Namespace) -> None:
         print(f"and {len(rows) - _SHOWN} more layers: write --all")
 
 
-def _convert(options: argparse.Namespace) -> None:
-    model, (file,) = _open(options.files, options.model)
-    _write(_resized(file, options.rank), model, options, file.metadata)
+def _edited(files: Sequence[LoRAFile], weights: Sequence[float], options: argparse.Namespace) -> LoRAFile:
+    """Return the result of `convert`, `scale`, `mix` or `anneal`."""
+    if options.command == "mix":
+        mixed, error = mix_loras(files, weights, options.rank)
+        print(f"rank {mixed.rank}, relative error of dW {error:.3g}")
+        return mixed
+    file = _resized(files[0], options.rank)
+    if options.command == "scale":
+        return scale_lora(file, options.factor)
+    return anneal_lora(file, scale_schedule(options)) if options.command == "anneal" else file
 
 
-def _scale(options: argparse.Namespace) -> None:
-    model, (file,) = _open(options.files, options.model)
-    scaled = lora_edit.scale(_resized(file, options.rank), options.factor)
-    _write(scaled, model, options, {**file.metadata, "scaled_by": str(options.factor)})
+def _resized(file: LoRAFile, rank: int | None) -> LoRAFile:
+    if rank is None:
+        return file
+    resized, error = resize_lora(file, rank)
+    print(f"rank {file.rank} to {rank}, relative error of dW {error:.3g}")
+    return resized
 
 
-def _mix(options: argparse.Namespace) -> None:
-    names, weights = zip(*map(_weighted, options.files), strict=True)
-    model, files = _open(names, options.model)
-    mixed, error = lora_edit.mix(files, weights, options.rank)
-    print(f"rank {mixed.rank}, relative error of dW {error:.3g}")
-    parts = {Path(name).name: weight for name, weight in zip(names, weights, strict=True)}
-    _write(mixed, model, options, {"base": model.source, "mix": json.dumps(parts), "relative_error": f"{error:.3g}"})
-
-
-def _merge(options: argparse.Namespace) -> None:
-    model, (file,) = _open(options.files, options.model)
-    merge(model, file, options.output, options.scale, {**file.metadata, "merged_scale": str(options.scale)})
-    print(f"wrote {options.output}")
+def _whole(text: str) -> tuple[str, float]:
+    return text, 1.0
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -113,35 +118,20 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _open(names: Sequence[str], base: str | None) -> tuple[PipelineModel, list[LoRAFile]]:
-    """Return the base model without its weights, by default the one that a header names, and the files as its LoRAs."""
-    files = [Path(name).expanduser() for name in names]
-    with without_weights():
-        model = open_base(files, base)
-    return model, [model.read_lora(file) for file in files]
+def _grid(files: Sequence[Path], options: argparse.Namespace) -> None:
+    """Write images of the base model, of the given files, and of the result."""
+    base = open_base(files, options.model)
+    scale = options.scale if options.command == "merge" else 1.0
+    shown = [Shown("base", base), *(Shown(name, base, file, scale) for name, file in _labels(files).items())]
+    if options.command == "merge":
+        merged: PipelineModel = type(base)(str(options.output), lora=None)
+        shown.append(Shown(f"{options.output.name} (merged)", merged))
+    else:
+        shown.append(Shown(f"{options.output.name} (new)", base, options.output))
+    write_grid(shown, options.grid or options.output.with_suffix(".png"), options)
 
 
-def _resized(file: LoRAFile, rank: int | None) -> LoRAFile:
-    if rank is None:
-        return file
-    resized, error = lora_edit.resize(file, rank)
-    print(f"rank {file.rank} to {rank}, relative error of dW {error:.3g}")
-    return resized
-
-
-def _write(file: LoRAFile, model: PipelineModel, options: argparse.Namespace, metadata: Any) -> None:
-    updates = {model.family.denoiser: file.denoiser, **file.encoders}
-    header = {"base": model.source, **{k: v for k, v in metadata.items() if k != "format"}}
-    dtype = torch_dtype(options.dtype)
-    lora_writing.write(options.output, updates, header, model.family, model.denoiser.config, options.format, dtype)
-    print(f"wrote {options.output}")
-
-
-def _grid(options: argparse.Namespace) -> None:
-    """Write images of the base model and of the new file, with scores."""
-    from lightning_draft.cli.sample import main as sample
-
-    place = options.grid or options.output.with_suffix(".png")
-    base = ["--model", options.model] if options.model else []
-    rewards = ["--reward", *options.reward] if options.reward else []
-    sample([str(options.output), *base, "--prompt", *options.prompt, *rewards, "--output", str(place)])
+def _labels(files: Sequence[Path]) -> dict[str, Path]:
+    """Return the files by name, with a number if several have the same."""
+    names = [file.name for file in files]
+    return {name if names.count(name) == 1 else f"{name} {i + 1}": files[i] for i, name in enumerate(names)}

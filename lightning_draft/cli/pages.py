@@ -12,7 +12,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
                                                    score a checkpoint on held-out prompts
   lightning-draft score FOLDER --reward NAME       score existing images
   lightning-draft vote FOLDER                      compare images yourself, on a local page
-  lightning-draft lora info FILE                   inspect, convert, scale, mix and merge LoRA files
+  lightning-draft lora info FILE                   inspect, convert, scale, mix, anneal and merge LoRA files
   lightning-draft plan --config NAME               memory and cost of a training step, before anything is loaded
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, so that you can copy and change it
@@ -158,12 +158,13 @@ lightning-draft vote: compare images of the same prompt on a page in the browser
   --port N              port on 127.0.0.1, by default 8765; 0 for any free one"""
 
 LORA = """\
-lightning-draft lora: inspect, convert, scale, mix and merge LoRA files
+lightning-draft lora: inspect, convert, scale, mix, anneal and merge LoRA files
 
   lightning-draft lora info best.safetensors                 metadata, ranks, alphas, norms of the layers, check for NaN
   lightning-draft lora convert best.safetensors -o best.comfy.safetensors --format comfy
   lightning-draft lora scale best.safetensors 0.8 -o weaker.safetensors
   lightning-draft lora mix a.safetensors:0.7 b.safetensors:0.5 -o c.safetensors --rank 16
+  lightning-draft lora anneal best.safetensors --schedule step_0.6 -o annealed.safetensors
   lightning-draft lora merge best.safetensors -o folder      write the whole pipeline with the LoRA in its weights
 
   --model NAME          the base model; by default the one in the header of the file
@@ -173,9 +174,16 @@ lightning-draft lora: inspect, convert, scale, mix and merge LoRA files
                         |dW - dW'| / |dW| is printed; the default of mix is the sum of the ranks, which is exact
   --dtype NAME          float32, float16 or bfloat16
   --scale S             for merge: scale of the LoRA; by default 1
+  --schedule SCHEDULE, --interpolate WHAT
+                        for anneal: scale as a function of the sampling step, as for sample; it is written to the header
   --all                 for info: every layer
-  --prompt P [P ...]    also write an image grid of the base model and the new file, to --grid FILE
-  --reward NAME ...     rewards whose scores are printed in the grid"""
+
+Image grid of the base model, the given files and the result, from the same noise
+  --prompt P [P ...]    write the grid with these prompts, or with --prompts FILE|NAME
+  --reward NAME ...     rewards whose scores are printed and shown, or --rewards FILE
+  --grid FILE           the image file; by default the name of the output with .png
+  --seed, --max, --steps, --device
+                        as for sample"""
 
 
 PLAN = """\

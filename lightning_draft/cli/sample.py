@@ -5,12 +5,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_draft.callbacks.image_grid import comparison
 from lightning_draft.cli.command_parser import CommandParser
-from lightning_draft.cli.generation import BATCH, add_options, captions, prepare
+from lightning_draft.cli.generation import BATCH, add_options, captions, prepare, write_comparison
 from lightning_draft.cli.messages import as_configuration_error
 from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
-from lightning_draft.files import atomic_path
 from lightning_draft.scale_sweep import ScaleSweep, save_plot, sweep
 
 
@@ -41,20 +39,16 @@ def _sample(options: argparse.Namespace) -> None:
         seeds=options.seed,
         batch_size=BATCH,
     )
-    _write(found, captions(generation.prompts, options.seed), options.output)
+    title = "" if options.schedule is None else f"scale schedule {options.schedule}, interpolated {options.interpolate}"
+    _write(found, captions(generation.prompts, options.seed), options.output, title)
 
 
-def _write(found: ScaleSweep, prompts: Sequence[str], output: Path) -> None:
+def _write(found: ScaleSweep, prompts: Sequence[str], output: Path, title: str) -> None:
     """Print the means, and write the image grid and, for several scales with rewards, the plot."""
     labels = {scale: f"scale {scale:g}" if scale else "base" for scale in found.images}
-    for scale, label in labels.items() if found.scores else ():
-        print(f"{label:10} {'  '.join(f'{name} {found.mean(name, scale):.4g}' for name in found.rewards)}", flush=True)
-    shown = found.rewards[0] if found.rewards else ""
     images = {label: found.images[scale] for scale, label in labels.items()}
-    scores = {label: found.scores[scale][shown] for scale, label in labels.items()} if shown else None
-    with atomic_path(output) as partial:
-        comparison(prompts, images, scores).save(partial)
-    print(f"wrote {output}")
+    scores = {label: found.scores[scale] for scale, label in labels.items()} if found.rewards else {}
+    write_comparison(output, prompts, images, scores, title)
     best = found.best_scale()
     if best is None or len(found.images) < 3:
         return

@@ -15,7 +15,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import lora as adapters
 from lightning_draft.models import lora_copy, lora_edit, lora_files, lora_writing
 from lightning_draft.models.lora import LoRA
-from lightning_draft.models.lora_files import LoRAFile
+from lightning_draft.models.lora_content import LoRABase, LoRAFile
 from lightning_draft.models.lora_text import TextUpdates
 from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
@@ -43,6 +43,11 @@ class AdaptedModel(PromptEmbedding):
     @abstractmethod
     def denoiser(self) -> Any:
         """The denoising network, which is trained."""
+
+    @property
+    @abstractmethod
+    def _lora_base(self) -> LoRABase:
+        """The description of this pipeline for LoRA files."""
 
     @property
     def text_scale(self) -> float:
@@ -177,6 +182,16 @@ class AdaptedModel(PromptEmbedding):
         if SCHEDULE in file.metadata:
             self.set_scale_schedule(ScaleSchedule.from_text(file.metadata[SCHEDULE]))
 
+    def unload_lora(self) -> None:
+        """Remove the adapters and the text encoders' part of a loaded LoRA; the model is the pretrained pipeline."""
+        self._check_adapters("unload_lora")
+        self.text_updates.set_scale(0.0)
+        self.text_updates = TextUpdates({}, {})
+        adapters.detach(self.denoiser)
+        self.lora = self._initial = None
+        self._weight_name = _first_name(self.denoiser)
+        self.clear_embeddings()
+
     def set_scale_schedule(self, schedule: ScaleSchedule | None) -> None:
         """Set `lora.scale_schedule`, the scale of the adapters as a function of the sampling step."""
         self._check_adapters("set_scale_schedule")
@@ -189,7 +204,7 @@ class AdaptedModel(PromptEmbedding):
         Raises:
             ConfigurationError: The file does not exist, is damaged, is of another kind, or is for another model.
         """
-        file = lora_files.read(path, self.family, self._adaptable())
+        file = lora_files.read(path, self._lora_base, self._adaptable())
         lora_copy.check_layers(self._adaptable(), file, self.family.denoiser)
         return file
 
@@ -220,7 +235,7 @@ class AdaptedModel(PromptEmbedding):
         file = self.read_lora(path)
         rank = lora.rank or file.rank
         if rank < file.rank:
-            file, error = lora_edit.resize(file, rank)
+            file, error = lora_edit.resize_lora(file, rank)
             warnings.warn(
                 f"lora.init: at rank {rank} the update of {path} has a relative error of {error:.2%}", stacklevel=5
             )

@@ -134,6 +134,24 @@ def opener(pretrained: str) -> str | None:
     return class_for_pipeline(str(name))
 
 
+def public_name(pretrained: str) -> str:
+    """Return the name of a pipeline without local folders, for files that are shared.
+
+    A shipped name or a hub id does not change; of a snapshot in the hub's cache the hub id is returned, and of another
+    folder or file its own name.
+    """
+    path = Path(pretrained).expanduser()
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    if cached is not None:
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return path.resolve().name if is_local(pretrained) or path.exists() else pretrained
+
+
+def is_local(pretrained: str) -> bool:
+    """Return whether a pipeline's name is that of a local folder or file, and not a shipped name or a hub id."""
+    return pretrained not in _SHIPPED and _is_path(pretrained)
+
+
 def _local(pretrained: str) -> Path:
     if pretrained not in _SHIPPED:
         return Path(pretrained).expanduser()

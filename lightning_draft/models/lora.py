@@ -131,6 +131,16 @@ def layers(network: nn.Module) -> list[LoraLayer]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
+def detach(network: Any) -> None:
+    """Replace the adapted layers of a network with the layers that they adapt."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, LoraLayer):
+            network.set_submodule(name, module.base_layer)
+    del network.peft_config
+    if hasattr(network, "_hf_peft_config_loaded"):
+        network._hf_peft_config_loaded = False
+
+
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
     """Within this context, adapters are disabled; their `requires_grad` does not change."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.lora import ADAPTER, shortened
-from lightning_draft.models.lora_files import LoRAFile
+from lightning_draft.models.lora_content import LoRAFile
 from lightning_draft.models.lora_update import Update
 
 

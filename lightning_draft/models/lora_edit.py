@@ -1,13 +1,15 @@
-"""Changes of LoRA files: scale, rank and weighted sums; and information about their layers."""
+"""Changes of LoRA files: scale, rank, weighted sums, and a scale schedule; and information about their layers."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_draft.arguments import finite
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.lora_files import LoRAFile, Updates
+from lightning_draft.models.lora_content import LoRAFile, Updates
 from lightning_draft.models.lora_update import Update, add, truncate
+from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
 
 
 @dataclass(frozen=True)
@@ -29,36 +31,45 @@ class LayerInfo:
     norm: float
 
 
-def info(file: LoRAFile, denoiser: str = "unet") -> list[LayerInfo]:
-    """Return rank, alpha and norm of each layer of a file, the largest norm first.
-
-    Args:
-        file: From `model.read_lora`.
-        denoiser: Name of the denoiser in the pipeline.
-    """
+def lora_info(file: LoRAFile) -> list[LayerInfo]:
+    """Return rank, alpha and norm of each layer of a file, the largest norm first."""
     rows = [
         LayerInfo(component, layer, update.rank, update.alpha, update.norm())
-        for component, layers in {denoiser: file.denoiser, **file.encoders}.items()
+        for component, layers in file.updates.items()
         for layer, update in layers.items()
     ]
     return sorted(rows, key=lambda row: -row.norm)
 
 
-def scale(file: LoRAFile, factor: float) -> LoRAFile:
+def scale_lora(file: LoRAFile, factor: float) -> LoRAFile:
     """Return the file with all updates multiplied by a factor; only alphas change.
+
+    Args:
+        file: From `read_lora`.
+        factor: Any number; a negative one reverses the effect, and 0 gives the base model.
 
     Raises:
         ConfigurationError: The factor is not finite.
     """
     finite("scale", factor, "write a number such as 0.8")
-    return _map(file, lambda update: update.times(factor))
+    return _with_metadata(_map(file, lambda update: update.times(factor)), scaled_by=str(factor))
 
 
-def resize(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
+def anneal_lora(file: LoRAFile, schedule: ScaleSchedule) -> LoRAFile:
+    """Return the file with a scale schedule in its header, which `load_lora` and `sample` apply; dW does not change.
+
+    Args:
+        file: From `read_lora`.
+        schedule: Scale of the update as a function of the sampling step.
+    """
+    return _with_metadata(file, **{SCHEDULE: schedule.to_text()})
+
+
+def resize_lora(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
     """Return the file at another rank, by singular value decomposition of each layer's update.
 
     Args:
-        file: From `model.read_lora`.
+        file: From `read_lora`.
         rank: Rank of all layers, at least 1.
 
     Returns:
@@ -75,7 +86,7 @@ def resize(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
     return _map(file, smaller), _relative(squares[0], squares[1])
 
 
-def mix(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = None) -> tuple[LoRAFile, float]:
+def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = None) -> tuple[LoRAFile, float]:
     """Compute the weighted sum of the updates of several files, `dW = sum_i w_i dW_i`.
 
     If a file does not adapt a layer, its `dW_i` is 0. The sum of updates of ranks `r_i` has at most the rank `sum_i
@@ -84,26 +95,43 @@ def mix(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = 
     Args:
         files: Files of the same model.
         weights: One for each file; negative ones subtract.
-        rank: Rank of the result; by default, for each layer, the sum of its ranks, at which the result is exact.
+        rank: Rank of the result; by default the largest sum of the ranks of a layer, at which the result is exact.
 
     Returns:
         The sum, and its relative error, `sqrt(sum |dW - dW'|^2 / sum |dW|^2)` over all layers.
 
     Raises:
         ConfigurationError: There are no files, their number differs from that of the weights, a weight is not finite,
-            or a layer has different shapes.
+            or the files are of different models.
     """
     if not files or len(files) != len(weights):
         raise ConfigurationError(f"{len(files)} files and {len(weights)} weights were given; give one weight per file")
-    scaled = [scale(file, weight) for file, weight in zip(files, weights, strict=True)]
+    _check_bases(files)
+    scaled = [scale_lora(file, weight) for file, weight in zip(files, weights, strict=True)]
     components = sorted({name for file in scaled for name in file.encoders})
     total = LoRAFile(
         files[0].path,
+        files[0].base,
         _sum([file.denoiser for file in scaled]),
         {name: _sum([file.encoders.get(name, {}) for file in scaled]) for name in components},
     )
-    everything = [*total.denoiser.values(), *(u for layers in total.encoders.values() for u in layers.values())]
-    return resize(total, max(update.rank for update in everything) if rank is None else rank)
+    largest = max(update.rank for layers in total.updates.values() for update in layers.values())
+    mixed, error = resize_lora(total, largest if rank is None else rank)
+    parts = {file.path.name: weight for file, weight in zip(files, weights, strict=True)}
+    mixed = _with_metadata(mixed, mix=json.dumps(parts), relative_error=f"{error:.3g}")
+    hashes = {file.metadata.get("base_sha256", "") for file in files}
+    return (mixed if hashes != {max(hashes)} else _with_metadata(mixed, base_sha256=max(hashes))), error
+
+
+def _check_bases(files: Sequence[LoRAFile]) -> None:
+    """Check that files were read for the same family; shapes are checked when the updates are added."""
+    families = {file.base.family.title for file in files}
+    if len(families) > 1:
+        raise ConfigurationError(f"files of {' and '.join(sorted(families))} cannot be added; give files of one model")
+
+
+def _with_metadata(file: LoRAFile, **metadata: str) -> LoRAFile:
+    return replace(file, metadata={**file.metadata, **metadata})
 
 
 def _sum(parts: Sequence[Updates]) -> dict[str, Update]:

@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.family import Family
+from lightning_draft.models.lora_content import LoRABase, LoRAFile
 from lightning_draft.models.lora_update import Update
 
 _OTHER_KINDS = {
@@ -32,49 +32,21 @@ _OTHER_KINDS = {
     ".diff": "full weight differences",
 }
 _FACTORS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-Updates = Mapping[str, Update]
 
 
-@dataclass(frozen=True)
-class LoRAFile:
-    """The content of a LoRA file.
-
-    Args:
-        path: The file.
-        denoiser: Updates of the denoiser by layer.
-        encoders: Updates of the text encoders by component and layer.
-        metadata: Text of the header, without peft's settings.
-    """
-
-    path: Path
-    denoiser: Updates
-    encoders: Mapping[str, Updates] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """The largest rank in the denoiser."""
-        return max(update.rank for update in self.denoiser.values())
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the adapted layers of the denoiser."""
-        return sorted(self.denoiser)
-
-
-def read(path: str | os.PathLike[str], family: Family, networks: Mapping[str, nn.Module]) -> LoRAFile:
+def read(path: str | os.PathLike[str], base: LoRABase, networks: Mapping[str, nn.Module]) -> LoRAFile:
     """Read a LoRA file.
 
     Args:
         path: A `.safetensors` file in the format of diffusers, old or new, peft, kohya's scripts or ComfyUI.
-        family: The family of the pipeline.
+        base: The pipeline that it adapts.
         networks: The denoiser and the text encoders, by their names in the pipeline; they may be on the meta device.
 
     Raises:
         ConfigurationError: The file does not exist, is damaged, has values that are not finite, is of another kind
             (DoRA, LoKr), or adapts something other than these networks.
     """
-    file = Path(path)
+    file, family = Path(path), base.family
     keys, header = check(file)
     settings = _settings(header.pop(LORA_ADAPTER_METADATA_KEY, "{}"), file)
     state = _renamed(read_tensors(file), family, networks)
@@ -89,7 +61,7 @@ def read(path: str | os.PathLike[str], family: Family, networks: Mapping[str, nn
     updates = {name: _updates(part, _select(settings, name), file) for name, part in parts.items() if part}
     if family.denoiser not in updates:
         raise ConfigurationError(f"{file} adapts no layer of the denoiser; give a LoRA file of {family.title}")
-    return LoRAFile(file, updates.pop(family.denoiser), updates, header)
+    return LoRAFile(file, base, updates.pop(family.denoiser), updates, header)
 
 
 def check(file: Path) -> tuple[list[str], dict[str, str]]:

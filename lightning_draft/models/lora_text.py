@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models.lora_files import Updates
+from lightning_draft.models.lora_content import Updates
 from lightning_draft.models.lora_update import Update
 
 

@@ -17,7 +17,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.models.family import Family
 from lightning_draft.models.lora import ADAPTER
-from lightning_draft.models.lora_files import Updates
+from lightning_draft.models.lora_content import LoRAFile, Updates
 from lightning_draft.models.lora_names import ComfyNames, with_text_model
 from lightning_draft.models.lora_update import Update
 
@@ -83,6 +83,27 @@ def write(
     }
     with atomic_path(path) as partial:
         save_file(prepared, partial, metadata={**header, "format": "pt"})
+
+
+def write_lora(
+    file: LoRAFile,
+    path: str | os.PathLike[str],
+    form: Format = "diffusers",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a LoRA file that was read or computed; its header has the metadata and the name of the base model.
+
+    Args:
+        file: From `read_lora`, `scale_lora`, `resize_lora`, `mix_loras` or `anneal_lora`.
+        path: The file to write, which ends in `.safetensors`; missing folders are created.
+        form: `diffusers`, or `comfy` for the names that ComfyUI, Forge and AUTOMATIC1111 read.
+        dtype: Dtype of the factors.
+
+    Raises:
+        ConfigurationError: The family has no names in ComfyUI, or the file cannot be written.
+    """
+    metadata = {**file.metadata, "base": file.base.name}
+    write(path, file.updates, metadata, file.base.family, file.base.config, form, dtype)
 
 
 def comfy_names(family: Family) -> ComfyNames:

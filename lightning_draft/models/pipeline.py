@@ -18,8 +18,9 @@ from lightning_draft.models.base import Conditioning
 from lightning_draft.models.base_hash import weights_sha256
 from lightning_draft.models.decoder import Memory, Precision, decode
 from lightning_draft.models.guidance import Guidance
-from lightning_draft.models.loading import load_pipeline, save_pipeline, torch_dtype
+from lightning_draft.models.loading import load_pipeline, public_name, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA, with_current_scales
+from lightning_draft.models.lora_content import LoRABase
 from lightning_draft.models.text_encoding import TextEncoding
 from lightning_draft.models.trainable import Trainable
 from lightning_draft.weightless import shapes_only
@@ -154,6 +155,11 @@ class PipelineModel(AdaptedModel):
         return str(self.pretrained)
 
     @property
+    def public_name(self) -> str:
+        """The pretrained pipeline without local folders: a shipped name, a hub id, or a folder's own name."""
+        return public_name(self.source)
+
+    @property
     def source_sha256(self) -> str | None:
         """SHA-256 of the file with the denoiser's weights, `None` if it is not on this disk; see `weights_sha256`."""
         folder = getattr(self.denoiser.config, "_name_or_path", None)
@@ -180,6 +186,11 @@ class PipelineModel(AdaptedModel):
         trained = self._denoiser_names(values or dict(self.trainable_parameters()))
         pipeline = load_pipeline(self.family, self.pretrained, self._dtypes, self.pretrained_config, self._omit)
         save_pipeline(pipeline, Path(folder), self.family, trained or {}, metadata or {})
+
+    @property
+    def _lora_base(self) -> LoRABase:
+        config, name = self.denoiser.config, self.public_name
+        return LoRABase(self.family, config, self.source, name, self.pretrained_config)
 
     @abstractmethod
     def _configure(self, pipeline: Any) -> None:

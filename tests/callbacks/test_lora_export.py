@@ -117,7 +117,7 @@ def test_header_contains_model_reward_method_step_and_scores(make_diffusion_modu
     trainer = make_trainer(callback, max_steps=2, val_check_interval=2)
     trainer.fit(make_diffusion_module(truncation=LastK(2)), data)
     header = header_of(callback.best_path)
-    assert header["base"] == str(tiny_sd)
+    assert header["base"] == tiny_sd.name
     assert header["method"] == "LastK(k=2)"
     assert header["reward"].startswith("ColorTarget(")
     assert header["step"] == "2"

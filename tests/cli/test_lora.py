@@ -6,19 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lightning_draft
 from lightning_draft.__main__ import main
 from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
-from lightning_draft.models.lora_files import LoRAFile
+from lightning_draft.models.lora_content import LoRAFile
 from lightning_draft.samplers import DDIM
 from lightning_draft.scale_sweep import save_plot, sweep
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYERS = {"a": ["to_q", "conv1"], "b": ["to_q", "to_v"]}
 
 
@@ -107,11 +110,97 @@ def test_info_lists_metadata_and_the_largest_updates(tiny_sd: Path, files: Any, 
     assert float(first[0]) == pytest.approx(max(norms.values()), rel=1e-4)
 
 
-def test_a_grid_is_written_beside_the_new_file(files: Any, tmp_path: Path) -> None:
+def scored(capsys: Any, *args: object) -> dict[str, float]:
+    """Run a command with a prompt and a reward, and return the printed means by label."""
+    assert run(*args, "--prompt", "a cat", "--reward", "Brightness", "--steps", 2) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " Brightness " in line]
+    return {line.rpartition(" Brightness ")[0].strip(): float(line.split()[-1]) for line in lines}
+
+
+def test_grids_show_the_base_the_inputs_and_the_result_from_the_same_noise(
+    tiny_sd: Path, files: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """A mix with weight 0 for one file is the other file, and a merge at a scale is the file at this scale."""
+    out, folder, halved = tmp_path / "c.safetensors", tmp_path / "merged", tmp_path / "half.safetensors"
+    base = ["--model", tiny_sd]
+    mixed = scored(capsys, "mix", f"{files['a']}:0", f"{files['b']}:1", "-o", out, "--grid", tmp_path / "mix.webp")
+    assert list(mixed) == ["base", "a.safetensors", "b.safetensors", "c.safetensors (new)"]
+    assert mixed["c.safetensors (new)"] == pytest.approx(mixed["b.safetensors"], abs=5e-6)
+    assert len({f"{value:.3g}" for value in mixed.values()}) == 3
+    merged = scored(capsys, "merge", files["b"], "-o", folder, "--scale", 0.5)
+    half = scored(capsys, "scale", files["b"], 0.5, "-o", halved, *base)
+    assert merged["merged (merged)"] == pytest.approx(merged["b.safetensors"], abs=5e-6)
+    assert merged["merged (merged)"] == pytest.approx(half["half.safetensors (new)"], abs=5e-6)
+    assert half["b.safetensors"] == mixed["b.safetensors"]
+    assert half["base"] == mixed["base"] == merged["base"]
+    for grid in ("mix.webp", "merged.png", "half.png"):
+        with Image.open(tmp_path / grid) as image:
+            assert image.width > 300
+
+
+def test_annealed_file_names_its_schedule_and_is_sampled_with_it(
+    files: Any, tiny_sd: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "c.safetensors"
-    assert run("scale", files["a"], 2, "-o", out, "--prompt", "a cat", "--reward", "Brightness") == 0
-    with Image.open(tmp_path / "c.png") as grid:
-        assert grid.width > 200
+    means = scored(capsys, "anneal", files["a"], "--schedule", "0,0", "-o", out)
+    assert means["c.safetensors (new)"] == pytest.approx(means["base"], abs=5e-6)
+    assert abs(means["a.safetensors"] - means["base"]) > 5e-5
+    with safe_open(out, "pt") as content:
+        assert json.loads(content.metadata()["scale_schedule"])["scales"] == [0.0, 0.0]
+    args = ["--model", str(tiny_sd), "--prompt", "a cat", "--reward", "Brightness", "--steps", "2"]
+    assert main(["sample", str(out), *args, "--schedule", "1", "--output", str(tmp_path / "s.png")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " Brightness " in line]
+    assert float(lines[0][-1]) == pytest.approx(means["base"], abs=5e-6)
+    assert float(lines[1][-1]) == pytest.approx(means["a.safetensors"], abs=5e-6)
+
+
+def test_headers_have_no_local_folder_and_the_config_of_the_run_locates_the_base(
+    tiny_sd: Path, files: Any, tmp_path: Path, capsys: Any
+) -> None:
+    run_folder = tmp_path / "run"
+    out, moved = run_folder / "lora" / "best.safetensors", tmp_path / "moved.safetensors"
+    assert run("scale", files["a"], 1.0, "-o", out) == 0
+    assert run("merge", files["a"], "-o", tmp_path / "merged") == 0
+    with safe_open(out, "pt") as content:
+        assert content.metadata()["base"] == tiny_sd.name
+    assert str(tiny_sd) not in (tmp_path / "merged" / "training.json").read_text()
+    assert run("info", out) == 2
+    assert f"was trained on {tiny_sd.name}, which is not here: headers do not contain" in capsys.readouterr().err
+    model = {"class_path": "StableDiffusion", "init_args": {"pretrained": str(tiny_sd)}}
+    config = {"model": {"class_path": "DraftModule", "init_args": {"model": model}}}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert run("info", out) == 0
+    moved.write_bytes(out.read_bytes())
+    assert run("info", moved) == 2
+    assert run("info", moved, "--model", tiny_sd) == 0
+
+
+def test_public_functions_edit_files(tiny_sd: Path, files: Any, tmp_path: Path) -> None:
+    """Read, scale, resize, mix, anneal, write, convert and merge, without the weights of the base model."""
+    a, b = (lightning_draft.read_lora(file) for file in files.values())
+    assert {info.rank for info in lightning_draft.lora_info(a)} == {2}
+    mixed, error = lightning_draft.mix_loras([lightning_draft.scale_lora(a, 2.0), b], [0.5, -1.0])
+    assert error < 1e-6
+    small, lost = lightning_draft.resize_lora(mixed, 1)
+    assert (small.rank, 0 < lost < 1) == (1, True)
+    schedule = lightning_draft.ScaleSchedule(power=2.0)
+    lightning_draft.write_lora(lightning_draft.anneal_lora(mixed, schedule), tmp_path / "c.safetensors")
+    assert (
+        lightning_draft.convert_lora(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "comfy", base=str(tiny_sd))
+        == 0.0
+    )
+    again = lightning_draft.read_lora(tmp_path / "d.safetensors", str(tiny_sd))
+    assert lightning_draft.ScaleSchedule.from_text(again.metadata["scale_schedule"]) == schedule
+    ours, inputs = dense(again), (dense(a), dense(b))
+    for layer, update in ours.items():
+        zero = torch.zeros_like(update)
+        expected = inputs[0].get(layer, zero) - inputs[1].get(layer, zero)
+        torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-5)
+    lightning_draft.merge_lora(again, tmp_path / "merged", scale=0.5)
+    before, after = (load_file(folder / "unet" / WEIGHTS) for folder in (tiny_sd, tmp_path / "merged"))
+    for layer, update in ours.items():
+        moved = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+        torch.testing.assert_close(moved, 0.5 * update, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +213,8 @@ def test_a_grid_is_written_beside_the_new_file(files: Any, tmp_path: Path) -> No
         (["merge", "{a}", "-o", "{folder}/new", "--scale", "nan"], "scale=nan must be a finite number"),
         (["merge", "{wide}", "-o", "{folder}/new"], "1 of its 1 layers have other shapes in this model"),
         (["mix", "{a}", "-o", "{folder}/new.safetensors", "--rank", "0"], "rank=0"),
+        (["convert", "{a}", "-o", "{folder}/new.safetensors", "--reward", "Brightness"], "a scored grid needs prompts"),
+        (["anneal", "{a}", "-o", "{folder}/new.safetensors", "--schedule", "sine"], "'sine' is not a scale schedule"),
     ],
 )
 def test_invalid_arguments_are_rejected(

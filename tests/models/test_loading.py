@@ -19,7 +19,7 @@ import lightning_draft
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import DiffusionModel, Family, LoRA, Memory, PipelineModel, StableDiffusion
 from lightning_draft.models.families import FAMILIES, Entry
-from lightning_draft.models.loading import opener
+from lightning_draft.models.loading import opener, public_name
 from lightning_draft.schedules import VariancePreserving
 
 
@@ -346,3 +346,18 @@ def test_the_table_names_the_pipeline_of_every_family() -> None:
 def test_the_table_imports_no_model() -> None:
     code = "import sys, lightning_draft.models.families; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "name"),
+    [
+        ("emoji64", "emoji64"),
+        ("runwayml/some-model", "runwayml/some-model"),
+        ("/home/me/models/mine", "mine"),
+        ("/home/me/mine.safetensors", "mine.safetensors"),
+        ("~/mine", "mine"),
+        ("/home/me/.cache/huggingface/hub/models--org--a--b/snapshots/0a1b", "org/a--b"),
+    ],
+)
+def test_public_names_have_no_local_folder(pretrained: str, name: str) -> None:
+    assert public_name(pretrained) == name

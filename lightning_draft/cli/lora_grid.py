@@ -1,0 +1,74 @@
+"""The image grid of the command `lora`: base model, given files and result from the same noise, with scores."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_draft.cli.generation import BATCH, captions, default_sampler, prompts_of, write_comparison
+from lightning_draft.cli.score import build_rewards
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.image_generation import generate, score_images
+from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image of each panel.
+
+    Args:
+        label: Its label.
+        model: The model; it is used for several images.
+        lora: The LoRA file, if any.
+        scale: Its strength.
+    """
+
+    label: str
+    model: PipelineModel
+    lora: Path | None = None
+    scale: float = 1.0
+
+
+def check_grid_options(options: argparse.Namespace) -> None:
+    """Check that rewards are given with prompts.
+
+    Raises:
+        ConfigurationError: There are rewards and no prompts.
+    """
+    if (options.reward or options.rewards or options.grid) and not (options.prompt or options.prompts):
+        raise ConfigurationError('a scored grid needs prompts; write --prompt "a cat" "a dog", or --prompts FILE')
+
+
+def write_grid(shown: Sequence[Shown], output: Path, options: argparse.Namespace) -> None:
+    """Generate images of the same prompts and noise, print their mean scores, and write the grid."""
+    prompts = prompts_of(options)[: options.max]
+    every = prompts * len(options.seed)
+    rewards = build_rewards(options.reward, options.rewards) if options.reward or options.rewards else {}
+    for reward in rewards.values():
+        reward.eval().requires_grad_(False).to(options.device)
+    images, scores = {}, {}
+    for each in shown:
+        images[each.label] = _images(each, default_sampler(each.model, options.steps), prompts, options)
+        if rewards:
+            scores[each.label] = score_images(
+                lambda x, p: {name: reward(x, p) for name, reward in rewards.items()},
+                images[each.label],
+                every,
+                torch.device(options.device),
+                BATCH,
+            )
+    write_comparison(output, captions(prompts, options.seed), images, scores)
+
+
+def _images(shown: Shown, sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace) -> Tensor:
+    model = shown.model.eval().to(options.device)
+    if shown.lora is not None:
+        model.load_lora(shown.lora)
+    made = [generate(model, sampler, prompts, seed, shown.scale, BATCH) for seed in options.seed]
+    if shown.lora is not None:
+        model.unload_lora()
+    return torch.cat(made)

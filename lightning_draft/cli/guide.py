@@ -13,6 +13,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.guide.comparison import GuidedImages, as_sample, run_method, summary, write_csv, write_json
 from lightning_draft.guide.methods import METHODS, Method, parse_method
+from lightning_draft.image_generation import generate
 from lightning_draft.methods.checks import check_reward
 from lightning_draft.rewards.base import Reward
 
@@ -39,6 +40,8 @@ def _guide(options: argparse.Namespace, methods: Sequence[Method]) -> None:
         raise ConfigurationError("there is no reward; write --reward NAME, --rewards FILE or --config NAME")
     name, reward = next(iter(generation.rewards.items()))
     methods = _usable(methods, reward)
+    if reward.needs_calibration:
+        _calibrate(reward, generation, options.seed[0])
     width = max(len(label) for label in ("base", "tuned", *(method.label for method in methods)))
     print(f"reward: {name}; evaluation: {', '.join(list(generation.rewards)[1:]) or 'none'}", flush=True)
     results: dict[str, GuidedImages] = {}
@@ -79,6 +82,14 @@ def _usable(methods: Sequence[Method], reward: Reward) -> list[Method]:
             "differentiable; write --method best_of_n, or choose a differentiable reward"
         )
     return list(methods) or [each for each in METHODS.values() if reward.differentiable or not each.needs_gradient]
+
+
+@torch.no_grad()
+def _calibrate(reward: Reward, generation: Generation, seed: int) -> None:
+    """Compute the reward's statistics from images of the base model."""
+    prompts = generation.prompts
+    images = generate(generation.model, generation.sampler, prompts, seed, 0.0, BATCH)
+    reward.update_statistics(reward.breakdown(images.clamp(0, 1).to(generation.model.device), prompts)[1])
 
 
 def _check_gradient(reward: Reward, base: GuidedImages, generation: Generation) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -79,4 +79,4 @@ def parse_method(text: str) -> Method:
         )
     if method.is_count:
         at_least(f"--method {name}", number, 1, f"write {name}:{method.value:g}")
-    return Method(**{**vars(method), "value": number})
+    return replace(method, value=number)

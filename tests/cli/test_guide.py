@@ -89,6 +89,17 @@ def test_black_box_reward_is_used_by_best_of_n_only(command: Callable, tiny_sd: 
     assert "best_of_n" in result.err
 
 
+def test_standardized_rewards_have_the_statistics_of_the_base_images(command: Callable, tiny_sd: Path) -> None:
+    Path("sum.yaml").write_text(
+        "sum: {class_path: ZScoreSum, init_args: {rewards: {light: {reward: {class_path: Brightness}}}}}\n"
+    )
+    args = ["--model", tiny_sd, "--prompt", "red", "a cat", "--steps", 2, "--rewards", "sum.yaml"]
+    result = command("guide", *args, "--method", "norm_matched")
+    assert result.status == 0, result.err
+    base = [row["sum"] for (method, *_), row in tables("guide")[1].items() if method == "base"]
+    assert base == pytest.approx([1.0, -1.0], rel=1e-3) or base == pytest.approx([-1.0, 1.0], rel=1e-3)
+
+
 def test_reward_without_a_gradient_is_an_error_before_the_methods_run(command: Callable, tiny_sd: Path) -> None:
     Path("mine.py").write_text(
         "from lightning_draft.rewards import Reward\n"

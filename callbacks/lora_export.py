@@ -257,7 +257,7 @@ def write(
             model.save_lora(partial, metadata)
         else:
             model.save_lora(partial, metadata, own)
-    if comfy and isinstance(module.model, PipelineModel) and module.model.family.comfy is not None:
+    if comfy and isinstance(module.model, PipelineModel) and module.model.has_comfy_names:
         title = {"title": path.parent.parent.name or path.stem}
         module.model.save_lora(path.with_suffix(f".comfy{path.suffix}"), {**metadata, **title}, own, "comfy")
 

@@ -104,7 +104,7 @@ def write_card(
         comfy: Whether files for ComfyUI are written if the family supports them.
         results: Scores, images and further settings.
     """
-    has_comfy = comfy and model.family.comfy is not None
+    has_comfy = comfy and model.has_comfy_names
     title = path.parent.parent.name or path.stem
     rank = DEFAULT_RANK if model.lora is None else model.lora.rank or DEFAULT_RANK
     card = model_card(title, header, model.family.pipeline_name, rank, has_comfy, path.stem, results)

@@ -67,6 +67,12 @@ class AdaptedModel(PromptEmbedding):
         super().release_text_encoder()
         self.text_updates.release()
 
+    @property
+    def has_comfy_names(self) -> bool:
+        """Whether the names that ComfyUI reads are known for the adapted components."""
+        names = self.family.comfy
+        return names is not None and names.prefixes.keys() >= self.text_updates.updates.keys()
+
     @contextmanager
     def base(self) -> Iterator[None]:
         """Within this context, the model is the base model.

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_draft.errors import ConfigurationError
+
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -98,7 +100,12 @@ class ComfyNames:
             component: Component of the pipeline, such as `unet`.
             layer: The layer in the component.
             config: Config of the denoiser; `None` for a layer of a text encoder.
+
+        Raises:
+            ConfigurationError: The component has no names in ComfyUI.
         """
+        if component not in self.prefixes:
+            raise ConfigurationError(f"the layer names of {component} in ComfyUI are not known; use format diffusers")
         name = with_text_model(component, layer) if config is None else self.denoiser_name(layer, config)
         return self.prefixes[component] + (name.replace(".", "_") if self.underscores else name)
 

@@ -47,7 +47,9 @@ class StableDiffusion3(PipelineModel):
         lora_targets=JOINT_ATTENTION,
         unused={"image_encoder": None, "feature_extractor": None},
         comfy=ComfyNames(
-            {"transformer": "transformer."}, lambda config: ("sd3", "stable-diffusion-3-medium"), underscores=False
+            {name: f"{name}." for name in ("transformer", "text_encoder", "text_encoder_2")},
+            lambda config: ("sd3", "stable-diffusion-3-medium"),
+            underscores=False,
         ),
     )
 

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
@@ -15,9 +21,11 @@ from torch import Tensor
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lightning_draft.models.lora_base import read_lora
+from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.lora_names import original_unet_name
 from lightning_draft.models.pipeline import PipelineModel
-from lightning_draft.samplers import DDIM
+from lightning_draft.samplers import DDIM, FlowEuler
 
 PROMPTS = ["a red cat", "dog"]
 LAYERS = ["to_q", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv2", "time_emb_proj", "downsamplers.0.conv"]
@@ -147,6 +155,49 @@ def test_comfy_file_of_stable_diffusion_3_has_diffusers_names_and_alpha(tiny_sd3
         torch.testing.assert_close(ours, ratio * theirs)
 
 
+# ComfyUI's published map of Stable Diffusion 3 has `transformer.` and these layers of each block, in `comfy/lora.py`
+# and `comfy/utils.py`, and `text_encoder.text_model.` and `text_encoder_2.text_model.` for the layers of both CLIPs.
+MMDIT = {f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")}
+MMDIT |= {f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+MMDIT |= {f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+def test_comfy_file_of_stable_diffusion_3_has_the_names_of_comfyui_and_gives_the_same_images_in_diffusers(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    """The attention of both streams, which is what is adapted by default, and a CLIP's part."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    pipeline.set_progress_bar_config(disable=True)
+    model = tuned(tiny_sd3, StableDiffusion3, LoRA(2, alpha=3.0))
+    base_file, file = tmp_path / "base.safetensors", tmp_path / "best.comfy.safetensors"
+    model.save_lora(base_file)
+    clip = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_"
+    width = pipeline.text_encoder.config.hidden_size
+    extra = {f"{clip}A.weight": torch.ones(1, width), f"{clip}B.weight": torch.full((width, 1), 0.05)}
+    save_file({**load_file(base_file), **extra}, base_file)
+    loaded = opened(tiny_sd3, StableDiffusion3)
+    loaded.load_lora(base_file)
+    loaded.save_lora(file, form="comfy")
+    keys = {key.rpartition(".")[0].removesuffix(".lora_A").removesuffix(".lora_B") for key in load_file(file)}
+    blocks = {key.removeprefix("transformer.transformer_blocks.").partition(".")[2] for key in keys if "blocks" in key}
+    assert blocks <= MMDIT
+    assert keys - {key for key in keys if "blocks" in key} == {clip.removesuffix(".lora_")}
+    start = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        chain = SamplingChain(loaded, FlowEuler(2), loaded.encode(PROMPTS[:1]))
+        ours = loaded.decode(chain.advance(chain.start(start)).x).clamp(0, 1)
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "latents": start, "output_type": "pt"}
+    height, width = loaded.image_size
+    base = pipeline(PROMPTS[:1], height=height, width=width, **options).images
+    content = load_file(file)
+    alphas = {key: content.pop(key) for key in list(content) if key.endswith(".alpha")}
+    assert all(float(alpha) == len(content[key.replace(".alpha", ".lora_A.weight")]) for key, alpha in alphas.items())
+    pipeline.load_lora_weights(content)  # which rejects tensors named alpha; without them, alpha is the rank
+    theirs = pipeline(PROMPTS[:1], height=height, width=width, **options).images
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-4)
+    assert (theirs - base).abs().mean() > 1e-3
+
+
 def with_text_part(folder: Path, pipeline: Any, target: Path) -> Path:
     """A file of diffusers with adapters in the denoiser and in the first text encoder."""
     source = plain(folder, pipeline)
@@ -203,6 +254,16 @@ def test_text_encoder_part_alone_changes_the_embeddings_by_its_definition(tiny_s
     with model.base():
         assert torch.equal(model.encode(PROMPTS).tensors["text"], plain_text)
     assert torch.equal(model.encode(PROMPTS).tensors["text"], tuned_text)
+
+
+def test_merged_pipeline_includes_the_text_encoder_part(tiny_sd: Path, tmp_path: Path) -> None:
+    file = with_text_part(tiny_sd, StableDiffusionPipeline, tmp_path)
+    expected = pipeline_images(plain(tiny_sd, StableDiffusionPipeline, file))
+    merge_lora(read_lora(file, str(tiny_sd)), tmp_path / "merged")
+    merged = plain(tmp_path / "merged", StableDiffusionPipeline)
+    torch.testing.assert_close(pipeline_images(merged), expected, rtol=0, atol=2e-4)
+    denoiser_only = read_lora(file, str(tiny_sd)).denoiser
+    assert {name.rpartition(".")[2] for name in denoiser_only} == {"to_q"}
 
 
 def test_a_second_file_replaces_the_text_encoder_part_of_the_first(tiny_sd: Path, tmp_path: Path) -> None:

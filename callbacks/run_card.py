@@ -57,7 +57,7 @@ def write_run_card(
 
 def write_images(record: ValidationRecord, folder: Path) -> None:
     """Write the first images of a validation: those of the fine-tuned model, and a comparison with the base model."""
-    tuned = [to_pil_image(image, min_size=1) for image in record.images["tuned"]]
+    tuned = [to_pil_image(image, min_size=1) for image in record.images["fine-tuned"]]
     files = {folder / WIDGET.format(number): image for number, image in enumerate(tuned)}
     files[folder / GRID] = comparison(record.prompts, record.images, per_row=2)
     for path, image in files.items():

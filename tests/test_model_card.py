@@ -249,4 +249,4 @@ def test_a_validation_records_the_change_of_each_score_with_its_standard_error()
     assert change.after == pytest.approx(after.mean().item())
     assert change.error == pytest.approx((gain.std() / 7**0.5).item())
     assert change.count == 7
-    assert torch.equal(records[0].images["tuned"], images.clamp(0, 1))
+    assert torch.equal(records[0].images["fine-tuned"], images.clamp(0, 1))

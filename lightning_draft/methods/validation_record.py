@@ -37,14 +37,14 @@ class ValidationRecord:
 
     Attributes:
         prompts: Prompts of the kept images, at most 4.
-        images: Kept images `(N, 3, H, W)` in [0, 1], on the CPU, of both models: `base` and `tuned`.
+        images: Kept images `(N, 3, H, W)` in [0, 1], on the CPU, of both models: `base` and `fine-tuned`.
     """
 
     def __init__(self, prompts: Sequence[str], tuned: Tensor, base: Tensor) -> None:
         self._sums: dict[str, Tensor] = {}
         self.prompts = [str(prompt) for prompt in prompts[:KEPT_IMAGES]]
         self.images = {
-            name: x[:KEPT_IMAGES].float().clamp(0, 1).cpu() for name, x in (("base", base), ("tuned", tuned))
+            name: x[:KEPT_IMAGES].float().clamp(0, 1).cpu() for name, x in (("base", base), ("fine-tuned", tuned))
         }
 
     def add(self, scores: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

@@ -137,7 +137,7 @@ def _given(published: PublishedFile, local: str, argument: str) -> Path:
 
 
 def _download(published: PublishedFile, argument: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if published.host != "hub":
@@ -151,6 +151,7 @@ def _download(published: PublishedFile, argument: str) -> Path:
         return Path(hf_hub_download(published.repo, published.name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else reason
         raise ConfigurationError(
             f"{published} is not in the hub's cache on this machine and could not be downloaded ({reason}); download "
             f"it on a machine with a connection and write {argument}=FOLDER/{Path(published.name).name}"

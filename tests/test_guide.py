@@ -232,9 +232,9 @@ def test_samples_of_a_batch_do_not_depend_on_each_other(name: str) -> None:
     ("text", "message"),
     [
         ("gradint", "did you mean gradient"),
-        ("reno:1.5", "must be an integer; write reno:10"),
+        ("reno:1.5", "iterations of reno must be an integer of at least 1; write reno:10"),
         ("gradient:x", "must be a number; write gradient:1"),
-        ("best_of_n:0", "must be at least 1"),
+        ("best_of_n:0", "must be an integer of at least 1"),
         ("norm_matched:nan", "must be a number"),
     ],
 )

@@ -176,7 +176,9 @@ def _sources(options: argparse.Namespace, command: str) -> tuple[Path | None, Pa
     if config is not None and options.model is not None:
         raise ConfigurationError("give --config or --model, not both")
     if file is None and config is None and options.model is None:
-        raise ConfigurationError(f"give a LoRA file, a run's folder, a --config or a --model; see {command} --help")
+        raise ConfigurationError(
+            f"give a LoRA file, a run's folder, a --config or a --model; see lightning-draft {command} --help"
+        )
     return file, config
 
 

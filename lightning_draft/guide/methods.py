@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, one_of
+from lightning_draft.arguments import one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.guide.best_of_n import best_of_n
 from lightning_draft.guide.gradient import gradient_guidance, norm_matched_guidance
@@ -72,11 +72,10 @@ def parse_method(text: str) -> Method:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number) or (method.is_count and number != int(number)):
-        kind = "an integer" if method.is_count else "a number"
+    valid = math.isfinite(number) and (not method.is_count or (number >= 1 and number == int(number)))
+    if not valid:
+        kind = "an integer of at least 1" if method.is_count else "a number"
         raise ConfigurationError(
             f"--method {text}: the {method.parameter} of {name} must be {kind}; write {name}:{method.value:g}"
         )
-    if method.is_count:
-        at_least(f"--method {name}", number, 1, f"write {name}:{method.value:g}")
     return replace(method, value=number)

@@ -10,9 +10,9 @@ from benchmarks.run_differences import differences
 
 
 def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
-    outcome = storm(tmp_path, kills=2, seed=3)
+    outcome = storm(tmp_path, kills=4, seed=3)
     assert outcome.faults == []
-    assert outcome.kills.total() == 2
+    assert outcome.kills.total() == 4
 
 
 def test_a_difference_in_any_file_is_found(tmp_path: Path) -> None:

@@ -190,10 +190,16 @@ def run(folder: Path, *options: str) -> command._Run:
 def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
     small_sd: Path, truncation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_LONG", 3)
-    options = ("--model.sampler.num_steps", "4", "--model.truncation", truncation)
+    options, counted, count = ("--model.sampler.num_steps", "6", "--model.truncation", truncation), [], command._count
+
+    def noted(cli: Any, module: Any, prompts: list[str]) -> StepPlan:
+        counted.append(module.sampler.num_steps)
+        return count(cli, module, prompts)
+
+    monkeypatch.setattr(command, "_count", noted)
     short = run(small_sd, *options)
-    monkeypatch.setattr(command, "_LONG", 4)
+    assert max(counted) < 6
+    monkeypatch.setattr(command, "_LONG", 6)
     monkeypatch.setattr(command, "_steps_needed", lambda module: module.sampler.num_steps)
     whole = run(small_sd, *options)
     assert (short.plan.live, short.plan.flops, short.plan.calls) == (

@@ -35,8 +35,8 @@ ALTERNATIVES = (
 )
 """Options that may lower the peak."""
 
-_LONG = 4
-"""Number of sampling steps up to which all steps of a chain are run."""
+_LONG = 5
+"""Number of sampling steps up to which all steps of a chain are run; with fewer than 3, the peak may be elsewhere."""
 
 _VERIFIED = 64
 """Batch size up to which the largest batch is checked by planning a step; checking a larger one would take long."""

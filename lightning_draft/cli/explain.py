@@ -179,7 +179,7 @@ def _missing(problem: Problem, groups: Mapping[str, Any], names: str) -> str:
     name = names.split(", ")[0].removeprefix("fit.").removeprefix("validate.")
     path = (*problem.path, *name.split("."))
     kind = problem.kind if isinstance(problem.kind, type) else None
-    hint = hints.parameters(kind).get(name, Any) if kind else groups.get(name, Any)
+    hint = hints.nested_parameter(kind, name.split(".")) if kind else groups.get(name, Any)
     needed = f"{kind.__name__} needs it ({hints.describe(hint)})" if kind else "every run needs it"
     return f"{_option(path)} is missing: {needed}; write {_option(path)} VALUE"
 

@@ -104,7 +104,8 @@ def _line(results: dict[str, GuidedImages], label: str) -> str:
     scores = []
     for name, mean in row["mean"].items():
         gain, error = row["gain"][name], row["standard_error_of_gain"][name]
-        scores.append(f"{name} {mean:8.4g}" + ("" if label == "base" else f" ({gain:+.3g} ± {error:.2g})"))
+        spread = "" if error is None else f" ± {error:.2g}"
+        scores.append(f"{name} {mean:8.4g}" + ("" if label == "base" else f" ({gain:+.3g}{spread})"))
     passes = f"{row['forwards_per_image']:g} + {row['backwards_per_image']:g} passes per image"
     return f"{'  '.join(scores)}  {passes}, {row['seconds']:.1f} s"
 

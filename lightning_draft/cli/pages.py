@@ -106,7 +106,7 @@ lightning-draft guide: images with a higher reward from the base model, by metho
 
   lightning-draft guide --config quickstart
   lightning-draft guide runs/quickstart --method best_of_n:16 gradient:1 gradient:3
-  lightning-draft guide --model emoji64 --rewards rewards.yaml --prompts emoji64_eval
+  lightning-draft guide --model emoji64 --rewards rewards.yaml --prompts emoji64_eval --steps 10
 
   --method NAME[:VALUE] ...   by default all that the reward allows:
                         best_of_n:8        the best of 8 samples; the reward needs no gradient

@@ -42,10 +42,11 @@ class GuidedImages:
     backwards: float
     seconds: float
 
-    def gain(self, base: "GuidedImages", reward: str) -> tuple[float, float]:
-        """Return the mean difference of a reward from the base's images, and its standard error."""
+    def gain(self, base: "GuidedImages", reward: str) -> tuple[float, float | None]:
+        """Return the mean difference of a reward from the base's images, and its standard error, None for one image."""
         differences = (self.scores[reward] - base.scores[reward]).double()
-        return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
+        count = len(differences)
+        return float(differences.mean()), float(differences.std() / count**0.5) if count > 1 else None
 
 
 def run_method(

@@ -81,6 +81,7 @@ def test_black_box_reward_is_used_by_best_of_n_only(command: Callable, tiny_sd: 
         assert result.status == 0, result.err
     assert [row["method"] for row in tables("guide")[0]["methods"]] == ["base", "best_of_n 8"]
     assert Path("guide.png").read_bytes() == Path("again.png").read_bytes()
+    assert tables("guide")[0]["methods"][1]["standard_error_of_gain"] == {"JPEGSize": None}  # of one image
     with Image.open("guide.png") as grid:
         assert grid.width > 2 * 192
     result = command("guide", *args, "--method", "reno")

@@ -79,7 +79,7 @@ class Interruption:
         if self._received is not None and not self._several:
             self._raise(self._received)
 
-    def agree(self, trainer: L.Trainer) -> None:
+    def synchronize(self, trainer: L.Trainer) -> None:
         """Raise in all processes if any of them received a signal; all must call it at the same step."""
         if not self._several:
             return

@@ -108,7 +108,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop at the end of this step if a process received a signal."""
-        self._interruption.agree(trainer)
+        self._interruption.synchronize(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Delay Ctrl-C until the optimization step and its bookkeeping are complete."""

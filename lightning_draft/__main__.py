@@ -39,61 +39,61 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if verb in ("-h", "--help", "help"):
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
         print(pages.MAIN)
         return 0
-    if verb in ("-V", "--version"):
+    if command in ("-V", "--version"):
         print(f"lightning-draft {__version__}")
         return 0
-    if verb == "configs":
+    if command == "configs":
         return _configs(rest)
-    if verb == "completion":
+    if command == "completion":
         return _completion(rest)
-    if verb in pages.VERBS:
-        return _run(verb, rest)
-    known = [*pages.VERBS, "configs", "completion", "--help", "--version"]
-    hint = f": {pages.INSTEAD[verb]}" if verb in pages.INSTEAD else shipped.nearest(verb, known)
-    raise ConfigurationError(f"there is no command {verb!r}{hint}; see lightning-draft --help")
+    if command in pages.COMMANDS:
+        return _run(command, rest)
+    known = [*pages.COMMANDS, "configs", "completion", "--help", "--version"]
+    hint = f": {pages.INSTEAD[command]}" if command in pages.INSTEAD else shipped.nearest(command, known)
+    raise ConfigurationError(f"there is no command {command!r}{hint}; see lightning-draft --help")
 
 
-def _run(verb: str, rest: list[str]) -> int:
-    """Run a command of `pages.VERBS`."""
+def _run(command: str, rest: list[str]) -> int:
+    """Run a command of `pages.COMMANDS`."""
     is_help = [arg in ("-h", "--help") for arg in rest]
     # `fit --config FILE --help` is for the parser of classes, which lists every option.
-    if rest and (all(is_help) if verb in ("fit", "validate") else any(is_help)):
-        print(pages.VERBS[verb])
+    if rest and (all(is_help) if command in ("fit", "validate") else any(is_help)):
+        print(pages.COMMANDS[command])
         return 0
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import_from_current_folder()
-    if verb == "sample":
+    if command == "sample":
         from lightning_draft.cli.sample import main as sample
 
         return sample(rest)
-    if verb == "guide":
+    if command == "guide":
         from lightning_draft.cli.guide import main as guide
 
         return guide(rest)
-    if verb == "score":
+    if command == "score":
         from lightning_draft.cli.score import main as score
 
         return score(rest)
-    if verb == "vote":
+    if command == "vote":
         from lightning_draft.cli.vote import main as vote
 
         return vote(rest)
-    if verb == "lora":
+    if command == "lora":
         from lightning_draft.cli.lora import main as lora
 
         return lora(rest)
-    if verb == "plan":
+    if command == "plan":
         from lightning_draft.cli.plan import main as plan
 
         return plan(rest)
-    rest = shipped.expand(verb, rest)
+    rest = shipped.expand(command, rest)
     from lightning_draft.cli.app import run
 
-    return run("fit" if verb == "fit" else "validate", rest)
+    return run("fit" if command == "fit" else "validate", rest)
 
 
 def _configs(rest: list[str]) -> int:

@@ -107,8 +107,8 @@ def test_tags_in_yaml_do_not_run_code(option: str, tmp_path: Path, capsys: pytes
 
     file, mark = tmp_path / "a.yaml", tmp_path / "ran"
     file.write_text(f"model: !!python/object/apply:pathlib.Path.touch [{{mark: {mark}}}]\n")
-    verb = ["score", str(tmp_path)] if option == "--rewards" else ["sample"]
-    assert main([*verb, option, str(file)]) == 2
+    command = ["score", str(tmp_path)] if option == "--rewards" else ["sample"]
+    assert main([*command, option, str(file)]) == 2
     assert "python/object/apply" in capsys.readouterr().err
     assert not mark.exists()
 

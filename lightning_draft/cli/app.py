@@ -37,26 +37,26 @@ from lightning_draft.methods.base import RewardModule
 _SAVE_DIR = "--trainer.logger.save_dir"
 
 
-def run(verb: Literal["fit", "validate"], args: Sequence[str]) -> int:
+def run(command: Literal["fit", "validate"], args: Sequence[str]) -> int:
     """Run `fit` or `validate` and return the exit status.
 
     Args:
-        verb: `fit` or `validate`.
-        args: The arguments after the verb, with configs as files.
+        command: `fit` or `validate`.
+        args: The arguments after the command, with configs as files.
 
     Raises:
         ConfigurationError: The configuration is not valid.
     """
     options = ["--help" if arg == "--help_all" else arg for arg in args]
-    with process_arguments([verb, *options]), full_option_names(options):
-        return DraftCLI(verb).status
+    with process_arguments([command, *options]), full_option_names(options):
+        return DraftCLI(command).status
 
 
 class DraftCLI(LightningCLI):
     """Parse the process's arguments, build the objects, and run the command.
 
     Args:
-        verb: `fit` or `validate`.
+        command: `fit` or `validate`.
 
     Attributes:
         status: The exit status.
@@ -66,8 +66,8 @@ class DraftCLI(LightningCLI):
     status = 0
     run: RunFolder | None = None
 
-    def __init__(self, verb: Literal["fit", "validate"]) -> None:
-        self.verb = verb
+    def __init__(self, command: Literal["fit", "validate"]) -> None:
+        self.command = command
         self.preemption = Preemption()
         self._as_written: Any = Namespace()  # type: ignore[no-untyped-call]
         try:
@@ -84,7 +84,7 @@ class DraftCLI(LightningCLI):
                         "parser_mode": "omegaconf",
                         "exit_on_error": False,
                         "allow_abbrev": False,
-                        "default_env": any(name.startswith(f"PL_{verb.upper()}__") for name in os.environ),
+                        "default_env": any(name.startswith(f"PL_{command.upper()}__") for name in os.environ),
                     },
                     subclass_mode_model=True,
                     auto_configure_optimizers=False,
@@ -102,7 +102,7 @@ class DraftCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule", "verbose"},
         }
-        return {self.verb: options[self.verb]}
+        return {self.command: options[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name, how it resumes, and one option for each callback."""
@@ -139,7 +139,7 @@ class DraftCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check values, and choose the run's folder and checkpoint before anything is loaded."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         configs = [Path(str(path)) for path in config.get("config") or []]
         config["name"] = config["name"] or run_folder.default_name(configs)
         self._as_written = config.clone()
@@ -151,7 +151,7 @@ class DraftCLI(LightningCLI):
 
     def _choose_folder(self, root: Path, configs: list[Path]) -> RunFolder:
         """Return the folder of this run; the first process creates it if it is new."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         name, checkpoint = run_folder.check_name(config["name"]), config["ckpt_path"]
         saved = [path.parent for path in configs if path.name == "config.yaml"][-1:]
         own = None if option_values(sys.argv, "--name") or not saved else saved[0]
@@ -165,7 +165,7 @@ class DraftCLI(LightningCLI):
                 return run_folder.newest(root, name)
             return run_folder.resume(own or (run_folder.existing(root, name) or [root / name])[-1], elsewhere)
         file = None if checkpoint is None else find_checkpoint(str(checkpoint))
-        if self.verb != "fit" or config["trainer"]["fast_dev_run"] or not is_first_process():
+        if self.command != "fit" or config["trainer"]["fast_dev_run"] or not is_first_process():
             return RunFolder(root / name, file)
         return RunFolder(run_folder.create(root, name).path, file, created=True)
 
@@ -184,8 +184,8 @@ class DraftCLI(LightningCLI):
         assert self.run is not None
         config = self._get(self.config_init, "trainer")
         if config["logger"] in (None, True):
-            kwargs["logger"] = RunLogger(self.run.path) if self.verb == "fit" else False
-        if self.verb == "validate" and not sys.stdout.isatty():
+            kwargs["logger"] = RunLogger(self.run.path) if self.command == "fit" else False
+        if self.command == "validate" and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
         kwargs["default_root_dir"] = str(self.run.path)
         kwargs["callbacks"] = self._callbacks({**config, **kwargs})
@@ -205,7 +205,7 @@ class DraftCLI(LightningCLI):
             named = [callback for callback in named if not isinstance(callback, Checkpoint)]
         if config["fast_dev_run"]:
             named = [callback for callback in named if not isinstance(callback, FILE_WRITERS)]
-        elif self.verb == "fit":
+        elif self.command == "fit":
             with warnings.catch_warnings():  # newer releases of jsonargparse rename the argument
                 warnings.simplefilter("ignore", DeprecationWarning)
                 written = without_enums(self._as_written)

@@ -13,7 +13,7 @@ _SCRIPT = """\
 _lightning_draft() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words=""
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{verbs}"
+        words="{commands}"
     elif [ "$previous" = --config ] || [ "$previous" = show ]; then
         words="{configs}"
     else
@@ -41,18 +41,18 @@ def script(shell: str) -> str:
     """
     one_of("completion", shell, ("bash", "zsh"))
     subcommands = {"configs": ["list", "show"], "completion": ["bash", "zsh"]}
-    words = {verb: sorted(_options(verb)) for verb in pages.VERBS} | subcommands
-    cases = "\n".join(f'            {verb}) words="{" ".join(some)}" ;;' for verb, some in words.items())
+    words = {command: sorted(_options(command)) for command in pages.COMMANDS} | subcommands
+    cases = "\n".join(f'            {command}) words="{" ".join(some)}" ;;' for command, some in words.items())
     text = _SCRIPT.format(
-        verbs=" ".join([*words, "--help", "--version"]), configs=" ".join(shipped.names()), cases=cases
+        commands=" ".join([*words, "--help", "--version"]), configs=" ".join(shipped.names()), cases=cases
     )
     return (_ZSH if shell == "zsh" else "") + text
 
 
-def _options(verb: str) -> set[str]:
+def _options(command: str) -> set[str]:
     """Return the options on the help page of a command and, if it has `--config`, those of the shipped configs."""
-    named = set(re.findall(r"--[a-z][a-z_]*(?:\.[a-z_]+)*(?![.\w])", pages.VERBS[verb])) | {"--help"}
-    if verb not in ("fit", "validate"):
+    named = set(re.findall(r"--[a-z][a-z_]*(?:\.[a-z_]+)*(?![.\w])", pages.COMMANDS[command])) | {"--help"}
+    if command not in ("fit", "validate"):
         return named
     contents = (yaml.safe_load(shipped.locate(name).read_text(encoding="utf-8")) for name in shipped.names())
     return named | {f"--{key}" for content in contents for key in _keys(content)}

@@ -197,7 +197,7 @@ lightning-draft plan: peak memory and cost of a training step, before any weight
   --flops NUMBER         FLOP/s that the GPU reaches, such as 60e12; the seconds of a step are printed
   --brief                do not try the options that may lower the peak"""
 
-VERBS = {
+COMMANDS = {
     "fit": FIT,
     "validate": VALIDATE,
     "sample": SAMPLE,

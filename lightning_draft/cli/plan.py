@@ -92,7 +92,7 @@ class _PlanCLI(DraftCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check values."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         self._as_written = config.clone()
         check_options(messages.flatten(config.as_dict()))
         config["trainer"]["logger"] = False

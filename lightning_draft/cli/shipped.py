@@ -89,11 +89,11 @@ def yaml_error(path: Any, error: Any) -> ConfigurationError:
     return ConfigurationError(f"{path}{line} is not YAML: {str(error.problem).rstrip('.')}")
 
 
-def expand(verb: str, args: Sequence[str]) -> list[str]:
+def expand(command: str, args: Sequence[str]) -> list[str]:
     """Replace the names after `--config` by files, after checking the files and the names of the options.
 
     Args:
-        verb: The command, for messages.
+        command: The command, for messages.
         args: The arguments after the command.
 
     Raises:
@@ -104,7 +104,7 @@ def expand(verb: str, args: Sequence[str]) -> list[str]:
     for arg in values:
         flag, equals, name = arg.partition("=")
         if flag not in _FLAGS:
-            _check_spelling(verb, flag, args)
+            _check_spelling(command, flag, args)
             expanded.append(arg)
             continue
         name = name if equals else next(values, "")
@@ -116,7 +116,7 @@ def expand(verb: str, args: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _check_spelling(verb: str, argument: str, args: Sequence[str]) -> None:
+def _check_spelling(command: str, argument: str, args: Sequence[str]) -> None:
     """Find a misspelled option, or a config without `--config`, before heavy packages are imported.
 
     Raises:
@@ -124,7 +124,7 @@ def _check_spelling(verb: str, argument: str, args: Sequence[str]) -> None:
     """
     if argument is args[0] and not argument.startswith("-"):
         config = argument if argument in names() or Path(argument).exists() else "NAME"
-        raise ConfigurationError(f"{argument!r} is not an option; write lightning-draft {verb} --config {config}")
+        raise ConfigurationError(f"{argument!r} is not an option; write lightning-draft {command} --config {config}")
     name = argument.removeprefix("--").partition(".")[0].rstrip("+")
     if not argument.startswith("--") or name in _OPTIONS:
         return

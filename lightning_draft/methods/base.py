@@ -279,7 +279,7 @@ class RewardModule(EvaluationModule, ABC):
         check_checkpoint(checkpoint, self.trainable_parameters(), compare_shapes=not uses_fsdp(self._trainer))
 
     @property
-    def gradients_are_whole(self) -> bool:
+    def gradients_are_complete(self) -> bool:
         """Whether `torch.autograd.grad` returns the full, unscaled gradients of the trainable parameters."""
         trainer = self._trainer
         if trainer is None:

@@ -206,7 +206,7 @@ def check_comparisons(reward: Reward, estimator: AdvantageEstimator) -> None:
             )
 
 
-def check_whole_groups(objective: ForwardObjective, micro_batch_size: int | None, samples_per_prompt: int) -> None:
+def check_complete_groups(objective: ForwardObjective, micro_batch_size: int | None, samples_per_prompt: int) -> None:
     """Raise if a minibatch would contain only a part of the samples of a prompt, and the objective compares them."""
     if objective.couples_group and micro_batch_size is not None and micro_batch_size % samples_per_prompt:
         raise ConfigurationError(

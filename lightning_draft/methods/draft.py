@@ -121,7 +121,7 @@ class DraftModule(DirectModule):
                     images = self.model.decode(latents).float()
                 prompts = list(prompts) * (len(latents) // len(prompts))
                 check_reward(self.reward, images, prompts)
-                if self.gradients_are_whole:
+                if self.gradients_are_complete:
                     rewards = self.rewards(latents, prompts)[0]
                     check_gradient(rewards.sum(), self.trainable_parameters().values(), "reward")
                     check_loss(self.loss, rewards)

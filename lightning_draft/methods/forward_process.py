@@ -17,7 +17,7 @@ from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.distributed import uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
-from lightning_draft.methods.checks import check_dtype, check_gradient, check_whole_groups
+from lightning_draft.methods.checks import check_complete_groups, check_dtype, check_gradient
 from lightning_draft.methods.old_policy import OldParameters, OldPolicy
 from lightning_draft.methods.rollout import Minibatch, Rollout, repeat_prompts, sample_noise, slices
 from lightning_draft.methods.rollout_module import RolloutModule
@@ -138,7 +138,7 @@ class ForwardProcessModule(RolloutModule):
             ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
-        check_whole_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)
+        check_complete_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)
         if self._keeps_old_policy and (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer)):
             raise ConfigurationError(
                 f"{type(self.objective).__name__} needs a copy of the trained parameters, which is not supported with "
@@ -156,7 +156,7 @@ class ForwardProcessModule(RolloutModule):
         check_dtype(self.trainable_parameters())
         with self.first_step_context():
             estimate = self._denoise(self.model.noise(len(prompts)), self._grid[-1][0], self.model.encode(prompts))
-            if self.gradients_are_whole:
+            if self.gradients_are_complete:
                 value = (estimate * torch.randn_like(estimate)).sum()
                 check_gradient(value, self.trainable_parameters().values(), "prediction")
 

@@ -109,7 +109,7 @@ class GradientMatchingModule(DirectModule):
                 images = self.model.decode(chain.advance(chain.start(noise)).x).float()
             check_reward(self.reward, images, list(prompts))
             estimate = chain.predict(State(noise, chain.num_steps - 1))
-            if self.gradients_are_whole:
+            if self.gradients_are_complete:
                 value = (estimate * torch.randn_like(estimate)).sum()
                 check_gradient(value, self.trainable_parameters().values(), "prediction")
 

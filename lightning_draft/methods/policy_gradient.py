@@ -146,7 +146,7 @@ class PolicyGradientModule(RolloutModule):
             conditioning = self.model.encode(prompts)
             chain = SamplingChain(self.model, self.sampler, conditioning, recompute=self.policy.recompute)
             mean = chain.transition(State(self.model.noise(len(prompts)), self.policy.steps[-1])).mean
-            if self.gradients_are_whole:
+            if self.gradients_are_complete:
                 value = (mean * torch.randn_like(mean)).sum()
                 check_gradient(value, self.trainable_parameters().values(), "log-probability")
 

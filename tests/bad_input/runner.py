@@ -117,12 +117,12 @@ def _parsers_kept() -> Iterator[None]:
     build = LightningCLI.setup_parser
 
     def keep(cli: LightningCLI, *args: object) -> None:
-        verb = str(getattr(cli, "verb", ""))
-        if verb not in _parsers:
+        command = str(getattr(cli, "command", ""))
+        if command not in _parsers:
             before = set(vars(cli))
             build(cli, *args)  # type: ignore[arg-type]
-            _parsers[verb] = {name: value for name, value in vars(cli).items() if name not in before}
-        vars(cli).update(_parsers[verb])
+            _parsers[command] = {name: value for name, value in vars(cli).items() if name not in before}
+        vars(cli).update(_parsers[command])
 
     with mock.patch.object(LightningCLI, "setup_parser", keep):
         yield

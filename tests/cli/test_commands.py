@@ -45,7 +45,7 @@ def test_help_lists_every_callback_and_command(command: Callable) -> None:
     assert len(page.splitlines()) < 50
     assert all(f"--{option.key}" in page and option.help in page for option in CALLBACK_OPTIONS)
     assert {option.class_name for option in CALLBACK_OPTIONS} == set(callbacks.__all__) - {"RandomState"}
-    assert all(f"lightning-draft {verb}" in command().out for verb in ("fit", "validate", "sample", "configs"))
+    assert all(f"lightning-draft {name}" in command().out for name in ("fit", "validate", "sample", "configs"))
 
 
 @pytest.mark.parametrize("args", [["sample", "runs/x"], ["score", "."], ["lora", "mix"], ["plan", "--config", "draft"]])

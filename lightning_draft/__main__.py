@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_draft import __version__
 from lightning_draft.cli import pages, shipped
-from lightning_draft.cli.messages import FAILED, INTERRUPTED, USAGE, print_error
+from lightning_draft.cli.messages import FAILED, INTERRUPTED, USAGE, as_configuration_error, print_error
 from lightning_draft.cli.output import VERBOSE, quiet_output
 from lightning_draft.cli.process import import_from_current_folder
 from lightning_draft.errors import ConfigurationError, DivergenceError
@@ -36,6 +36,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("stopped by Ctrl-C")
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -51,7 +54,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "completion":
         return _completion(rest)
     if command in pages.COMMANDS:
-        return _run(command, rest)
+        with as_configuration_error():
+            return _run(command, rest)
     known = [*pages.COMMANDS, "configs", "completion", "--help", "--version"]
     hint = f": {pages.INSTEAD[command]}" if command in pages.INSTEAD else shipped.nearest(command, known)
     raise ConfigurationError(f"there is no command {command!r}{hint}; see lightning-draft --help")

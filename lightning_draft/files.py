@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +46,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(partial, path)
             _sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # such as that of a name that is too long, which has a message already
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Generate and score images of prompts from fixed noise."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
@@ -36,13 +38,19 @@ def generate(
         scale: Scale of the model's adapters, if it has any.
         batch_size: Number of images generated at a time.
         method: Samples latents from noise; by default the plain chain.
+
+    Raises:
+        ConfigurationError: The images are not finite.
     """
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     method = method or _sample
-    if model.lora is None:
-        return _generate(model, sampler, prompts, seed, noise, batch_size, method)
-    with model.adapter_scale(scale):
-        return _generate(model, sampler, prompts, seed, noise, batch_size, method)
+    with nullcontext() if model.lora is None else model.adapter_scale(scale):
+        images = _generate(model, sampler, prompts, seed, noise, batch_size, method)
+    if not images.isfinite().all():
+        raise ConfigurationError(
+            f"scale={scale:g} gives images with values that are not finite; write a scale such as 1, or dtype float32"
+        )
+    return images
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigurationError(f"device={name!r} cannot be used: {reason}; write cpu or auto") from error

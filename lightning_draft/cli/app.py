@@ -22,7 +22,7 @@ from lightning_draft.cli import messages, run_folder, shipped, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.checkpoint_file import find_checkpoint
 from lightning_draft.cli.explain import distinct_causes
-from lightning_draft.cli.option_checks import check_options
+from lightning_draft.cli.option_checks import check_groups, check_options
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
 from lightning_draft.cli.preemption import Preemption, requeue
 from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
@@ -33,8 +33,6 @@ from lightning_draft.cli.tensorboard import RunLogger
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.methods.base import RewardModule
-
-_SAVE_DIR = "--trainer.logger.save_dir"
 
 
 def run(command: Literal["fit", "validate"], args: Sequence[str]) -> int:
@@ -121,9 +119,6 @@ class DraftCLI(LightningCLI):
         except (argparse.ArgumentError, TypeError) as error:
             self._raise_yaml_error(error)
             message = explain_parser_error(error)
-            if message.startswith(f"{_SAVE_DIR} is missing"):
-                sys.argv += [_SAVE_DIR, run_folder.ROOT]
-                return self.parse_arguments(parser, args)
             if message.startswith("--model") and "is missing" in message and not option_values(sys.argv, "--config"):
                 message = "there is no config; start from one, such as --config quickstart"
             raise ConfigurationError(message) from error
@@ -144,6 +139,7 @@ class DraftCLI(LightningCLI):
         config["name"] = config["name"] or run_folder.default_name(configs)
         self._as_written = config.clone()
         check_options(messages.flatten(config.as_dict()))
+        check_groups(config["model"], "model")
         root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT)
         self.run = self._choose_folder(root, configs)
         config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
@@ -237,6 +233,17 @@ class DraftCLI(LightningCLI):
                 raise
             self.status = messages.TERMINATED if isinstance(end, SIGTERMException) else messages.INTERRUPTED
             self._report_interruption()
+        else:
+            self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Raise if training ended without a step and without an error."""
+        if self.trainer.global_step == 0:
+            config = self._get(self.config, "trainer")
+            raise ConfigurationError(
+                f"training ended without a step: --trainer.limit_train_batches={config['limit_train_batches']!r}, "
+                f"--trainer.max_time={config['max_time']!r}; write larger values, or null for all batches and no limit"
+            )
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; process 0 locks the run's folder for training."""

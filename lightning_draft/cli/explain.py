@@ -160,9 +160,9 @@ def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> s
             if isinstance(kind, type) and path[0] in hints.parameters(kind):
                 return f"there is no option {_option(path)}; did you mean --{group}.{path[0]}"
     similar = nearest(path[-1], known)
-    listed = (
-        f"; its options are {', '.join(known)}" if what and len(known) <= 20 else "; see lightning-draft fit --help"
-    )
+    listed = "; see lightning-draft fit --help"
+    if what and len(known) <= 20:
+        listed = f"; its options are {', '.join(known)}" if known else "; it has no options, so leave this one out"
     return f"{_option(path)}: {what + ' has' if what else 'there is'} no option {path[-1]!r}{similar or listed}"
 
 
@@ -314,6 +314,9 @@ def _shown(problem: Problem) -> str:
     value = problem.value
     if value is None or value == "None":
         return "null"
+    if "Namespace(" in value:
+        names = [path.rpartition(".")[2] for path in re.findall(r"class_path='([^']+)'", value)]
+        return f"{' and '.join(names) or 'a mapping'}, of which an option is missing or not valid"
     if len(value) > _LONGEST:
         return f"{value[:_LONGEST]}..."
     return value if value[:1] in "[{" or value.replace(".", "", 1).lstrip("-").isdigit() else repr(value)

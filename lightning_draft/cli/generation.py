@@ -78,7 +78,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rewards")
     parser.add_argument("--prompt", nargs="+")
     parser.add_argument("--prompts")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--seed", type=_seed, nargs="+", default=[0])
     parser.add_argument("--max", type=_positive, default=8)
     parser.add_argument("--steps", type=_positive)
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -231,6 +231,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number between 0 and 2^63 - 1; write 0")
+    return int(text)
+
+
 def image_file(text: str) -> Path:
     if Path(text).suffix.lower() not in Image.registered_extensions():
         raise argparse.ArgumentTypeError(f"{text} is not an image file; write a name such as sample.png")
@@ -239,7 +245,7 @@ def image_file(text: str) -> Path:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        torch.empty(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} is not available: {str(error).splitlines()[0]}") from error
     return text

@@ -149,7 +149,9 @@ def _describe(part: Any) -> str:
     if get_origin(part) in _MAPPINGS:
         return "a mapping from names to " + describe(get_args(part)[-1])
     named = classes(part)
-    return f"a {named[0].__name__}" if named else str(part)
+    if get_origin(part) is collections.abc.Callable and not named:
+        return "the import path of a function"
+    return f"{'an' if named[0].__name__[0] in 'AEIOU' else 'a'} {named[0].__name__}" if named else str(part)
 
 
 def _type_hints(function: Any) -> dict[str, Any]:

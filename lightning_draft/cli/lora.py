@@ -8,7 +8,7 @@ from typing import get_args
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.generation import add_image_options, image_file
 from lightning_draft.cli.lora_grid import Shown, check_grid_options, write_grid
-from lightning_draft.cli.messages import as_configuration_error
+from lightning_draft.cli.messages import as_configuration_error, printable
 from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
 from lightning_draft.models import lora_writing
 from lightning_draft.models.decoder import Precision
@@ -74,13 +74,13 @@ def parser() -> argparse.ArgumentParser:
 def _info(options: argparse.Namespace) -> None:
     file = read_lora(options.files[0], options.model)
     for name, value in sorted(file.metadata.items()):
-        print(f"{name}: {value}")
+        print(printable(f"{name}: {value}"))
     rows = lora_info(file)
     total = sum(row.norm**2 for row in rows) ** 0.5
     print(f"{len(rows)} layers, ranks {sorted({row.rank for row in rows})}, |dW| = {total:.6g}, all values are finite")
     print(f"{'|dW|':>12}  rank  alpha  layer")
     for row in rows if options.all else rows[:_SHOWN]:
-        print(f"{row.norm:12.6g}  {row.rank:4}  {row.alpha:5g}  {row.component}.{row.layer}")
+        print(printable(f"{row.norm:12.6g}  {row.rank:4}  {row.alpha:5g}  {row.component}.{row.layer}"))
     if not options.all and len(rows) > _SHOWN:
         print(f"and {len(rows) - _SHOWN} more layers: write --all")
 

@@ -18,7 +18,16 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 _LIBRARIES = ("lightning_draft.", "lightning.pytorch.", "lightning.fabric.", "torch.optim.")
-_FILE_SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+_FILE_SYSTEM_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
+}
+_HINTS = {
+    errno.ENAMETOOLONG: "write a shorter name",
+    errno.ENOTDIR: "a part of the path is a file: choose another place",
+    errno.ELOOP: "the path is a link to itself: choose another place",
+}
+_OTHER_PLACE = "free the space or choose another folder with --trainer.default_root_dir or --output"
 
 
 def print_error(message: str) -> None:
@@ -45,16 +54,14 @@ def as_configuration_error() -> Iterator[None]:
 
     These are Lightning's `MisconfigurationException`; a `ValueError` or `ImportError` raised by the Trainer, a callback
     or logger of Lightning, an optimizer or this package; a `TypeError` of those libraries; and a `RuntimeError` of a
-    callback of Lightning. Other exceptions, such as those of the user's code, are not changed and are shown
-    with their traceback.
+    callback or strategy of Lightning, or of its check of callbacks. Other exceptions, such as those of the user's code,
+    are not changed and are shown with their traceback.
     """
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     try:
         yield
     except ConfigurationError:
         raise
-    except MisconfigurationException as error:
+    except _misconfiguration() as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         if not f"{_module(error)}.".startswith(_raisers(error)):
@@ -70,8 +77,7 @@ def as_configuration_error() -> Iterator[None]:
             raise
         place = f" {error.filename}" if error.filename else ""
         raise ConfigurationError(
-            f"cannot write or read{place}: {os.strerror(error.errno)}; free the space or choose another folder with "
-            "--trainer.default_root_dir"
+            f"cannot write or read{place}: {os.strerror(error.errno)}; {_HINTS.get(error.errno, _OTHER_PLACE)}"
         ) from error
 
 
@@ -116,7 +122,14 @@ def _raisers(error: Exception) -> tuple[str, ...]:
     """Return the modules whose exceptions of this type are about options."""
     if isinstance(error, TypeError):
         return _LIBRARIES[1:]
-    return ("lightning.pytorch.callbacks.",) if isinstance(error, RuntimeError) else _LIBRARIES
+    parts = tuple(f"lightning.pytorch.{part}." for part in ("callbacks", "strategies", "trainer.connectors"))
+    return parts if isinstance(error, RuntimeError) else _LIBRARIES
+
+
+def _misconfiguration() -> Any:
+    """Return Lightning's exception for options, or no exception if Lightning has not been imported."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return () if module is None else module.MisconfigurationException
 
 
 def _escaped(char: str) -> str:

@@ -3,15 +3,19 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 
+from lightning_draft.cli import hints
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.redaction import HIDDEN
 
 _MAX_SEED = 2**32 - 1
+_MAX_DEVICES = 64
 _DEVICES = r"auto|-1|[1-9]\d*|\d+(,\d+)+|\d+,"
 
 
@@ -60,8 +64,8 @@ CHECKS = (
     ),
     OptionCheck(
         "trainer.strategy",
-        lambda strategy: "spawn" not in str(strategy),
-        "must not start processes by spawn, which cannot copy the functions that build optimizers",
+        lambda strategy: not any(start in str(strategy) for start in ("spawn", "fork", "notebook")),
+        "must not start processes by spawn or fork, which cannot copy the functions that build optimizers",
         "write ddp",
     ),
     OptionCheck(
@@ -85,6 +89,21 @@ CHECKS = (
         )
     ),
     OptionCheck("trainer.fast_dev_run", lambda n: n >= 0, "must be true, false or a number of steps", "write true"),
+    OptionCheck(
+        "trainer.devices",
+        lambda devices: not str(devices).isdecimal() or int(devices) <= _MAX_DEVICES,
+        f"must be at most {_MAX_DEVICES}, since each device is a process on this machine",
+        "write 1",
+    ),
+    OptionCheck(
+        "trainer.barebones",
+        lambda barebones: barebones is not True,
+        "must be false, because a run logs and writes checkpoints",
+        "to measure speed, write --trainer.profiler simple",
+    ),
+    OptionCheck("trainer.num_sanity_val_steps", lambda n: n >= -1, "must be at least 0, or -1 for all", "write 0"),
+    OptionCheck("trainer.min_steps", lambda n: n >= 0, "must be at least 0", "write 1, or null"),
+    OptionCheck("trainer.min_epochs", lambda n: n >= 0, "must be at least 0", "write 1, or null"),
     OptionCheck("trainer.check_val_every_n_epoch", lambda n: n >= 1, "must be at least 1", "write 1, or null"),
     OptionCheck(
         "trainer.profiler",
@@ -127,8 +146,36 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(check.name)
         if value is not None and not check.is_valid(value):
             raise ConfigurationError(f"--{check.name}={value!r} {check.rule}; {check.hint}")
+    if options.get("trainer.gradient_clip_algorithm") and options.get("trainer.gradient_clip_val") is None:
+        raise ConfigurationError(
+            f"--trainer.gradient_clip_algorithm={options['trainer.gradient_clip_algorithm']!r} has no effect without "
+            "--trainer.gradient_clip_val; write --trainer.gradient_clip_val 1.0"
+        )
     for name, value in options.items():
         if isinstance(value, str) and HIDDEN in value:
             raise ConfigurationError(
                 f"--{name}: this config was saved without its secrets; give the value again with --{name} VALUE"
             )
+
+
+def check_groups(config: Any, name: str) -> None:
+    """Check that no group of options, such as `old_policy`, is `null`, which the parser accepts and cannot build.
+
+    Args:
+        config: The parsed class, with `class_path` and `init_args`.
+        name: The option that has it.
+
+    Raises:
+        ConfigurationError: A group is `null`.
+    """
+    if not isinstance(config, Namespace) or "class_path" not in config:
+        return
+    module, _, kind = config["class_path"].rpartition(".")
+    known = hints.parameters(getattr(import_module(module), kind))
+    for key, value in vars(config.get("init_args") or Namespace()).items():  # type: ignore[no-untyped-call]
+        if value is None and is_dataclass(known.get(key)):
+            raise ConfigurationError(
+                f"--{name}.{key}: expected {hints.describe(known[key])}, got null; leave it out for its defaults, or "
+                f"write --{name}.{key}.{next(iter(hints.parameters(known[key])))} VALUE"
+            )
+        check_groups(value, f"{name}.{key}")

@@ -56,7 +56,7 @@ def quiet_output() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    print_warning(str(message))
+    print_warning(" ".join(str(message).split()))
 
 
 def _escape(record: logging.LogRecord) -> logging.LogRecord:

@@ -1,11 +1,15 @@
 """The Trainer of a run: one folder for everything, and loggers that write inside it."""
 
+import inspect
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_draft.cli.run_folder import ROOT
 
 _DEFAULT_DIRS = ("", ".", "./mlruns", "mlruns")
 
@@ -35,7 +39,16 @@ def _read_integers_as_counts() -> None:
     )
 
 
+def _make_save_dir_optional() -> None:
+    """Let `save_dir` of all loggers be the folder of all runs, in place of which `place_loggers` sets the run's."""
+    for kind in (CSVLogger, TensorBoardLogger):
+        constructor: Any = kind.__init__
+        if inspect.signature(kind).parameters["save_dir"].default is inspect.Parameter.empty:
+            constructor.__defaults__ = (ROOT, *(constructor.__defaults__ or ()))
+
+
 _read_integers_as_counts()
+_make_save_dir_optional()
 
 
 class StepNumber(Callback):

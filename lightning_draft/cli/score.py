@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_draft import rewards
 from lightning_draft.cli.command_parser import CommandParser
@@ -17,7 +19,7 @@ from lightning_draft.cli.explain import explain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.pairwise_score import compare_pairs, report_pairs
-from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.base import Reward, check_name
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.score_report import compare, contact_sheet, report
 from lightning_draft.score_table import ScoredImage, write_parquet
@@ -84,6 +86,8 @@ def build_rewards(names: Sequence[str], file: str | None) -> dict[str, Reward]:
         raise ConfigurationError(
             f"there are no rewards; write --reward NAME or --rewards FILE; the rewards are {', '.join(_reward_names())}"
         )
+    for name in config:
+        check_name(str(name))
     option = "reward" if file is None else "rewards"
     build = ArgumentParser(exit_on_error=False)
     build.add_argument(f"--{option}", type=dict[str, Reward])
@@ -113,8 +117,8 @@ def _reward_names() -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigurationError(f"--rewards {path} cannot be read: {' '.join(str(error).split())}") from error
     content = content.get("rewards", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):

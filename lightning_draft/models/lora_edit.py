@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_draft.arguments import finite
+from lightning_draft.arguments import finite, in_range
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.lora_content import LoRAFile, Updates
 from lightning_draft.models.lora_update import Update, add, truncate
@@ -75,6 +75,8 @@ def resize_lora(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
     Returns:
         The file, and the relative error over all layers, `sqrt(sum |dW - dW'|^2 / sum |dW|^2)`.
     """
+    most = max(_smaller_side(update) for update in _every(file))
+    in_range("rank", rank, 1, most, f"write at most {most}, the smaller side of the largest layer")
     squares = [0.0, 0.0]
 
     def smaller(update: Update) -> Update:
@@ -107,6 +109,8 @@ def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | N
     if not files or len(files) != len(weights):
         raise ConfigurationError(f"{len(files)} files and {len(weights)} weights were given; give one weight per file")
     _check_bases(files)
+    for file, weight in zip(files, weights, strict=True):
+        finite(f"the weight of {file.path}", weight, "write a number such as 0.5")
     scaled = [scale_lora(file, weight) for file, weight in zip(files, weights, strict=True)]
     components = sorted({name for file in scaled for name in file.encoders})
     total = LoRAFile(
@@ -115,7 +119,7 @@ def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | N
         _sum([file.denoiser for file in scaled]),
         {name: _sum([file.encoders.get(name, {}) for file in scaled]) for name in components},
     )
-    largest = max(update.rank for layers in total.updates.values() for update in layers.values())
+    largest = max(min(update.rank, _smaller_side(update)) for update in _every(total))
     mixed, error = resize_lora(total, largest if rank is None else rank)
     parts = {file.path.name: weight for file, weight in zip(files, weights, strict=True)}
     mixed = _with_metadata(mixed, mix=json.dumps(parts), relative_error=f"{error:.3g}")
@@ -137,6 +141,14 @@ def _with_metadata(file: LoRAFile, **metadata: str) -> LoRAFile:
 def _sum(parts: Sequence[Updates]) -> dict[str, Update]:
     layers = sorted({layer for part in parts for layer in part})
     return {layer: add([part[layer] for part in parts if layer in part]) for layer in layers}
+
+
+def _every(file: LoRAFile) -> list[Update]:
+    return [update for layers in file.updates.values() for update in layers.values()]
+
+
+def _smaller_side(update: Update) -> int:
+    return min(len(update.b), update.a[0].numel())
 
 
 def _map(file: LoRAFile, change: Callable[[Update], Update]) -> LoRAFile:

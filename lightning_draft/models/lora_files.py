@@ -200,7 +200,13 @@ def _update(state: Mapping[str, Any], layer: str, settings: Mapping[str, Any], f
             f"{file} has values that are not finite, first in {layer}; training has probably diverged: use an earlier "
             "file"
         )
-    return Update(a, b, _scale(layer, len(a), state.get(f"{layer}.alpha"), settings))
+    try:
+        scale = _scale(layer, len(a), state.get(f"{layer}.alpha"), settings)
+    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, re.error):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ConfigurationError(f"{file} is damaged: {layer} has no valid rank and alpha; copy it again")
+    return Update(a, b, scale)
 
 
 def _check_factors(a: Any, b: Any, layer: str, file: Path) -> None:

@@ -17,6 +17,10 @@ def _bomb(path: Path) -> None:
     path.write_text("\n".join(lines))
 
 
+def _reward(name: str) -> str:
+    return f"{name}: {{class_path: Brightness}}\n"
+
+
 CASES: list[Case] = [
     command(CONFIGS, "fit --config quikstart", "did you mean quickstart"),
     command(COMMANDS, "fit --conifg quickstart", "there is no option --conifg; did you mean --config"),
@@ -76,6 +80,20 @@ CASES: list[Case] = [
     command(COMMANDS, "vote nowhere", "there is no folder 'nowhere'"),
     command(COMMANDS, "vote . --port 99999", "--port=99999 must be between 0 and 65535"),
     command(COMMANDS, "sample x.safetensors --seed abc", "abc"),
+    command(COMMANDS, "sample x.safetensors --seed -1", "--seed", "-1", "write 0"),
+    command(COMMANDS, f"sample x.safetensors --seed {2**70}", "--seed", "between 0 and 2^63 - 1", "write 0"),
+    command(COMMANDS, "sample x.safetensors --device meta", "meta is not available"),
+    command(COMMANDS, f"lora info {'x' * 300}", "File name too long", "write a shorter name"),
+    command(COMMANDS, "lora convert x.safetensors -o y.safetensors --grid y.png", '--prompt "a cat"'),
+    command(COMMANDS, "lora convert x.safetensors -o y.safetensors --reward Brightness", '--prompt "a cat"'),
+    command(COMMANDS, "score . --rewards r.yaml", "'a/b' cannot be the name", files={"r.yaml": _reward("a/b")}),
+    command(
+        COMMANDS,
+        "score . --rewards twice.yaml",
+        "twice.yaml",
+        "duplicate key a",
+        files={"twice.yaml": _reward("a") * 2},
+    ),
     command(COMMANDS, "sample x.safetensors --prompts nowhere.txt --model emoji64", "x.safetensors"),
     command(COMMANDS, "sample x.safetensors --config quickstart --model emoji64", "x.safetensors"),
     command(CONFIGS, "fit --config empty.yaml", "empty.yaml must be a mapping", files={"empty.yaml": ""}),

@@ -9,6 +9,9 @@ CLASSES = "Classes"
 
 CASES: list[Case] = [
     parsed(NAMES, "--model.truncation.kk 5", "--model.truncation.kk: LastK", "did you mean k"),
+    parsed(NAMES, "--model.truncation Full --model.truncation.k 2", "Full has no option 'k'", "leave this one out"),
+    parsed(NAMES, "--trainer.callbacks [ThroughputMonitor]", "batch_size_fn is missing", "import path of a function"),
+    parsed(NAMES, "--trainer.callbacks EarlyStopping", "EarlyStopping, of which an option is missing"),
     parsed(NAMES, "--model.truncaton Full", "--model.truncaton: DraftModule", "did you mean truncation"),
     parsed(NAMES, "--model.model.lora.ranks 3", "--model.model.lora.ranks: LoRA", "did you mean rank"),
     parsed(NAMES, "--model.model.guidence 3", "--model.model.guidence: StableDiffusion", "did you mean guidance"),

@@ -71,6 +71,8 @@ def _fault(path: Path) -> str | None:
             names = archive.namelist()
             if not any(name.endswith("/data.pkl") for name in names):
                 return "is not a checkpoint: it is another kind of zip file"
+            if archive.testzip() is not None:  # torch does not compare checksums
+                return "is damaged: its checksum differs; copy it again, or use another checkpoint"
     except zipfile.BadZipFile:
         return "is not a checkpoint or is incomplete"
     return None if _has_training_state(path) else "is not a checkpoint of a training run: it contains no training step"

@@ -18,6 +18,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 _LIBRARIES = ("lightning_draft.", "lightning.pytorch.", "lightning.fabric.", "torch.optim.")
+_CHECKPOINT_READERS = ("lightning.pytorch.trainer.connectors.", "lightning.pytorch.utilities.migration.")
 _FILE_SYSTEM_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
@@ -67,6 +68,12 @@ def as_configuration_error() -> Iterator[None]:
         if not f"{_module(error)}.".startswith(_raisers(error)):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error
+    except KeyError as error:
+        if not f"{_module(error)}.".startswith(_CHECKPOINT_READERS):
+            raise
+        raise ConfigurationError(
+            f"the checkpoint lacks a part of the training state ({error.args[0]}); give the last.ckpt of a run"
+        ) from error
     except UnpicklingError as error:
         raise ConfigurationError(
             f"the checkpoint contains objects other than tensors and plain values ({str(error).splitlines()[0]}); "

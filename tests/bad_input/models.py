@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -239,6 +240,13 @@ CASES: list[Case] = [
         _tensors(lambda s: {k: v for k, v in s.items() if k != _first(s, "lora_B.weight")}),
         "a.safetensors is incomplete",
         "has no lora_B",
+        "copy it again",
+    ),
+    _adapters(
+        "an alpha of NaN",
+        _tensors(lambda s: {**s, _first(s, "lora_A.weight").replace("lora_A.weight", "alpha"): torch.tensor(math.nan)}),
+        "a.safetensors is damaged",
+        "no valid rank and alpha",
         "copy it again",
     ),
     _adapters(

@@ -52,6 +52,11 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
 
+def _flipped(path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(64)}, "global_step": 3}, path)
+    path.write_bytes(path.read_bytes().replace(torch.ones(8).numpy().tobytes(), torch.zeros(8).numpy().tobytes(), 1))
+
+
 CASES: list[Case] = [
     *map(_name, NAMES),
     _checkpoint("https://example.org/last.ckpt", "'https://example.org/last.ckpt' is remote", "download a checkpoint"),
@@ -67,6 +72,7 @@ CASES: list[Case] = [
         "text.ckpt", "text.ckpt is not a checkpoint", "runs/NAME/checkpoints/last.ckpt", content="not a checkpoint"
     ),
     _checkpoint("cut.ckpt", "cut.ckpt is not a checkpoint or is incomplete", content=_cut),
+    _checkpoint("flipped.ckpt", "flipped.ckpt is damaged", "checksum", "copy it again", content=_flipped),
     _checkpoint(
         "foreign.ckpt", "foreign.ckpt is not a checkpoint: it is another kind of zip file", content=_foreign_zip
     ),

@@ -1,11 +1,15 @@
 """Which exceptions become a message, and which keep their traceback."""
 
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.migration.utils import _get_version
 
+from lightning_draft.__main__ import main
 from lightning_draft.cli.messages import as_configuration_error, flatten, printable, root_cause, with_option_name
 from lightning_draft.errors import ConfigurationError
 
@@ -134,3 +138,19 @@ def test_notices_are_omitted_only_within_a_command(capsys: pytest.CaptureFixture
     assert seen == ["\\x1b[1mkept", "Seed set to 0"]
     assert "warning: the \\x07 bell\n" in capsys.readouterr().err
     assert (warnings.showwarning, logging.getLogRecordFactory()) == (show, factory)
+
+
+def test_a_checkpoint_without_a_part_of_the_training_state_is_an_error() -> None:
+    lacks = pytest.raises(ConfigurationError, match=r"lacks a part .*pytorch-lightning_version.* last.ckpt")
+    with lacks, as_configuration_error():
+        _get_version({})
+    with pytest.raises(KeyError), as_configuration_error():
+        {}["mine"]
+
+
+def test_a_closed_output_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["configs", "list"]) == 1

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bad_input import runner
+from tests.bad_input.cases import built
+
 CUSTOM = """
 from pathlib import Path
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -113,3 +116,10 @@ def test_mlflow_logs_images_and_the_best_lora(
         files = {file.path for file in client.list_artifacts(run.info.run_id, "lora")}
         assert files == {f"lora/{name}" for name in ("best.safetensors", "best.comfy.safetensors", "README.md")}
         assert client.list_artifacts(run.info.run_id, "images")
+
+
+def test_loggers_in_a_list_write_to_the_run_folder(tmp_path: Path) -> None:
+    outcome = runner.run(built("", ["--trainer.logger", "[CSVLogger, TensorBoardLogger]"]), tmp_path)
+    assert outcome.status == 0, outcome
+    assert "runs/small/csv/version_0/metrics.csv" in outcome.changed
+    assert any(name.startswith("runs/small/events.out.") for name in outcome.changed)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lightning_draft
 from lightning_draft.__main__ import main
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.models.lora_content import LoRAFile
@@ -269,3 +270,24 @@ def test_sample_sweeps_scales_with_rewards_of_the_command_line(files: Any, tmp_p
     assert (tmp_path / "grid_scales.png").is_file()
     best = printed.rpartition("best scale by Brightness: ")[2].strip().partition(",")[0]
     assert max(means, key=lambda scale: means[scale]) == {"0": "base"}.get(best, best)
+
+
+def test_the_rank_is_at_most_the_smaller_side_of_the_largest_layer(files: Any, tmp_path: Path, capsys: Any) -> None:
+    assert run("convert", files["a"], "-o", tmp_path / "c.safetensors", "--rank", 10**9) == 2
+    assert "write at most" in capsys.readouterr().err
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_information_escapes_control_characters_of_the_header(files: Any, tmp_path: Path, capsys: Any) -> None:
+    with safe_open(files["a"], "pt") as content:
+        header = content.metadata()
+    save_file(load_file(files["a"]), tmp_path / "red.safetensors", {**header, "note": "\x1b[31mred"})
+    assert run("info", tmp_path / "red.safetensors") == 0
+    assert "note: \\x1b[31mred" in capsys.readouterr().out
+
+
+def test_images_that_are_not_finite_are_an_error(tiny_sd: Path, files: Any) -> None:
+    model = StableDiffusion(str(tiny_sd), lora=LoRA(2, target_modules=LAYERS["a"]))
+    model.load_lora(files["a"])
+    with pytest.raises(ConfigurationError, match=r"scale=3e\+38 gives images .* not finite"):
+        generate(model, DDIM(1), ["a cat"], 0, scale=3e38)

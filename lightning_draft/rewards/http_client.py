@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.redaction import HIDDEN
 
 Result = TypeVar("Result")
 
@@ -62,12 +63,26 @@ def expand_url(url: str) -> str:
     """Replace each `{VARIABLE}` by the environment variable's value.
 
     Raises:
-        ConfigurationError: A variable is not set.
+        ConfigurationError: A variable is not set, or its value cannot be part of a URL.
     """
-    missing = [name for name in _VARIABLE.findall(url) if name not in os.environ]
-    if missing:
-        raise ConfigurationError(f"the environment variable {missing[0]}, which url names, is not set; export it")
+    for name in _VARIABLE.findall(url):
+        if name not in os.environ:
+            raise ConfigurationError(f"the environment variable {name}, which url names, is not set; export it")
+        if not re.fullmatch(r"[!-~]*", os.environ[name]):
+            raise ConfigurationError(
+                f"the environment variable {name}, which url names, has spaces or special characters; write them as "
+                "%20 and so on"
+            )
     return _VARIABLE.sub(lambda match: os.environ[match[1]], url)
+
+
+def hide_secrets(text: str, url: str, token_variable: str | None) -> str:
+    """Replace the values of the environment variables of a request, which a server may repeat in its answer."""
+    names = [*_VARIABLE.findall(url), *([] if token_variable is None else [token_variable])]
+    secrets = {os.environ.get(name, "").strip() for name in names} - {""}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def redact(url: str) -> str:
@@ -178,13 +193,21 @@ def reason(error: Exception) -> str:
     """Describe a failure for a message."""
     if isinstance(error, urllib.error.HTTPError):
         with error:
-            return f"status {error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')!r}"
+            return f"status {error.code} {error.reason}: {_start_of(error)!r}"
     cause = _cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"{cause}; install the service's certificate, or name its file in the variable SSL_CERT_FILE"
     if isinstance(error, IncompleteRead):
         return f"the answer was cut short: {len(error.partial)} bytes arrived and {error.expected} are missing"
     return str(cause) or type(error).__name__
+
+
+def _start_of(error: urllib.error.HTTPError) -> str:
+    """Return the start of the body of an answer, empty if it does not arrive."""
+    try:
+        return error.read(200).decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        return ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -31,6 +31,7 @@ from lightning_draft.rewards.http_client import (
     check_token,
     check_url,
     expand_url,
+    hide_secrets,
     json_headers,
     post,
     redact,
@@ -123,12 +124,12 @@ class HTTPReward(Reward):
             if not all(type(score) in (int, float) for score in scores):
                 raise ValueError("its scores are not numbers")
             return parse_scores(scores, prompts, "it")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            start = answer[:200].decode("utf-8", "replace")
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            start = self._hide(answer.decode("utf-8", "replace"))[:200]
             raise RewardServiceError(
                 f'{redact(self.url)} must answer {{"scores": [...]}} with {len(prompts)} finite numbers for '
-                f"{quote_prompts(prompts)}, and answered {start!r} ({error})"
-            ) from error
+                f"{quote_prompts(prompts)}, and answered {start!r} ({self._hide(str(error))})"
+            ) from None
 
     def _ask(self, content: bytes, prompts: Sequence[str], stopped: threading.Event) -> bytes:
         """Return the body of the answer; repeat the request after a temporary failure."""
@@ -137,8 +138,11 @@ class HTTPReward(Reward):
             return with_retries(send, self.retries, self.backoff, stopped)
         except FailedRequestError as error:
             raise RewardServiceError(
-                f"{redact(self.url)} gave no scores for {quote_prompts(prompts)} after {error}"
+                f"{redact(self.url)} gave no scores for {quote_prompts(prompts)} after {self._hide(str(error))}"
             ) from None
+
+    def _hide(self, text: str) -> str:
+        return hide_secrets(text, self.url, self.token_variable)
 
 
 def to_json(value: Any) -> Any:

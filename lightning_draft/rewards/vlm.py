@@ -19,12 +19,12 @@ from lightning_draft.arguments import one_of, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.blackbox import to_base64, to_pil
-from lightning_draft.rewards.http_client import FailedRequestError, RewardServiceError, redact
+from lightning_draft.rewards.http_client import FailedRequestError, RewardServiceError, hide_secrets, redact
 from lightning_draft.rewards.inputs import quote_prompts
 from lightning_draft.rewards.jpeg_codec import check_quality
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.rewards.vlm_answer import ChatAnswer, read_preference, read_score
-from lightning_draft.rewards.vlm_client import ChatClient, ChatEndpoint, without_secrets
+from lightning_draft.rewards.vlm_client import ChatClient, ChatEndpoint
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,9 +157,10 @@ class VLMJudge(PairwiseReward):
         try:
             return self.client.ask(message, read, stopped)
         except FailedRequestError as error:
+            endpoint = self.client.endpoint
+            shown = hide_secrets(str(error), endpoint.url, endpoint.token_variable)
             raise RewardServiceError(
-                f"{self.judge['url']} gave no score for {quote_prompts([prompt])} after "
-                f"{without_secrets(error, self.client.endpoint)}"
+                f"{self.judge['url']} gave no score for {quote_prompts([prompt])} after {shown}"
             ) from None
 
     def _question(self, template: str, prompt: str) -> Part:

@@ -67,9 +67,9 @@ class ChatAnswer:
             if not isinstance(text, str):
                 raise ValueError(f"its text is {text!r}, finish_reason={choice.get('finish_reason')!r}")
             usage = content.get("usage") or {}
-            counts = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+            counts = (max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens"))
             return cls(text, _tokens(choice.get("logprobs")), *counts)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             start = body[:200].decode("utf-8", "replace")
             raise MalformedAnswerError(f"the answer {start!r} is not a chat completion ({error!r})") from error
 
@@ -148,10 +148,18 @@ def _tokens(log_probs: Any) -> tuple[Token, ...]:
     for entry in (log_probs or {}).get("content") or ():
         alternatives: dict[str, float] = {}
         for other in entry.get("top_logprobs") or [entry]:
-            text, value = other["token"].strip(), float(other["logprob"])
+            text, value = other["token"].strip(), _log_prob(other["logprob"])
             alternatives[text] = _log_add(alternatives[text], value) if text in alternatives else value
-        tokens.append(Token(entry["token"], alternatives))
+        tokens.append(Token("".join(entry["token"]), alternatives))
     return tuple(tokens)
+
+
+def _log_prob(value: Any) -> float:
+    """Return a log-probability, at most 0 but for rounding."""
+    number = float(value)
+    if not number <= 0.01:
+        raise ValueError(f"{number} is not a log-probability")
+    return number
 
 
 def _log_add(first: float, second: float) -> float:

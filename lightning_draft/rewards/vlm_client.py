@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,6 @@ from lightning_draft.arguments import at_least, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.rewards.http_client import (
-    FailedRequestError,
     check_token,
     check_url,
     expand_url,
@@ -206,7 +204,7 @@ class ChatClient:
             return None
         try:
             value = read(ChatAnswer.from_dict(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError, MalformedAnswerError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MalformedAnswerError):
             return None
         with self._lock:
             self.usage.cached += 1
@@ -217,10 +215,3 @@ class ChatClient:
         if path is not None:
             with self._lock, atomic_path(path) as partial:
                 partial.write_text(json.dumps(answer.to_dict()), encoding="utf-8")
-
-
-def without_secrets(error: FailedRequestError, endpoint: ChatEndpoint) -> str:
-    """Return the message of an error without the API key, which a server may repeat in its answer."""
-    text = str(error)
-    secret = "" if endpoint.token_variable is None else os.environ.get(endpoint.token_variable, "").strip()
-    return text.replace(secret, "REDACTED") if secret else text

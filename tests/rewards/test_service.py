@@ -4,10 +4,12 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import ssl
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -182,6 +184,7 @@ def test_retry_after_header_delays_the_next_attempt(serve: Callable) -> None:
         ([b'{"scores": [1, null]}'], {}, 1, "its scores are not numbers"),
         ([b'{"scores": [1, "2"]}'], {}, 1, "its scores are not numbers"),
         ([b'{"scores": [1, true]}'], {}, 1, "its scores are not numbers"),
+        ([b'{"scores": [1, 1' + b"0" * 400 + b"]}"], {}, 1, "2 finite numbers"),
         ([b'{"values": [1, 2]}'], {}, 1, r"'scores'"),
         ([b"[" * 100_000], {}, 1, "recursion"),
         ([b"\xff\xfe{}"], {}, 1, "must answer"),
@@ -244,6 +247,7 @@ def test_the_token_comes_from_the_environment(serve: Callable, monkeypatch: pyte
         ({"url": "http://host/?key=s3cret"}, "url contains the value of 'key'.* write http://host/[?]key={VARIABLE}"),
         ({"url": "http://host/?api_key=s3cret"}, "url contains the value of 'api_key'"),
         ({"url": "http://host/?key={NO_SUCH}"}, "the environment variable NO_SUCH, which url names, is not set"),
+        ({"url": "http://host/?key={SPACED}"}, "the environment variable SPACED, which url names, has spaces"),
         ({"url": "http://host", "retries": -1}, "retries=-1 must be at least 0"),
         ({"url": "http://host", "time_limit": 0.0}, "time_limit=0.0 must be a positive number"),
     ],
@@ -252,6 +256,7 @@ def test_invalid_service_settings_are_rejected(
     arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMPTY", " ")
+    monkeypatch.setenv("SPACED", "s3cret key")
     with pytest.raises(ConfigurationError, match=message) as caught:
         HTTPReward(**arguments)
     assert "s3cret" not in str(caught.value)
@@ -265,6 +270,40 @@ def test_a_key_in_the_url_stays_in_the_environment(serve: Callable, monkeypatch:
         reward(torch.zeros(1, 3, 4, 4), ["a cat"])
     assert server.paths == ["/score?key=s3cret"]
     assert "s3cret" not in str(caught.value) + str(vars(reward))
+
+
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
+def test_a_key_that_the_service_repeats_is_hidden(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    url = answer_once(f"HTTP/1.0 {status}\r\n\r\nno key s3cret".encode(), wait=False)
+    with pytest.raises(RewardServiceError, match="no key REDACTED") as caught:
+        HTTPReward(url + "?key={JUDGE_KEY}", retries=0)(torch.zeros(1, 3, 4, 4), ["a cat"])
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("head", "wait"), [("Content-Length: 9", True), ("Transfer-Encoding: chunked\r\n\r\nzz", False)]
+)
+def test_status_is_named_if_the_body_of_the_error_does_not_arrive(head: str, wait: bool) -> None:
+    url = answer_once(f"HTTP/1.1 500 Broken\r\n{head}\r\n\r\n".encode(), wait)
+    with pytest.raises(RewardServiceError, match="'a cat' after 1 attempt: status 500 Broken"):
+        HTTPReward(url, retries=0, timeout=0.2)(torch.zeros(1, 3, 4, 4), ["a cat"])
+
+
+def answer_once(answer: bytes, wait: bool) -> str:
+    """Send bytes to the first client, then close the connection, or keep it for half a second; return the address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve_client() -> None:
+        with listener, listener.accept()[0] as client:
+            client.recv(1 << 20)
+            client.sendall(answer)
+            client.shutdown(socket.SHUT_WR) if not wait else time.sleep(0.5)
+            client.settimeout(0.5)
+            client.recv(1 << 20)
+
+    threading.Thread(target=serve_client, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
 
 def test_metadata_is_sent_as_json_values(serve: Callable) -> None:

@@ -48,9 +48,9 @@ def vote_page(pair: Pair, token: str, nonce: str, done: int, total: int, previou
     )
     hidden = "".join(
         f'<input type="hidden" name="{name}" value="{escape(value)}">'
-        for name, value in (("first", pair.first), ("second", pair.second), ("token", token))
+        for name, value in (("pair", pair.key), ("token", token))
     )
-    back = "" if previous is None else f'<a href="/?pair={previous.first}-{previous.second}">change the last vote</a>'
+    back = "" if previous is None else f'<a href="/?pair={previous.key}">change the last vote</a>'
     body = (
         f"<h1>{escape(pair.prompt)}</h1>"
         f'<form method="post" action="/vote">{hidden}{buttons}'

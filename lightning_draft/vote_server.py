@@ -7,12 +7,14 @@ are served, by the keys of their pixels; no path comes from a request.
 
 import io
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_files import UnreadableImageError, read_image
 from lightning_draft.vote_page import finished_page, vote_page
 from lightning_draft.votes import WINNERS, Pair, VoteFolder
@@ -59,9 +61,9 @@ class VoteServer(ThreadingHTTPServer):
         """Return all pairs."""
         return self.folder.pairs() if self.fixed_pairs is None else self.fixed_pairs
 
-    def find(self, first: str, second: str) -> Pair | None:
-        """Return the pair with these keys, None if there is none."""
-        return next((pair for pair in self.pairs() if (pair.first, pair.second) == (first, second)), None)
+    def find(self, key: str) -> Pair | None:
+        """Return the pair with this key, None if there is none."""
+        return next((pair for pair in self.pairs() if pair.key == key), None)
 
     def image(self, key: str) -> Path | None:
         """Return the file of an image of a pair, None if there is none."""
@@ -70,14 +72,18 @@ class VoteServer(ThreadingHTTPServer):
         return self.folder.image(key) if any(key in (pair.first, pair.second) for pair in self.pairs()) else None
 
     def page(self, wanted: str, nonce: str) -> str:
-        """Return the page for the pair `wanted`, given as `first-second`, or for the next pair without a vote."""
+        """Return the page for the pair with the key `wanted`, or for the next pair without a vote."""
         pairs, votes = self.pairs(), self.folder.votes()
         done = sum(pair.id in votes for pair in pairs)
-        chosen = self.find(*wanted.split("-", 1)) if wanted.count("-") == 1 else None
-        pair = chosen or next((pair for pair in pairs if pair.id not in votes), None)
+        pair = self.find(wanted) or next((pair for pair in pairs if pair.id not in votes), None)
         if pair is None:
             return finished_page(nonce, len(pairs), self.fixed_pairs is None)
         return vote_page(pair, self.token, nonce, done, len(pairs), self.last)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the traceback of an error, but not of a connection that the browser has closed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,22 +92,40 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with a page or an image."""
-        address = urlsplit(self.path)
+        self._answer_with(self._get)
+
+    def do_POST(self) -> None:
+        """Store a vote and show the next pair."""
+        self._answer_with(self._post)
+
+    def log_message(self, *_: Any) -> None:
+        """Do not log requests."""
+
+    def _answer_with(self, method: Callable[[], None]) -> None:
+        """Show the errors of files; those of connections go to `handle_error`."""
+        try:
+            method()
+        except ConnectionError:
+            raise
+        except (OSError, ConfigurationError) as error:
+            self._answer(500, str(error).encode("utf-8", "replace"))
+
+    def _get(self) -> None:
+        path, _, query = self.path.partition("?")
         if not self._is_local():
             self._answer(403, b"this page is served to this machine only")
-        elif address.path == "/":
+        elif path == "/":
             nonce = secrets.token_urlsafe(16)
-            wanted = parse_qs(address.query).get("pair", [""])[0]
+            wanted = parse_qs(query).get("pair", [""])[0]
             self._answer(200, self.server.page(wanted, nonce).encode(), "text/html; charset=utf-8", nonce)
-        elif address.path.startswith("/image/"):
-            self._send_image(address.path.removeprefix("/image/"))
-        elif address.path == "/favicon.ico":  # browsers ask for it
+        elif path.startswith("/image/"):
+            self._send_image(path.removeprefix("/image/"))
+        elif path == "/favicon.ico":  # browsers ask for it
             self._answer(204, b"")
         else:
             self._answer(404, b"there is no such page")
 
-    def do_POST(self) -> None:
-        """Store a vote and show the next pair."""
+    def _post(self) -> None:
         length = self.headers.get("Content-Length", "")
         if self.path != "/vote" or not length.isdecimal() or int(length) > _LARGEST_FORM:
             self._answer(400, b"this is not a vote")
@@ -111,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (self._is_local() and is_own and secrets.compare_digest(form.get("token", "").encode(), self._token())):
             self._answer(403, b"this vote does not come from the current page; load the page again")
             return
-        pair = self.server.find(form.get("first", ""), form.get("second", ""))
+        pair = self.server.find(form.get("pair", ""))
         if pair is None or form.get("winner") not in WINNERS:
             self._answer(400, b"there is no such pair or answer")
             return
@@ -121,9 +145,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Location", "/")
         self.send_header("Content-Length", "0")
         self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        """Do not log requests."""
 
     def _token(self) -> bytes:
         return self.server.token.encode()

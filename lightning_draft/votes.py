@@ -55,6 +55,11 @@ class Pair:
         """The pair without the order of its images."""
         return frozenset((self.first, self.second)), self.prompt
 
+    @property
+    def key(self) -> str:
+        """A hash of the pair with the order of its images, 32 hexadecimal digits."""
+        return hashlib.sha256(f"{self.first} {self.second} {self.prompt}".encode("utf-8", "replace")).hexdigest()[:32]
+
 
 class VoteFolder:
     """The files of a folder of votes; several processes may use them at the same time.
@@ -152,8 +157,16 @@ def _read(path: Path, columns: Sequence[str]) -> Iterable[list[str]]:
     except FileNotFoundError:
         return
     # Each line is read by itself: an incomplete line may end within quotes.
-    rows = (row for line in text.split("\n")[:-1] for row in csv.reader([line]))
+    rows = map(_row, text.split("\n")[:-1])
     yield from (row for row in rows if len(row) == len(columns) and all(_KEY.fullmatch(key) for key in row[:2]))
+
+
+def _row(line: str) -> list[str]:
+    """Return the fields of a line, none if it is damaged."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
 
 
 def _append(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -5,6 +5,8 @@ import http.client
 import io
 import os
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -100,8 +102,8 @@ def test_votes_are_appended_until_every_pair_has_one(server: VoteServer, tmp_pat
     with (tmp_path / "base" / "votes.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["winner"], row["prompt"]) for row in rows] == [("first", PROMPT), ("tie", PROMPT)]
-    assert (rows[0]["first"], rows[0]["second"]) == (first["first"], first["second"])
-    assert browser.vote("second", browser.form(f"/?pair={first['first']}-{first['second']}")) == 303
+    assert Pair(rows[0]["first"], rows[0]["second"], PROMPT).key == first["pair"]
+    assert browser.vote("second", browser.form(f"/?pair={first['pair']}")) == 303
     assert sorted(preference for _, preference in server.folder.votes().values()) == [0.0, 0.5]
 
 
@@ -114,7 +116,7 @@ def test_votes_of_other_sites_are_rejected(server: VoteServer) -> None:
     assert browser.vote("first", {**form, "token": "é"}) == 403
     assert browser.vote("first", form, Host="evil.example:80", Origin="http://evil.example:80") == 403
     assert browser.send("GET", "/", Host="evil.example:80")[0] == 403
-    assert browser.vote("first", {**form, "first": "0" * 32}) == 400
+    assert browser.vote("first", {**form, "pair": "0" * 32}) == 400
     assert browser.vote("everyone", form) == 400
     assert browser.send("POST", "/vote", "x" * 5000, Origin=f"http://{browser.host}")[0] == 400
     assert server.folder.votes() == {}
@@ -147,6 +149,43 @@ def test_a_damaged_pairs_file_gives_no_path(tmp_path: Path) -> None:
     with folder.pairs_file.open("a") as file:
         file.write(f"../../secret,{'b' * 32},x\n")
     assert folder.pairs() == [Pair("a" * 32, "b" * 32, "x")]
+
+
+def test_equal_images_of_two_prompts_are_two_pairs(tmp_path: Path) -> None:
+    pairs = [Pair("a" * 32, "b" * 32, prompt) for prompt in ("a cat", "a dog")]
+    with VoteServer(VoteFolder(tmp_path), pairs) as built:
+        browser = start(built)
+        assert [browser.vote("first"), browser.vote("second")] == [303, 303]
+        built.shutdown()
+        assert built.folder.votes() == {pairs[0].id: (pairs[0], 1.0), pairs[1].id: (pairs[1], 0.0)}
+
+
+def test_a_vote_that_cannot_be_written_is_an_error_on_the_page(server: VoteServer, capfd: Any) -> None:
+    browser = Browser(server)
+    form = browser.form()
+    server.folder.votes_file.mkdir()
+    status, content, _ = browser.send("GET", "/")
+    assert (status, b"votes.csv" in content) == (500, True)
+    assert browser.vote("first", form) == 500
+    assert capfd.readouterr().err == ""
+
+
+def test_a_closed_connection_prints_no_traceback(server: VoteServer, capfd: Any) -> None:
+    client = socket.create_connection(server.server_address[:2])
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+    client.sendall(b"GET /")
+    client.close()
+    Browser(server).form()
+    time.sleep(0.05)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("line", ["a" * 200_000, "a\rb,c", '"'])
+def test_damaged_lines_are_ignored(tmp_path: Path, line: str) -> None:
+    folder, pair = VoteFolder(tmp_path), Pair("a" * 32, "b" * 32, "x")
+    (tmp_path / "votes.csv").write_text(line + "\n")
+    folder.add_vote(pair, "first")
+    assert folder.votes() == {pair.id: (pair, 1.0)}
 
 
 def test_the_server_listens_on_the_loopback_address(server: VoteServer) -> None:
@@ -207,7 +246,8 @@ class Voter(threading.Thread):
             form = self.browser.form()
             if not form:
                 continue
-            images = [Image.open(self.server.folder.image(form[side])) for side in ("first", "second")]
+            pair = self.server.find(form["pair"])
+            images = [Image.open(self.server.folder.image(key)) for key in (pair.first, pair.second)]
             assert self.browser.vote("first" if gray(images[0]) > gray(images[1]) else "second", form) == 303
             self.votes += 1
 

@@ -128,16 +128,21 @@ def _check_settings(path: Path, found: Mapping[str, object], wanted: Mapping[str
         )
     if found != wanted:
         raise ConfigurationError(
-            f"{path} contains scores of other rewards or settings; choose another folder with --output, or delete the "
-            "file"
+            f"{path} contains scores of other rewards, settings or votes; choose another folder with --output, or "
+            "delete the file"
         )
 
 
 def _describe(rewards: Mapping[str, Reward]) -> dict[str, list[dict[str, object]]]:
-    """Describe each reward by its classes, plain settings and weights, so that a change of rewards is detected."""
+    """Describe each reward by its classes, settings, weights and votes, so that a change of rewards is detected."""
     return {
         name: [
-            {"class": type(part).__name__, "settings": _settings(part), "weights": _fingerprint(part)}
+            {
+                "class": type(part).__name__,
+                "settings": _settings(part),
+                "weights": _fingerprint(part),
+                **({"data": version} if (version := part.data_version()) else {}),
+            }
             for part in reward.modules()
             if isinstance(part, Reward)
         ]

@@ -140,7 +140,7 @@ def test_scores_of_another_folder_other_rewards_or_other_weights_are_not_continu
     with pytest.raises(ConfigurationError, match=r"contains scores of the folder .*in; choose another folder"):
         score_folder(tmp_path / "other", {"mean": Network(convolution)}, out)
     for reward in (Network(torch.nn.Conv2d(3, 1, 1)), Brightness()):
-        with pytest.raises(ConfigurationError, match="contains scores of other rewards or settings"):
+        with pytest.raises(ConfigurationError, match="contains scores of other rewards, settings or votes"):
             score_folder(tmp_path / "in", {"mean": reward}, out)
 
 

@@ -25,6 +25,7 @@ from lightning_draft.preferences import BradleyTerry, WinRate
 from lightning_draft.rewards import HumanVotes, RewardServiceError
 from lightning_draft.rewards.blackbox import to_pil
 from lightning_draft.samplers import DDIM
+from lightning_draft.score_table import ScoreTable
 from lightning_draft.testing import LinearModel
 from lightning_draft.vote_pairs import pairs_of_folders
 from lightning_draft.vote_server import VoteServer
@@ -229,6 +230,16 @@ def test_scores_of_existing_images_are_fitted_to_the_votes(tmp_path: Path) -> No
     torch.testing.assert_close(scores[:3], BradleyTerry().from_preferences(wins).float())
     assert scores[3] == 0
     assert fit_votes(folder.votes(), 1.0)["b", keys[0]] > 0
+
+
+def test_scores_of_fewer_votes_are_not_continued(tmp_path: Path) -> None:
+    reward = HumanVotes(str(tmp_path / "votes"))
+    table = ScoreTable(tmp_path, tmp_path, {"people": reward})
+    table.replace([])
+    ScoreTable(tmp_path, tmp_path, {"people": reward})
+    VoteFolder(reward.folder).add_vote(Pair("a" * 32, "b" * 32, "a"), "first")
+    with pytest.raises(ConfigurationError, match="scores of other rewards, settings or votes"):
+        ScoreTable(tmp_path, tmp_path, {"people": reward})
 
 
 class Voter(threading.Thread):

@@ -84,6 +84,10 @@ class Reward(nn.Module, ABC):
             scores: The components of `breakdown` by name, detached, for the images of all processes.
         """
 
+    def data_version(self) -> str:
+        """Return a hash of the files that scores depend on and that may change while they are used; empty for none."""
+        return ""
+
     def usage(self) -> Mapping[str, float]:
         """Return what scoring has used since the process started, such as requests and tokens; by default nothing.
 

@@ -1,5 +1,6 @@
 """Votes of people as a reward."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Sequence
@@ -56,6 +57,11 @@ class HumanVotes(PairwiseReward):
         scores = fit_votes(VoteFolder(self.folder).votes(), self.prior_std)
         keys = [(one_line(prompt), image_key(image)) for prompt, image in zip(prompts, to_pil(images), strict=True)]
         return torch.tensor([scores.get(key, 0.0) for key in keys], device=images.device)
+
+    def data_version(self) -> str:
+        """Return a hash of the votes."""
+        votes = VoteFolder(self.folder).votes_file
+        return hashlib.sha256(votes.read_bytes()).hexdigest()[:16] if votes.exists() else "no votes"
 
     def prefer(self, first: "Sequence[Image.Image]", second: "Sequence[Image.Image]", prompts: Sequence[str]) -> Tensor:
         """Ask for votes, wait for them, and return 1, 0 or 0.5 for each pair, `(B,)`; equal images are a tie.

@@ -1,13 +1,16 @@
-"""Measure whether `Augmented` and `Ensemble` give better images at the same trained reward.
+"""Measure whether `Augmented`, `Ensemble` and `Relative` give better images at the same trained reward.
 
     python -m examples.robust_rewards
+    python -m examples.robust_rewards --reward clip --steps 25
 
-DRaFT trains the shipped model on the logit of a small classifier of clean images, which is easily over-optimized: on
-the classifier alone (`ImageQuality`), averaged over augmentations (`Augmented`), and together with the evaluation
-classifier (`Ensemble`, mean minus standard deviation). Every few steps, images of the same captions and noise are
-scored. Two runs are compared where the mean logit of the first classifier, which all runs train on, is equal; between
-two evaluations the scores are interpolated linearly. `OUT/robust_rewards.md` has the differences from `ImageQuality`
-with standard errors. The clean images need the emoji (`python -m examples.emoji_model.data`).
+DRaFT trains the shipped model on a reward that is easily over-optimized, and on robust versions of it. With `--reward
+classifier` this is the logit of a small classifier of clean images: alone (`ImageQuality`), averaged over augmentations
+(`Augmented`), and together with the evaluation classifier (`Ensemble`, mean minus standard deviation). With `--reward
+clip` it is the similarity of the shipped CLIP to captions without a style: alone (`CLIPScore`), and relative to the
+same caption in the other style (`Relative`). Every few steps, images of the same captions and noise are scored. Two
+runs are compared where the mean of the plain reward is equal; between two evaluations the scores are interpolated
+linearly. `OUT/robust_rewards.md` has the differences from the plain reward with standard errors. The clean images need
+the emoji (`python -m examples.emoji_model.data`).
 """
 
 import argparse
@@ -15,7 +18,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +33,21 @@ from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.prompt_sources import read_prompts
-from lightning_draft.rewards import Augmented, CleanFraction, CLIPClassification, Ensemble, ImageQuality, Reward
+from lightning_draft.rewards import (
+    Augmented,
+    CleanFraction,
+    CLIPClassification,
+    CLIPScore,
+    Ensemble,
+    ImageQuality,
+    Relative,
+    Reward,
+)
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LastK
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "time_emb_proj")
-TRAINED = "logit of the trained classifier"
-PLAIN = "ImageQuality"
+TRAINED = "plain reward"
 
 
 @dataclass(frozen=True)
@@ -101,21 +112,37 @@ class Recorder(L.Callback):
         return Curve(list(self.found), {n: torch.stack([each[n] for each in self.found.values()]) for n in names})
 
 
-def rewards() -> dict[str, Reward]:
-    """Return the rewards to train on, by name; their scores are logits."""
+def classifier_rewards() -> dict[str, Reward]:
+    """Return a classifier of clean images and its robust versions, by name; the scores are logits."""
     first, second = (ImageQuality(name, bounded=False) for name in ("emoji64-judge", "emoji64-judge-eval"))
     return {
-        PLAIN: first,
-        "Augmented": Augmented(ImageQuality("emoji64-judge", bounded=False)),
-        "Ensemble": Ensemble({"first": ImageQuality("emoji64-judge", bounded=False), "second": second}),
+        "ImageQuality": first,
+        "Augmented": Augmented(first),
+        "Ensemble": Ensemble({"first": first, "second": second}),
     }
 
 
-def criteria(arguments: argparse.Namespace, prompts: list[str]) -> dict[str, Reward]:
+def clip_rewards() -> dict[str, Reward]:
+    """Return a reward that depends on the caption and its relative version, by name."""
+    plain = CLIPScore("emoji64-clip")
+    return {"CLIPScore": plain, "Relative": Relative(plain, "noto", "twemoji", k=1.0)}
+
+
+REWARDS: dict[str, Callable[[], dict[str, Reward]]] = {"classifier": classifier_rewards, "clip": clip_rewards}
+"""Rewards to train on; the first one is the plain reward."""
+
+
+def captions(source: str, reward: str) -> list[str]:
+    """Return captions; for CLIP without their style, which `Relative` writes before them."""
+    found = [str(prompt) for prompt in read_prompts(source)]
+    return [caption.partition(" ")[2] for caption in found] if reward == "clip" else found
+
+
+def criteria(arguments: argparse.Namespace, plain: Reward, prompts: list[str]) -> dict[str, Reward]:
     """Return the rewards that measure the images."""
     file = str(arguments.clean_images)
     return {
-        TRAINED: ImageQuality("emoji64-judge", bounded=False),
+        TRAINED: plain,
         "PSNR to the clean image (dB)": ReferencePSNR(file),
         "nearest image is the caption's": SceneRecognized(file),
         "evaluation classifier: log p(clean)": ImageQuality("emoji64-judge-eval"),
@@ -149,7 +176,8 @@ def run(arguments: argparse.Namespace, reward: Reward, seed: int, recorder: Reco
         enable_progress_bar=False,
     )
     torch.manual_seed(seed)
-    data = PromptDataModule(arguments.prompts, val_size=1, batch_size=arguments.batch_size, seed=seed)
+    prompts = captions(arguments.prompts, arguments.reward)
+    data = PromptDataModule(prompts, val_size=1, batch_size=arguments.batch_size, seed=seed)
     trainer.fit(module, data)
     return recorder.curve()
 
@@ -170,9 +198,10 @@ def table(curves: Mapping[str, list[Curve]], fractions: tuple[float, ...] = (0.5
     """Return the scores of the runs at equal trained reward as markdown.
 
     Args:
-        curves: The runs of each reward, by its name.
+        curves: The runs of each reward, by its name; the first one is the plain reward.
         fractions: Levels of the trained reward between that of the base model and the highest that all runs reach.
     """
+    first = next(iter(curves))
     every = [curve for runs in curves.values() for curve in runs]
     base = every[0].levels()[0]
     highest = min(max(curve.levels()) for curve in every)
@@ -182,15 +211,15 @@ def table(curves: Mapping[str, list[Curve]], fractions: tuple[float, ...] = (0.5
         "|--:|---|--:" + "|--:" * len(names) + "|",
     ]
     start = [f"{float(every[0].scores[name][0].mean()):.3f}" for name in names]
-    lines.append(f"| {base:.2f} | (base model) | 0 | " + " | ".join(start) + " |")
+    lines.append(f"| {base:.3f} | (base model) | 0 | " + " | ".join(start) + " |")
     for fraction in fractions:
         level = base + fraction * (highest - base)
-        plain = [curve.at(level) for curve in curves[PLAIN]]
+        plain = [curve.at(level) for curve in curves[first]]
         for reward, runs in curves.items():
             found = [curve.at(level) for curve in runs]
-            cells = [_cell([f[n] for f in found], [p[n] for p in plain], reward == PLAIN) for n in names]
+            cells = [_cell([f[n] for f in found], [p[n] for p in plain], reward == first) for n in names]
             steps = ", ".join(str(_first_step(curve, level)) for curve in runs)
-            lines.append(f"| {level:.2f} | {reward} | {steps} | " + " | ".join(cells) + " |")
+            lines.append(f"| {level:.3f} | {reward} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -209,6 +238,7 @@ def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/robust_rewards"))
+    parser.add_argument("--reward", choices=REWARDS, default="classifier", help="what is trained on")
     parser.add_argument("--model", default="emoji64")
     parser.add_argument("--prompts", default="emoji64")
     parser.add_argument("--val-prompts", default="emoji64_eval")
@@ -229,11 +259,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*(eval mode at the start|many workers|treespec|val_dataloader).*")
     start = time.process_time()
     prepare(arguments.clean_images.parent)
-    prompts = [str(prompt) for prompt in read_prompts(arguments.val_prompts)]
-    measures = criteria(arguments, prompts)
+    prompts = captions(arguments.val_prompts, arguments.reward)
+    rewards = REWARDS[arguments.reward]()
+    measures = criteria(arguments, next(iter(rewards.values())), prompts)
     curves: dict[str, list[Curve]] = {}
     for seed in range(arguments.seeds):
-        for name, reward in rewards().items():
+        for name, reward in rewards.items():
             path = arguments.out / f"{name.replace(' ', '_')}_{seed}.pt"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)

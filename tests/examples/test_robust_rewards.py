@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from examples.robust_rewards import PLAIN, TRAINED, Curve, difference, rewards, table
+from examples.robust_rewards import REWARDS, TRAINED, Curve, captions, difference, table
 
 
 def curve(levels: list[float], quality: list[list[float]]) -> Curve:
@@ -29,19 +29,28 @@ def test_the_standard_error_has_the_variances_of_captions_and_of_seeds() -> None
 def test_the_table_compares_at_levels_that_all_runs_reach() -> None:
     plain = curve([0.0, 2.0, 4.0], [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]])
     other = curve([0.0, 1.0, 2.0], [[1.0, 1.0], [2.5, 2.5], [3.0, 3.0]])
-    lines = table({PLAIN: [plain], "Augmented": [other]}).splitlines()
+    lines = table({"ImageQuality": [plain], "Augmented": [other]}).splitlines()
     assert lines[2:] == [
-        "| 0.00 | (base model) | 0 | 1.000 |",
-        "| 1.00 | ImageQuality | 5 | 1.500 |",
-        "| 1.00 | Augmented | 5 | +1.000 ± 0.000 |",
-        "| 2.00 | ImageQuality | 5 | 2.000 |",
-        "| 2.00 | Augmented | 10 | +1.000 ± 0.000 |",
+        "| 0.000 | (base model) | 0 | 1.000 |",
+        "| 1.000 | ImageQuality | 5 | 1.500 |",
+        "| 1.000 | Augmented | 5 | +1.000 ± 0.000 |",
+        "| 2.000 | ImageQuality | 5 | 2.000 |",
+        "| 2.000 | Augmented | 10 | +1.000 ± 0.000 |",
     ]
 
 
-def test_all_rewards_score_logits_of_the_first_classifier() -> None:
+def test_robust_classifier_rewards_score_logits_of_the_first_classifier() -> None:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    built = rewards()
-    first = built[PLAIN](images, ["a", "b"])
+    built = REWARDS["classifier"]()
+    first = built["ImageQuality"](images, ["a", "b"])
     assert built["Ensemble"].breakdown(images, ["a", "b"])[1]["first"].tolist() == first.tolist()
     assert built["Augmented"].reward(images, ["a", "b"]).tolist() == first.tolist()
+
+
+def test_the_relative_reward_adds_the_style_that_captions_for_clip_leave_out() -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = captions("emoji64_eval", "clip")[:2]
+    assert found == ["ant", "bacon"]
+    built = REWARDS["clip"]()
+    noto, twemoji = (built["CLIPScore"](images, [f"{style} {c}" for c in found]) for style in ("noto", "twemoji"))
+    torch.testing.assert_close(built["Relative"](images, found), 2 * noto - twemoji)

@@ -11,8 +11,17 @@ import torch
 from lightning_draft.files import atomic_path
 from lightning_draft.image_files import read_image
 from lightning_draft.rewards.pairwise import PairwiseReward
-from lightning_draft.score_pairs import Interval, bootstrap_intervals, pair_images, resampled_units, win_rate_interval
+from lightning_draft.score_pairs import (
+    Interval,
+    Pair,
+    bootstrap_intervals,
+    pair_images,
+    resampled_units,
+    win_rate_interval,
+)
 from lightning_draft.score_table import ScoredImage
+
+PAIRS_PER_CALL = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ def compare_pairs(
 ) -> list[PairwiseComparison]:
     """Ask judges which image of each pair is better; pairs are formed as in `compare`.
 
+    The images of `PAIRS_PER_CALL` pairs are in memory at a time, and a judge sees as many pairs per call.
+
     Args:
         folders: The two folders.
         rows: The images of each folder, from `score_folder`.
@@ -52,11 +63,10 @@ def compare_pairs(
     """
     pairs = pair_images(*rows)
     units, _ = resampled_units(pairs)
-    images = [[read_image(Path(folder) / pair[side].file) for pair in pairs] for side, folder in enumerate(folders)]
     found = []
     for name, judge in judges.items():
-        with torch.no_grad():
-            wins = judge.prefer(images[1], images[0], [pair[0].prompt for pair in pairs]).double().numpy()
+        chunks = [pairs[start : start + PAIRS_PER_CALL] for start in range(0, len(pairs), PAIRS_PER_CALL)]
+        wins = np.concatenate([_preferences(folders, chunk, judge) for chunk in chunks])
         if output is not None:
             _write(Path(output) / f"pairs_{name}.csv", pairs, wins)
         interval = win_rate_interval(wins, units, *bootstrap_intervals([wins], units))
@@ -79,7 +89,17 @@ def report_pairs(comparisons: Sequence[PairwiseComparison], first: str, second: 
     return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, pairs: Sequence[tuple[ScoredImage, ScoredImage]], wins: np.ndarray) -> None:
+@torch.no_grad()
+def _preferences(folders: Sequence[str | Path], pairs: Sequence[Pair], judge: PairwiseReward) -> np.ndarray:
+    """Return the preferences `(B,)` for the second images."""
+    first, second = (
+        [read_image(Path(folder) / pair[side].file) for pair in pairs] for side, folder in enumerate(folders)
+    )
+    wins: np.ndarray = judge.prefer(second, first, [pair[0].prompt for pair in pairs]).double().numpy()
+    return wins
+
+
+def _write(path: Path, pairs: Sequence[Pair], wins: np.ndarray) -> None:
     with atomic_path(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["first", "second", "prompt", "preference_for_second"])

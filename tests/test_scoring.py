@@ -21,8 +21,9 @@ from lightning_draft.__main__ import main
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_files import image_size, list_images, read_image
 from lightning_draft.image_prompts import find_prompts
+from lightning_draft.pairwise_score import compare_pairs
 from lightning_draft.prompt import metadata_of
-from lightning_draft.rewards import Brightness, JPEGSize, PythonFunction, Reward
+from lightning_draft.rewards import Brightness, JPEGSize, PairwiseReward, PythonFunction, Reward
 from lightning_draft.score_report import compare, contact_sheet, report
 from lightning_draft.score_table import ScoredImage, write_parquet
 from lightning_draft.scoring import score_folder
@@ -372,6 +373,40 @@ def test_the_command_compares_pairs_with_a_judge(
     rows = list(csv.DictReader((output / "pairs_judge.csv").open()))
     assert [float(row["preference_for_second"]) for row in rows] == [1.0, 0.0, 1.0, 1.0]
     assert "| judge | 4 | 75.0%" in (output / "comparison.md").read_text()
+
+
+class Brighter(PairwiseReward):
+    """Prefer brighter images, and record the number of pairs of each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+    def prefer(
+        self, first: Sequence[Image.Image], second: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> torch.Tensor:
+        self.calls.append(len(prompts))
+        return torch.tensor([float(gray(a) > gray(b)) for a, b in zip(first, second, strict=True)])
+
+
+def test_pairs_are_compared_in_chunks_with_the_same_preferences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = (200, 0, 150, 120, 30)
+    folder(tmp_path / "base", {f"cat_{i}.png": 100 for i in range(5)})
+    folder(tmp_path / "tuned", {f"cat_{i}.png": level for i, level in enumerate(levels)})
+    judge = Brighter()
+    folders = [tmp_path / "base", tmp_path / "tuned"]
+    rows = [score_folder(each, {"judge": judge}) for each in folders]
+    monkeypatch.setattr("lightning_draft.pairwise_score.PAIRS_PER_CALL", 2)
+    (found,) = compare_pairs(folders, rows, {"judge": judge}, tmp_path)
+    assert judge.calls == [2, 2, 1]
+    assert (found.pairs, found.win_rate) == (5, 0.6)
+    wins = [float(row["preference_for_second"]) for row in csv.DictReader((tmp_path / "pairs_judge.csv").open())]
+    assert wins == [float(level > 100) for level in levels]
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,7 @@ class AdaptedModel(PromptEmbedding):
         if self.lora is None:
             self._attach(LoRA(file.rank, target_modules=file.layers))
         self._copy(file)
-        if SCHEDULE in file.metadata:
-            self.set_scale_schedule(ScaleSchedule.from_text(file.metadata[SCHEDULE]))
+        self._use_schedule(file)
 
     def unload_lora(self) -> None:
         """Remove the adapters and the text encoders' part of a loaded LoRA; the model is the pretrained pipeline."""
@@ -203,6 +202,10 @@ class AdaptedModel(PromptEmbedding):
         self._check_adapters("set_scale_schedule")
         assert self.lora is not None
         self.lora = replace(self.lora, scale_schedule=schedule)
+
+    def _use_schedule(self, file: LoRAFile) -> None:
+        if SCHEDULE in file.metadata:
+            self.set_scale_schedule(ScaleSchedule.from_text(file.metadata[SCHEDULE]))
 
     def read_lora(self, path: str | os.PathLike[str]) -> LoRAFile:
         """Read a LoRA file of this model, without applying it.
@@ -237,7 +240,7 @@ class AdaptedModel(PromptEmbedding):
         self._weight_name = _first_name(self.denoiser)
 
     def _start_from(self, lora: LoRA, path: str) -> None:
-        """Attach the adapters of a file, at another rank if one is given."""
+        """Attach the adapters of a file, at another rank if one is given, with its scale schedule if none is given."""
         file = self.read_lora(path)
         rank = lora.rank or file.rank
         if rank < file.rank:
@@ -247,6 +250,8 @@ class AdaptedModel(PromptEmbedding):
             )
         self._attach(replace(lora, rank=rank, target_modules=file.layers, init=None, reference="pretrained"))
         self._copy(file)
+        if lora.scale_schedule is None:
+            self._use_schedule(file)
         if lora.reference == "init":
             trained = [name for name, value in self.denoiser.named_parameters() if value.requires_grad]
             self._initial = OriginalWeights(self.denoiser, trained)

@@ -39,7 +39,7 @@ class LoRA:
             encoders are added to their frozen weights, and are written to exported files.
         reference: Base model for gain and KL divergence: the `pretrained` model, or the model with `init`.
         scale_schedule: Scale of the update as a function of the sampling step, in training and in sampling; by default
-            1 at each step.
+            that in the header of `init`, else 1 at each step. `{scales: [1]}` replaces that of `init` by 1.
     """
 
     rank: int | None = None

@@ -29,7 +29,8 @@ _OTHER_KINDS = {
     "hada_": "LoHa",
     "oft_": "OFT",
     "lora_mid": "a LoRA with a middle factor (LoCon with Tucker decomposition)",
-    ".diff": "full weight differences",
+    ".diff.": "full weight differences",
+    ".diff_b.": "full weight differences",
 }
 _FACTORS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
@@ -78,7 +79,7 @@ def check(file: Path) -> tuple[list[str], dict[str, str]]:
             header = dict(content.metadata() or {})
     except SafetensorError as error:
         raise ConfigurationError(f"{file} is damaged or not a safetensors file: {error}; copy it again") from error
-    kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in key for key in keys)), None)
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if any(mark in f"{key}." for key in keys)), None)
     if kind is not None:
         raise _unsupported(file, kind)
     if not any("lora" in key for key in keys):

@@ -38,6 +38,7 @@ class CLIPScore(Reward):
         super().__init__()
         if variant not in ("cosine", "clipscore"):
             raise ConfigurationError(f"variant={variant!r} is not known; write cosine or clipscore")
+        self.pretrained = pretrained
         self.variant = variant
         self.encoder = CLIPEncoder.load(pretrained, dtype)
 
@@ -71,6 +72,7 @@ class CLIPClassification(Reward):
         from lightning_draft.prompt_sources import read_prompts
 
         super().__init__()
+        self.pretrained = pretrained
         self.column = column
         self.captions = list({_key(caption): str(caption) for caption in read_prompts(captions)}.values())
         self._columns = {_key(caption): column for column, caption in enumerate(self.captions)}

@@ -97,22 +97,25 @@ class CLIPEncoder(ImageEncoder):
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
-    def load(cls, pretrained: str, dtype: Precision = "float32", processor: str | None = None) -> Self:
+    def load(
+        cls, pretrained: str, dtype: Precision = "float32", processor: str | None = None, expected: str = _EXPECTED
+    ) -> Self:
         """Read a transformers `CLIPModel` with its tokenizer and image processor.
 
         Args:
             pretrained: Folder or hub id, or the shipped name `emoji64-clip`.
             dtype: Precision of the weights.
             processor: Folder or hub id of the tokenizer and image processor; None if they are with the model.
+            expected: What can be given, for messages.
 
         Raises:
             ConfigurationError: The model is missing, incomplete, or not a CLIP.
         """
         from transformers import CLIPModel
 
-        with reading("CLIP", pretrained, _EXPECTED) as source:
+        with reading("CLIP", pretrained, expected) as source:
             model = load(CLIPModel, source, _clip_config(source))
-        with reading("CLIP", processor or pretrained, _EXPECTED) as source:
+        with reading("CLIP", processor or pretrained, expected) as source:
             tokenizer, config = read_tokenizer(source), _image_processor(source)
         return cls(model, tokenizer, Preprocessing.from_config(config), dtype)
 

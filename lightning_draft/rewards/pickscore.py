@@ -12,6 +12,11 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import CLIPEncoder
 from lightning_draft.rewards.precision import Precision
 
+_EXPECTED = (
+    "yuvalkirstain/PickScore_v1 (config.json, model.safetensors) as `pretrained`, and of "
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K (tokenizer, preprocessor_config.json) as `processor`"
+)
+
 
 class PickScore(Reward):
     """`exp(logit_scale) cos(image, prompt)` of a CLIP ViT-H-14 fine-tuned on Pick-a-Pic, in [-100, 100].
@@ -34,7 +39,8 @@ class PickScore(Reward):
         dtype: Precision = "float32",
     ) -> None:
         super().__init__()
-        self.encoder = CLIPEncoder.load(pretrained, dtype, processor)
+        self.pretrained = pretrained
+        self.encoder = CLIPEncoder.load(pretrained, dtype, processor, _EXPECTED)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` and `B` prompts to `(B,)`."""

@@ -36,6 +36,7 @@ class ImageQuality(Reward):
 
     def __init__(self, pretrained: str, bounded: bool = True) -> None:
         super().__init__()
+        self.pretrained = pretrained
         self.bounded = bounded
         with reading("judge", pretrained, _EXPECTED) as source:
             folder = Path(source)

@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -254,6 +255,40 @@ def test_text_encoder_part_alone_changes_the_embeddings_by_its_definition(tiny_s
     with model.base():
         assert torch.equal(model.encode(PROMPTS).tensors["text"], plain_text)
     assert torch.equal(model.encode(PROMPTS).tensors["text"], tuned_text)
+
+
+def old_name(key: str, oldest: bool) -> str:
+    """The name of a text encoder's tensor before diffusers used peft, in its first or a later release."""
+    for factor, direction in (("lora_A", "down"), ("lora_B", "up")):
+        for layer in ("q", "out") if oldest else ():
+            key = key.replace(f".{layer}_proj.{factor}.", f".to_{layer}_lora.{direction}.")
+        key = key.replace(f".{factor}.", f".lora_linear_layer.{direction}.")
+    return key
+
+
+@pytest.mark.parametrize("denoiser_is_old", [True, False])
+@pytest.mark.parametrize("oldest", [True, False])
+def test_old_names_of_text_encoder_layers_give_the_images_of_diffusers(
+    tiny_sd: Path, tmp_path: Path, oldest: bool, denoiser_is_old: bool
+) -> None:
+    state = load_file(with_text_part(tiny_sd, StableDiffusionPipeline, tmp_path))
+    unet = {key: value for key, value in state.items() if key.startswith("unet.")}
+    text = {key.partition(".")[2].removeprefix("text_model."): value for key, value in state.items() if key not in unet}
+    if denoiser_is_old:
+        unet = convert_state_dict_to_diffusers(unet)
+    if oldest:
+        text = {key: value for key, value in text.items() if ".self_attn." in key}
+    named = {f"text_encoder.text_model.{old_name(key, oldest)}": value for key, value in text.items()}
+    assert not any("lora_A" in key or "lora_B" in key for key in named)
+    file = tmp_path / "old.safetensors"
+    save_file({**unet, **named}, file)
+    model = opened(tiny_sd, StableDiffusion)
+    model.load_lora(file)
+    assert len(model.text_updates.updates["text_encoder"]) == len(text) / 2
+    theirs = pipeline_images(plain(tiny_sd, StableDiffusionPipeline, file))
+    torch.testing.assert_close(images(model), theirs, rtol=0, atol=2e-4)
+    with model.text_updates.scaled(0.0):
+        assert (images(model) - theirs).abs().max() > 1e-3
 
 
 def test_merged_pipeline_includes_the_text_encoder_part(tiny_sd: Path, tmp_path: Path) -> None:

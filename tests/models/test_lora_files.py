@@ -118,7 +118,16 @@ def test_model_without_adapters_gets_those_of_the_file(tiny_sd: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("key", "kind"),
-    [("lora_unet_x.dora_scale", "DoRA"), ("lora_unet_x.lokr_w1", "LoKr"), ("lora_unet_x.hada_w1_a", "LoHa")],
+    [
+        ("lora_unet_x.dora_scale", "DoRA"),
+        ("lora_unet_x.lokr_w1", "LoKr"),
+        ("lora_unet_x.hada_w1_a", "LoHa"),
+        ("lora_unet_x.oft_blocks", "OFT"),
+        ("lora_unet_x.oft_diag", "OFT"),
+        ("base_model.model.to_q.oft_R.weight", "OFT"),
+        ("lora_unet_x.diff", "full weight differences"),
+        ("diffusion_model.x.diff_b", "full weight differences"),
+    ],
 )
 def test_unsupported_kinds_of_lora_are_named_in_the_error(tiny_sd: Path, tmp_path: Path, key: str, kind: str) -> None:
     save_file(kohya(tiny_sd, **{key: torch.ones(1)}), tmp_path / "other.safetensors")

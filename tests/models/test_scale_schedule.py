@@ -267,3 +267,17 @@ def test_exported_files_name_their_schedule_and_loading_applies_it(
     assert loaded.lora is not None
     assert loaded.lora.scale_schedule == ScaleSchedule(power=2.0, interpolate="predictions")
     torch.testing.assert_close(sampled(loaded), expected, rtol=0, atol=1e-5)
+
+
+def test_training_from_a_file_uses_its_schedule_unless_one_is_given(
+    model: StableDiffusion, tiny_sd: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    with scheduled(model, power=2.0):
+        model.save_lora(file)
+        expected = sampled(model)
+    started = StableDiffusion(str(tiny_sd), lora=LoRA(init=str(file)), guidance=Guidance(2.0))
+    torch.testing.assert_close(sampled(started), expected, rtol=0, atol=1e-5)
+    constant = LoRA(init=str(file), scale_schedule=ScaleSchedule(scales=[1.0]))
+    started = StableDiffusion(str(tiny_sd), lora=constant, guidance=Guidance(2.0))
+    torch.testing.assert_close(sampled(started), sampled(model), rtol=0, atol=1e-5)

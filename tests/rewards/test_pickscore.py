@@ -69,7 +69,10 @@ def test_half_precision_weights_change_scores_little(
 
 
 def test_missing_files_are_named_in_the_error(parts: dict[str, str]) -> None:
-    with pytest.raises(ConfigurationError, match="no CLIP could be read from 'yuvalkirstain/PickScore_v1'"):
-        PickScore(processor=parts["processor"])
-    with pytest.raises(ConfigurationError, match="no CLIP could be read from 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'"):
-        PickScore(parts["pretrained"])
+    advice = r".*give the folder or hub id of yuvalkirstain/PickScore_v1 \(config.json, model.safetensors\) as `pretrai"
+    for name, arguments in (
+        ("yuvalkirstain/PickScore_v1", {"processor": parts["processor"]}),
+        ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", {"pretrained": parts["pretrained"]}),
+    ):
+        with pytest.raises(ConfigurationError, match=f"no CLIP could be read from '{name}'{advice}"):
+            PickScore(**arguments)

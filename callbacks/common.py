@@ -25,7 +25,9 @@ def run_folder(trainer: L.Trainer, dirpath: str | None, name: str) -> Path:
         dirpath: The folder that the user gave, if any.
         name: Name of the folder within the run's folder if `dirpath` is not given.
     """
-    return Path(dirpath) if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / name
+    return (
+        Path(dirpath).expanduser() if dirpath is not None else Path(trainer.log_dir or trainer.default_root_dir) / name
+    )
 
 
 def reward_module(pl_module: L.LightningModule, callback: object) -> RewardModule:

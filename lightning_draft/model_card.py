@@ -26,7 +26,7 @@ CARD = "README.md"
 GRID = "images/before_after.png"
 WIDGET = "images/{}.png"
 UNKNOWN_LICENSE = "license-of-the-base-model"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)

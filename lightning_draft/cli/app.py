@@ -140,7 +140,7 @@ class DraftCLI(LightningCLI):
         self._as_written = config.clone()
         check_options(messages.flatten(config.as_dict()))
         check_groups(config["model"], "model")
-        root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT)
+        root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT).expanduser()
         self.run = self._choose_folder(root, configs)
         config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
         place_loggers(config["trainer"]["logger"], self.run.path, root)
@@ -289,4 +289,4 @@ class DraftCLI(LightningCLI):
 def _dirpath(callback: Any) -> Path | None:
     """Return the folder in the configuration of a callback, if it has one."""
     folder = None if callback is None else callback.get("init_args", {}).get("dirpath")
-    return None if folder is None else Path(folder)
+    return None if folder is None else Path(folder).expanduser()

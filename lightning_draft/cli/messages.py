@@ -130,6 +130,7 @@ def _raisers(error: Exception) -> tuple[str, ...]:
     if isinstance(error, TypeError):
         return _LIBRARIES[1:]
     parts = tuple(f"lightning.pytorch.{part}." for part in ("callbacks", "strategies", "trainer.connectors"))
+    parts += ("lightning.fabric.plugins.environments.", "pathlib.")  # a cluster's variables; `~name` without a user
     return parts if isinstance(error, RuntimeError) else _LIBRARIES
 
 

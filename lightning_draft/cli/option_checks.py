@@ -16,6 +16,7 @@ from lightning_draft.redaction import HIDDEN
 
 _MAX_SEED = 2**32 - 1
 _MAX_DEVICES = 64
+_MAX_BATCH = 2**16
 _DEVICES = r"auto|-1|[1-9]\d*|\d+(,\d+)+|\d+,"
 
 
@@ -101,6 +102,10 @@ CHECKS = (
         "must be false, because a run logs and writes checkpoints",
         "to measure speed, write --trainer.profiler simple",
     ),
+    *(
+        OptionCheck(f"data.{name}", lambda n: n <= _MAX_BATCH, f"must be at most {_MAX_BATCH}", "write 8")
+        for name in ("batch_size", "val_batch_size")
+    ),
     OptionCheck("trainer.num_sanity_val_steps", lambda n: n >= -1, "must be at least 0, or -1 for all", "write 0"),
     OptionCheck("trainer.min_steps", lambda n: n >= 0, "must be at least 0", "write 1, or null"),
     OptionCheck("trainer.min_epochs", lambda n: n >= 0, "must be at least 0", "write 1, or null"),
@@ -146,6 +151,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(check.name)
         if value is not None and not check.is_valid(value):
             raise ConfigurationError(f"--{check.name}={value!r} {check.rule}; {check.hint}")
+    if options.get("trainer.max_steps", 1) is None:
+        raise ConfigurationError("--trainer.max_steps=null must be a number; write 200, or -1 for no limit")
     if options.get("trainer.gradient_clip_algorithm") and options.get("trainer.gradient_clip_val") is None:
         raise ConfigurationError(
             f"--trainer.gradient_clip_algorithm={options['trainer.gradient_clip_algorithm']!r} has no effect without "

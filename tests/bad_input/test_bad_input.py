@@ -56,4 +56,4 @@ def test_every_checked_option_has_rows_and_a_valid_value() -> None:
     shown = {case.shown.split(" ")[0].removeprefix("--") for case in CASES}
     assert {check.name for check in CHECKS} <= shown
     check_options(dict.fromkeys((check.name for check in CHECKS), 1))
-    check_options(dict.fromkeys((check.name for check in CHECKS), None))
+    check_options({check.name: None for check in CHECKS if check.name != "trainer.max_steps"})

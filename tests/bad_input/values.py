@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_draft.cli.option_checks import check_options
-from tests.bad_input.cases import Case, built, parsed, python
+from tests.bad_input.cases import Case, built, edited, parsed, python
 
 VALUES = "Values out of range"
 TOGETHER = "Options that do not go together"
@@ -38,6 +38,9 @@ CASES: list[Case] = [
     *_checked("trainer.val_check_interval", (0, 0.0)),
     *_checked("trainer.strategy", ("ddp_spawn", "ddp_spawn_find_unused_parameters_true", "ddp_notebook", "ddp_fork")),
     *_checked("trainer.barebones", (True,)),
+    *_checked("data.batch_size", (10**9,)),
+    *_checked("data.val_batch_size", (10**9,)),
+    edited(VALUES, "max_steps: 2", "max_steps: null", "--trainer.max_steps=null must be a number", "write 200"),
     *_checked("trainer.num_sanity_val_steps", (-5,)),
     *_checked("trainer.min_steps", (-1,)),
     *_checked("trainer.min_epochs", (-1,)),
@@ -163,5 +166,8 @@ CASES: list[Case] = [
     built(PLACES, f"--trainer.default_root_dir {'x' * 300}", "File name too long", "write a shorter name"),
     built(PLACES, f"--ckpt_path {'x' * 300}", "File name too long", "write a shorter name"),
     built(PLACES, f"--data.prompts {'x' * 300}.txt", "File name too long", "write a shorter name"),
+    built(PLACES, "--trainer.default_root_dir ~no_such_user/x", "home directory"),
+    built(PLACES, "--ckpt_path ~no_such_user/x", "home directory"),
+    built(PLACES, "--export LoRAExport --export.push_to_hub ../x", "push_to_hub='../x' must be owner/name"),
     built(PLACES, "--name small", "runs", files={"runs": "text"}),
 ]

@@ -123,3 +123,11 @@ def test_loggers_in_a_list_write_to_the_run_folder(tmp_path: Path) -> None:
     assert outcome.status == 0, outcome
     assert "runs/small/csv/version_0/metrics.csv" in outcome.changed
     assert any(name.startswith("runs/small/events.out.") for name in outcome.changed)
+
+
+def test_a_folder_of_runs_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    outcome = runner.run(built("", "--trainer.default_root_dir ~/x --trainer.logger false"), tmp_path)
+    assert outcome.status == 0, outcome
+    assert {"home/x/small/config.yaml", "home/x/small/checkpoints/last.ckpt"} <= set(outcome.changed)
+    assert not any(name.startswith(("~", "runs")) for name in outcome.changed)

@@ -1,6 +1,5 @@
 """Model cards of exported LoRA files, with the front matter that the Hugging Face hub reads, and their upload."""
 
-import json
 import math
 import os
 import re
@@ -10,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import diffusers
 import yaml
 
 from lightning_draft.assets import NAMES
+from lightning_draft.card_usage import usage
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.methods.validation_record import Change
-from lightning_draft.models.families import class_for_pipeline
 from lightning_draft.models.lora import DEFAULT_RANK
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
 from lightning_draft.text import one_line
 
 CARD = "README.md"
@@ -57,7 +56,8 @@ def model_card(
 
     Args:
         title: Name of the model.
-        header: Metadata of the file: `base`, `base_sha256`, `reward`, `method`, `sampler`, `step` and `scores`.
+        header: Metadata of the file: `base`, `base_sha256`, `scale_schedule`, `reward`, `method`, `sampler`, `step` and
+            `scores`.
         pipeline: Class of diffusers that opens the base model.
         rank: Rank of the adapters.
         comfy: Whether there is a file for ComfyUI.
@@ -65,6 +65,7 @@ def model_card(
         results: Scores, images and further settings.
     """
     base = header["base"]
+    schedule = ScaleSchedule.from_text(header[SCHEDULE]) if SCHEDULE in header else None
     terms = base_license(base)
     front = yaml.safe_dump(_front_matter(title, base, terms, results), sort_keys=False, allow_unicode=True)
     settings = {"rank": rank, **{key: value for key, value in header.items() if key != "scores"}, **results.settings}
@@ -75,7 +76,7 @@ def model_card(
         *_score_table(results.changes),
         "## Settings\n",
         *[f"- {_plain(key)}: {_code(value)}" for key, value in settings.items() if value is not None],
-        *_usage(base, pipeline, f"{file}.safetensors"),
+        *usage(base, pipeline, f"{file}.safetensors", schedule),
     ]
     if comfy:
         lines.append(
@@ -183,32 +184,6 @@ def _score_table(changes: Mapping[str, Change]) -> list[str]:
         ],
         "",
     ]
-
-
-def _usage(base: str, pipeline: str, file: str) -> list[str]:
-    """Return lines with Python code that loads the file, with diffusers where its pipeline loads LoRA files."""
-    if not hasattr(getattr(diffusers, pipeline, None), "load_lora_weights"):
-        name = class_for_pipeline(pipeline) or pipeline
-        return [
-            "\n## Use in Python\n",
-            f"```python\nfrom lightning_draft.models import {name}\n",
-            f"model = {name}({_literal(base)}, lora=None)",
-            f"model.load_lora({_literal(file)})  # this folder or repository\n```",
-        ]
-    shipped = base in NAMES
-    resolve = "from lightning_draft.assets import resolve\n" if shipped else ""
-    opener = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
-    return [
-        "\n## Use in diffusers\n",
-        f"```python\nfrom diffusers import {pipeline}\n{resolve}",
-        f"pipe = {pipeline}.{opener}({f'resolve({_literal(base)})' if shipped else _literal(base)})",
-        f'pipe.load_lora_weights(".", weight_name={_literal(file)})  # this folder or repository\n```',
-    ]
-
-
-def _literal(text: str) -> str:
-    """Return text as a Python string literal."""
-    return json.dumps(text)
 
 
 def _plain(text: str) -> str:

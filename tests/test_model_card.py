@@ -26,6 +26,7 @@ from lightning_draft.model_card import (
     write_card,
 )
 from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models.scale_schedule import ScaleSchedule
 
 HEADER = {
     "base": "runwayml/some-model",
@@ -141,6 +142,17 @@ def test_code_of_the_card_opens_the_base_model(base: str, pipeline: str, code: s
     text = model_card("x", {"base": base}, pipeline, 4, comfy=False)
     assert code in text
     assert ("load_lora_weights" in text) == hasattr(getattr(diffusers, pipeline), "load_lora_weights")
+
+
+def test_interpolated_predictions_are_loaded_with_this_package() -> None:
+    """diffusers can only scale the weights of adapters."""
+    schedule = ScaleSchedule(power=2.0, interpolate="predictions")
+    text = model_card("x", {"base": "a/b", "scale_schedule": schedule.to_text()}, "FluxPipeline", 4, comfy=False)
+    assert 'Flux("a/b", lora=None)' in text
+    assert "load_lora_weights" not in text
+    schedule = ScaleSchedule(power=0.0, start=0.5, interpolate="predictions")
+    text = model_card("x", {"base": "a/b", "scale_schedule": schedule.to_text()}, "FluxPipeline", 4, comfy=False)
+    assert 'pipe.set_adapters("reward", {"transformer": scale(0, 1)})' in text
 
 
 @pytest.fixture

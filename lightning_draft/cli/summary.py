@@ -31,8 +31,10 @@ def folder_line(trainer: Trainer, folder: Path) -> str:
 
 def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Iterator[str]:
     """Yield the LoRA files or the pipeline folders, and how to use the first."""
-    base, pipeline = "...", "DiffusionPipeline"
+    base, pipeline, note = "...", "DiffusionPipeline", ""
     if isinstance(module.model, PipelineModel):
+        if module.model.lora is not None and module.model.lora.scale_schedule is not None:
+            note = "  # its scale changes by step: see the code in README.md beside it"
         base, pipeline = str(module.model.pretrained), module.model.family.pipeline_name
     exported = exported_paths(trainer)
     if files := [path for path in exported if path.is_file()]:
@@ -40,7 +42,7 @@ def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Itera
         yield f"sample:     lightning-draft sample {folder}"
         yield "in diffusers:"
         yield f"    {loading_code(base, pipeline)}"
-        yield f'    pipe.load_lora_weights("{files[0]}")'
+        yield f'    pipe.load_lora_weights("{files[0]}"){note}'
     elif folders := [path.with_suffix("") for path in exported if path.with_suffix("").is_dir()]:
         yield f"pipelines:  {'  '.join(map(str, folders))}"
         yield "in diffusers:"

@@ -63,6 +63,12 @@ class ScaleSchedule:
         if (self.power, self.start) != (1.0, 0.0):
             raise ConfigurationError("scale_schedule.scales replaces power and start; leave these out")
 
+    @property
+    def scales_weights(self) -> bool:
+        """Whether adapters with the scale `w_i` give the prediction of each step, without the base model's."""
+        only_0_and_1 = self.power == 0 if self.scales is None else set(self.scales) <= {0.0, 1.0}
+        return self.interpolate == "weights" or only_0_and_1
+
     def weight(self, step: int, num_steps: int) -> float:
         """Return `w_i` of step `step` of `num_steps`."""
         if self.scales is not None:

@@ -1,5 +1,6 @@
 """LoRA files for ComfyUI, with a part for text encoders, and as the start of training."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.model_card import model_card
 from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lightning_draft.models.lora_base import read_lora
 from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.lora_names import original_unet_name
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.models.scale_schedule import ScaleSchedule
 from lightning_draft.samplers import DDIM, FlowEuler
 
 PROMPTS = ["a red cat", "dog"]
@@ -83,8 +86,8 @@ def plain(folder: Path, pipeline: Any, file: Path | None = None) -> Any:
     return opened
 
 
-def pipeline_images(pipeline: Any) -> Tensor:
-    latents = noise(pipeline.unet.config.sample_size)
+def pipeline_images(pipeline: Any, unet: Any = None) -> Tensor:
+    latents = noise((unet or pipeline.unet).config.sample_size)
     options = {"num_inference_steps": 2, "guidance_scale": 2.0, "latents": latents, "output_type": "pt"}
     options.update(dict.fromkeys(("height", "width"), 2 * len(latents[0, 0])))
     made: Tensor = pipeline(PROMPTS, **options).images
@@ -289,6 +292,34 @@ def test_old_names_of_text_encoder_layers_give_the_images_of_diffusers(
     torch.testing.assert_close(images(model), theirs, rtol=0, atol=2e-4)
     with model.text_updates.scaled(0.0):
         assert (images(model) - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "schedule", [ScaleSchedule(power=2.0, start=0.5), ScaleSchedule(scales=[0.3, 1.0, 2.0]), ScaleSchedule(0.0, 0.5)]
+)
+def test_code_of_the_card_gives_the_images_of_a_model_with_a_scale_schedule(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: ScaleSchedule
+) -> None:
+    """Also for a second call, and with a part for the text encoder, which is not scheduled."""
+    model = opened(tiny_sd, StableDiffusion)
+    model.load_lora(with_text_part(tiny_sd, StableDiffusionPipeline, tmp_path))
+    constant = images(model)
+    model.set_scale_schedule(schedule)
+    model.save_lora(tmp_path / "best.safetensors")
+    header = {"base": str(tiny_sd), "scale_schedule": schedule.to_text()}
+    card = model_card("x", header, "StableDiffusionPipeline", 2, comfy=False)
+    code, call = card.partition("```python\n")[2].partition("\n```")[0].rsplit("\n", 1)
+    assert call == 'image = pipe("a prompt", callback_on_step_end=next_scale).images[0]'
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    pipe = names["pipe"]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    expected = images(model)
+    assert (expected - constant).abs().mean() > 1e-4
+    for _ in range(2):
+        theirs = pipeline_images(partial(pipe, callback_on_step_end=names["next_scale"]), pipe.unet)
+        torch.testing.assert_close(expected, theirs, rtol=0, atol=2e-4)
 
 
 def test_merged_pipeline_includes_the_text_encoder_part(tiny_sd: Path, tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def as_configuration_error() -> Iterator[None]:
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         if not f"{_module(error)}.".startswith(_raisers(error)):
             raise
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        no_user = "a path begins with ~ and the name of a user without a home folder; write the whole path"
+        text = no_user if _module(error) == "pathlib" else " ".join(str(error).split())
+        raise ConfigurationError(text) from error
     except KeyError as error:
         if not f"{_module(error)}.".startswith(_CHECKPOINT_READERS):
             raise

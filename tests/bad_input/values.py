@@ -166,8 +166,8 @@ CASES: list[Case] = [
     built(PLACES, f"--trainer.default_root_dir {'x' * 300}", "File name too long", "write a shorter name"),
     built(PLACES, f"--ckpt_path {'x' * 300}", "File name too long", "write a shorter name"),
     built(PLACES, f"--data.prompts {'x' * 300}.txt", "File name too long", "write a shorter name"),
-    built(PLACES, "--trainer.default_root_dir ~no_such_user/x", "home directory"),
-    built(PLACES, "--ckpt_path ~no_such_user/x", "home directory"),
+    built(PLACES, "--trainer.default_root_dir ~no_such_user/x", "without a home folder", "write the whole path"),
+    built(PLACES, "--ckpt_path ~no_such_user/x", "without a home folder", "write the whole path"),
     built(PLACES, "--export LoRAExport --export.push_to_hub ../x", "push_to_hub='../x' must be owner/name"),
     built(PLACES, "--name small", "runs", files={"runs": "text"}),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -13,8 +14,11 @@ from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scale_schedule import SCHEDULE
 from lightning_draft.redaction import redact
+from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.combine import WeightedSum
 
 _REWARD = "train/reward"
+_NOT_SETTINGS = ("training", "differentiable")
 
 
 def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> dict[str, str]:
@@ -51,13 +55,24 @@ def _of_model(model: DiffusionModel) -> dict[str, str]:
 
 
 def describe(thing: object) -> str:
-    """Return class and plain public attributes, such as `LastK(k=1)`, without secrets and local folders."""
+    """Return class, plain public attributes and components, such as `LastK(k=1)`, without secrets and local folders."""
     plain = {
         name: _without_folder(redact(value, name))
         for name, value in vars(thing).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
+        if not name.startswith("_") and name not in _NOT_SETTINGS and isinstance(value, (bool, int, float, str))
     }
-    return f"{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
+    shown = [f"{name}={value!r}" for name, value in plain.items()]
+    shown += [f"{name}={component}" for name, component in _components(thing)]
+    return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def _components(thing: object) -> Iterator[tuple[str, str]]:
+    """Yield names and descriptions of the rewards that a reward is computed from, with their weights."""
+    if isinstance(thing, WeightedSum):
+        for (name, weight), reward in zip(thing.weights.items(), thing.rewards, strict=True):
+            yield name, describe(reward) if weight == 1 else f"{weight:g} * {describe(reward)}"
+    elif isinstance(thing, Reward):
+        yield from ((name, describe(child)) for name, child in thing.named_children() if isinstance(child, Reward))
 
 
 def training_settings(trainer: L.Trainer, module: RewardModule) -> dict[str, str]:

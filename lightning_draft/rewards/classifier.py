@@ -32,6 +32,7 @@ class ClassifierTarget(Reward):
         from transformers import AutoModelForImageClassification
 
         super().__init__()
+        self.pretrained = pretrained
         check_precision(dtype)
         with reading("image classifier", pretrained, _EXPECTED) as source:
             model = load(AutoModelForImageClassification, source)

@@ -43,6 +43,7 @@ class ObjectPresent(Reward):
         self, pretrained: str, object: str | None = None, query: str = QUERY, dtype: Precision = "float32"
     ) -> None:
         super().__init__()
+        self.pretrained = pretrained
         self.detector = open_detector(pretrained, query, dtype)
         self.object = object
         if object is not None:
@@ -161,6 +162,7 @@ class DetectedCount(Reward):
             raise ConfigurationError(f"score={score!r} is not known; write number or error")
         if threshold is not None:
             check_threshold(threshold)
+        self.pretrained = pretrained
         self.detector = open_detector(pretrained, query, dtype)
         if object is not None:
             self.detector.check(object)

@@ -19,7 +19,7 @@ from lightning_draft.callbacks.lora_export import copy_from_resumed_run
 from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.rewards import Brightness, Sharpness
+from lightning_draft.rewards import Brightness, ImageQuality, Relative, Sharpness, WeightedReward, WeightedSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import LastK
@@ -189,6 +189,16 @@ def test_metric_that_is_not_logged_is_rejected(make_saving_module, make_trainer,
 def test_header_contains_no_password_of_a_url():
     service = SimpleNamespace(url="https://me:secret@example.org:8000/score?key=secret", retries=3)
     assert "secret" not in describe(service)
+
+
+def test_header_names_the_weights_of_a_reward_and_the_rewards_that_it_is_computed_from():
+    judge = ImageQuality("emoji64-judge", bounded=False)
+    assert describe(judge) == "ImageQuality(pretrained='emoji64-judge', bounded=False, size=64)"
+    assert describe(Relative(Brightness(), "good", "bad")) == (
+        "Relative(positive='good', negative='bad', k=0.0, reward=Brightness(target=0.5))"
+    )
+    weighted = WeightedSum({"light": WeightedReward(Brightness()), "clean": WeightedReward(judge, weight=0.5)})
+    assert describe(weighted) == f"WeightedSum(light=Brightness(target=0.5), clean=0.5 * {describe(judge)})"
 
 
 def test_files_have_the_permissions_of_the_umask(make_saving_module, make_trainer, data):

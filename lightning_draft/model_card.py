@@ -51,6 +51,7 @@ def model_card(
     comfy: bool,
     file: str = "best",
     results: Results = Results(),
+    task: str = "text-to-image",
 ) -> str:
     """Write the card of a LoRA: front matter, images, scores, settings, code that loads it, and license.
 
@@ -63,11 +64,12 @@ def model_card(
         comfy: Whether there is a file for ComfyUI.
         file: Name of the file for diffusers, without its suffix.
         results: Scores, images and further settings.
+        task: What the pipeline does, in the hub's terms.
     """
     base = header["base"]
     schedule = ScaleSchedule.from_text(header[SCHEDULE]) if SCHEDULE in header else None
     terms = base_license(base)
-    front = yaml.safe_dump(_front_matter(title, base, terms, results), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_front_matter(title, base, terms, results, task), sort_keys=False, allow_unicode=True)
     settings = {"rank": rank, **{key: value for key, value in header.items() if key != "scores"}, **results.settings}
     lines = [
         f"---\n{front}---\n\n# {_plain(title)}\n",
@@ -108,7 +110,7 @@ def write_card(
     has_comfy = comfy and model.has_comfy_names
     title = path.parent.parent.name or path.stem
     rank = DEFAULT_RANK if model.lora is None else model.lora.rank or DEFAULT_RANK
-    card = model_card(title, header, model.family.pipeline_name, rank, has_comfy, path.stem, results)
+    card = model_card(title, header, model.family.pipeline_name, rank, has_comfy, path.stem, results, model.family.task)
     with atomic_path(path.parent / CARD) as partial:
         partial.write_text(card, encoding="utf-8")
     return card
@@ -138,16 +140,16 @@ def _is_hub_id(base: str) -> bool:
     return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
-def _front_matter(title: str, base: str, terms: Mapping[str, str], results: Results) -> dict[str, Any]:
+def _front_matter(title: str, base: str, terms: Mapping[str, str], results: Results, task: str) -> dict[str, Any]:
     metrics = [metric for name, change in results.changes.items() for metric in _metrics(name, change)]
-    result = {"task": {"type": "text-to-image"}, "dataset": {"type": "prompts", "name": "held-out prompts"}}
+    result = {"task": {"type": task}, "dataset": {"type": "prompts", "name": "held-out prompts"}}
     widget = [{"text": one_line(p), "output": {"url": WIDGET.format(i)}} for i, p in enumerate(results.prompts)]
     return {
         **({"base_model": base} if _is_hub_id(base) else {}),
         **terms,
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusers", "lora", "reward-fine-tuning", "lightning-draft"],
+        "pipeline_tag": task,
+        "tags": [task, "diffusers", "lora", "reward-fine-tuning", "lightning-draft"],
         **({"widget": widget} if widget else {}),
         **({"model-index": [{"name": title, "results": [{**result, "metrics": metrics}]}]} if metrics else {}),
     }

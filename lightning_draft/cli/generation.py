@@ -73,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the prompts, the rewards, the noise, the sampling steps and the device."""
+    """Add the options of the prompts, the rewards, the noise, the sampling steps, the image size and the device."""
     parser.add_argument("--reward", nargs="+", default=[])
     parser.add_argument("--rewards")
     parser.add_argument("--prompt", nargs="+")
@@ -81,6 +81,8 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, nargs="+", default=[0])
     parser.add_argument("--max", type=_positive, default=8)
     parser.add_argument("--steps", type=_positive)
+    parser.add_argument("--height", type=_positive)
+    parser.add_argument("--width", type=_positive)
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -97,14 +99,14 @@ def prepare(options: argparse.Namespace, command: str) -> Generation:
     file, config = _sources(options, command)
     module, prompts = (None, None) if config is None else _build(config, command)
     if module is None:
-        model: Any = open_base([] if file is None else [file], options.model)
+        model: Any = open_base([] if file is None else [file], options.model, (options.height, options.width))
         sampler = default_sampler(model, options.steps)
     else:
         model, sampler = module.model, module.sampler
         sampler.num_steps = options.steps or sampler.num_steps
     if file is not None:
         model.load_lora(file)
-    prompts = prompts_of(options) or prompts
+    prompts = prompts_of(options) or prompts or model.default_prompts(options.max)
     if not prompts:
         raise ConfigurationError('there are no prompts; write --prompt "a cat" "a dog", or --prompts FILE')
     trained, evaluated = ({}, {}) if module is None else _rewards_of(module)
@@ -175,6 +177,10 @@ def _sources(options: argparse.Namespace, command: str) -> tuple[Path | None, Pa
         config = folder / "config.yaml"
     if config is not None and options.model is not None:
         raise ConfigurationError("give --config or --model, not both")
+    if config is not None and (options.height or options.width):
+        raise ConfigurationError(
+            f"--height and --width need --model NAME; with a config, set height and width of the model in {config}"
+        )
     if file is None and config is None and options.model is None:
         raise ConfigurationError(
             f"give a LoRA file, a run's folder, a --config or a --model; see lightning-draft {command} --help"

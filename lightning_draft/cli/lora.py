@@ -17,7 +17,6 @@ from lightning_draft.models.lora_base import open_base, read_lora, read_loras
 from lightning_draft.models.lora_content import LoRAFile
 from lightning_draft.models.lora_edit import anneal_lora, lora_info, mix_loras, resize_lora, scale_lora
 from lightning_draft.models.lora_merge import merge_lora
-from lightning_draft.models.pipeline import PipelineModel
 
 _SHOWN = 12
 
@@ -120,11 +119,12 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def _grid(files: Sequence[Path], options: argparse.Namespace) -> None:
     """Write images of the base model, of the given files, and of the result."""
-    base = open_base(files, options.model)
+    size = (options.height, options.width)
+    base = open_base(files, options.model, size)
     scale = options.scale if options.command == "merge" else 1.0
     shown = [Shown("base", base), *(Shown(name, base, file, scale) for name, file in _labels(files).items())]
     if options.command == "merge":
-        merged: PipelineModel = type(base)(str(options.output), lora=None)
+        merged = open_base([], str(options.output), size)
         shown.append(Shown(f"{options.output.name} (merged)", merged))
     else:
         shown.append(Shown(f"{options.output.name} (new)", base, options.output))

@@ -93,11 +93,12 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   --interpolate WHAT    what the schedule interpolates: weights (default), or predictions of both models
   --reward NAME ...     further rewards to evaluate, with their default arguments
   --rewards FILE        the same from a YAML file that maps names to rewards, as for score
-  --prompt P [P ...]    prompts; by default the held-out prompts of the config
+  --prompt P [P ...]    prompts, or class numbers for a model of classes; by default the held-out prompts of the config
   --prompts FILE|NAME   the prompts of a file, or of a shipped list
   --seed N [N ...]      seeds of the starting noise; by default 0
   --max N               use at most N prompts; by default 8
   --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
+  --height N, --width N size of the images in pixels, with --model; by default the size the model was trained for
   --output FILE         the image file; by default sample.png
   --device NAME         cpu, cuda, ...; by default cuda if available"""
 
@@ -120,11 +121,12 @@ lightning-draft guide: images with a higher reward from the base model, by metho
   --reward NAME ...     rewards with their default arguments; without a config, the first one is increased and the
                         others are for evaluation
   --rewards FILE        the same from a YAML file that maps names to rewards, as for score
-  --prompt P [P ...]    prompts; by default the held-out prompts of the config
+  --prompt P [P ...]    prompts, or class numbers for a model of classes; by default the held-out prompts of the config
   --prompts FILE|NAME   the prompts of a file, or of a shipped list
   --seed N [N ...]      seeds of the starting noise; by default 0
   --max N               use at most N prompts; by default 8
   --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
+  --height N, --width N size of the images in pixels, with --model; by default the size the model was trained for
   --output FILE         the image file, by default guide.png; scores and costs are written beside it as .csv and .json
   --device NAME         cpu, cuda, ...; by default cuda if available"""
 
@@ -182,7 +184,7 @@ Image grid of the base model, the given files and the result, from the same nois
   --prompt P [P ...]    write the grid with these prompts, or with --prompts FILE|NAME
   --reward NAME ...     rewards whose scores are printed and shown, or --rewards FILE
   --grid FILE           the image file; by default the name of the output with .png
-  --seed, --max, --steps, --device
+  --seed, --max, --steps, --height, --width, --device
                         as for sample"""
 
 

@@ -11,6 +11,7 @@ from lightning_draft.assets import resolve
 from lightning_draft.callbacks import LoRAExport, OverOptimizationGuard
 from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.pipeline import PipelineModel
 
 
@@ -31,22 +32,31 @@ def folder_line(trainer: Trainer, folder: Path) -> str:
 
 def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Iterator[str]:
     """Yield the LoRA files or the pipeline folders, and how to use the first."""
-    base, pipeline, note = "...", "DiffusionPipeline", ""
-    if isinstance(module.model, PipelineModel):
-        if module.model.lora is not None and module.model.lora.scale_schedule is not None:
-            note = "  # its scale changes by step: see the code in README.md beside it"
-        base, pipeline = str(module.model.pretrained), module.model.family.pipeline_name
     exported = exported_paths(trainer)
     if files := [path for path in exported if path.is_file()]:
         yield f"LoRA files: {'  '.join(map(str, files))}"
         yield f"sample:     lightning-draft sample {folder}"
-        yield "in diffusers:"
-        yield f"    {loading_code(base, pipeline)}"
-        yield f'    pipe.load_lora_weights("{files[0]}"){note}'
+        yield from lora_lines(module.model, files[0])
     elif folders := [path.with_suffix("") for path in exported if path.with_suffix("").is_dir()]:
         yield f"pipelines:  {'  '.join(map(str, folders))}"
         yield "in diffusers:"
-        yield f"    {loading_code(str(folders[0]), pipeline)}"
+        yield f"    {loading_code(str(folders[0]), _pipeline_of(module.model)[1])}"
+
+
+def lora_lines(model: DiffusionModel, file: Path) -> Iterator[str]:
+    """Yield the Python code that loads a LoRA file: in diffusers, if the model's pipeline class can load LoRA files."""
+    base, pipeline = _pipeline_of(model)
+    if isinstance(model, PipelineModel) and not model.family.loads_lora:
+        yield f"in Python ({pipeline} of diffusers loads no LoRA files):"
+        yield f"    from {type(model).__module__} import {type(model).__name__}"
+        yield f'    model = {type(model).__name__}("{base}", lora=None)'
+        yield f'    model.load_lora("{file}")'
+        return
+    scheduled = isinstance(model, PipelineModel) and model.lora is not None and model.lora.scale_schedule is not None
+    note = "  # its scale changes by step: see the code in README.md beside it" if scheduled else ""
+    yield "in diffusers:"
+    yield f"    {loading_code(base, pipeline)}"
+    yield f'    pipe.load_lora_weights("{file}"){note}'
 
 
 def loading_code(base: str, pipeline: str) -> str:
@@ -59,6 +69,13 @@ def loading_code(base: str, pipeline: str) -> str:
     place = str(resolve(base))
     method = "from_single_file" if Path(place).expanduser().is_file() else "from_pretrained"
     return f'pipe = {pipeline}.{method}("{place}")'
+
+
+def _pipeline_of(model: DiffusionModel) -> tuple[str, str]:
+    """Return a model's `pretrained` and the name of its pipeline class."""
+    if not isinstance(model, PipelineModel):
+        return "...", "DiffusionPipeline"
+    return str(model.pretrained), model.family.pipeline_name
 
 
 def exported_paths(trainer: Trainer) -> list[Path]:

@@ -64,6 +64,16 @@ class Family:
         return self.pipeline.rpartition(".")[2]
 
     @property
+    def loads_lora(self) -> bool:
+        """Whether the pipeline class has `load_lora_weights`."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
+
+    @property
+    def task(self) -> str:
+        """The hub's name for what the pipeline does."""
+        return "text-to-image" if self.text_encoders else "unconditional-image-generation"
+
+    @property
     def networks(self) -> tuple[str, ...]:
         """Names of the components that are networks."""
         return (self.denoiser, *(() if self.vae is None else (self.vae,)), *self.text_encoders)

@@ -70,12 +70,15 @@ def convert_lora(
     return error
 
 
-def open_base(files: Sequence[Path], given: str | None = None) -> PipelineModel:
+def open_base(
+    files: Sequence[Path], given: str | None = None, size: tuple[int | None, int | None] = (None, None)
+) -> PipelineModel:
     """Return the base model, without adapters.
 
     Args:
         files: LoRA files.
         given: The model that the user gave; by default that in the header of the first file that names one.
+        size: Height and width of the images in pixels; by default those for which the model was trained.
 
     Raises:
         ConfigurationError: No header names a base model, or a file or the model cannot be opened.
@@ -85,7 +88,8 @@ def open_base(files: Sequence[Path], given: str | None = None) -> PipelineModel:
         raise ConfigurationError(f"{files[0]} does not name its base model; write --model NAME")
     pretrained = _located(*next(iter(named.items()))) if given is None else given
     kind = opener(pretrained) or "StableDiffusion"
-    model: PipelineModel = getattr(import_module(FAMILIES[kind].module), kind)(pretrained, lora=None)
+    kind_class = getattr(import_module(FAMILIES[kind].module), kind)
+    model: PipelineModel = kind_class(pretrained, lora=None, height=size[0], width=size[1])
     return model
 
 

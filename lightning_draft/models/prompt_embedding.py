@@ -66,6 +66,10 @@ class PromptEmbedding(DiffusionModel):
         for prompt in dict.fromkeys(map(str, prompts)):
             self._embedding(prompt, keep=True)
 
+    def default_prompts(self, count: int) -> list[str]:
+        """Return at most `count` prompts for images without given prompts; a model that reads text has none."""
+        return []
+
     def release_text_encoder(self) -> None:
         """Free the text encoders' memory; afterwards only prompts with cached embeddings can be used."""
         self._negative_embedding(keep=True)

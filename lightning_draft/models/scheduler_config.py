@@ -31,8 +31,8 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
         )
     if config.get("thresholding"):
         raise ConfigurationError(
-            f"the pipeline's {name} has thresholding=True, which is meant for pixels; with latents it distorts the "
-            "sample and removes a part of the gradient; set it to false in scheduler/scheduler_config.json"
+            f"the pipeline's {name} has thresholding=True, which distorts latents and removes a part of the gradient; "
+            "set it to false in scheduler/scheduler_config.json"
         )
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ConfigurationError(

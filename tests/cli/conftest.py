@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_draft.__main__ import main
+from tests.tiny_families import write
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional pixel-space pipeline."""
+    return write("pixels", tmp_path_factory.mktemp("pipelines") / "tiny-pixels")
 
 
 @pytest.fixture

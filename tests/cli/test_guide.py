@@ -18,7 +18,11 @@ from lightning_draft.samplers import DDIM
 METHODS = ["best_of_n:2", "gradient:40", "norm_matched:0.2", "reno:1", "dno:1"]
 ROWS = ["base", "best_of_n 2", "gradient 40", "norm_matched 0.2", "reno 1", "dno 1"]
 FORWARDS = [1, 2, 1, 1, 3, 3]  # of sampling; reno:1 samples twice, once with steps that are recomputed
-BACKWARDS = {"tiny_sd": [0, 0, 1, 0, 1, 1], "tiny_sd3": [0, 0, 2 / 3, 0, 1, 1]}  # a flow's first step is not guided
+BACKWARDS = {
+    "tiny_sd": [0, 0, 1, 0, 1, 1],
+    "tiny_sd3": [0, 0, 2 / 3, 0, 1, 1],  # a flow's first step is not guided
+    "tiny_pixels": [0, 0, 1, 0, 1, 1],
+}
 
 INCREASING = ("gradient 40", "norm_matched 0.2", "reno 1")
 
@@ -38,7 +42,9 @@ def tables(stem: str) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[s
 def test_every_method_runs_and_its_cost_and_scores_are_written(
     command: Callable, family: str, request: pytest.FixtureRequest
 ) -> None:
-    args = ["--model", request.getfixturevalue(family), "--reward", "Brightness", "Symmetry", "--prompt", "a cat"]
+    bright = "{class_path: Brightness, init_args: {target: 0.9}}"
+    Path("rewards.yaml").write_text(f"Brightness: {bright}\nSymmetry: {{class_path: Symmetry}}\n")
+    args = ["--model", request.getfixturevalue(family), "--rewards", "rewards.yaml", "--prompt", "a cat"]
     result = command("guide", *args, "--steps", 3, "--seed", 1, 2, "--method", *METHODS, "-o", "a.png")
     assert result.status == 0, result.err
     assert "reward: Brightness; evaluation: Symmetry" in result.out

@@ -1,6 +1,6 @@
 """One battery for the newer model families: each is compared with diffusers' own pipeline on a small random one."""
 
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +10,6 @@ import diffusers
 import lightning as L
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 import lightning_draft
@@ -24,6 +21,7 @@ from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusion, TextEncoding
 from lightning_draft.models.families import FAMILIES
+from lightning_draft.models.family import Family
 from lightning_draft.models.latents import pack, unpack
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
@@ -72,7 +70,6 @@ CASES = {
     "pixels": Case("PixelDiffusion", flow=False, guidance=None),
     "pixels_of_classes": Case("PixelDiffusion", flow=False, guidance=None, prompts=("3", "7")),
 }
-TEXT = [name for name, case in CASES.items() if case.guidance]
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +95,11 @@ def opened(folder: Path, case: Case, **options: Any) -> PipelineModel:
 
 def plain(folder: Path, case: Case) -> Any:
     """The pipeline as diffusers opens it."""
-    pipeline = getattr(lightning_draft, case.model).family.pipeline_class.from_pretrained(folder)
+    return prepared(getattr(lightning_draft, case.model).family.pipeline_class.from_pretrained(folder), case)
+
+
+def prepared(pipeline: Any, case: Case) -> Any:
+    """A pipeline with our sampler's steps."""
     if not case.flow:
         pipeline.scheduler = diffusers.DDIMScheduler.from_config({**pipeline.scheduler.config, "clip_sample": False})
     pipeline.set_progress_bar_config(disable=True)
@@ -178,28 +179,35 @@ def test_images_are_those_of_the_diffusers_pipeline(folders: Callable, name: str
     assert all((other[..., : case.side] - seen[0]).abs().max() > 1e-3 for other in seen[1:])
 
 
-def load_with_peft(network: torch.nn.Module, file: Path) -> None:
-    """Load a LoRA file into a network of a pipeline without `load_lora_weights`, as docs/your_model.md shows."""
-    with safe_open(file, "pt") as content:
-        settings = json.loads(content.metadata()["lora_adapter_metadata"])
-    inject_adapter_in_model(
-        LoraConfig(**{key.removeprefix("transformer."): value for key, value in settings.items()}), network
-    )
-    state = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
-    set_peft_model_state_dict(network, state)
+def with_peft(folder: Path, family: Family, file: Path) -> Any:
+    """Return a pipeline without `load_lora_weights` in which the code of docs/lora.md has loaded a LoRA file."""
+    page = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"^```python.*?\n(.*?)^```", page, re.DOTALL | re.M) if "peft" in block]
+    changes = {
+        "DDPMPipeline": family.pipeline_name,
+        "google/ddpm-cifar10-32": str(folder),
+        "runs/ddpm_cifar10_color/lora/best.safetensors": str(file),
+        "unet": family.denoiser,
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["pipe"]
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", CASES)
 def test_an_exported_lora_gives_our_images_in_a_plain_pipeline(folders: Callable, name: str, tmp_path: Path) -> None:
     case, folder = CASES[name], folders(name)
-    model = opened(folder, case, lora=LoRA(4, alpha=6.0), guidance=Guidance(2.0))
+    model = opened(folder, case, lora=LoRA(4, alpha=6.0), guidance=Guidance(2.0 if case.guidance else 1.0))
     model.save_lora(tmp_path / "lora.safetensors")
     pipeline = plain(folder, case)
     base = diffusers_images(pipeline, model, case, 2.0)
-    if hasattr(pipeline, "load_lora_weights"):
+    if model.family.loads_lora:
         pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
     else:
-        load_with_peft(pipeline.transformer, tmp_path / "lora.safetensors")
+        pipeline = prepared(with_peft(folder, model.family, tmp_path / "lora.safetensors"), case)
     ours = images(model, case).clamp(0, 1)
     torch.testing.assert_close(ours, diffusers_images(pipeline, model, case, 2.0), rtol=0, atol=2e-4)
     assert (ours - base).abs().mean() > 0.001

@@ -112,6 +112,8 @@ def prepare(options: argparse.Namespace, command: str) -> Generation:
     trained, evaluated = ({}, {}) if module is None else _rewards_of(module)
     if options.reward or options.rewards:
         evaluated |= build_rewards(options.reward, options.rewards)
+    if trained.keys() & evaluated.keys():
+        raise ConfigurationError("--rewards: the name 'reward' is that of the trained reward; choose another name")
     rewards = {**trained, **evaluated}
     for network in (model, *rewards.values()):
         network.to(options.device).eval()

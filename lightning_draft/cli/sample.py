@@ -9,6 +9,7 @@ from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.generation import BATCH, add_options, captions, prepare, write_comparison
 from lightning_draft.cli.messages import as_configuration_error
 from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.scale_sweep import ScaleSweep, save_plot, sweep
 
 
@@ -25,9 +26,12 @@ def main(args: Sequence[str]) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    schedule = None if options.schedule is None else scale_schedule(options)
+    if schedule is None and options.interpolate is not None:
+        raise ConfigurationError(f"--interpolate {options.interpolate} needs a schedule; write --schedule linear")
     generation = prepare(options, "sample")
-    if options.schedule is not None:
-        generation.model.set_scale_schedule(scale_schedule(options))
+    if schedule is not None:
+        generation.model.set_scale_schedule(schedule)
     scales = sum(options.scale or [], []) or ([0.0] if generation.lora is None else [0.0, 1.0])
     found = sweep(
         generation.model,
@@ -39,7 +43,7 @@ def _sample(options: argparse.Namespace) -> None:
         seeds=options.seed,
         batch_size=BATCH,
     )
-    title = "" if options.schedule is None else f"scale schedule {options.schedule}, interpolated {options.interpolate}"
+    title = "" if schedule is None else f"scale schedule {options.schedule}, interpolated {schedule.interpolate}"
     _write(found, captions(generation.prompts, options.seed), options.output, title)
 
 

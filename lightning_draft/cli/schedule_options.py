@@ -10,7 +10,7 @@ from lightning_draft.models.scale_schedule import Interpolation, ScaleSchedule
 def add_schedule(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Add the options `--schedule` and `--interpolate`."""
     parser.add_argument("--schedule", required=required)
-    parser.add_argument("--interpolate", choices=get_args(Interpolation), default="weights")
+    parser.add_argument("--interpolate", choices=get_args(Interpolation))
 
 
 def scale_schedule(options: argparse.Namespace) -> ScaleSchedule:
@@ -19,4 +19,5 @@ def scale_schedule(options: argparse.Namespace) -> ScaleSchedule:
     Raises:
         ConfigurationError: The text of `--schedule` is not valid.
     """
-    return replace(ScaleSchedule.from_text(options.schedule), interpolate=options.interpolate)
+    schedule = ScaleSchedule.from_text(options.schedule)
+    return schedule if options.interpolate is None else replace(schedule, interpolate=options.interpolate)

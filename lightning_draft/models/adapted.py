@@ -168,7 +168,7 @@ class AdaptedModel(PromptEmbedding):
     def load_lora(self, path: str | os.PathLike[str]) -> None:
         """Copy a LoRA file into the adapters; if the model has none, attach those of the file.
 
-        A part for the text encoders is added to their weights. If the header has a scale schedule, it is used.
+        A part for the text encoders is added to their weights. A scale schedule in the header replaces the model's.
 
         Args:
             path: A `.safetensors` file written by this package, diffusers, peft, kohya's scripts or for ComfyUI.

@@ -9,7 +9,7 @@ from lightning_draft.arguments import finite, in_range
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.lora_content import LoRAFile, Updates
 from lightning_draft.models.lora_update import Update, add, truncate
-from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
+from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule, schedule_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | N
     """Compute the weighted sum of the updates of several files, `dW = sum_i w_i dW_i`.
 
     If a file does not adapt a layer, its `dW_i` is 0. The sum of updates of ranks `r_i` has at most the rank `sum_i
-    r_i`, and is exact at this rank.
+    r_i`, and is exact at this rank. A scale schedule that all files have is kept.
 
     Args:
         files: Files of the same model.
@@ -104,11 +104,12 @@ def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | N
 
     Raises:
         ConfigurationError: There are no files, their number differs from that of the weights, a weight is not finite,
-            or the files are of different models.
+            or the files are of different models or have different scale schedules.
     """
     if not files or len(files) != len(weights):
         raise ConfigurationError(f"{len(files)} files and {len(weights)} weights were given; give one weight per file")
     _check_bases(files)
+    schedule = _common_schedule(files)
     for file, weight in zip(files, weights, strict=True):
         finite(f"the weight of {file.path}", weight, "write a number such as 0.5")
     scaled = [scale_lora(file, weight) for file, weight in zip(files, weights, strict=True)]
@@ -123,6 +124,8 @@ def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | N
     mixed, error = resize_lora(total, largest if rank is None else rank)
     parts = {file.path.name: weight for file, weight in zip(files, weights, strict=True)}
     mixed = _with_metadata(mixed, mix=json.dumps(parts), relative_error=f"{error:.3g}")
+    if schedule is not None:
+        mixed = anneal_lora(mixed, schedule)
     hashes = {file.metadata.get("base_sha256", "") for file in files}
     return (mixed if hashes != {max(hashes)} else _with_metadata(mixed, base_sha256=max(hashes))), error
 
@@ -132,6 +135,19 @@ def _check_bases(files: Sequence[LoRAFile]) -> None:
     families = {file.base.family.title for file in files}
     if len(families) > 1:
         raise ConfigurationError(f"files of {' and '.join(sorted(families))} cannot be added; give files of one model")
+
+
+def _common_schedule(files: Sequence[LoRAFile]) -> ScaleSchedule | None:
+    """Return the scale schedule of the files, None if they have none."""
+    first = schedule_of(files[0].metadata)
+    other = next((file for file in files if schedule_of(file.metadata) != first), None)
+    if other is not None:
+        raise ConfigurationError(
+            f"{files[0].path} and {other.path} have different scale schedules, and their sum has one; write for "
+            "example `lightning-draft lora anneal FILE --schedule power_0` for each file with a schedule, which makes "
+            "its scale constant"
+        )
+    return first
 
 
 def _with_metadata(file: LoRAFile, **metadata: str) -> LoRAFile:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from lightning_draft.arguments import finite
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.loading import check_replaceable, load_pipeline, save_pipeline
 from lightning_draft.models.lora_content import LoRAFile
+from lightning_draft.models.scale_schedule import schedule_of
 
 
 @torch.no_grad()
@@ -23,9 +25,15 @@ def merge_lora(file: LoRAFile, folder: str | os.PathLike[str], scale: float = 1.
         scale: Strength of the LoRA.
 
     Raises:
-        ConfigurationError: The scale is not finite, or the folder has other content than a pipeline.
+        ConfigurationError: The scale is not finite, the file has a scale schedule, or the folder has other content than
+            a pipeline.
     """
     finite("scale", scale, "write a number such as 0.8")
+    if schedule_of(file.metadata) is not None:
+        raise ConfigurationError(
+            f"{file.path} has a scale schedule, and merged weights have one scale; write `lightning-draft lora anneal "
+            f"FILE --schedule power_0`, which makes the scale constant, and merge the result"
+        )
     check_replaceable(Path(folder))
     base, family = file.base, file.base.family
     dtypes = dict.fromkeys(family.networks, torch.float32)

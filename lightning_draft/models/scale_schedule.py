@@ -6,7 +6,7 @@ References:
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -76,6 +76,11 @@ class ScaleSchedule:
         fraction = step / num_steps
         return float(fraction**self.power) if fraction >= self.start else 0.0
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the scale is 1 at each step, as without a schedule."""
+        return (self.power, self.start) == (0, 0) if self.scales is None else set(self.scales) == {1}
+
     def to_text(self) -> str:
         """Return the schedule as JSON, for the header of a LoRA file."""
         return json.dumps(asdict(self))
@@ -98,13 +103,29 @@ class ScaleSchedule:
             if text == "linear":
                 return cls()
             if kind == "power":
-                return cls(power=float(number))
+                return cls(power=_number(number))
             if kind == "step":
-                return cls(power=0.0, start=float(number))
-            return cls(scales=[float(part) for part in text.split(",")])
+                return cls(power=0.0, start=_number(number))
+            return cls(scales=[_number(part) for part in text.split(",")])
         except ConfigurationError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f"{text[:80]!r} is not a scale schedule; write linear, power_2, step_0.6, or scales such as 0,0.5,1"
             ) from error
+
+
+def schedule_of(metadata: Mapping[str, str]) -> ScaleSchedule | None:
+    """Return the schedule in the header of a LoRA file; None without one, or if the scale is 1 at each step.
+
+    Raises:
+        ConfigurationError: It is not valid.
+    """
+    schedule = ScaleSchedule.from_text(metadata[SCHEDULE]) if SCHEDULE in metadata else None
+    return None if schedule is None or schedule.is_constant else schedule
+
+
+def _number(text: str) -> float:
+    if "_" in text:  # Python would read 1_0 as 10
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)

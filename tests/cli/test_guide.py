@@ -135,3 +135,9 @@ def test_invalid_arguments_give_one_message(command: Callable, tiny_sd: Path, ar
     assert result.status == 2
     assert message in result.err
     assert not list(Path().glob("guide.*"))
+
+
+def test_rewards_file_cannot_replace_the_trained_reward(command: Callable) -> None:
+    Path("own.yaml").write_text("reward: {class_path: Brightness}")
+    result = command("guide", "--config", "quickstart", "--rewards", "own.yaml")
+    assert (result.status, "the name 'reward' is that of the trained reward" in result.err) == (2, True)

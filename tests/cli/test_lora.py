@@ -197,7 +197,8 @@ def test_public_functions_edit_files(tiny_sd: Path, files: Any, tmp_path: Path) 
         zero = torch.zeros_like(update)
         expected = inputs[0].get(layer, zero) - inputs[1].get(layer, zero)
         torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-5)
-    lightning_draft.merge_lora(again, tmp_path / "merged", scale=0.5)
+    constant = lightning_draft.anneal_lora(again, lightning_draft.ScaleSchedule(power=0.0))
+    lightning_draft.merge_lora(constant, tmp_path / "merged", scale=0.5)
     before, after = (load_file(folder / "unet" / WEIGHTS) for folder in (tiny_sd, tmp_path / "merged"))
     for layer, update in ours.items():
         moved = after[f"{layer}.weight"] - before[f"{layer}.weight"]
@@ -291,3 +292,8 @@ def test_images_that_are_not_finite_are_an_error(tiny_sd: Path, files: Any) -> N
     model.load_lora(files["a"])
     with pytest.raises(ConfigurationError, match=r"scale=3e\+38 gives images .* not finite"):
         generate(model, DDIM(1), ["a cat"], 0, scale=3e38)
+
+
+def test_interpolation_needs_a_schedule(capsys: Any) -> None:
+    assert main(["sample", "x.safetensors", "--prompt", "a", "--interpolate", "predictions"]) == 2
+    assert "--interpolate predictions needs a schedule; write --schedule linear" in capsys.readouterr().err

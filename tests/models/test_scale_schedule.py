@@ -1,6 +1,6 @@
 """The scale of the adapters as a function of the sampling step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,10 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.policy import Policy
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.models.base import Conditioning
+from lightning_draft.models.lora_base import read_lora
+from lightning_draft.models.lora_content import LoRAFile
+from lightning_draft.models.lora_edit import mix_loras
+from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.scale_schedule import Interpolation, ScaleSchedule
 from lightning_draft.samplers import DDIM
 from lightning_draft.schedules import step_at
@@ -90,6 +94,8 @@ def test_schedules_have_the_published_weights() -> None:
         ("step_1", "scale_schedule.start=1 never uses the adapters"),
         ("step_x", "'step_x' is not a scale schedule"),
         ("power_-1", "scale_schedule.power=-1.0 must be at least 0"),
+        ("power_2_3", "'power_2_3' is not a scale schedule"),
+        pytest.param('{"scales": ' + "[" * 100_000, "is not a scale schedule", id="nested"),
         ("0,nan", "scale_schedule.scales=nan must be a finite number"),
         ('{"speed": 1}', "is not a scale schedule"),
         ('{"scales": [1], "power": 2}', "scales replaces power and start"),
@@ -281,3 +287,30 @@ def test_training_from_a_file_uses_its_schedule_unless_one_is_given(
     constant = LoRA(init=str(file), scale_schedule=ScaleSchedule(scales=[1.0]))
     started = StableDiffusion(str(tiny_sd), lora=constant, guidance=Guidance(2.0))
     torch.testing.assert_close(sampled(started), sampled(model), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def annealed(model: StableDiffusion, tiny_sd: Path, tmp_path: Path) -> Callable[[str], LoRAFile]:
+    """Return a LoRA file with a schedule; the empty text gives none."""
+
+    def write(text: str) -> LoRAFile:
+        path = tmp_path / f"lora_{text}.safetensors"
+        model.save_lora(path, {"scale_schedule": ScaleSchedule.from_text(text).to_text()} if text else {})
+        return read_lora(path, str(tiny_sd))
+
+    return write
+
+
+def test_mixed_files_keep_a_common_schedule_and_reject_different_ones(annealed: Callable[[str], LoRAFile]) -> None:
+    a, plain, constant = map(annealed, ("power_2", "", "power_0"))
+    mixed, _ = mix_loras([a, a], [0.5, 0.5])
+    assert ScaleSchedule.from_text(mixed.metadata["scale_schedule"]) == ScaleSchedule(power=2)
+    assert "scale_schedule" not in mix_loras([plain, constant], [1, 1])[0].metadata
+    with pytest.raises(ConfigurationError, match="have different scale schedules"):
+        mix_loras([plain, a], [1, 1])
+
+
+def test_files_with_a_schedule_are_not_merged(annealed: Callable[[str], LoRAFile], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="has a scale schedule, and merged weights have one scale"):
+        merge_lora(annealed("power_2"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -9,13 +9,14 @@ from lightning_draft.cli import pages, shipped
 from lightning_draft.cli.messages import FAILED, INTERRUPTED, USAGE, as_configuration_error, print_error
 from lightning_draft.cli.output import VERBOSE, quiet_output
 from lightning_draft.cli.process import import_from_current_folder
-from lightning_draft.errors import ConfigurationError, DivergenceError
+from lightning_draft.errors import ConfigurationError, DivergenceError, RewardServiceError
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    The status is 0 for success, 1 for an error in training, 2 for invalid input, 130 for Ctrl-C and 143 for SIGTERM.
+    The status is 0 for success, 1 for an error in training or of a reward's service, 2 for invalid input, 130 for
+    Ctrl-C and 143 for SIGTERM.
 
     Args:
         args: The arguments after the command's name; by default those of the process.
@@ -29,6 +30,9 @@ def main(args: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except DivergenceError as error:
         print_error(f"training failed: {error}")
+        return FAILED
+    except RewardServiceError as error:
+        print_error(str(error))
         return FAILED
     except ConfigurationError as error:
         print_error(str(error))

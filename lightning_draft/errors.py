@@ -1,4 +1,4 @@
-"""Errors that a user can correct."""
+"""Errors that a user can correct, which commands print as one message."""
 
 
 class ConfigurationError(ValueError):
@@ -7,3 +7,7 @@ class ConfigurationError(ValueError):
 
 class DivergenceError(ConfigurationError):
     """Training was stopped because its gradients exploded or were not finite."""
+
+
+class RewardServiceError(RuntimeError):
+    """A reward service gave no scores; the message names the prompts."""

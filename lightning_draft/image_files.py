@@ -25,7 +25,7 @@ def list_images(folder: Path) -> list[str]:
     Links to files and folders are followed. Names that start with a dot are left out.
 
     Raises:
-        ConfigurationError: There is no such folder, or no image in it.
+        ConfigurationError: There is no such folder, no image in it, or a name is not text in UTF-8.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {str(folder)!r}; give a folder of images")
@@ -40,6 +40,9 @@ def list_images(folder: Path) -> list[str]:
         raise ConfigurationError(
             f"there are no images in {str(folder)!r}; supported suffixes are {', '.join(sorted(SUFFIXES))}"
         )
+    unnamed = [name for name in found if not name.isascii() and name != name.encode("utf-8", "replace").decode()]
+    if unnamed:
+        raise ConfigurationError(f"the file name {unnamed[0]!r} in {str(folder)!r} is not in UTF-8; rename the file")
     return sorted(found)
 
 

@@ -52,7 +52,7 @@ class ScoreTable:
         settings = output / "scoring.json"
         described = {"folder": str(scored.resolve()), "rewards": _describe(rewards)}
         if self.path.exists() and settings.exists():
-            _check_settings(self.path, json.loads(settings.read_text(encoding="utf-8")), described)
+            _check_settings(self.path, _read_settings(settings), described)
         with atomic_path(settings) as partial:
             partial.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
@@ -71,15 +71,19 @@ class ScoreTable:
         if complete != text:
             with writing(self.path):
                 self.path.write_bytes(complete)
-        rows = csv.reader(io.StringIO(complete.decode("utf-8"), newline=""))
-        if next(rows, None) != self.columns:
-            raise ConfigurationError(f"{self.path} has other columns than these rewards; choose another output folder")
         try:
+            rows = csv.reader(io.StringIO(complete.decode("utf-8"), newline=""))
+            if next(rows, None) != self.columns:
+                raise ConfigurationError(
+                    f"{self.path} has other columns than these rewards; choose another output folder"
+                )
             return [
                 ScoredImage(file, prompt, dict(zip(self.columns[3:], map(float, scores), strict=True)), modified)
                 for file, prompt, modified, *scores in rows
             ]
-        except ValueError as error:
+        except ConfigurationError:
+            raise
+        except (ValueError, csv.Error) as error:
             raise ConfigurationError(f"{self.path} is damaged ({error}); delete it to score again") from error
 
     def append(self, rows: Sequence[ScoredImage]) -> None:
@@ -118,6 +122,14 @@ def write_parquet(rows: Iterable[ScoredImage], path: str | Path) -> None:
     table = [{"file": row.file, "prompt": str(row.prompt), **row.scores} for row in rows]
     with atomic_path(path) as partial:
         write_table(pyarrow.Table.from_pylist(table), partial)
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}); delete it and scores.csv to score again") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _check_settings(path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:

@@ -243,6 +243,41 @@ def test_unreadable_images_and_missing_prompts_are_named(
         score_folder(tmp_path / "in", **{"rewards": {"mean": Mean()}, **options})
 
 
+def test_file_names_that_are_not_text_are_named(tmp_path: Path) -> None:
+    folder(tmp_path / "in", {"e_1.png": 0})
+    (tmp_path / "in" / "e_1.png").rename(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9_1.png"))
+    with pytest.raises(ConfigurationError, match="the file name 'caf.*_1.png' in .* is not in UTF-8; rename the file"):
+        score_folder(tmp_path / "in", {"mean": Mean()})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("scores.csv", b"\xff\n"),
+        ("scores.csv", b"file,prompt,modified,mean\n" + b"a" * 200_000 + b",x,,1\n"),
+        ("scoring.json", b"{bad"),
+        ("scoring.json", b"\xff"),
+    ],
+    ids=["bytes", "long field", "json", "bytes of json"],
+)
+def test_damaged_files_of_an_earlier_scoring_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder(tmp_path / "in", {"a_1.png": 0})
+    score_folder(tmp_path / "in", {"mean": Mean()}, tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=f"{name} is damaged .*; delete it"):
+        score_folder(tmp_path / "in", {"mean": Mean()}, tmp_path / "out")
+
+
+def test_a_service_that_gives_no_scores_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder(tmp_path / "in", {"a_1.png": 0})
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("http: {class_path: HTTPReward, init_args: {url: 'http://127.0.0.1:9', retries: 0}}")
+    assert main(["score", "in", "--rewards", "r.yaml"]) == 1
+    assert "http://127.0.0.1:9 gave no scores for " in capsys.readouterr().err
+
+
 def scored(values: Sequence[float], prompt: str = "a") -> list[ScoredImage]:
     return [ScoredImage(f"{i}.png", prompt, {"r": value}) for i, value in enumerate(values)]
 

@@ -1,5 +1,6 @@
 """Rewards: functions of images and prompts that a model is fine-tuned to increase."""
 
+from lightning_draft.errors import RewardServiceError
 from lightning_draft.prompt import Prompt
 from lightning_draft.rewards.aesthetic import AestheticScore
 from lightning_draft.rewards.base import Reward, check_scores
@@ -10,7 +11,6 @@ from lightning_draft.rewards.color import Brightness, ColorBalance, ColorSaturat
 from lightning_draft.rewards.combine import GradientNormSum, WeightedReward, WeightedSum, ZScoreSum
 from lightning_draft.rewards.detection import DetectedCount, ObjectAbsent, ObjectCount, ObjectPresent
 from lightning_draft.rewards.hps import HPSv2
-from lightning_draft.rewards.http_client import RewardServiceError
 from lightning_draft.rewards.human import HumanVotes
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.inputs import NonFiniteScoreError

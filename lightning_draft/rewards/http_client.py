@@ -24,10 +24,6 @@ _VARIABLE = re.compile(r"\{(\w+)\}")
 _SECRET = re.compile(r"key|token|secret|passw|pwd|auth|sig|credential", re.IGNORECASE)
 
 
-class RewardServiceError(RuntimeError):
-    """A reward service gave no scores; the message names the prompts."""
-
-
 class FailedRequestError(RuntimeError):
     """No attempt of a request was successful; the message gives the number of attempts and the last error."""
 

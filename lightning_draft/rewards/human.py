@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_draft.arguments import positive
+from lightning_draft.errors import RewardServiceError
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.blackbox import to_pil
-from lightning_draft.rewards.http_client import RewardServiceError
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.votes import Pair, VoteFolder, fit_votes, image_key, one_line
 

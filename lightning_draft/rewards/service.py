@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of, positive
+from lightning_draft.errors import RewardServiceError
 from lightning_draft.prompt import metadata_of
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.blackbox import parse_scores, to_base64, to_pil
 from lightning_draft.rewards.http_client import (
     FailedRequestError,
-    RewardServiceError,
     check_token,
     check_url,
     expand_url,

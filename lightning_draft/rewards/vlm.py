@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_draft.arguments import one_of, positive
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.errors import ConfigurationError, RewardServiceError
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.blackbox import to_base64, to_pil
-from lightning_draft.rewards.http_client import FailedRequestError, RewardServiceError, hide_secrets, redact
+from lightning_draft.rewards.http_client import FailedRequestError, hide_secrets, redact
 from lightning_draft.rewards.inputs import quote_prompts
 from lightning_draft.rewards.jpeg_codec import check_quality
 from lightning_draft.rewards.pairwise import PairwiseReward

@@ -1,4 +1,4 @@
-"""Rewards that are harder to exploit: averaged over augmentations, over several rewards, or relative to other prompts.
+"""Rewards meant to be harder to exploit: averaged over augmentations, over several rewards, or relative to other words.
 
 References:
     Shen et al., arXiv:2509.06942 (SRPO), section 3.2: relative rewards from positive and negative control words.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from lightning_draft.callbacks import LoRAExport
 from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.cli.summary import closing_lines
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.policy import Policy
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
@@ -314,3 +317,16 @@ def test_files_with_a_schedule_are_not_merged(annealed: Callable[[str], LoRAFile
     with pytest.raises(ConfigurationError, match="has a scale schedule, and merged weights have one scale"):
         merge_lora(annealed("power_2"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_closing_lines_say_that_the_scale_changes_by_step(model: StableDiffusion, tmp_path: Path) -> None:
+    (tmp_path / "last.safetensors").touch()
+    export = LoRAExport()
+    export._folder = tmp_path
+    trainer: Any = SimpleNamespace(callbacks=[export])
+    module: Any = SimpleNamespace(model=model)
+    assert list(closing_lines(trainer, module, tmp_path))[-1].endswith('last.safetensors")')
+    with scheduled(model, power=2.0):
+        assert list(closing_lines(trainer, module, tmp_path))[-1].endswith(
+            '")  # its scale changes by step: see the code in README.md beside it'
+        )

@@ -39,12 +39,8 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
             f"prediction_type={prediction!r} of the pipeline's {name} is not supported; it must be epsilon, "
             "v_prediction or sample"
         )
-    if prediction == "epsilon" and float(table.min()) < 1e-6:  # some schedulers have 2^-24 instead of 0
-        raise ConfigurationError(
-            f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: without signal, a "
-            "prediction of the noise does not determine the image; set rescale_betas_zero_snr to false, or use a "
-            "v_prediction model"
-        )
+    if prediction == "epsilon":
+        _check_signal(config, name, float(table.min()))
     schedule = VariancePreserving.from_table(
         table,
         set_alpha_to_one=config.get("set_alpha_to_one", True),
@@ -52,6 +48,34 @@ def variance_preserving(scheduler: Any) -> tuple[VariancePreserving, Prediction]
         steps_offset=config.get("steps_offset", 0),
     )
     return schedule, prediction
+
+
+def _check_signal(config: Any, name: str, last: float) -> None:
+    """Check that a prediction of the noise determines the image at the first step of sampling.
+
+    Args:
+        config: Config of the scheduler.
+        name: Its class.
+        last: `alpha^2` of the last timestep; some schedulers have 2^-24 instead of 0.
+
+    Raises:
+        ConfigurationError: There is no signal at this step.
+    """
+    if last >= 1e-6:
+        return
+    if last == 0 or config.get("rescale_betas_zero_snr"):
+        raise ConfigurationError(
+            f"the pipeline's {name} has rescale_betas_zero_snr=True with prediction_type=epsilon: without signal, a "
+            "prediction of the noise does not determine the image; set rescale_betas_zero_snr to false, or use a "
+            "v_prediction model"
+        )
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing != "leading":  # a leading grid does not contain the last timestep
+        raise ConfigurationError(
+            f"the pipeline's {name} has timestep_spacing={spacing} with beta_schedule={config.get('beta_schedule')} "
+            f"and prediction_type=epsilon: the last timestep, alpha^2 = {last:.1g}, has almost no signal; set "
+            "timestep_spacing to leading in scheduler/scheduler_config.json"
+        )
 
 
 def rectified_flow(scheduler: Any, last: GridEnd = "shifted", tokens: int | None = None) -> RectifiedFlow:

@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 
+from lightning_draft.chain import SamplingChain
 from lightning_draft.cli.summary import lora_lines
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.model_card import write_card
 from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.models.pixels import PixelDiffusion
+from lightning_draft.samplers import DDIM
 from tests.tiny_families import BETAS, pixels
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 
 
 def opened(folder: Path, scheduler: dict[str, Any] | None = None, size: int = 16, **network: Any) -> PixelDiffusion:
@@ -22,7 +26,7 @@ def opened(folder: Path, scheduler: dict[str, Any] | None = None, size: int = 16
     pipeline = DDPMPipeline.from_pretrained(folder)
     torch.manual_seed(0)
     unet = UNet2DModel.from_config({**pipeline.unet.config, **network})
-    scheduler = DDPMScheduler(**BETAS, clip_sample=False, **(scheduler or {}))
+    scheduler = DDPMScheduler(**{**BETAS, "clip_sample": False, **(scheduler or {})})
     DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
     return PixelDiffusion(str(folder), lora=None, height=size, width=size)
 
@@ -37,6 +41,19 @@ def test_predicted_variances_are_not_part_of_the_predicted_image(tmp_path: Path)
     torch.testing.assert_close(model.denoise(x, 400, model.encode(["a", "b"])), expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_cosine_schedule_gives_the_images_of_diffusers(tmp_path: Path) -> None:
+    """It has almost no signal at the last timestep, which a leading grid does not contain."""
+    model = opened(tmp_path, COSINE)
+    x = start = model.noise(2, torch.Generator().manual_seed(1))
+    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config)
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model.unet(x, t).sample, t, x).prev_sample
+    chain = SamplingChain(model, DDIM(5), model.encode(["a", "b"]))
+    torch.testing.assert_close(chain.advance(chain.start(start)).x, x, rtol=1e-4, atol=1e-4)
+
+
 def test_gray_images_are_rgb_images_with_equal_channels(tmp_path: Path) -> None:
     model = opened(tmp_path, in_channels=1, out_channels=1)
     x = model.noise(2)
@@ -49,6 +66,8 @@ def test_gray_images_are_rgb_images_with_equal_channels(tmp_path: Path) -> None:
     [
         ({"in_channels": 4, "out_channels": 4}, r"in_channels=4 of the pipeline's unet .* 1 or 3 channels"),
         ({"class_embed_type": "timestep"}, "class_embed_type=timestep .* with num_class_embeds"),
+        ({"scheduler": {**COSINE, "timestep_spacing": "trailing"}}, "timestep_spacing=trailing .* to leading"),
+        ({"scheduler": {**COSINE, "rescale_betas_zero_snr": True}}, "rescale_betas_zero_snr to false"),
         ({"size": 15}, "height=15 and width=15 must be multiples of 2 for this model; write 14 and 14"),
     ],
 )

@@ -122,7 +122,7 @@ def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | N
     )
     largest = max(min(update.rank, _smaller_side(update)) for update in _every(total))
     mixed, error = resize_lora(total, largest if rank is None else rank)
-    parts = {file.path.name: weight for file, weight in zip(files, weights, strict=True)}
+    parts = [[file.path.name, weight] for file, weight in zip(files, weights, strict=True)]
     mixed = _with_metadata(mixed, mix=json.dumps(parts), relative_error=f"{error:.3g}")
     if schedule is not None:
         mixed = anneal_lora(mixed, schedule)

@@ -81,7 +81,10 @@ class ChatAnswer:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ChatAnswer":
         """Restore an answer from `to_dict`."""
-        tokens = tuple(Token(text, log_probs) for text, log_probs in values["tokens"])
+        tokens = tuple(
+            Token(text, {name: _log_prob(value) for name, value in log_probs.items()})
+            for text, log_probs in values["tokens"]
+        )
         return cls(values["text"], tokens, *values["usage"])
 
 

@@ -60,7 +60,7 @@ def test_mix_is_the_weighted_sum_of_dense_updates(tiny_sd: Path, files: Any, tmp
         zero = torch.zeros_like(update)
         torch.testing.assert_close(update, 0.7 * a.get(layer, zero) - 0.5 * b.get(layer, zero), rtol=1e-4, atol=1e-6)
     with safe_open(out, "pt") as content:
-        assert json.loads(content.metadata()["mix"]) == {"a.safetensors": 0.7, "b.safetensors": -0.5}
+        assert json.loads(content.metadata()["mix"]) == [["a.safetensors", 0.7], ["b.safetensors", -0.5]]
 
 
 def test_mix_at_a_rank_states_its_relative_error(tiny_sd: Path, files: Any, tmp_path: Path, capsys: Any) -> None:

@@ -138,11 +138,20 @@ def test_interrupted_scoring_continues_with_the_missing_images(serve: Callable, 
     assert len(server.requests) == 5
 
 
-def test_damaged_cache_entries_are_replaced(serve: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"text": ',
+        "[]",
+        '{"text": "3", "tokens": [["3", [0]]], "usage": [1, 1]}',
+        '{"text": "3", "tokens": [["3", {"3": Infinity}]], "usage": [1, 1]}',
+    ],
+)
+def test_damaged_cache_entries_are_replaced(serve: Callable, tmp_path: Path, damaged: str) -> None:
     server = serve(lambda text, images: "3")
     judge(server, tmp_path)(IMAGES[:1], ["a cat"])
     (entry,) = tmp_path.rglob("*.json")
-    entry.write_text('{"text": ')
+    entry.write_text(damaged)
     assert judge(server, tmp_path)(IMAGES[:1], ["a cat"]).tolist() == [3.0]
     assert judge(server, tmp_path)(IMAGES[:1], ["a cat"]).tolist() == [3.0]
     assert len(server.requests) == 2

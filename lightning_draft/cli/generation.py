@@ -207,7 +207,8 @@ def _build(config: Path, command: str) -> tuple[RewardModule, list[str]]:
     if not isinstance(built.model.model, PipelineModel):
         kind = type(built.model.model).__name__
         raise ConfigurationError(
-            f"{config}: {command} does not support a {kind}; the model must be a diffusers pipeline"
+            f"{config}: {command} does not support a {kind}: only a PipelineModel can load LoRA files and scale its "
+            "adapters; derive the class from lightning_draft.models.PipelineModel"
         )
     return built.model, list(built.data.val_prompts or built.data.train_prompts)
 

@@ -130,3 +130,16 @@ def test_models_without_text_are_sampled_without_prompts(command: Callable, work
     assert command("sample", "--model", unconditional, *options).status == 0
     without = command("sample", "--model", classes, *options)
     assert means(without.out) == means(command("sample", "--model", classes, *options, "--prompt", 0, 1).out)
+
+
+def test_a_model_that_is_no_pipeline_is_rejected_with_the_reason(command: Callable, workplace: Path) -> None:
+    (workplace / "plain_model.py").write_text(
+        "from lightning_draft.testing import LinearModel\n\n"
+        "class Plain(LinearModel):\n    def __init__(self) -> None:\n        super().__init__()\n"
+    )
+    text = RUN.format(folder="x").replace("PixelDiffusion", "plain_model.Plain")
+    lines = [line for line in text.splitlines() if "pretrained" not in line]
+    Path("plain.yaml").write_text("\n".join(lines) + "\n")
+    result = command("sample", "--config", "plain.yaml")
+    assert result.status == 2
+    assert "plain.yaml: sample does not support a Plain: only a PipelineModel can load LoRA files" in result.err

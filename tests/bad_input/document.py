@@ -13,8 +13,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 _HEAD = """\
 # Error messages
 
-Invalid input ends with one message and exit status 2 (1 if training itself fails), and nothing is written. Errors
-in your own code are shown with their traceback. This page lists the tested input by kind; it is generated with
+Invalid input ends with one message and exit status 2, and nothing is written; if training itself or the service of
+a reward fails, the status is 1. Errors in your own code are shown with their traceback.
+This page lists the tested input by kind; it is generated with
 `python -m tests.bad_input.document`. `FOLDER` is the current folder.
 """
 _LONGEST = 260

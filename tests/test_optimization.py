@@ -104,7 +104,7 @@ def test_an_infinite_reward_with_a_finite_gradient_is_dropped_too(tmp_path: Path
 
 def test_repeated_non_finite_gradients_are_an_error_and_keep_the_parameters(tmp_path: Path) -> None:
     thetas, subject = Thetas(), module(reward=Scripted([1.0] + [math.nan] * 20))
-    with pytest.raises(DivergenceError, match=r"not finite in 10 optimizer steps in a row, up to step 10; .*lower the"):
+    with pytest.raises(DivergenceError, match=r"not finite in 10 optimizer steps in a row, up to step 10, .*lower the"):
         fit(subject, tmp_path, thetas, max_steps=30)
     assert len(thetas.values) == 10
     assert subject.model.theta.item() == thetas.values[0] != 0.1

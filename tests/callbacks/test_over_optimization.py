@@ -110,8 +110,8 @@ def test_largest_degradation_decides(run):
     guard = OverOptimizationGuard(**GUARD)
     with pytest.warns(
         UserWarning,
-        match=r"over-optimized at step 2: the reward rose from 0 to 2 while sharp fell from 1 to -0.5, 0.75 standard "
-        r"deviations; training continues unchanged.*best adapters before this \(step 1\) are in .*guarded.safetensors",
+        match=r"over-optimized at step 2: the reward rose from 0 to 2 while sharp fell from 1 to -0.5, by 0.75 "
+        r"standard deviations; training continues.*best adapters before this \(step 1\) are in .*guarded.safetensors",
     ):
         run(scripted([0, 1, 2], [5, 6, 7], [1, 1, -0.5]), guard)
 

@@ -55,13 +55,16 @@ class LoRAExport(Callback):
         comfy: Also write `last.comfy.safetensors` and `best.comfy.safetensors` with the names that ComfyUI, Forge and
             AUTOMATIC1111 read, for model families whose layer names are known.
         push_to_hub: `owner/name` of a repository on the Hugging Face hub; when training ends, the files and their model
-            card are uploaded to it. It is created as a private one if it does not exist.
+            card are uploaded to it. It is created as a private one if it does not exist. A failed upload is a warning.
 
     Attributes:
         best_score: Value of the metric for the best adapters; `None` before the first validation.
         best_metric: The metric.
         best_step: Number of optimization steps of the best adapters.
+        upload_failed: Whether the files could not be uploaded.
     """
+
+    upload_failed = False
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class LoRAExport(Callback):
             comfy = self.best_path.with_suffix(".comfy.safetensors")
             log_files(trainer, [self.best_path, comfy, self.best_path.parent / CARD], "lora")
         if self.push_to_hub is not None and trainer.is_global_zero:
-            upload(self.last_path.parent, self.push_to_hub)
+            self.upload_failed = not upload(self.last_path.parent, self.push_to_hub)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Export the adapters of an interrupted run, unless other processes are needed for it or training diverged."""
@@ -206,7 +209,9 @@ class LoRAExport(Callback):
                 f"{', '.join(known)}"
             )
         score, sign = float(value), -1 if self.mode == "min" else 1
-        if not math.isfinite(score) or (self.best_score is not None and sign * (score - self.best_score) <= 0):
+        removed = not (self.best_path.exists() or self.best_path.with_suffix("").exists())
+        best = None if removed else self.best_score
+        if not math.isfinite(score) or (best is not None and sign * (score - best) <= 0):
             return None
         return score
 

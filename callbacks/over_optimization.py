@@ -27,6 +27,7 @@ from lightning_draft.callbacks.lora_header import header
 from lightning_draft.callbacks.shrink import is_factor, shrink_adapters
 from lightning_draft.distributed import gather_full, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import remove_partial_files
 from lightning_draft.methods.base import RewardModule
 
 Action = Literal["warn", "shrink", "stop"]
@@ -152,6 +153,8 @@ class OverOptimizationGuard(Callback):
         names = select_eval_rewards(self.eval_rewards, module)
         self._evaluator = Evaluator(FixedSamples(repeated, self.seed, self.batch_size), names)
         self._folder = run_folder(trainer, self.dirpath, "lora")
+        if trainer.is_global_zero:
+            remove_partial_files(self._folder)
         self.history = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

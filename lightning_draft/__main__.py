@@ -8,7 +8,7 @@ from lightning_draft import __version__
 from lightning_draft.cli import pages, shipped
 from lightning_draft.cli.messages import FAILED, INTERRUPTED, USAGE, as_configuration_error, print_error
 from lightning_draft.cli.output import VERBOSE, quiet_output
-from lightning_draft.cli.process import import_from_current_folder
+from lightning_draft.cli.process import check_process_variables, import_from_current_folder
 from lightning_draft.errors import ConfigurationError, DivergenceError, RewardServiceError
 
 
@@ -72,6 +72,7 @@ def _run(command: str, rest: list[str]) -> int:
     if rest and (all(is_help) if command in ("fit", "validate") else any(is_help)):
         print(pages.COMMANDS[command])
         return 0
+    check_process_variables()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import_from_current_folder()
     if command == "sample":

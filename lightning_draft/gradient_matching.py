@@ -52,9 +52,11 @@ class GradientMatching(ABC):
 
     Attributes:
         needs_noise: Whether only stochastic steps can be trained.
+        assumes_memoryless: Whether the optimum is known only for a memoryless sampler.
     """
 
     needs_noise: bool = True
+    assumes_memoryless: bool = False
 
     @abstractmethod
     def targets(self, trajectory: Trajectory, steps: Sequence[int]) -> list[Tensor]:
@@ -83,6 +85,8 @@ class AdjointMatching(GradientMatching):
     References:
         Domingo-Enrich et al., "Adjoint Matching", arXiv:2409.08861.
     """
+
+    assumes_memoryless = True
 
     def __init__(self, scale: float = 100.0) -> None:
         self.scale = positive("scale", scale)

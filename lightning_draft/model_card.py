@@ -25,6 +25,7 @@ CARD = "README.md"
 GRID = "images/before_after.png"
 WIDGET = "images/{}.png"
 UNKNOWN_LICENSE = "license-of-the-base-model"
+_SILENCE = 60.0  # seconds
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -213,21 +214,32 @@ def check_repository(name: str) -> str:
     return name
 
 
-def upload(folder: Path, repository: str) -> None:
-    """Upload a run's files and print the address; if the upload fails, give a warning with the command to repeat it."""
+def upload(folder: Path, repository: str) -> bool:
+    """Upload a run's files and print the address; if the upload fails, give a warning with the command to repeat it.
+
+    Args:
+        folder: Folder of the files.
+        repository: `owner/name`.
+
+    Returns:
+        Whether the files were uploaded.
+    """
     try:
         print(f"uploaded to {push_to_hub(folder, repository)}", flush=True)
+        return True
     except Exception as error:  # any error of the connection or the hub
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         warnings.warn(
             f"the upload failed ({reason}); to repeat it, write hf upload --private {repository} {folder}", stacklevel=2
         )
+        return False
 
 
 def push_to_hub(folder: str | Path, repository: str, endpoint: str | None = None) -> str:
     """Upload LoRA files, their card and its images; a repository that does not exist is created as a private one.
 
-    The token is that of `hf auth login` or of the environment variable `HF_TOKEN`.
+    The token is that of `hf auth login` or of the environment variable `HF_TOKEN`. A request without an answer for 60
+    seconds is an error.
 
     Args:
         folder: Folder of `README.md`, the `.safetensors` files and `images`.
@@ -237,14 +249,18 @@ def push_to_hub(folder: str | Path, repository: str, endpoint: str | None = None
     Returns:
         The address of the commit.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
 
-    api = HfApi(endpoint=endpoint)
-    api.create_repo(repository, private=True, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        allow_patterns=[CARD, "*.safetensors", "images/*.png"],
-        commit_message="Add LoRA",
-    )
+    api, client = HfApi(endpoint=endpoint), get_session()
+    before, client.timeout = client.timeout, _SILENCE  # its own default is to wait without a limit
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[CARD, "*.safetensors", "images/*.png"],
+            commit_message="Add LoRA",
+        )
+    finally:
+        client.timeout = before
     return str(commit.commit_url)

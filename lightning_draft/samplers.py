@@ -86,6 +86,11 @@ class Sampler(ABC):
             one_of("spacing", spacing, get_args(Spacing))
         self.spacing = spacing
 
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether, as the number of steps grows, samples become independent of the starting noise."""
+        return False
+
     @abstractmethod
     def grid(self, schedule: Schedule) -> Grid:
         """Return `num_steps` pairs `(t, s)`, from the most to the least noise.
@@ -131,6 +136,11 @@ class DDIM(Sampler):
     def __init__(self, num_steps: int = 50, eta: float = 0.0, spacing: Spacing | None = None) -> None:
         super().__init__(num_steps, spacing)
         self.eta = in_range("eta", eta, 0, 1, "write 0 for DDIM or 1 for DDPM")
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether `eta` is 1, that is, the sampler is DDPM's."""
+        return self.eta == 1
 
     def grid(self, schedule: Schedule) -> Grid:
         """Return the grid of diffusers' `DDIMScheduler`, whose step is always `num_train_timesteps // num_steps`."""
@@ -246,6 +256,11 @@ class FlowSDE(FlowEuler):
     def __init__(self, num_steps: int = 10, noise_level: float = 0.7) -> None:
         super().__init__(num_steps)
         self.noise_level = at_least("noise_level", noise_level, 0)
+
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether `noise_level` is sqrt(2), to three digits."""
+        return abs(self.noise_level - math.sqrt(2)) < 1e-3
 
     def diffusion(self, t: float, s: float) -> float:
         """Return `sigma_t` of the step from `t` to `s`."""

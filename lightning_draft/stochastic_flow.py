@@ -29,6 +29,11 @@ class DanceSDE(FlowSDE):
     def __init__(self, num_steps: int = 10, noise_level: float = 0.3) -> None:
         super().__init__(num_steps, noise_level)
 
+    @property
+    def is_memoryless(self) -> bool:
+        """False: a constant diffusion removes only a part of the starting noise."""
+        return False
+
     def diffusion(self, t: float, s: float) -> float:
         """Return the noise level."""
         return self.noise_level

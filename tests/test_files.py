@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,43 @@ def test_folder_of_a_process_killed_while_replacing_it_gets_its_name_back(
     remove_partial_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert (folder / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_folder_survives_a_kill_at_each_step_of_its_replacement(tmp_path: Path, step: int) -> None:
+    """The old folder, or the new one, is complete after the temporary files are removed."""
+    target = tmp_path / "best"
+    target.mkdir()
+    for name in ("a", "b"):
+        (target / name).write_text("old")
+    child = os.fork()
+    if child == 0:
+        _replace_and_exit(target, step)
+    os.waitpid(child, 0)
+    remove_partial_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert {path.name: path.read_text() for path in target.iterdir()} in (
+        dict.fromkeys("ab", "old"),
+        dict.fromkeys("ac", "new"),
+    )
+
+
+def _replace_and_exit(target: Path, step: int) -> None:
+    """Replace a folder, and exit before system call number `step` of those that change or sync files."""
+    calls = iter(range(1000))
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == step:
+                os._exit(0)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("mkdir", "rename", "unlink", "rmdir"):
+        setattr(Path, name, counted(getattr(Path, name)))
+    os.fsync = counted(os.fsync)
+    with atomic_folder(target) as partial:
+        for name in ("a", "c"):
+            (partial / name).write_text("new")
+    os._exit(0)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_draft.methods.gradient_matching import GradientMatchingModule
 from lightning_draft.models.base import Conditioning
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
+from lightning_draft.stochastic_flow import DanceSDE
 from lightning_draft.testing import GaussianModel, LinearModel, LinearReward, scaled_linear
 from tests.tiny_policy_gradients import MILD, BlackBox, Recorder, trainer_of
 from tests.tiny_runs import data
@@ -304,6 +306,35 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
 def test_invalid_combinations_are_errors_before_training(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         fit(tmp_path, linear(**options), 1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "memoryless"),
+    [(DDIM(100, eta=1.0), True), (DDIM(100, eta=0.5), False), (DDIM(100), False)]
+    + [(FlowSDE(100, 1.4142), True), (FlowSDE(100, 0.3), False), (DanceSDE(100, 0.3), False)],
+)
+def test_samples_of_a_memoryless_sampler_do_not_correlate_with_the_noise(sampler: Sampler, memoryless: bool) -> None:
+    """For data `N(0, 0.09)`, whose posterior mean is linear, the covariance is the product of the steps' slopes."""
+    schedule: Any = RectifiedFlow() if isinstance(sampler, FlowSDE) else scaled_linear()
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for t, s in sampler.grid(schedule):
+        alpha, sigma = schedule.coefficients(t)
+        x0 = x * alpha * 0.09 / (alpha**2 * 0.09 + sigma**2)
+        x = sampler.step(schedule, x, x0, t, s)[0].mean
+    assert (abs(x.item()) / 0.3 < 0.05) == memoryless, x.item() / 0.3
+    assert sampler.is_memoryless == memoryless
+
+
+def test_adjoint_matching_warns_of_a_sampler_that_is_not_memoryless() -> None:
+    def check(**options: Any) -> None:
+        GradientMatchingModule(LinearModel(), LinearReward(), **options).check_configuration()
+
+    with pytest.warns(UserWarning, match=r"DDIM with these options is not memoryless.*use DDIM\(eta=1\)"):
+        check(sampler=DDIM(3, eta=0.5), matching=AdjointMatching())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(sampler=DDIM(3, eta=1.0), matching=AdjointMatching())
+        check(sampler=DDIM(3, eta=0.5), matching=NablaGFlowNet())
 
 
 def test_invalid_options_are_configuration_errors() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -366,6 +367,28 @@ def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pyt
         *("scores.csv", "scores.parquet", "scoring.json"),
         *("contact_sheet_Sharpness.png", "contact_sheet_bright.png"),
     }
+
+
+def test_ctrl_c_keeps_the_rows_and_says_how_to_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path / "in", {f"cat_{i}.png": 10 * i for i in range(4)})
+    arguments = ["score", str(tmp_path / "in"), "--reward", "Sharpness", "--output", str(tmp_path / "out")]
+    calls: list[int] = []
+
+    def interrupted(self: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if calls:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(len(prompts))
+        return images.mean((1, 2, 3))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_draft.rewards.Sharpness.forward", interrupted)
+        assert main([*arguments, "--batch_size", "2"]) == 130
+    assert "the finished rows are in" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 3
+    assert main(arguments) == 0
+    assert "continuing after 2 images" in capsys.readouterr().err
 
 
 def test_the_command_prints_what_a_judge_has_used(

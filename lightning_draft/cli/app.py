@@ -21,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_draft.cli import messages, run_folder, shipped, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.checkpoint_file import find_checkpoint
+from lightning_draft.cli.config_text import check_names
 from lightning_draft.cli.explain import distinct_causes
-from lightning_draft.cli.option_checks import check_groups, check_options
+from lightning_draft.cli.option_checks import check_callbacks, check_groups, check_options
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
 from lightning_draft.cli.preemption import Preemption, requeue
 from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
@@ -118,6 +119,8 @@ class DraftCLI(LightningCLI):
             ) from error
         except (argparse.ArgumentError, TypeError) as error:
             self._raise_yaml_error(error)
+            for path in option_values(sys.argv, "--config"):
+                check_names(path)
             message = explain_parser_error(error)
             if message.startswith("--model") and "is missing" in message and not option_values(sys.argv, "--config"):
                 message = "there is no config; start from one, such as --config quickstart"
@@ -194,6 +197,7 @@ class DraftCLI(LightningCLI):
         assert self.run is not None
         given = config["callbacks"] or []
         chosen = list(given) if isinstance(given, Sequence) else [given]
+        check_callbacks(chosen, self.model)
         named = [self._get(self.config_init, option.key) for option in CALLBACK_OPTIONS]
         if config["enable_progress_bar"] is False or any(isinstance(c, AnyProgressBar) for c in chosen):
             named = [callback for callback in named if not isinstance(callback, AnyProgressBar)]
@@ -269,6 +273,8 @@ class DraftCLI(LightningCLI):
             print(f"resume:     lightning-draft fit --config {self.run.path} --ckpt_path last")
         if not self._get(self.config, "trainer")["fast_dev_run"]:
             print("\n".join(summary.closing_lines(self.trainer, self.model, self.run.path)), flush=True)
+        if any(callback.upload_failed for callback in summary.exports(self.trainer)):
+            self.status = self.status or messages.FAILED
 
     def validate(self, **kwargs: Any) -> None:
         """Validate on the held-out prompts and print the mean scores."""

@@ -25,6 +25,7 @@ _FILE_SYSTEM_ERRORS = {
 }
 _HINTS = {
     errno.ENAMETOOLONG: "write a shorter name",
+    errno.ENOENT: "its folder was moved or removed: continue with --ckpt_path last",
     errno.ENOTDIR: "a part of the path is a file: choose another place",
     errno.ELOOP: "the path is a link to itself: choose another place",
 }
@@ -82,11 +83,12 @@ def as_configuration_error() -> Iterator[None]:
             "--weights_only false loads them, which runs code from the file: use it only for a file that you trust"
         ) from error
     except OSError as error:
-        if error.errno not in _FILE_SYSTEM_ERRORS:
+        if error.errno not in _FILE_SYSTEM_ERRORS and not _module(error).startswith("tensorboard."):
             raise
+        number = error.errno or 0
         place = f" {error.filename}" if error.filename else ""
         raise ConfigurationError(
-            f"cannot write or read{place}: {os.strerror(error.errno)}; {_HINTS.get(error.errno, _OTHER_PLACE)}"
+            f"cannot write or read{place}: {os.strerror(number)}; {_HINTS.get(number, _OTHER_PLACE)}"
         ) from error
 
 

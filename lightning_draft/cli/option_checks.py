@@ -2,13 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 
 from lightning_draft.cli import hints
 from lightning_draft.errors import ConfigurationError
@@ -153,6 +155,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"--{check.name}={value!r} {check.rule}; {check.hint}")
     if options.get("trainer.max_steps", 1) is None:
         raise ConfigurationError("--trainer.max_steps=null must be a number; write 200, or -1 for no limit")
+    for unit in ("epochs", "steps"):
+        least, most = options.get(f"trainer.min_{unit}"), options.get(f"trainer.max_{unit}")
+        if least is not None and most is not None and 0 < most < least:
+            raise ConfigurationError(
+                f"--trainer.min_{unit}={least} must be at most --trainer.max_{unit}={most}; write --trainer.min_{unit} "
+                f"{most}"
+            )
     if options.get("trainer.gradient_clip_algorithm") and options.get("trainer.gradient_clip_val") is None:
         raise ConfigurationError(
             f"--trainer.gradient_clip_algorithm={options['trainer.gradient_clip_algorithm']!r} has no effect without "
@@ -162,6 +171,27 @@ def check_options(options: Mapping[str, Any]) -> None:
         if isinstance(value, str) and HIDDEN in value:
             raise ConfigurationError(
                 f"--{name}: this config was saved without its secrets; give the value again with --{name} VALUE"
+            )
+
+
+def check_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> None:
+    """Check that none of the callbacks needs a module of another kind.
+
+    Raises:
+        ConfigurationError: One of them cannot work with the module.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, ModelPruning):
+            raise ConfigurationError(
+                f"--trainer.callbacks={name} cannot be used: it replaces weights by masked ones, which checkpoints and "
+                "LoRA files do not contain; leave it out, or write a smaller --model.model.lora.rank"
+            )
+        if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
+            raise ConfigurationError(
+                f"--trainer.callbacks={name} cannot be used: it unfreezes the module's `backbone`, which "
+                f"{type(module).__name__} does not have; leave it out, or choose the trained weights with "
+                "--model.model.trainable"
             )
 
 

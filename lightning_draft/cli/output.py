@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,15 +42,17 @@ def quiet_output() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
         logger.addFilter(_is_useful)
-    factory = logging.getLogRecordFactory()
+    factory, thread_hook = logging.getLogRecordFactory(), threading.excepthook
     logging.setLogRecordFactory(lambda *args, **kwargs: _escape(factory(*args, **kwargs)))
     try:
         with warnings.catch_warnings():
             for text in _WARNINGS:
                 warnings.filterwarnings("ignore", text)
             warnings.showwarning = _show_warning
+            threading.excepthook = _show_thread_error
             yield
     finally:
+        threading.excepthook = thread_hook
         logging.setLogRecordFactory(factory)
         for logger in loggers:
             logger.removeFilter(_is_useful)
@@ -57,6 +60,12 @@ def quiet_output() -> Iterator[None]:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     print_warning(" ".join(str(message).split()))
+
+
+def _show_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Print the traceback, except of TensorBoard's writer, whose error is raised again by the next value."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)
 
 
 def _escape(record: logging.LogRecord) -> logging.LogRecord:

@@ -7,6 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
+from lightning_draft.errors import ConfigurationError
+
+_NUMBERS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK"),
+)
+
 
 def import_from_current_folder() -> None:
     """Allow imports of the user's classes from the current folder, which is searched after installed packages."""
@@ -21,6 +28,21 @@ def is_first_process() -> bool:
     """Return whether this is process 0, from the variables of torchrun, Lightning's launcher and SLURM."""
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
+def check_process_variables() -> None:
+    """Check the variables of launchers that Lightning reads when it is imported.
+
+    Raises:
+        ConfigurationError: One of them is not a number.
+    """
+    for name in _NUMBERS:
+        value = os.environ.get(name, "0")
+        if not value.strip().isdecimal():
+            raise ConfigurationError(
+                f"the environment variable {name}={value!r} must be a number of at least 0, as torchrun and SLURM set "
+                f"it; write `unset {name}` for a run of one process"
+            )
 
 
 def option_values(args: Sequence[str], option: str) -> list[str]:

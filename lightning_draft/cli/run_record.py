@@ -1,6 +1,7 @@
 """The configuration of a run, written into its folder and compared when the run is resumed."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_draft import __version__
 from lightning_draft.cli.messages import flatten, print_warning
+from lightning_draft.cli.run_folder import locked
 from lightning_draft.cli.tensorboard import describe_run
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path, remove_partial_files
@@ -58,6 +61,8 @@ class RunRecord(Callback):
     are printed. A change of something that training depends on, such as the reward or the batch size, also gives a
     warning, because the resumed run then differs from an uninterrupted one.
 
+    If the folder is moved or removed during training, it is created again, with a warning.
+
     Args:
         config: The configuration of this run; secrets are removed.
         folder: The run's folder.
@@ -67,6 +72,7 @@ class RunRecord(Callback):
         self.config = redact({**config, "ckpt_path": None, "resume": None})
         self.folder = folder
         self.changes: dict[str, tuple[Any, Any]] = {}
+        self._lock = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the configuration as YAML text."""
@@ -98,12 +104,58 @@ class RunRecord(Callback):
             evaluated = pl_module.eval_reward_names if isinstance(pl_module, RewardModule) else []
             describe_run(trainer.loggers, _dump(self.config), ["reward", *evaluated])
 
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Create the folder again if it is gone, before the loggers write to it."""
+        self._restore(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Create the folder again if it is gone, before the loggers write to it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._restore(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Create the folder again if it is gone."""
+        self._restore(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Create the folder again if it is gone and training has begun."""
+        if trainer.global_step > 0:
+            self._restore(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the lock of a folder that was created again."""
+        self._lock.close()
+
+    def _restore(self, trainer: Trainer) -> None:
+        """Create the folder with its configuration, and the folders and files of the loggers, if it is gone."""
+        first = self.folder / "config.yaml"
+        if not trainer.is_global_zero or first.exists():
+            return
+        print_warning(
+            f"{self.folder} was moved or removed during training; it was created again at step {trainer.global_step}, "
+            "and the checkpoint and the LoRA files of later steps are written to it. Its earlier files are where it "
+            "was moved"
+        )
+        _write_text(first, self._text())
+        self._lock.close()
+        self._lock.enter_context(locked(self.folder))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                with suppress(OSError):  # values that could not be written
+                    logger.experiment.close()
+                logger._experiment = None  # its next value opens a new file
+            elif isinstance(logger, CSVLogger):
+                Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+
+    def _text(self) -> str:
+        return f"# lightning-draft {__version__}\n{_dump(self.config)}"
+
     def _write(self) -> None:
         """Write the configuration, unless the folder has the same one."""
         remove_partial_files(self.folder)
         first = self.folder / "config.yaml"
         if not first.exists():
-            _write_text(first, f"# lightning-draft {__version__}\n{_dump(self.config)}")
+            _write_text(first, self._text())
         elif self.changes:
             number = 1 + len(list(self.folder.glob("config-resume-*.yaml")))
             lines = "".join(f"# --{key}: {old!r} -> {new!r}\n" for key, (old, new) in self.changes.items())

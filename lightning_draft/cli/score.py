@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_draft import rewards
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.explain import explain
+from lightning_draft.cli.messages import INTERRUPTED, print_error
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.pairwise_score import compare_pairs, report_pairs
@@ -39,7 +40,11 @@ def main(args: Sequence[str]) -> int:
         raise ConfigurationError(f"{len(options.folders)} folders were given; give one, or two to compare")
     built = build_rewards(options.reward, options.rewards)
     judges = _judges(built, options) if options.pairwise else {}
-    scored = [_score(number, built, options) for number in range(len(options.folders))]
+    try:
+        scored = [_score(number, built, options) for number in range(len(options.folders))]
+    except KeyboardInterrupt:
+        print_error(f"stopped by Ctrl-C; the finished rows are in {options.output}: the same command continues there")
+        return INTERRUPTED
     if len(scored) == 2:
         names = _titles(options.folders)
         text = report(compare(scored[0], scored[1]), *names)

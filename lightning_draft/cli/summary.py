@@ -81,6 +81,12 @@ def _pipeline_of(model: DiffusionModel) -> tuple[str, str]:
 def exported_paths(trainer: Trainer) -> list[Path]:
     """Return the exported paths of a run, the recommended first: the guard's, the best by validation, the last."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    exports = [callback for callback in callbacks if isinstance(callback, LoRAExport)]
     paths = [callback.best_path for callback in callbacks if isinstance(callback, OverOptimizationGuard)]
-    return [*paths, *(export.best_path for export in exports), *(export.last_path for export in exports)]
+    written = exports(trainer)
+    return [*paths, *(export.best_path for export in written), *(export.last_path for export in written)]
+
+
+def exports(trainer: Trainer) -> list[LoRAExport]:
+    """Return the callbacks of a run that export LoRA files."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, LoRAExport)]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.arguments import at_least
@@ -92,6 +93,12 @@ class GradientMatchingModule(DirectModule):
         """
         super().check_configuration()
         self._trainable_steps()
+        if self.matching.assumes_memoryless and not self.sampler.is_memoryless:
+            rank_zero_warn(
+                f"{type(self.sampler).__name__} with these options is not memoryless, so the optimum of "
+                f"{type(self.matching).__name__} depends on the starting noise and is not p_base exp(scale r) / Z; use "
+                "DDIM(eta=1), or FlowSDE(noise_level=1.4142) for a rectified flow"
+            )
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
         """Check the reward's gradient, and that of a prediction with respect to the trainable parameters.

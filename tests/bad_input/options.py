@@ -1,6 +1,6 @@
 """Options of `fit` that cannot be read: names, types and classes."""
 
-from tests.bad_input.cases import Case, built, parsed
+from tests.bad_input.cases import Case, built, edited, parsed
 from tests.bad_input.your_code import MINE
 
 NAMES = "Misspelled options"
@@ -12,6 +12,10 @@ CASES: list[Case] = [
     parsed(NAMES, "--model.truncation Full --model.truncation.k 2", "Full has no option 'k'", "leave this one out"),
     parsed(NAMES, "--trainer.callbacks [ThroughputMonitor]", "batch_size_fn is missing", "import path of a function"),
     parsed(NAMES, "--trainer.callbacks EarlyStopping", "EarlyStopping, of which an option is missing"),
+    edited(NAMES, "  val_size: 2", "  '': 2", "small.yaml, line 18: the key '' is empty", "name of an option"),
+    edited(
+        CLASSES, "DraftModule", "' DraftModule'", "line 2: class_path=' DraftModule'", "write class_path: DraftModule"
+    ),
     parsed(NAMES, "--model.truncaton Full", "--model.truncaton: DraftModule", "did you mean truncation"),
     parsed(NAMES, "--model.model.lora.ranks 3", "--model.model.lora.ranks: LoRA", "did you mean rank"),
     parsed(NAMES, "--model.model.guidence 3", "--model.model.guidence: StableDiffusion", "did you mean guidance"),

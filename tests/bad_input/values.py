@@ -149,6 +149,22 @@ CASES: list[Case] = [
         "samples_per_prompt",
     ),
     built(TOGETHER, "--conflict RewardConflict", "has only reward"),
+    built(TOGETHER, "--trainer.callbacks BackboneFinetuning", "DraftModule does not have", "--model.model.trainable"),
+    built(
+        TOGETHER,
+        ["--trainer.callbacks", "[{class_path: ModelPruning, init_args: {pruning_fn: l1_unstructured}}]"],
+        "ModelPruning cannot be used",
+        "write a smaller --model.model.lora.rank",
+    ),
+    built(
+        TOGETHER, "--trainer.min_epochs 5 --trainer.max_epochs 2", "=5 must be at most", "write --trainer.min_epochs 2"
+    ),
+    built(
+        TOGETHER,
+        "--trainer.min_steps 5",
+        "min_steps=5 must be at most --trainer.max_steps=2",
+        "write --trainer.min_steps 2",
+    ),
     built(TOGETHER, "--export LoRAExport", "LinearModel has no save_lora"),
     built(TOGETHER, "--guard OverOptimizationGuard", "LinearModel has no save_lora"),
     built(TOGETHER, "--trainer.precision bf16-true", "bf16"),

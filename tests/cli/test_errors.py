@@ -154,3 +154,14 @@ def test_a_closed_output_ends_a_command_without_a_traceback(monkeypatch: pytest.
     with os.fdopen(writer, "w", buffering=1) as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         assert main(["configs", "list"]) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("SLURM_NTASKS", ""), ("LOCAL_RANK", "-1")])
+def test_a_variable_of_a_launcher_that_is_not_a_number_is_named(
+    command: Callable, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    result = command("fit", "--config", "quickstart")
+    assert result.status == 2
+    assert f"variable {name}={value!r} must be a number" in result.err
+    assert f"`unset {name}`" in result.err

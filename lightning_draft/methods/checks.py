@@ -215,6 +215,16 @@ def check_complete_groups(objective: ForwardObjective, micro_batch_size: int | N
         )
 
 
+def warn_of_large_parts(samples: tuple[int | None, int], steps: tuple[int | None, int] = (None, 0)) -> None:
+    """Warn if `micro_batch_size` or `timesteps_per_minibatch` has no effect; each is given with the total number."""
+    named = {"micro_batch_size": (*samples, "samples"), "timesteps_per_minibatch": (*steps, "timesteps")}
+    for name, (size, total, unit) in named.items():
+        if size is not None and size > total:
+            rank_zero_warn(
+                f"{name}={size} has no effect, because a batch has {total} {unit}; write less than {total}, or null"
+            )
+
+
 def check_accumulation(objective: RolloutObjective, accumulate: int, minibatches: int, inner_epochs: int) -> None:
     """Raise if optimizer steps do not end with minibatches, epochs or rollouts as the objective requires.
 

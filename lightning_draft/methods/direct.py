@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.checks import check_differentiable
+from lightning_draft.methods.checks import check_differentiable, warn_of_large_parts
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
@@ -84,6 +84,8 @@ class DirectModule(RewardModule, ABC):
         super().setup(stage)
         if stage == "fit" and self.trainer.global_step == 0:
             self.batches = 0
+        if stage == "fit" and (data := self.prompt_data) is not None:
+            warn_of_large_parts((self.micro_batch_size, data.batch_size))
 
     def check_configuration(self) -> None:
         """Check that the reward is differentiable, and run the checks of all methods.

@@ -14,7 +14,7 @@ from lightning_draft.arguments import at_least
 from lightning_draft.distributed import all_gather_objects, world_size
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.checks import check_accumulation, check_comparisons, check_group_size
+from lightning_draft.methods.checks import check_accumulation, check_comparisons, check_group_size, warn_of_large_parts
 from lightning_draft.methods.rollout import (
     Minibatch,
     Rollout,
@@ -149,6 +149,9 @@ class RolloutModule(RewardModule, ABC):
         check_comparisons(self.reward, self.advantage_estimator)
         if (data := self.prompt_data) is not None:
             self.check_accumulation(data.batch_size)
+            samples = data.batch_size * self.samples_per_prompt
+            steps = self.timesteps_per_minibatch, self.rollout_timesteps()
+            warn_of_large_parts((self.micro_batch_size, samples), steps)
 
     def check_accumulation(self, batch_size: int) -> None:
         """Check that the Trainer's optimizer steps end with minibatches, epochs or rollouts as the objective requires.

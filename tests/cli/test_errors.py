@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.migration.utils import _get_version
 from lightning_draft.__main__ import main
 from lightning_draft.cli.messages import as_configuration_error, flatten, printable, root_cause, with_option_name
 from lightning_draft.errors import ConfigurationError
+from tests.bad_input.cases import BUILT
 
 BUGGY = """
 from lightning_draft.rewards import Reward
@@ -165,3 +167,23 @@ def test_a_variable_of_a_launcher_that_is_not_a_number_is_named(
     assert result.status == 2
     assert f"variable {name}={value!r} must be a number" in result.err
     assert f"`unset {name}`" in result.err
+
+
+POLICY = ["--model", "PolicyGradientModule", "--model.sampler.eta", "1", "--model.samples_per_prompt", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.micro_batch_size", "3"], "micro_batch_size=3 has no effect, because a batch has 2 samples"),
+        ([*POLICY, "--model.micro_batch_size", "5"], "micro_batch_size=5 has no effect, because a batch has 4 samples"),
+        ([*POLICY, "--model.timesteps_per_minibatch", "9"], "timesteps_per_minibatch=9 has no effect"),
+    ],
+)
+def test_a_size_of_parts_above_the_total_is_a_warning(command: Callable, options: list[str], message: str) -> None:
+    Path("small.yaml").write_text(BUILT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = command("fit", "--config", "small.yaml", *options)
+    assert result.status == 0, result.err
+    assert message in result.err

@@ -122,13 +122,13 @@ def _reward_names() -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigurationError(f"--rewards {path} cannot be read: {' '.join(str(error).split())}") from error
     content = content.get("rewards", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise ConfigurationError(f"--rewards {path} must map names to rewards, such as `hps: {{class_path: HPSv2}}`")
-    return content
+    return dict(content)
 
 
 def _titles(folders: Sequence[str]) -> list[str]:

@@ -290,9 +290,7 @@ class SamplingChain:
 
     def _drift(self, x: Tensor, x0: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """Return the drift of each sample, `(B,)`; empty if it is not measured."""
-        if self.drift is None:
-            return x.new_empty(0)
-        return self.drift.measure(self.model, x, x0, t, conditioning)
+        return x.new_empty(0) if self.drift is None else self.drift.measure(self.model, x, x0, t, conditioning)
 
     def _observed(self, step: int, latent: Tensor) -> Tensor:
         if latent.requires_grad:

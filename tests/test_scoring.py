@@ -1,10 +1,7 @@
 """Scoring folders of images: prompts, tables, resumption, contact sheets, and comparisons against closed forms."""
 
 import csv
-import json
-import math
 import os
-import signal
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -25,10 +21,10 @@ from lightning_draft.image_prompts import find_prompts
 from lightning_draft.pairwise_score import compare_pairs
 from lightning_draft.prompt import metadata_of
 from lightning_draft.rewards import Brightness, JPEGSize, PairwiseReward, PythonFunction, Reward
-from lightning_draft.score_report import compare, contact_sheet, report
-from lightning_draft.score_table import ScoredImage, write_parquet
+from lightning_draft.score_report import contact_sheet
+from lightning_draft.score_table import write_parquet
 from lightning_draft.scoring import score_folder
-from tests.rewards.chat_server import ChatServer, gray
+from tests.rewards.chat_server import gray
 
 
 def folder(path: Path, levels: dict[str, int], size: tuple[int, int] = (8, 6)) -> Path:
@@ -279,67 +275,6 @@ def test_a_service_that_gives_no_scores_is_one_message(
     assert "http://127.0.0.1:9 gave no scores for " in capsys.readouterr().err
 
 
-def scored(values: Sequence[float], prompt: str = "a") -> list[ScoredImage]:
-    return [ScoredImage(f"{i}.png", prompt, {"r": value}) for i, value in enumerate(values)]
-
-
-def test_a_comparison_agrees_with_the_normal_approximation() -> None:
-    generator = np.random.default_rng(1)
-    a = generator.normal(0, 1, 400)
-    difference = generator.normal(0.3, 0.5, 400)
-    (found,) = compare(scored(a), scored(a + difference), resamples=4000)
-    assert found.difference == pytest.approx(difference.mean())
-    half = 1.96 * difference.std(ddof=1) / math.sqrt(400)
-    assert found.difference_interval == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.006)
-    rate = (difference > 0).mean()
-    half = 1.96 * math.sqrt(rate * (1 - rate) / 400)
-    assert found.win_rate == pytest.approx(rate)
-    assert found.win_rate_interval == pytest.approx((rate - half, rate + half), abs=0.006)
-    assert "| r | " in report([found], "base", "tuned")
-
-
-def test_ties_count_as_half_a_win_and_the_order_reverses_the_sign() -> None:
-    first, second = scored([1, 2, 3, 4]), scored([1, 3, 2, 5])
-    (found,), (reverse,) = compare(first, second), compare(second, first)
-    assert (found.win_rate, reverse.win_rate) == (0.625, 0.375)
-    assert found.difference == -reverse.difference == 0.25
-    renamed = [ScoredImage(f"other{i}.png", row.prompt, row.scores) for i, row in enumerate(second)]
-    assert compare(first, renamed) == compare(first, second)
-    with pytest.raises(ConfigurationError, match="no images in common"):
-        compare(first, [ScoredImage("x.png", "b", {"r": 1.0})])
-
-
-def test_images_of_one_prompt_are_resampled_together() -> None:
-    """With equal differences within a prompt, the interval is that of one pair per prompt."""
-    generator = np.random.default_rng(2)
-    per_prompt = generator.normal(0.2, 1, 40)
-    one = [ScoredImage(f"{i}.png", f"p{i}", {"r": d}) for i, d in enumerate(per_prompt)]
-    many = [ScoredImage(f"{i}_{k}.png", f"p{i}", {"r": d}) for i, d in enumerate(per_prompt) for k in range(5)]
-    (single,), (clustered,) = (compare([zeroed(row) for row in rows], rows) for rows in (one, many))
-    assert (single.sampled, clustered.sampled, clustered.pairs) == ("40 prompts", "40 prompts", 200)
-    assert clustered.difference_interval == pytest.approx(single.difference_interval)
-    assert "by bootstrap over the 40 prompts" in report([clustered], "a", "b")
-
-
-def zeroed(row: ScoredImage) -> ScoredImage:
-    return ScoredImage(row.file, row.prompt, {"r": 0.0})
-
-
-def test_the_interval_of_a_win_rate_of_1_is_exact() -> None:
-    (found,) = compare(scored([0.0] * 8), scored([1.0] * 9))
-    low, high = found.win_rate_interval
-    assert low**8 == pytest.approx(0.025)
-    assert high == 1.0
-    assert "Images without a counterpart, not compared: 1 of b." in report([found], "a", "b")
-
-
-def test_other_suffixes_are_paired_by_name() -> None:
-    first = [ScoredImage(f"{i}.png", "a", {"r": float(i)}) for i in range(4)]
-    second = [ScoredImage(f"{i}.jpg", "a", {"r": float(i) + 1}) for i in (3, 1, 2, 0)]
-    (found,) = compare(first, second)
-    assert found.difference_interval == (1.0, 1.0)
-
-
 def test_a_contact_sheet_is_sorted_from_best_to_worst(tmp_path: Path) -> None:
     folder(tmp_path, {f"cat_{level}.png": level for level in (200, 10, 100, 150)}, (16, 16))
     rows = score_folder(tmp_path, {"mean": Mean()})
@@ -347,90 +282,6 @@ def test_a_contact_sheet_is_sorted_from_best_to_worst(tmp_path: Path) -> None:
     assert [int(sheet[8, 20 * i + 8, 0]) for i in range(4)] == [200, 150, 100, 10]
     few = np.asarray(contact_sheet(tmp_path, rows, "mean", most=2, side=16, per_row=2))
     assert [int(few[8, 20 * i + 8, 0]) for i in range(2)] == [200, 10]
-
-
-def test_the_command_scores_and_compares_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder(tmp_path / "base", {f"cat_{i}.png": 10 * i for i in range(4)})
-    folder(tmp_path / "tuned", {f"cat_{i}.png": 10 * i + 20 for i in range(4)})
-    (tmp_path / "r.yaml").write_text("bright:\n  class_path: Brightness\n  init_args: {target: 1.0}\n")
-    output = tmp_path / "out"
-    arguments = [str(tmp_path / "base"), str(tmp_path / "tuned"), "--reward", "Sharpness", "--parquet"]
-    assert main(["score", *arguments, "--rewards", str(tmp_path / "r.yaml"), "--output", str(output)]) == 0
-    text = capsys.readouterr().out
-    assert text.endswith((output / "comparison.md").read_text())
-    row = next(line for line in text.splitlines() if line.startswith("| bright"))
-    levels = np.arange(4) * 10 / 255
-    difference = ((levels - 1) ** 2 - (levels + 20 / 255 - 1) ** 2).mean()
-    assert f"| {difference:+.4g} |" in row
-    assert "| 100.0% |" in row
-    assert {path.name for path in (output / "1-base").iterdir()} == {
-        *("scores.csv", "scores.parquet", "scoring.json"),
-        *("contact_sheet_Sharpness.png", "contact_sheet_bright.png"),
-    }
-
-
-def test_ctrl_c_keeps_the_rows_and_says_how_to_continue(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder(tmp_path / "in", {f"cat_{i}.png": 10 * i for i in range(4)})
-    arguments = ["score", str(tmp_path / "in"), "--reward", "Sharpness", "--output", str(tmp_path / "out")]
-    calls: list[int] = []
-
-    def interrupted(self: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if calls:
-            signal.raise_signal(signal.SIGINT)
-        calls.append(len(prompts))
-        return images.mean((1, 2, 3))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lightning_draft.rewards.Sharpness.forward", interrupted)
-        assert main([*arguments, "--batch_size", "2"]) == 130
-    assert "the finished rows are in" in capsys.readouterr().err
-    assert len((tmp_path / "out" / "scores.csv").read_text().splitlines()) == 3
-    assert main(arguments) == 0
-    assert "continuing after 2 images" in capsys.readouterr().err
-
-
-def test_the_command_prints_what_a_judge_has_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder(tmp_path / "in", {f"cat_{i}.png": 40 * i for i in range(3)})
-    server = ChatServer(lambda text, images: f"{1 + 4 * gray(images[0]):.2f}")
-    endpoint = {"url": server.url, "model": "tiny", "cache": str(tmp_path / "cache"), "input_price": 1.0}
-    config = {"judge": {"class_path": "VLMJudge", "init_args": {"endpoint": endpoint}}}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(config))
-    for output, used in (("one", "requests 3, cached 0, input_tokens 300"), ("two", "requests 0, cached 3")):
-        arguments = ["--rewards", str(tmp_path / "r.yaml"), "--output", str(tmp_path / output)]
-        assert main(["score", str(tmp_path / "in"), *arguments]) == 0
-        assert f"judge used: {used}" in capsys.readouterr().out
-    described = str(json.loads((tmp_path / "one" / "scoring.json").read_text())["rewards"]["judge"])
-    assert "'model': 'tiny'" in described
-    assert "Rate how well" in described
-
-
-def test_the_command_compares_pairs_with_a_judge(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The judge prefers brighter images: the second folder wins three of four pairs, of images of different sizes."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder(tmp_path / "base", {f"cat_{i}.png": 100 for i in range(4)})
-    folder(tmp_path / "tuned", {f"cat_{i}.png": level for i, level in enumerate((200, 0, 150, 120))}, (16, 16))
-
-    def answer(text: str, images: list[Image.Image]) -> str:
-        return "3" if len(images) == 1 else ("A" if gray(images[0]) > gray(images[1]) else "B")
-
-    server = ChatServer(answer)
-    config = {"judge": {"class_path": "VLMJudge", "init_args": {"endpoint": {"url": server.url, "model": "m"}}}}
-    config["judge"]["init_args"]["endpoint"]["cache"] = str(tmp_path / "cache")
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(config))
-    output = tmp_path / "out"
-    arguments = ["--rewards", str(tmp_path / "r.yaml"), "--output", str(output), "--pairwise"]
-    assert main(["score", str(tmp_path / "base"), str(tmp_path / "tuned"), *arguments]) == 0
-    assert "| judge | 4 | 75.0% | 25.0% to 100.0% |" in capsys.readouterr().out
-    rows = list(csv.DictReader((output / "pairs_judge.csv").open()))
-    assert [float(row["preference_for_second"]) for row in rows] == [1.0, 0.0, 1.0, 1.0]
-    assert "| judge | 4 | 75.0%" in (output / "comparison.md").read_text()
 
 
 class Brighter(PairwiseReward):
@@ -465,28 +316,6 @@ def test_pairs_are_compared_in_chunks_with_the_same_preferences(
     assert (found.pairs, found.win_rate) == (5, 0.6)
     wins = [float(row["preference_for_second"]) for row in csv.DictReader((tmp_path / "pairs_judge.csv").open())]
     assert wins == [float(level > 100) for level in levels]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: FOLDER"),
-        (["a"], "there are no rewards; write --reward NAME"),
-        (["a", "--reward", "HPSv3"], "--reward: there is no Reward 'HPSv3'; did you mean HPSv2"),
-        (["a", "--reward", "Sharpness"], "there is no folder 'a'"),
-        (["a", "b", "c", "--reward", "Sharpness"], "3 folders were given; give one, or two to compare"),
-        (
-            ["a", "b", "--reward", "Sharpness", "--pairwise"],
-            "--pairwise compares two folders with rewards that compare",
-        ),
-        (["a", "--rewards", "nowhere.yaml"], "--rewards nowhere.yaml cannot be read"),
-    ],
-)
-def test_the_command_reports_invalid_arguments(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["score", *arguments]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_rewards_compute_without_gradients_and_in_eval_mode(tmp_path: Path) -> None:

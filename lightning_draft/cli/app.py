@@ -22,9 +22,9 @@ from lightning_draft.cli import messages, run_folder, shipped, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.checkpoint_file import find_checkpoint
 from lightning_draft.cli.config_text import check_names
-from lightning_draft.cli.explain import distinct_causes
 from lightning_draft.cli.option_checks import check_callbacks, check_groups, check_options
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
+from lightning_draft.cli.parser_problem import distinct_causes
 from lightning_draft.cli.preemption import Preemption, requeue
 from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
 from lightning_draft.cli.run_folder import RunFolder

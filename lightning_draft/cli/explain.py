@@ -8,51 +8,18 @@ import argparse
 import ast
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning_draft.cli import hints
+from lightning_draft.cli.parser_problem import Problem, imported, is_missing, locate, message_text
 from lightning_draft.cli.shipped import nearest
 
-_KEY = re.compile(r'Parser key "([^"]+)":|--([\w.]+)\.help: ')
-_CLASS = re.compile(r"Problem with given class_path '([^']+)':")
-_FACTORY = re.compile(r"^Type typing\.Callable.* Got value: Namespace\(class_path='([^']+)'")
-_PARSERS_OWN = r"module '.+' has no attribute|'\w+' object has no attribute 'keys'"
 _MOST = 12
-_NO_CONFIG = re.compile(r'^Parser key "[^"]+": Unable to load config "(.*)"$')
-_VALUE = re.compile(r"(?:Got|Given) value: (.*)|Unable to load config \"(.*)\"")
 _ELSEWHERE = {"lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr"}
 _LONGEST = 80
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Location and reason of a parser error.
-
-    Args:
-        path: Names of the options from the outermost to the invalid one.
-        owner: The class that has the last option of `path`; `None` at the top level.
-        kind: The class that was given for the last option of `path`, or the import path if it cannot be imported.
-        reason: The innermost exception.
-        value: The invalid value as the parser shows it, or `None`.
-    """
-
-    path: tuple[str, ...]
-    owner: type | None
-    kind: type | str | None
-    reason: BaseException
-    value: str | None
-
-    def hint(self, groups: Mapping[str, Any]) -> Any:
-        """Return the type of the last option of `path`."""
-        if self.owner is not None:
-            return hints.nested_parameter(self.owner, self.path)
-        group, _, key = ".".join(self.path).partition(".")
-        known = groups.get(group, Any)
-        return hints.parameters(known).get(key, Any) if key and isinstance(known, type) else known
 
 
 def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
@@ -66,68 +33,16 @@ def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
         Exception: Importing a user's module failed; this is the exception of the module, without the parser's.
     """
     problem = locate(error)
-    if not isinstance(problem.reason, (ValueError, TypeError, KeyError, argparse.ArgumentError)) and not _is_missing(
+    if not isinstance(problem.reason, (ValueError, TypeError, KeyError, argparse.ArgumentError)) and not is_missing(
         problem
     ):
         raise problem.reason from None
-    text = _text(problem.reason).removeprefix("- ")
+    text = message_text(problem.reason).removeprefix("- ")
     for pattern, say in _REASONS:
         match = re.search(pattern, text)
         if match is not None:
             return say(problem, groups, *match.groups())
     return f"{_option(problem.path)}: {text.splitlines()[0]}" if problem.path else text.splitlines()[0]
-
-
-def locate(error: BaseException) -> Problem:
-    """Follow the parser's exceptions to the innermost one."""
-    path: list[str] = []
-    owner: type | None = None
-    kind: type | str | None = None
-    value = None
-    reason: BaseException = error
-    for link in distinct_causes(error):
-        text, reason = _text(link), link
-        if (match := _KEY.match(text)) and not (path and _NO_CONFIG.search(text) and path[-1] == match[1]):
-            path += (match[1] or match[2]).split(".")
-            owner, kind, value = kind if isinstance(kind, type) else None, None, None
-        elif match := _CLASS.match(text) or _FACTORY.search(text):
-            kind = _imported(match[1])
-        value = next((found[1] or found[2] for found in [_VALUE.search(text)] if found), value)
-    return Problem(tuple(path), owner, kind, reason, value)
-
-
-def distinct_causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and its causes, without those that repeat the previous message."""
-    link: BaseException | None = error
-    before = None
-    while link is not None:
-        cause = link.__cause__ or link.__context__
-        if _text(link) != before:
-            yield link
-        before, link = _text(link), cause
-
-
-def _text(error: BaseException) -> str:
-    """Return the message of an exception, without the quotes that `KeyError` puts around it."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    return text[1:-1] if text[:1] == text[-1:] == "'" else text
-
-
-def _is_missing(problem: Problem) -> bool:
-    """Return whether a module or class in the configuration does not exist, as opposed to failing while imported."""
-    reason = problem.reason
-    if isinstance(reason, ModuleNotFoundError):
-        return isinstance(problem.kind, str) and f"{problem.kind}.".startswith(f"{reason.name}.")
-    return isinstance(reason, AttributeError) and re.search(_PARSERS_OWN, str(reason)) is not None
-
-
-def _imported(path: str) -> type | str:
-    module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError, SyntaxError):
-        return path
-    return kind if isinstance(kind, type) else path
 
 
 def _option(path: tuple[str, ...]) -> str:
@@ -209,7 +124,7 @@ def _not_a_class(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
 
 
 def _abstract(problem: Problem, groups: Mapping[str, Any], path: str) -> str:
-    kind = _imported(path)
+    kind = imported(path)
     bases = hints.classes(problem.hint(groups))
     if isinstance(kind, type) and kind not in bases:
         methods = ", ".join(sorted(getattr(kind, "__abstractmethods__", ())))
@@ -246,7 +161,7 @@ def _no_value(problem: Problem, groups: Mapping[str, Any], option: str) -> str:
 def _wrong_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
     hint = problem.hint(groups)
     if hint is Any:
-        plain = re.match(r"Expected a <class '(\w+)'>", _text(problem.reason))
+        plain = re.match(r"Expected a <class '(\w+)'>", message_text(problem.reason))
         hint = {"int": int, "float": float, "bool": bool, "str": str}.get(plain[1] if plain else "", Any)
     if hint is Any:
         return f"{_option(problem.path)}: {str(problem.reason).splitlines()[0]}"

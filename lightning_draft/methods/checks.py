@@ -225,6 +225,16 @@ def warn_of_large_parts(samples: tuple[int | None, int], steps: tuple[int | None
             )
 
 
+def check_reuse(objective: RolloutObjective) -> None:
+    """Raise if the objective does not allow to train on a rollout again after an optimizer step."""
+    if objective.on_policy:
+        raise ConfigurationError(
+            f"the Trainer made an optimizer step before all minibatches of a rollout were used, and "
+            f"{type(objective).__name__} is on-policy; leave out limit_train_batches, or make it a multiple of "
+            "accumulate_grad_batches"
+        )
+
+
 def check_accumulation(objective: RolloutObjective, accumulate: int, minibatches: int, inner_epochs: int) -> None:
     """Raise if optimizer steps do not end with minibatches, epochs or rollouts as the objective requires.
 

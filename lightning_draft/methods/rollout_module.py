@@ -13,8 +13,8 @@ from lightning_draft.advantages import AdvantageEstimator
 from lightning_draft.arguments import at_least
 from lightning_draft.distributed import all_gather_objects, world_size
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods import checks
 from lightning_draft.methods.base import RewardModule
-from lightning_draft.methods.checks import check_accumulation, check_comparisons, check_group_size, warn_of_large_parts
 from lightning_draft.methods.rollout import (
     Minibatch,
     Rollout,
@@ -145,13 +145,13 @@ class RolloutModule(RewardModule, ABC):
             ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
-        check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
-        check_comparisons(self.reward, self.advantage_estimator)
+        checks.check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
+        checks.check_comparisons(self.reward, self.advantage_estimator)
         if (data := self.prompt_data) is not None:
             self.check_accumulation(data.batch_size)
             samples = data.batch_size * self.samples_per_prompt
             steps = self.timesteps_per_minibatch, self.rollout_timesteps()
-            warn_of_large_parts((self.micro_batch_size, samples), steps)
+            checks.warn_of_large_parts((self.micro_batch_size, samples), steps)
 
     def check_accumulation(self, batch_size: int) -> None:
         """Check that the Trainer's optimizer steps end with minibatches, epochs or rollouts as the objective requires.
@@ -160,7 +160,7 @@ class RolloutModule(RewardModule, ABC):
             ConfigurationError: An optimizer step ends elsewhere.
         """
         number = len(self.minibatches(batch_size))
-        check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)
+        checks.check_accumulation(self.objective, self.trainer.accumulate_grad_batches, number, self.inner_epochs)
 
     def minibatches(self, batch_size: int) -> list[Minibatch]:
         """Return the minibatches of one epoch over the rollout of a batch."""
@@ -294,10 +294,6 @@ class RolloutModule(RewardModule, ABC):
                 f"a rollout is used for {self.training_steps_per_batch(len(prompts))} training steps, and the "
                 "prompts changed before that; use PromptDataModule, or a loader that repeats each batch that often"
             )
-        if self.objective.on_policy and self.buffer.index and rollout.step < step:
-            raise ConfigurationError(
-                f"the Trainer made an optimizer step before all minibatches of a rollout were used, and "
-                f"{type(self.objective).__name__}"
-                " is on-policy; leave out limit_train_batches, or make it a multiple of accumulate_grad_batches"
-            )
+        if self.buffer.index and rollout.step < step:
+            checks.check_reuse(self.objective)
         return rollout

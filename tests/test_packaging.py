@@ -86,7 +86,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
     with tarfile.open(build("sdist", folder / "source", folder)) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = folder.glob("lightning_draft-*/")
     return unpacked
 

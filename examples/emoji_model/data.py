@@ -120,7 +120,7 @@ def _package(name: str, out: Path) -> Path:
         subprocess.run([npm, "pack", "--silent", f"{name}@{VERSION}"], cwd=temporary, check=True)
         (archive,) = Path(temporary).glob("*.tgz")
         with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+            tar.extractall(temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         (Path(temporary) / "package").rename(folder)
     return folder
 

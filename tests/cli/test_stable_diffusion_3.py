@@ -49,7 +49,7 @@ def config(workplace: Path, tiny_sd3: Path) -> Path:
 
 
 def test_printed_code_and_sample_command_work(command: Callable, config: Path, tiny_sd3: Path) -> None:
-    """The printed code for diffusers runs, and `sample` works with the run and with the file alone."""
+    """The printed code for diffusers runs, and `sample` works with the run, and with the file and its base model."""
     result = command("fit", "--config", config)
     assert result.status == 0, result.err
     lines = re.findall(r"^    (pipe.*)$", result.out, re.MULTILINE)
@@ -69,10 +69,11 @@ def test_printed_code_and_sample_command_work(command: Callable, config: Path, t
     assert len(set(rewards)) == 2
     file = Path("runs/flow/lora/last.safetensors").rename("my.safetensors")
     alone = command("sample", file, "--prompt", "a cat", "--steps", "2", "-o", "one.png")
-    assert alone.status == 0, alone.err
+    assert alone.status == 2
+    assert "write --model and the pipeline's folder" in alone.err
     named = command("sample", file, "--model", tiny_sd3, "--prompt", "a cat", "--steps", "2", "-o", "two.png")
     assert named.status == 0, named.err
-    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    assert Path("two.png").is_file()
 
 
 def test_file_with_fewer_layers_adapts_only_these_layers(command: Callable, config: Path, tiny_sd3: Path) -> None:

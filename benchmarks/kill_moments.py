@@ -125,7 +125,7 @@ def choose(generator: random.Random, how: str, first: bool, rollouts: bool) -> K
     writes = [moment for moment in MOMENTS if moment.startswith("write")]
     possible = [moment for moment in MOMENTS if (first or ".yaml" not in moment) and (rollouts or moment != "rollout")]
     moment = generator.choice([each for each in possible if each in writes or how != "disk full"])
-    most = _OFTEN.get(moment, {".ckpt": 3, ".safetensors": 6, ".png": 2}.get(moment.partition(" ")[2], 1))
+    most = _OFTEN.get(moment, {".ckpt": 3, ".safetensors": 6, ".png": 6}.get(moment.partition(" ")[2], 1))
     return Kill(
         how,
         moment,

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import quiet, write_pipeline
-from benchmarks.kill_moments import SIGNALS, choose
+from benchmarks.kill_moments import SIGNALS, Kill, choose
 from benchmarks.launcher import PATIENCE_S, Attempt, Launcher
 from benchmarks.run_differences import differences
 
@@ -107,6 +107,24 @@ def storm(root: Path, kills: int, seed: int = 0, methods: tuple[str, ...] = METH
     finally:
         for launcher in launchers.values():
             launcher.close()
+
+
+def replay(root: Path, method: str, kills: list[Kill]) -> list[str]:
+    """Kill and resume one run at given points, and return its differences from an uninterrupted run.
+
+    Args:
+        root: An empty folder for the runs.
+        method: One of `METHODS`.
+        kills: The kills, in order; a kill that is not reached is a difference.
+    """
+    launcher, whole = Launcher(_arguments(root, method)), root / "whole"
+    try:
+        if launcher.attempt(Attempt(whole)) != 0:
+            return [f"the uninterrupted run fails, see {whole}/log.txt"]
+        found, done = _trial(launcher, [Attempt(root / "killed", kill) for kill in kills], whole)
+        return found + [f"not reached: {kill}" for kill in kills[done:]]
+    finally:
+        launcher.close()
 
 
 def _storm(root: Path, launchers: dict[str, Launcher], kills: int, generator: random.Random) -> Outcome:

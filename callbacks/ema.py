@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_draft.arguments import in_range
 from lightning_draft.distributed import all_gather_objects, local_shard, trainable_parameters, uses_fsdp, world_size
 from lightning_draft.errors import ConfigurationError
+
+_LIGHTNING_AVERAGES = {"StochasticWeightAveraging", "WeightAveraging"}  # the second is not in lightning 2.5
 
 
 class AdapterEMA(Callback):
@@ -162,6 +164,21 @@ def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContex
         callback.update(pl_module, trainer.global_step)
         return callback.averaged(pl_module)
     return nullcontext()
+
+
+def check_averaging(callbacks: Iterable[Callback]) -> None:
+    """Check that no callback of Lightning averages the weights.
+
+    Raises:
+        ConfigurationError: There is one; exported files would contain other weights than those that were validated.
+    """
+    for callback in callbacks:
+        if _LIGHTNING_AVERAGES & {base.__name__ for base in type(callback).__mro__}:
+            raise ConfigurationError(
+                f"--trainer.callbacks={type(callback).__name__} cannot be used: it copies the frozen weights too, and "
+                "LoRA files would contain other weights than those that were validated; write --ema AdapterEMA "
+                "(in Python, callbacks=[AdapterEMA()])"
+            )
 
 
 def restore_trained(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_draft.arguments import at_least, one_of
+from lightning_draft.callbacks.adapter_files import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.artifacts import log_files
 from lightning_draft.callbacks.common import reward_module, run_folder
-from lightning_draft.callbacks.ema import averaged
+from lightning_draft.callbacks.ema import averaged, check_averaging
 from lightning_draft.callbacks.lora_header import header
 from lightning_draft.callbacks.run_card import validation_changes, write_run_card
 from lightning_draft.distributed import gather_full, uses_fsdp
 from lightning_draft.errors import ConfigurationError, DivergenceError
-from lightning_draft.files import atomic_folder, atomic_path, remove_partial_files
-from lightning_draft.methods.base import RewardModule
+from lightning_draft.files import remove_partial_files
 from lightning_draft.model_card import CARD, check_repository, upload
-from lightning_draft.models.pipeline import PipelineModel
 
 
 class LoRAExport(Callback):
@@ -104,11 +100,13 @@ class LoRAExport(Callback):
             return
         module = reward_module(pl_module, self)
         check_exportable(module, self)
+        check_averaging(trainer.callbacks)  # type: ignore[attr-defined]
         self._folder = run_folder(trainer, self.dirpath, "lora")
         self.best_metric = self.monitor or f"val/{(*module.eval_reward_names, 'reward')[0]}"
         self._last_step = -1
         if trainer.is_global_zero:
-            remove_partial_files(self._folder)
+            for folder in (self._folder, self._folder / "images"):
+                remove_partial_files(folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the best adapters of a resumed run if its folder has changed."""
@@ -150,17 +148,20 @@ class LoRAExport(Callback):
             )
             return
         try:
-            self.export(trainer, pl_module)
+            self.export(trainer, pl_module, interrupted=True)
         except ConfigurationError as error:  # the exception that interrupted training is the one to report
             rank_zero_warn(str(error))
 
-    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool = False) -> None:
+    def export(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, validated: bool = False, interrupted: bool = False
+    ) -> None:
         """Write the last adapters, and the best ones if the score has improved; with `AdapterEMA`, the averaged ones.
 
         Args:
             trainer: The trainer.
             pl_module: Its module.
             validated: Whether the current metrics are those of a validation of these adapters.
+            interrupted: Do not log the model card, because a run that is not interrupted has no card of this step.
         """
         module, step = reward_module(pl_module, self), trainer.global_step
         with averaged(trainer, module):
@@ -176,7 +177,7 @@ class LoRAExport(Callback):
                 for path in [self.last_path] if score is None else [self.last_path, self.best_path]:
                     write(trainer, module, path, metadata, values, self.comfy)
                 if score is not None or not self.best_path.exists():
-                    write_run_card(trainer, module, path, metadata, self.comfy, changes)
+                    write_run_card(trainer, module, path, metadata, self.comfy, changes, log=not interrupted)
         self._last_step = step  # set last, so that an export that failed or was interrupted is repeated
         if score is not None:
             self.best_score, self.best_step = score, step
@@ -219,81 +220,3 @@ class LoRAExport(Callback):
         if self._folder is None:
             raise ConfigurationError("LoRAExport has no folder before training starts; give it a dirpath")
         return self._folder / f"{name}.safetensors"
-
-
-@runtime_checkable
-class SavesLoRA(Protocol):
-    """A model that can write its adapters to a file."""
-
-    def save_lora(
-        self, path: Path, metadata: Mapping[str, str] | None = None, values: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Write the adapters, or `values` instead of them, with metadata for the file's header."""
-
-
-def write(
-    trainer: L.Trainer,
-    module: RewardModule,
-    path: Path,
-    metadata: dict[str, str],
-    values: dict[str, Tensor],
-    comfy: bool = False,
-) -> None:
-    """Write the model's adapters to a file, or its pipeline to a folder if the denoiser's own weights are trained.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-        path: The file.
-        metadata: Text for its header.
-        values: Result of `gather_full`; used if this process stores only a shard of the adapters.
-        comfy: Also write the file for ComfyUI, `NAME.comfy.safetensors`, if the names of the layers are known.
-
-    Raises:
-        ConfigurationError: The file cannot be written, for example because the disk is full.
-    """
-    own = {name.removeprefix("model."): value for name, value in values.items()} if uses_fsdp(trainer) else None
-    if isinstance(module.model, PipelineModel) and module.model.trainable != "lora":
-        module.model.save_pipeline(path.with_suffix(""), metadata, own)
-        return
-    model = cast(SavesLoRA, module.model)
-    with atomic_path(path) as partial:
-        if own is None:
-            model.save_lora(partial, metadata)
-        else:
-            model.save_lora(partial, metadata, own)
-    if comfy and isinstance(module.model, PipelineModel) and module.model.has_comfy_names:
-        title = {"title": path.parent.parent.name or path.stem}
-        module.model.save_lora(path.with_suffix(f".comfy{path.suffix}"), {**metadata, **title}, own, "comfy")
-
-
-def copy_from_resumed_run(trainer: L.Trainer, folder: Path | None, path: Path) -> None:
-    """Copy a file of the resumed run, or its pipeline folder, into the folder of this run, if the folders differ.
-
-    Args:
-        trainer: The trainer.
-        folder: The folder of the resumed run, if any.
-        path: The file in this run's folder.
-    """
-    if not trainer.is_global_zero or folder is None or folder.resolve() == path.parent.resolve():
-        return
-    file, pipeline = folder / path.name, folder / path.stem
-    if file.is_file():
-        with atomic_path(path) as partial:
-            shutil.copyfile(file, partial)
-    if pipeline.is_dir():
-        with atomic_folder(path.with_suffix("")) as partial:
-            shutil.copytree(pipeline, partial, dirs_exist_ok=True)
-
-
-def check_exportable(module: RewardModule, callback: object) -> None:
-    """Check that the adapters can be written to a file.
-
-    Raises:
-        ConfigurationError: The model has no method `save_lora`.
-    """
-    if not isinstance(module.model, SavesLoRA):
-        raise ConfigurationError(
-            f"{type(module.model).__name__} has no save_lora(path, metadata), so {type(callback).__name__} cannot "
-            "write its adapters; add the method to the model, or leave the callback out"
-        )

@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_draft.arguments import at_least, in_range, one_of
+from lightning_draft.callbacks.adapter_files import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged, restore_trained
 from lightning_draft.callbacks.evaluation import Evaluation, Evaluator, select_eval_rewards
-from lightning_draft.callbacks.lora_export import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.lora_header import header
 from lightning_draft.callbacks.shrink import is_factor, shrink_adapters
 from lightning_draft.distributed import gather_full, uses_deepspeed

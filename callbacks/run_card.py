@@ -35,6 +35,7 @@ def write_run_card(
     metadata: Mapping[str, str],
     comfy: bool,
     changes: Mapping[str, Change],
+    log: bool = True,
 ) -> None:
     """Write the card of a LoRA file with its images, if models of this kind have cards, and show it in TensorBoard.
 
@@ -45,6 +46,7 @@ def write_run_card(
         metadata: Its metadata.
         comfy: Whether files for ComfyUI are written if the family supports them.
         changes: Scores of the last validation; empty if it was not one of these adapters.
+        log: Whether to show it in TensorBoard.
     """
     if not has_card(module.model):
         return
@@ -52,7 +54,9 @@ def write_run_card(
     if record is not None:
         write_images(record, path.parent)
     results = Results(changes, [] if record is None else record.prompts, training_settings(trainer, module))
-    log_card(trainer, write_card(module.model, path, metadata, comfy, results))
+    card = write_card(module.model, path, metadata, comfy, results)
+    if log:
+        log_card(trainer, card)
 
 
 def write_images(record: ValidationRecord, folder: Path) -> None:

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 
+from lightning_draft.callbacks.ema import check_averaging
 from lightning_draft.cli import hints
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.redaction import HIDDEN
@@ -180,6 +181,8 @@ def check_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> N
     Raises:
         ConfigurationError: One of them cannot work with the module.
     """
+    callbacks = list(callbacks)
+    check_averaging(callbacks)
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, ModelPruning):

@@ -149,6 +149,7 @@ CASES: list[Case] = [
         "samples_per_prompt",
     ),
     built(TOGETHER, "--conflict RewardConflict", "has only reward"),
+    built(TOGETHER, "--trainer.callbacks EMAWeightAveraging", "copies the frozen weights", "write --ema AdapterEMA"),
     built(TOGETHER, "--trainer.callbacks BackboneFinetuning", "DraftModule does not have", "--model.model.trainable"),
     built(
         TOGETHER,

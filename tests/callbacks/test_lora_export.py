@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_draft.callbacks import AdapterEMA, LoRAExport
-from lightning_draft.callbacks.lora_export import copy_from_resumed_run
+from lightning_draft.callbacks.adapter_files import copy_from_resumed_run
 from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule

@@ -9,6 +9,7 @@ import ast
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> s
     if path[-1] in _ELSEWHERE:
         return f"there is no option {_option(path)}; did you mean --{_ELSEWHERE[path[-1]]}"
     if isinstance(problem.kind, type):
-        known, what = hints.option_names(problem.kind), problem.kind.__name__
+        group = hints.classes(hints.nested_parameter(problem.kind, path[:-1]))
+        kind = group[0] if group and is_dataclass(group[0]) else problem.kind
+        known, what = hints.option_names(kind), kind.__name__
     elif len(path) > 1 and isinstance(groups.get(path[0]), type):
         path, kind = path[:2], groups[path[0]]
         known, what = list(hints.parameters(kind)), kind.__name__

@@ -10,6 +10,7 @@ CLASSES = "Classes"
 CASES: list[Case] = [
     parsed(NAMES, "--model.truncation.kk 5", "--model.truncation.kk: LastK", "did you mean k"),
     parsed(NAMES, "--model.truncation Full --model.truncation.k 2", "Full has no option 'k'", "leave this one out"),
+    parsed(NAMES, "--model.model.memory.decode_chnk 2", "Memory has no option", "did you mean decode_chunk"),
     parsed(NAMES, "--trainer.callbacks [ThroughputMonitor]", "batch_size_fn is missing", "import path of a function"),
     parsed(NAMES, "--trainer.callbacks EarlyStopping", "EarlyStopping, of which an option is missing"),
     edited(NAMES, "  val_size: 2", "  '': 2", "small.yaml, line 18: the key '' is empty", "name of an option"),

@@ -1,7 +1,7 @@
 """Networks that have shapes and dtypes but no values, so that a run can be planned before weights are loaded."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -67,7 +67,7 @@ def _converted(parameter: nn.Parameter, function: Callable[[Tensor], Tensor]) ->
 
 
 class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Return a plausible value from `Tensor.item()` if the tensor has none."""
+    """Return a plausible value from `Tensor.item()` if the tensor has none, and select by masks that have values."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,6 +77,8 @@ class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation, unless it reads a value that does not exist."""
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
+        if func is _aten.index.Tensor and isinstance(args[0], FakeTensor):
+            args = (args[0], _positions(args[1]))
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket is _aten.any:
             self._false.add(result.untyped_storage())
@@ -86,3 +88,12 @@ class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.dtype is torch.bool:
             return tensor.untyped_storage() not in self._false
         return 0.5 if tensor.dtype.is_floating_point else 0
+
+
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Replace masks, whose number of true values must be known, by the positions of these values."""
+    known: list[Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype is torch.bool and not isinstance(index, FakeTensor)
+        known += index.nonzero(as_tuple=True) if index is not None and is_mask else [index]
+    return known

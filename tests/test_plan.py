@@ -14,7 +14,7 @@ from lightning_draft.cli.plan_report import size
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, StableDiffusionXL, ZImage
 from lightning_draft.plan import StepPlan, Tracker, plan_step
 from lightning_draft.rewards.clip import CLIPScore
 from lightning_draft.rewards.color import ColorTarget
@@ -23,6 +23,7 @@ from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.truncation import Full, LastK, RandomK, RandomSteps, Truncation
 from lightning_draft.weightless import without_weights
 from tests.conftest import write_pipeline
+from tests.tiny_families import write
 
 PROMPTS = ["a cat", "a red dog"]
 SMALL = {
@@ -137,6 +138,19 @@ def test_plan_of_other_families_and_of_clip(tiny_sdxl: Path, tiny_sd3: Path, tin
         without, real = planned(build, False), planned(build, True)
         assert (without.weights, without.flops, without.calls) == (real.weights, real.flops, real.calls)
         assert without.live == pytest.approx(real.live, rel=0.01)
+
+
+def test_plan_of_prompts_that_differ_in_length(tmp_path: Path) -> None:
+    """The length is known without weights: it is that of the text encoder's mask."""
+    folder = write("z_image", tmp_path / "z_image")
+
+    def build() -> DraftModule:
+        model = ZImage(str(folder), lora=LoRA(2), guidance=Guidance(1.0), height=16, width=16)
+        return DraftModule(model, ColorTarget(), FlowEuler(1), LastK(1))
+
+    without, real = planned(build, False), planned(build, True)
+    assert (without.weights, without.flops, without.calls) == (real.weights, real.flops, real.calls)
+    assert without.live == pytest.approx(real.live, rel=0.01)
 
 
 def test_no_weight_is_read(tiny_sd: Path, tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -25,26 +23,10 @@ from diffusers import (
 from transformers import CLIPTextModel, Gemma2Config, Gemma2Model
 
 from tests.conftest import _perturb, _t5, _text_config, _write_tokenizer
+from tests.tiny_autoencoders import autoencoder, flux_autoencoder
+from tests.tiny_qwen import z_image
 
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-
-
-def _autoencoder(channels: int, **changes: Any) -> AutoencoderKL:
-    """For images of twice the latents' size."""
-    config = {
-        "sample_size": 16,
-        "latent_channels": channels,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
-    return _perturb(AutoencoderKL(**{**config, **changes}))
-
-
-def _flux_autoencoder(channels: int = 4) -> AutoencoderKL:
-    scaling = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-    return _autoencoder(channels, **scaling, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def flux(folder: Path, guidance_embeds: bool = True) -> None:
@@ -66,7 +48,7 @@ def flux(folder: Path, guidance_embeds: bool = True) -> None:
     shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shift),
-        vae=_flux_autoencoder(),
+        vae=flux_autoencoder(),
         text_encoder=_perturb(CLIPTextModel(_text_config(words))),
         tokenizer=words,
         text_encoder_2=_perturb(t5),
@@ -98,7 +80,7 @@ def chroma(folder: Path) -> None:
     )
     ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_flux_autoencoder(),
+        vae=flux_autoencoder(),
         text_encoder=_perturb(t5),
         tokenizer=pieces,
         transformer=_perturb(transformer),
@@ -126,7 +108,7 @@ def pixart_sigma(folder: Path) -> None:
     PixArtSigmaPipeline(
         tokenizer=pieces,
         text_encoder=_perturb(t5),
-        vae=_autoencoder(4, scaling_factor=0.13025),
+        vae=autoencoder(4, scaling_factor=0.13025),
         transformer=_perturb(transformer),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
     ).save_pretrained(folder)
@@ -214,6 +196,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "pixart_sigma": pixart_sigma,
     "sana": sana,
     "chroma": chroma,
+    "z_image": z_image,
     "pixels": pixels,
     "pixels_of_classes": pixels_of_classes,
 }

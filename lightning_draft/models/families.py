@@ -34,6 +34,7 @@ FAMILIES: dict[str, Entry] = {
         ("sd3",),
     ),
     "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
+    "ZImage": Entry("lightning_draft.models.z_image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("z-image-turbo",)),
     "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
     "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",)),
     "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",)),

@@ -26,6 +26,7 @@ class Family:
         vae: Name of the autoencoder; `None` for families that sample pixels.
         text_length: Number of tokens that the last text encoder reads by default; `None` for that of its tokenizer.
         max_text_length: Largest valid `text.max_length`.
+        ragged_text: Whether the embeddings of prompts differ in length; `_network` finds them in `conditioning.ragged`.
         clip_skip: Whether `text.clip_skip` is supported.
         lora_targets: Layers that are adapted by default: the attention's projections.
         unused: Components that are not loaded, as arguments of `from_pretrained`.
@@ -45,6 +46,7 @@ class Family:
     vae: str | None = "vae"
     text_length: int | None = None
     max_text_length: int | None = None
+    ragged_text: bool = False
     clip_skip: bool = False
     lora_targets: tuple[str, ...] = ATTENTION
     unused: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import one_of
+from lightning_draft.arguments import one_of, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning
 
@@ -31,12 +31,15 @@ class Guidance:
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
         embedded: Guidance scale that a guidance-distilled network receives as an input, such as FLUX.1 dev. By
             default the published value; without effect on other networks.
+        max_norm: Largest norm of `e` of an image, as a multiple of that of `e_c`; larger ones are scaled to it. This is
+            `cfg_normalization` of Z-Image in diffusers.
     """
 
     scale: float | None = None
     negative_prompt: str = ""
     gradient: GuidanceGradient = "full"
     embedded: float | None = None
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 <= self.scale < math.inf:
@@ -44,6 +47,8 @@ class Guidance:
                 f"guidance.scale={self.scale} must be a finite number of at least 0; write 1 for no guidance"
             )
         one_of("guidance.gradient", self.gradient, get_args(GuidanceGradient))
+        if self.max_norm is not None:
+            positive("guidance.max_norm", self.max_norm, "write 1.0, or leave it out for no limit")
 
     @property
     def enabled(self) -> bool:
@@ -86,4 +91,12 @@ class Guidance:
         else:
             both = conditioning.negative.concatenate(conditioning)
             unconditional, conditional = network(torch.cat([x, x]), both).chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
+        guided = unconditional + self.scale * (conditional - unconditional)
+        return guided if self.max_norm is None else _with_norm_up_to(self.max_norm, guided, conditional)
+
+
+def _with_norm_up_to(limit: float, guided: Tensor, conditional: Tensor) -> Tensor:
+    """Return `e min(1, limit |e_c| / |e|)`, with the norms of whole images."""
+    norm, largest = (each.flatten(1).norm(dim=1) for each in (guided, limit * conditional))
+    factor = torch.where(norm > largest, largest / norm, 1)
+    return guided * factor.view(-1, *[1] * (guided.dim() - 1))

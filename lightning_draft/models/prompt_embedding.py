@@ -87,10 +87,11 @@ class PromptEmbedding(DiffusionModel):
         """
 
     def _collate(self, embeddings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
-        """Stack the embeddings of single prompts; a family whose embeddings differ in shape overrides it."""
-        return Conditioning(
-            {name: torch.stack([each[name] for each in embeddings]).to(self.device) for name in embeddings[0]}
-        )
+        """Join the embeddings of single prompts: stacked, or with `ragged_text` of the family as tuples."""
+        columns = {name: [each[name].to(self.device) for each in embeddings] for name in embeddings[0]}
+        if self.family.ragged_text:
+            return Conditioning({}, {name: tuple(column) for name, column in columns.items()})
+        return Conditioning({name: torch.stack(column) for name, column in columns.items()})
 
     @property
     def _text_device(self) -> torch.device:

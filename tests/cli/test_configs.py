@@ -60,6 +60,7 @@ FAMILIES = {
     "PixArtSigma": "pixart_sigma",
     "Sana": "sana",
     "Chroma": "chroma",
+    "ZImage": "z_image",
     "PixelDiffusion": "pixels",
 }
 

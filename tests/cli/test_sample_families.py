@@ -28,6 +28,7 @@ NAMES = {
     "pixart_sigma": "PixArtSigma",
     "sana": "Sana",
     "chroma": "Chroma",
+    "z_image": "ZImage",
     "pixels": "PixelDiffusion",
     "pixels_of_classes": "PixelDiffusion",
 }

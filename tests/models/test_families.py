@@ -67,6 +67,13 @@ CASES = {
     "pixart_sigma": Case("PixArtSigma", flow=False, options=OPTIONS, call={**UNBINNED, "clean_caption": False}),
     "sana": Case("Sana", options=OPTIONS, call=UNBINNED, side=32),
     "chroma": Case("Chroma", options=OPTIONS, call=CALL),
+    "z_image": Case(
+        "ZImage",
+        ("a red cat", "a dog that sleeps below a tree"),
+        options={"text": TextEncoding(64)},
+        call={"max_sequence_length": 64},
+        guided=lambda scale: scale - 1,
+    ),
     "pixels": Case("PixelDiffusion", flow=False, guidance=None),
     "pixels_of_classes": Case("PixelDiffusion", flow=False, guidance=None, prompts=("3", "7")),
 }
@@ -126,7 +133,9 @@ def images(model: PipelineModel, case: Case) -> Tensor:
 
 
 @torch.no_grad()
-def diffusers_images(pipeline: Any, model: PipelineModel, case: Case, scale: float = 1.0, negative: str = "") -> Tensor:
+def diffusers_images(
+    pipeline: Any, model: PipelineModel, case: Case, scale: float = 1.0, negative: str = "", **call: Any
+) -> Tensor:
     """The same from diffusers, from the same noise."""
     if case.guidance is None:
         return _ddim_images(pipeline, model, case)
@@ -141,7 +150,7 @@ def diffusers_images(pipeline: Any, model: PipelineModel, case: Case, scale: flo
         num_inference_steps=STEPS,
         latents=pack(noise) if latents.packed else noise,
         output_type="pt",
-        **{case.guidance: case.guided(scale), **case.call},
+        **{case.guidance: case.guided(scale), **case.call, **call},
     )
     result: Tensor = output.images
     return result
@@ -283,3 +292,12 @@ def test_the_embedded_guidance_reaches_the_network(folders: Callable) -> None:
     )
     assert torch.equal(default, given)
     assert (stronger - given).abs().max() > 1e-3
+
+
+def test_the_largest_norm_of_guided_predictions_is_that_of_the_z_image_pipeline(folders: Callable) -> None:
+    case, folder = CASES["z_image"], folders("z_image")
+    model = opened(folder, case, lora=None, guidance=Guidance(6.0, max_norm=0.9))
+    ours = images(model, case)
+    theirs = diffusers_images(plain(folder, case), model, case, 6.0, cfg_normalization=0.9)
+    torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=2e-5)
+    assert (images(opened(folder, case, lora=None, guidance=Guidance(6.0)), case) - ours).abs().max() > 1e-3

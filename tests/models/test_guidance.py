@@ -18,6 +18,8 @@ def test_other_invalid_options_are_rejected() -> None:
         Guidance(gradient="off")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="memory.decode_chunk=0 must be at least 1"):
         Memory(decode_chunk=0)
+    with pytest.raises(ConfigurationError, match=r"guidance.max_norm=0.0 must be .*; write 1.0, or leave it out"):
+        Guidance(max_norm=0.0)
 
 
 def test_default_scale_is_used_if_none_is_given() -> None:

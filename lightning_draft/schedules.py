@@ -154,3 +154,27 @@ class RectifiedFlow(Schedule):
             return times
         stretch = (1 - self.terminal) / (1 - times[-1])
         return [1 - (1 - t) * stretch for t in times]
+
+
+@dataclass(frozen=True)
+class EmpiricalFlow(RectifiedFlow):
+    """The rectified flow of FLUX.2, whose shift depends on the number of steps.
+
+        shift = exp(mu),  mu = mu_10 + (mu_200 - mu_10) (num_steps - 10) / 190
+        mu_10 = 8.73809524e-5 tokens + 1.89833333,  mu_200 = 1.6927e-4 tokens + 0.45666666
+
+    and `mu = mu_200` for more than 4300 tokens. Times outside a grid, `time_at`, have the shift of one step.
+
+    Args:
+        tokens: Number of the image's tokens.
+
+    References:
+        Black Forest Labs, https://github.com/black-forest-labs/flux2, `compute_empirical_mu`.
+    """
+
+    tokens: int = 4096
+
+    def shift_for(self, num_steps: int) -> float:
+        """Return `exp(mu)` for this many steps."""
+        few, many = 8.73809524e-5 * self.tokens + 1.89833333, 1.6927e-4 * self.tokens + 0.45666666
+        return math.exp(many if self.tokens > 4300 else few + (many - few) * (num_steps - 10) / 190)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from lightning_draft.models.base import Prediction, to_x0
-from lightning_draft.schedules import RectifiedFlow, Schedule, VariancePreserving
+from lightning_draft.schedules import EmpiricalFlow, RectifiedFlow, Schedule, VariancePreserving
 from lightning_draft.testing import scaled_linear
 
 VP_TIMES, FLOW_TIMES = [0, 1, 500, 999], [0.001, 0.3, 0.999]
@@ -93,3 +95,13 @@ def test_every_prediction_type_is_converted_to_x0(
 def test_error_for_an_unknown_prediction_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="epsilon, v_prediction, flow or sample"):
         to_x0(torch.ones(1), torch.ones(1), 1.0, 0.0, "score")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [64, 4096, 4300, 4301, 16384])
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 200])
+def test_shift_of_flux_2_equals_that_of_diffusers(tokens: int, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    times = [1 - i / steps for i in range(steps)]
+    scheduler.set_timesteps(sigmas=times, mu=compute_empirical_mu(tokens, steps))
+    ours = torch.tensor(EmpiricalFlow(last="even", tokens=tokens).times(steps))
+    torch.testing.assert_close(ours, scheduler.sigmas[:-1], rtol=0, atol=1e-6)

@@ -24,6 +24,7 @@ from transformers import CLIPTextModel, Gemma2Config, Gemma2Model
 
 from tests.conftest import _perturb, _t5, _text_config, _write_tokenizer
 from tests.tiny_autoencoders import autoencoder, flux_autoencoder
+from tests.tiny_flux_2 import flux_2_klein
 from tests.tiny_qwen import z_image
 
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -193,6 +194,7 @@ def pixels_of_classes(folder: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "flux": flux,
     "flux_schnell": flux_schnell,
+    "flux_2_klein": flux_2_klein,
     "pixart_sigma": pixart_sigma,
     "sana": sana,
     "chroma": chroma,

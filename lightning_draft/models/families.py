@@ -35,6 +35,7 @@ FAMILIES: dict[str, Entry] = {
     ),
     "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
     "ZImage": Entry("lightning_draft.models.z_image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("z-image-turbo",)),
+    "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",)),
     "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
     "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",)),
     "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",)),

@@ -79,7 +79,6 @@ class PipelineModel(AdaptedModel):
         self.pretrained_config = pretrained_config
         self.lora = lora
         self.trainable = trainable
-        self.guidance = guidance.or_default(self.family.guidance_scale, self.family.embedded_guidance)
         self.text = text
         self.memory = memory
         self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
@@ -88,6 +87,7 @@ class PipelineModel(AdaptedModel):
         self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
+        self.guidance = guidance.or_default(self._published_scale, self.family.embedded_guidance)
         self._latent_size = self.family.latents.size(self.vae, self.denoiser, height, width)
         self._configure(self.pipeline)
         self._set_decoder_precision(dtype)
@@ -191,6 +191,11 @@ class PipelineModel(AdaptedModel):
     def _lora_base(self) -> LoRABase:
         config, name = self.denoiser.config, self.public_name
         return LoRABase(self.family, config, self.source, name, self.pretrained_config)
+
+    @property
+    def _published_scale(self) -> float:
+        """The default guidance scale; a family overrides it if it depends on the loaded pipeline."""
+        return self.family.guidance_scale
 
     @abstractmethod
     def _configure(self, pipeline: Any) -> None:

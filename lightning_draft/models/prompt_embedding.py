@@ -86,6 +86,10 @@ class PromptEmbedding(DiffusionModel):
             negative: Whether it is the negative prompt.
         """
 
+    def _text_of(self, prompt: str) -> str:
+        """Return the text that the last tokenizer receives for a prompt; a family with a chat template overrides it."""
+        return prompt
+
     def _collate(self, embeddings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
         """Join the embeddings of single prompts: stacked, or with `ragged_text` of the family as tuples."""
         columns = {name: [each[name].to(self.device) for each in embeddings] for name in embeddings[0]}
@@ -133,4 +137,5 @@ class PromptEmbedding(DiffusionModel):
 
     def _warn_if_cut(self, name: str, prompt: str) -> None:
         tokenizer = getattr(self.pipeline, name)
-        warn_if_cut(tokenizer, prompt, min(tokenizer.model_max_length, self._text_length or tokenizer.model_max_length))
+        length = min(tokenizer.model_max_length, self._text_length or tokenizer.model_max_length)
+        warn_if_cut(tokenizer, prompt, length, self._text_of(prompt))

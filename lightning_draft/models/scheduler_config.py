@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Prediction
-from lightning_draft.schedules import GridEnd, RectifiedFlow, VariancePreserving
+from lightning_draft.schedules import EmpiricalFlow, GridEnd, RectifiedFlow, VariancePreserving
 
 _OTHER_GRIDS = (
     "use_karras_sigmas",
@@ -117,3 +117,19 @@ def _dynamic_shift(config: Any, tokens: int) -> float:
     base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     mu: float = base + (most - base) * (tokens - low) / (high - low)
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def empirical_flow(scheduler: Any, tokens: int) -> RectifiedFlow:
+    """Return the schedule of FLUX.2, whose shift depends on the numbers of tokens and of steps.
+
+    Args:
+        scheduler: The scheduler of the pipeline.
+        tokens: Number of the image's tokens.
+
+    Raises:
+        ConfigurationError: See `rectified_flow`.
+    """
+    flow = rectified_flow(scheduler, "even", tokens)
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return flow
+    return EmpiricalFlow(flow.shift, flow.num_train_timesteps, "even", flow.terminal, tokens)

@@ -52,10 +52,10 @@ class TextEncoding:
         in_range("text.max_length", self.max_length, 1, family.max_text_length, f"write {family.text_length}")
 
 
-def warn_if_cut(tokenizer: Any, prompt: str, length: int) -> None:
-    """Warn if a prompt has more tokens than the text encoder reads."""
+def warn_if_cut(tokenizer: Any, prompt: str, length: int, text: str) -> None:
+    """Warn if the text of a prompt, with its chat template if there is one, has more tokens than are read."""
     # A textual inversion with several vectors is replaced by the same number of tokens.
-    converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+    converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
     if len(tokenizer(converted, truncation=False, verbose=False)["input_ids"]) > length:
         warnings.warn(f"the model reads {length} tokens and truncates the prompt: {prompt}", stacklevel=6)
 

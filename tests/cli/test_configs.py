@@ -57,6 +57,7 @@ TINY = {
 PIPELINES = {"StableDiffusion": "tiny_sd", "StableDiffusion3": "tiny_sd3", "StableDiffusionXL": "tiny_sdxl"}
 FAMILIES = {
     "Flux": "flux",
+    "Flux2Klein": "flux_2_klein",
     "PixArtSigma": "pixart_sigma",
     "Sana": "sana",
     "Chroma": "chroma",

@@ -25,6 +25,7 @@ NAMES = {
     "tiny_sdxl": "StableDiffusionXL",
     "tiny_sd3": "StableDiffusion3",
     "flux": "Flux",
+    "flux_2_klein": "Flux2Klein",
     "pixart_sigma": "PixArtSigma",
     "sana": "Sana",
     "chroma": "Chroma",

@@ -1,6 +1,7 @@
 """One battery for the newer model families: each is compared with diffusers' own pipeline on a small random one."""
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.truncation import LastK
 from tests.tiny_families import WRITERS, write
+from tests.tiny_flux_2 import flux_2_klein
 
 PROMPTS = ["a red cat", "dog, cat"]
 STEPS = 3
@@ -44,7 +46,7 @@ class Case:
         options: Of the model.
         call: More arguments of the pipeline's call.
         side: Height and width of a square image; the other image is twice as wide.
-        negative_prompt: Of guided images.
+        negative: The pipeline's arguments for negative prompts, from the pipeline and the prompts.
         guided: The pipeline's value for our guidance scale.
     """
 
@@ -55,6 +57,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     side: int = 16
+    negative: Callable[[Any, list[str]], dict[str, Any]] = lambda pipeline, prompts: {"negative_prompt": prompts}
     guided: Callable[[float], float] = float
 
 
@@ -64,6 +67,14 @@ UNBINNED = {"use_resolution_binning": False, **CALL}
 CASES = {
     "flux": Case("Flux", guidance="true_cfg_scale", options=OPTIONS, call=CALL),
     "flux_schnell": Case("Flux", guidance="true_cfg_scale", options=OPTIONS, call=CALL),
+    "flux_2_klein": Case(
+        "Flux2Klein",
+        options={"text": TextEncoding(40)},
+        call={"max_sequence_length": 40},
+        negative=lambda pipeline, prompts: {
+            "negative_prompt_embeds": pipeline.encode_prompt(prompts, None, 1, None, 40)[0]
+        },
+    ),
     "pixart_sigma": Case("PixArtSigma", flow=False, options=OPTIONS, call={**UNBINNED, "clean_caption": False}),
     "sana": Case("Sana", options=OPTIONS, call=UNBINNED, side=32),
     "chroma": Case("Chroma", options=OPTIONS, call=CALL),
@@ -143,13 +154,13 @@ def diffusers_images(
     latents = model.family.latents
     height, width = model.image_size
     output = pipeline(
-        list(case.prompts),
-        negative_prompt=[negative] * 2 if scale != 1 else None,
+        prompt=list(case.prompts),
         height=height,
         width=width,
         num_inference_steps=STEPS,
         latents=pack(noise) if latents.packed else noise,
         output_type="pt",
+        **({} if scale == 1 else case.negative(pipeline, [negative] * 2)),
         **{case.guidance: case.guided(scale), **case.call, **call},
     )
     result: Tensor = output.images
@@ -283,6 +294,27 @@ def test_guidance_of_pixels_is_rejected(folders: Callable) -> None:
 def test_an_embedded_guidance_that_has_no_effect_is_rejected(folders: Callable) -> None:
     with pytest.raises(ConfigurationError, match=r"guidance.embedded=3.5 has no effect on this model family"):
         opened(folders("chroma"), CASES["chroma"], guidance=Guidance(embedded=3.5))
+
+
+@torch.no_grad()
+def test_a_distilled_flux_2_klein_has_no_guidance_by_default(folders: Callable, tmp_path: Path) -> None:
+    """Like diffusers, whose pipeline ignores its guidance scale for such models."""
+    case = CASES["flux_2_klein"]
+    flux_2_klein(tmp_path / "distilled", distilled=True)
+    model = opened(tmp_path / "distilled", case, lora=None)
+    assert (model.guidance.scale, opened(folders("flux_2_klein"), case).guidance.scale) == (1.0, 4.0)
+    theirs = diffusers_images(plain(tmp_path / "distilled", case), model, case, 4.0)
+    torch.testing.assert_close(images(model, case).clamp(0, 1), theirs, rtol=0, atol=2e-5)
+
+
+def test_a_prompt_that_is_truncated_with_its_chat_template_gives_a_warning(folders: Callable) -> None:
+    case = CASES["flux_2_klein"]
+    model = opened(folders("flux_2_klein"), case, text=TextEncoding(26))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(["a red cat"])  # 26 tokens with the template
+    with pytest.warns(UserWarning, match="the model reads 26 tokens and truncates the prompt: a red cats"):
+        model.encode(["a red cats"])
 
 
 def test_the_embedded_guidance_reaches_the_network(folders: Callable) -> None:

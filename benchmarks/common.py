@@ -1,6 +1,7 @@
 """Helpers of the benchmarks: models with a given size, and tables."""
 
 import argparse
+import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -129,6 +130,7 @@ def _write(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[s
 
 def quiet() -> None:
     """Suppress Lightning's notices."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     disable_possible_user_warnings()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()

@@ -95,9 +95,8 @@ def against_k(bench: Bench, steps: int) -> str:
     one = bench(steps, LastK(1), "none")
     for k in sorted({1, 2, max(1, steps // 4), max(1, steps // 2), steps}):
         kept, again = (bench(steps, LastK(k), mode) for mode in ("none", "step"))
-        auto = "none" if k == 1 else "step"
-        rows.append([str(k), f"{k * one:.1f}", f"{kept:.1f}", f"{one:.1f}", f"{again:.1f}", auto])
-    head = ["K", "expected MiB, none", "measured MiB, none", "expected MiB, step", "measured MiB, step", "auto is"]
+        rows.append([str(k), f"{k * one:.1f}", f"{kept:.1f}", f"{one:.1f}", f"{again:.1f}"])
+    head = ["K", "expected MiB, none", "measured MiB, none", "expected MiB, step", "measured MiB, step"]
     return (
         f"DRaFT-K against K at T = {steps}. Expected from K = 1: K times as much with nothing recomputed, as much with "
         "steps recomputed.\n\n" + common.table(head, rows)

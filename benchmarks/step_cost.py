@@ -10,7 +10,6 @@ reward are timed too, so that the last column shows the overhead of everything e
 """
 
 import argparse
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -246,7 +245,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[], help="only those whose name starts with one of these")
     arguments = parser.parse_args()
     common.quiet()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     model = common.open_model(arguments)
     chosen = tuple(arguments.methods) or ("",)
     rows = [measure(m, model, arguments) for m in methods(arguments.steps) if m.name.startswith(chosen)]

@@ -15,15 +15,16 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, StableDiffusionXL, ZImage
+from lightning_draft.models.pixels import PixelDiffusion
 from lightning_draft.plan import StepPlan, Tracker, plan_step
 from lightning_draft.rewards.clip import CLIPScore
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.rewards.service import HTTPReward
 from lightning_draft.samplers import DDIM, FlowEuler
-from lightning_draft.truncation import Full, LastK, RandomK, RandomSteps, Truncation
+from lightning_draft.truncation import Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 from lightning_draft.weightless import without_weights
 from tests.conftest import write_pipeline
-from tests.tiny_families import write
+from tests.tiny_families import pixels, write
 
 PROMPTS = ["a cat", "a red dog"]
 SMALL = {
@@ -83,6 +84,47 @@ def test_plan_without_weights_equals_the_count_of_the_real_step(small_sd: Path, 
     assert without == real
     assert real.live > 0
     assert real.total_flops > 0
+
+
+def peak(module: DraftModule) -> int:
+    """Return the largest number of bytes of live tensors of a step of four samples."""
+    with Tracker() as live:
+        module.loss_and_logs(["a cat"] * 4)[0].backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("truncation", [LastK(1), LowVariance(1), ReFL(1)], ids=lambda each: type(each).__name__)
+def test_default_recomputes_a_single_step_where_this_lowers_the_peak(small_sd: Path, truncation: Truncation) -> None:
+    peaks = {m: peak(draft(small_sd, truncation=truncation, checkpointing=m)) for m in ("auto", "none", "step")}
+    assert peaks["auto"] == peaks["step"] < 0.8 * peaks["none"]
+
+
+def test_default_stores_a_single_step_where_nothing_with_activations_follows(tmp_path: Path) -> None:
+    pixels(tmp_path)
+
+    def module(checkpointing: Any) -> DraftModule:
+        return DraftModule(PixelDiffusion(str(tmp_path)), ColorTarget(), DDIM(2), checkpointing=checkpointing)
+
+    peaks = {mode: peak(module(mode)) for mode in ("auto", "none", "step")}
+    assert peaks["auto"] == peaks["none"] <= 1.01 * peaks["step"]
+
+
+def test_default_recomputes_the_decoder_of_several_chunks(small_sd: Path) -> None:
+    model, peaks = StableDiffusion(str(small_sd)), []
+    for memory in (Memory(decode_chunk=1), Memory(decode_chunk=1, checkpoint_decoder=False), Memory()):
+        model.memory = memory
+        with Tracker() as live:
+            model.decode(model.noise(4).requires_grad_()).sum().backward()
+        peaks.append(live.peak)
+    by_chunk, stored, whole = peaks
+    assert by_chunk < 0.5 * stored
+    assert stored > 0.95 * whole
+
+
+def test_chunks_have_at_most_the_pixels_of_one_512_image() -> None:
+    sizes = ((64, 64), (512, 512), (512, 256), (1024, 1024))
+    assert [Memory().chunk(each) for each in sizes] == [64, 1, 2, 1]
+    assert Memory(decode_chunk=3).chunk((1024, 1024)) == 3
 
 
 def test_a_step_takes_the_whole_batch_and_all_accumulated_batches(small_sd: Path) -> None:

@@ -123,9 +123,16 @@ class DirectModule(RewardModule, ABC):
     @property
     def recompute(self) -> Recompute:
         """Activations that the backward pass of a training step recomputes."""
-        several = self.gradient_steps() > 1
-        steps = self.checkpointing in ("step", "both") or (self.checkpointing == "auto" and several)
+        automatic = self.checkpointing == "auto" and self.recomputing_steps_lowers_the_peak()
+        steps = self.checkpointing in ("step", "both") or automatic
         return Recompute(steps, self.checkpointing in ("block", "both"), self.micro_batch_size)
+
+    def recomputing_steps_lowers_the_peak(self) -> bool:
+        """Return whether the activations of a step would be stored at the same time as those of another network call.
+
+        `checkpointing: auto` recomputes steps if so.
+        """
+        return self.gradient_steps() > 1
 
     def chain(
         self,

@@ -49,7 +49,8 @@ class DraftModule(DirectModule):
         kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+), at least 0; each of
             those steps then costs one more network call.
         checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
-            network, `both` or `none`; `auto` is `step` if more than one step has a gradient, else `none`.
+            network, `both` or `none`; `auto` is `step` if this lowers the peak: if several steps have a gradient, or a
+            decoder or the reward's network follows. With one such step it costs one more network call.
         micro_batch_size: Number of samples for which a graph is built at a time; by default the whole batch. Memory is
             proportional to it, and activations are recomputed.
         seed: Seed of the starting noise and of the truncation's random choices, in `0..2^63 - 1`.
@@ -83,6 +84,11 @@ class DraftModule(DirectModule):
     def gradient_steps(self) -> int:
         """Return the largest number of steps of a chain with gradient."""
         return self.truncation.gradient_steps(self.sampler.num_steps)
+
+    def recomputing_steps_lowers_the_peak(self) -> bool:
+        """Return whether another step with gradient, a decoder or the reward's network follows a step."""
+        networks = (self.model.decoder, next(self.reward.parameters(), None))
+        return super().recomputing_steps_lowers_the_peak() or any(each is not None for each in networks)
 
     @property
     def method(self) -> Truncation:

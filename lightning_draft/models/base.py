@@ -109,6 +109,11 @@ class DiffusionModel(nn.Module, ABC):
         """The network that is called at each step; the model itself if it wraps no other network."""
         return self
 
+    @property
+    def decoder(self) -> nn.Module | None:
+        """The network that decodes latents, if there is one."""
+        return None
+
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """Set whether the backward pass recomputes the activations inside the network's blocks.
 

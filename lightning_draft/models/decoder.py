@@ -9,6 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.arguments import at_least
 
+PIXELS = 2**18
+"""Default number of pixels of the images that are decoded at a time."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -17,40 +20,53 @@ class Memory:
     """Options that lower the peak memory of the decoder, or set its precision.
 
     Args:
-        decode_chunk: Decode this many images at a time; by default all at once.
-        checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk.
+        decode_chunk: Decode this many images at a time; by default as many as have 2^18 pixels (one of 512x512, 64 of
+            64x64), and at least one.
+        checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk; by default if a
+            batch has several chunks, because this lowers the peak.
         vae_dtype: Precision of the autoencoder's weights and activations, independent of the Trainer's precision; by
             default the model's `dtype`.
     """
 
     decode_chunk: int | None = None
-    checkpoint_decoder: bool = False
+    checkpoint_decoder: bool | None = None
     vae_dtype: Precision | None = None
 
     def __post_init__(self) -> None:
         if self.decode_chunk is not None:
-            at_least("memory.decode_chunk", self.decode_chunk, 1, "leave it out to decode all images at once")
+            at_least("memory.decode_chunk", self.decode_chunk, 1, "leave it out for a number that suits the image size")
+
+    def chunk(self, image_size: tuple[int, int]) -> int:
+        """Return the number of images of a height and width that are decoded at a time."""
+        height, width = image_size
+        return self.decode_chunk or max(1, PIXELS // (height * width))
+
+    def recomputes(self, chunks: int) -> bool:
+        """Return whether the backward pass recomputes the decoder for a batch of this many chunks."""
+        return chunks > 1 if self.checkpoint_decoder is None else self.checkpoint_decoder
 
 
-def decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
+def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int]) -> Tensor:
     """Decode latents `z` to images `vae(z) / 2 + 1/2`.
 
     Args:
         vae: The autoencoder; `None` if latents are images in [-1, 1].
         latents: `(B, C, h, w)`, scaled for the autoencoder.
         memory: Options for chunks and recomputation.
+        image_size: Height and width of the images.
 
     Returns:
         Images `(B, 3, H, W)` in the latents' dtype, in [0, 1] by convention and not clamped.
     """
     if vae is None:
         return latents / 2 + 0.5
-    recompute = memory.checkpoint_decoder and torch.is_grad_enabled()
+    chunks = torch.split(latents, memory.chunk(image_size))
+    recompute = memory.recomputes(len(chunks)) and torch.is_grad_enabled()
     images = [
         checkpoint(_decode, vae, part, memory, use_reentrant=False, preserve_rng_state=False)
         if recompute
         else _decode(vae, part, memory)
-        for part in torch.split(latents, memory.decode_chunk or max(1, len(latents)))
+        for part in chunks
     ]
     return torch.cat(images) / 2 + 0.5
 

@@ -101,6 +101,11 @@ class PipelineModel(AdaptedModel):
         return getattr(self, self.family.denoiser)
 
     @property
+    def decoder(self) -> Any:
+        """The autoencoder, `None` for families that sample pixels."""
+        return self.vae
+
+    @property
     def device(self) -> torch.device:
         """The denoiser's device."""
         return self._weight.device
@@ -147,7 +152,7 @@ class PipelineModel(AdaptedModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents into images `(B, 3, H, W)` in their dtype, in [0, 1] by convention and not clamped."""
         scaled = latents if self.vae is None else self.family.latents.unscale(self.vae, latents)
-        return decode(self.vae, scaled, self.memory)
+        return decode(self.vae, scaled, self.memory, self.image_size)
 
     @property
     def source(self) -> str:

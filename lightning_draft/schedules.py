@@ -178,3 +178,35 @@ class EmpiricalFlow(RectifiedFlow):
         """Return `exp(mu)` for this many steps."""
         few, many = 8.73809524e-5 * self.tokens + 1.89833333, 1.6927e-4 * self.tokens + 0.45666666
         return math.exp(many if self.tokens > 4300 else few + (many - few) * (num_steps - 10) / 190)
+
+
+@dataclass(frozen=True)
+class TrigonometricFlow(RectifiedFlow):
+    """The trigonometric flow of continuous-time consistency models, rescaled to a rectified flow.
+
+    The trigonometric flow `y_a = cos(a) x_0 + sin(a) eps`, with the angle `a` from 0 to pi/2, is at each time a
+    multiple of a rectified flow:
+
+        x_t = y_a / (cos(a) + sin(a)) = (1 - t) x_0 + t eps,  t = sin(a) / (cos(a) + sin(a))
+
+    The angles of a grid are evenly spaced, and those of two steps are pi/2 and 1.3, as in diffusers' `SCMScheduler`.
+    `shift` has no effect.
+
+    References:
+        Lu and Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", arXiv:2410.11081.
+        Chen et al., "SANA-Sprint", arXiv:2503.09641, which derives the change of time and scale.
+    """
+
+    last: GridEnd = "even"
+
+    def shifted(self, t: float, num_steps: int = 1) -> float:
+        """Return the time at the angle `t pi / 2`."""
+        return _time_of(t * math.pi / 2)
+
+    def times(self, num_steps: int) -> list[float]:
+        """Return the times at which a sampler of this many steps calls the network."""
+        return [1.0, _time_of(1.3)] if num_steps == 2 else super().times(num_steps)
+
+
+def _time_of(angle: float) -> float:
+    return math.sin(angle) / (math.cos(angle) + math.sin(angle))

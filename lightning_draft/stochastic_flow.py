@@ -50,6 +50,8 @@ class FlowCPS(FlowEuler):
     `noise_level` 0.7, samples have the standard deviations 0.209, 0.241 and 0.251 after 10, 40 and 160 steps
     (`FlowSDE`: 0.281, 0.296, 0.299).
 
+    With `noise_level` 1, all noise is new: `x_s = (1 - s) x_0 + s z`, the multistep sampling of consistency models.
+
     Args:
         num_steps: Number of network calls.
         noise_level: Fraction of the noise that is new, in [0, 1]; 0 is `FlowEuler`.

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Prediction, to_x0
-from lightning_draft.schedules import EmpiricalFlow, RectifiedFlow, Schedule, VariancePreserving
+from lightning_draft.models.scheduler_config import trigonometric_flow
+from lightning_draft.schedules import EmpiricalFlow, RectifiedFlow, Schedule, TrigonometricFlow, VariancePreserving
 from lightning_draft.testing import scaled_linear
 
 VP_TIMES, FLOW_TIMES = [0, 1, 500, 999], [0.001, 0.3, 0.999]
@@ -105,3 +107,19 @@ def test_shift_of_flux_2_equals_that_of_diffusers(tokens: int, steps: int) -> No
     scheduler.set_timesteps(sigmas=times, mu=compute_empirical_mu(tokens, steps))
     ours = torch.tensor(EmpiricalFlow(last="even", tokens=tokens).times(steps))
     torch.testing.assert_close(ours, scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_trigonometric_flow_is_a_rescaled_rectified_flow_with_the_angles_of_diffusers(steps: int) -> None:
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    angles = scheduler.timesteps[:-1].double()
+    times = torch.tensor(TrigonometricFlow().times(steps), dtype=torch.float64)
+    scale = angles.cos() + angles.sin()
+    torch.testing.assert_close(1 - times, angles.cos() / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(times, angles.sin() / scale, rtol=0, atol=1e-5)
+
+
+def test_a_scheduler_of_another_flow_is_no_trigonometric_flow() -> None:
+    with pytest.raises(ConfigurationError, match="FlowMatchEulerDiscreteScheduler is not made for trigonometric flows"):
+        trigonometric_flow(FlowMatchEulerDiscreteScheduler())

@@ -36,6 +36,15 @@ def test_cps_keeps_the_noise_level_of_the_schedule() -> None:
         torch.testing.assert_close(ours.mean, (1 - s) * x0 + s * math.cos(0.35 * math.pi) * eps)
 
 
+def test_cps_with_new_noise_only_is_the_multistep_sampling_of_consistency_models() -> None:
+    schedule, sampler = RectifiedFlow(3.0), FlowCPS(5, noise_level=1.0)
+    x, x0 = torch.randn(2, 2, 3, dtype=torch.float64)
+    for t, s in sampler.grid(schedule):
+        ours = sampler.step(schedule, x, x0, t, s)[0]
+        torch.testing.assert_close(ours.mean, (1 - s) * x0)
+        assert ours.std == s
+
+
 @pytest.mark.parametrize("sampler", [DanceSDE(5, noise_level=0.0), FlowCPS(5, noise_level=0.0)])
 def test_sampler_without_noise_equals_euler(sampler: FlowEuler) -> None:
     schedule, (x, x0) = RectifiedFlow(3.0), torch.randn(2, 2, 3, dtype=torch.float64)

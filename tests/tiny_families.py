@@ -17,7 +17,9 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     UNet2DModel,
 )
 from transformers import CLIPTextModel, Gemma2Config, Gemma2Model
@@ -115,8 +117,8 @@ def pixart_sigma(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def sana(folder: Path) -> None:
-    """Sana."""
+def sana(folder: Path, sprint: bool = False) -> None:
+    """Sana, or Sana-Sprint."""
     _, pieces = _t5(8)
     config = Gemma2Config(
         vocab_size=len(pieces),
@@ -142,6 +144,8 @@ def sana(folder: Path) -> None:
         cross_attention_dim=16,
         caption_channels=16,
         mlp_ratio=2.0,
+        guidance_embeds=sprint,
+        qk_norm="rms_norm_across_heads" if sprint else None,
     )
     vae = AutoencoderDC(
         latent_channels=4,
@@ -160,13 +164,19 @@ def sana(folder: Path) -> None:
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
-    SanaPipeline(
+    pipeline = SanaSprintPipeline if sprint else SanaPipeline
+    pipeline(
         tokenizer=pieces,
         text_encoder=_perturb(Gemma2Model(config)),
         vae=_perturb(vae),
         transformer=_perturb(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=SCMScheduler() if sprint else FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
+
+
+def sana_sprint(folder: Path) -> None:
+    """Sana-Sprint."""
+    sana(folder, sprint=True)
 
 
 def pixels(folder: Path, classes: int | None = None) -> None:
@@ -197,6 +207,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "flux_2_klein": flux_2_klein,
     "pixart_sigma": pixart_sigma,
     "sana": sana,
+    "sana_sprint": sana_sprint,
     "chroma": chroma,
     "z_image": z_image,
     "pixels": pixels,

@@ -123,8 +123,9 @@ def prepare(options: argparse.Namespace, command: str) -> Generation:
 
 
 def default_sampler(model: PipelineModel, steps: int | None) -> Sampler:
-    """Return the sampler of a model without a config: 28 steps of Euler for flows, else 50 steps of DDIM."""
-    return FlowEuler(steps or 28) if model.prediction == "flow" else DDIM(steps or 50)
+    """Return the sampler of a model without a config: that of its family, or `FlowEuler` for flows and else `DDIM`."""
+    kind, usual = (FlowEuler, 28) if model.prediction == "flow" else (DDIM, 50)
+    return (model.family.sampler or kind)(steps or model.family.steps or usual)
 
 
 def write_comparison(

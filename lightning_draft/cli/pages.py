@@ -97,7 +97,7 @@ lightning-draft sample: generate images of the same prompts and noise with the b
   --prompts FILE|NAME   the prompts of a file, or of a shipped list
   --seed N [N ...]      seeds of the starting noise; by default 0
   --max N               use at most N prompts; by default 8
-  --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
+  --steps N             sampling steps; by default the config's, else 50 (28 for flows, 2 for Sana-Sprint)
   --height N, --width N size of the images in pixels, with --model; by default the size the model was trained for
   --output FILE         the image file; by default sample.png
   --device NAME         cpu, cuda, ...; by default cuda if available"""
@@ -125,7 +125,7 @@ lightning-draft guide: images with a higher reward from the base model, by metho
   --prompts FILE|NAME   the prompts of a file, or of a shipped list
   --seed N [N ...]      seeds of the starting noise; by default 0
   --max N               use at most N prompts; by default 8
-  --steps N             sampling steps; by default the config's, else 50 (28 for Stable Diffusion 3)
+  --steps N             sampling steps; by default the config's, else 50 (28 for flows, 2 for Sana-Sprint)
   --height N, --width N size of the images in pixels, with --model; by default the size the model was trained for
   --output FILE         the image file, by default guide.png; scores and costs are written beside it as .csv and .json
   --device NAME         cpu, cuda, ...; by default cuda if available"""

@@ -38,6 +38,7 @@ FAMILIES: dict[str, Entry] = {
     "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",)),
     "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
     "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",)),
+    "SanaSprint": Entry("lightning_draft.models.sana_sprint", ("SanaSprintPipeline",)),
     "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",)),
     "PixelDiffusion": Entry("lightning_draft.models.pixels", ("DDPMPipeline", "DDIMPipeline")),
 }

@@ -1,6 +1,6 @@
 """Description of the pipelines of one model family."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from lightning_draft.models.latents import Latents
 from lightning_draft.models.lora import ATTENTION
 from lightning_draft.models.lora_names import ComfyNames
+from lightning_draft.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Family:
         unused: Components that are not loaded, as arguments of `from_pretrained`.
         single_file: The same for `from_single_file`; `None` if single files of the family lack components.
         upcast_vae: Run an autoencoder with `force_upcast` in its config in float32, unless `memory.vae_dtype` is given.
+        sampler: Builds the default sampler from a number of steps; by default `FlowEuler` for flows, else `DDIM`.
+        steps: Default number of steps; by default 28 for flows, else 50.
         comfy: Names of the layers in the LoRA files that ComfyUI reads; `None` if they are not known.
     """
 
@@ -52,6 +55,8 @@ class Family:
     unused: Mapping[str, Any] = field(default_factory=dict)
     single_file: Mapping[str, Any] | None = None
     upcast_vae: bool = False
+    sampler: Callable[[int], Sampler] | None = None
+    steps: int | None = None
     comfy: ComfyNames | None = None
 
     @property

@@ -17,6 +17,11 @@ from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import rectified_flow
 
 
+def default_instruction(pipeline: Any) -> Any:
+    """Return the text, a list of lines, that a pipeline of Sana puts before each prompt."""
+    return inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+
+
 class Sana(PipelineModel):
     """A Sana pipeline, for `FlowEuler` and `FlowSDE`; arguments as of `PipelineModel`.
 
@@ -43,8 +48,7 @@ class Sana(PipelineModel):
     def _configure(self, pipeline: Any) -> None:
         check_channels(self)
         self.schedule, self.prediction = rectified_flow(pipeline.scheduler), "flow"
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        self._instruction = parameters["complex_human_instruction"].default
+        self._instruction = default_instruction(pipeline)
 
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
         """Return the language model's hidden states, `(tokens, width)`, and their attention mask."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Prediction
-from lightning_draft.schedules import EmpiricalFlow, GridEnd, RectifiedFlow, VariancePreserving
+from lightning_draft.schedules import EmpiricalFlow, GridEnd, RectifiedFlow, TrigonometricFlow, VariancePreserving
 
 _OTHER_GRIDS = (
     "use_karras_sigmas",
@@ -133,3 +133,17 @@ def empirical_flow(scheduler: Any, tokens: int) -> RectifiedFlow:
     if not scheduler.config.get("use_dynamic_shifting"):
         return flow
     return EmpiricalFlow(flow.shift, flow.num_train_timesteps, "even", flow.terminal, tokens)
+
+
+def trigonometric_flow(scheduler: Any) -> TrigonometricFlow:
+    """Return the schedule of a pipeline trained with a trigonometric flow, in the units of a rectified flow.
+
+    Raises:
+        ConfigurationError: The scheduler is of another family.
+    """
+    if scheduler.config.get("prediction_type") != "trigflow":
+        raise ConfigurationError(
+            f"the pipeline's {type(scheduler).__name__} is not made for trigonometric flows; replace its config by "
+            "that of an SCMScheduler with prediction_type=trigflow"
+        )
+    return TrigonometricFlow(num_train_timesteps=scheduler.config.num_train_timesteps)

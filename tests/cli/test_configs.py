@@ -60,6 +60,7 @@ FAMILIES = {
     "Flux2Klein": "flux_2_klein",
     "PixArtSigma": "pixart_sigma",
     "Sana": "sana",
+    "SanaSprint": "sana_sprint",
     "Chroma": "chroma",
     "ZImage": "z_image",
     "PixelDiffusion": "pixels",

@@ -11,12 +11,12 @@ from PIL import Image
 
 import lightning_draft
 from lightning_draft.callbacks.image_grid import comparison
+from lightning_draft.cli.generation import default_sampler
 from lightning_draft.image_generation import generate
 from lightning_draft.models import LoRA
 from lightning_draft.models.families import FAMILIES
 from lightning_draft.models.loading import opener
 from lightning_draft.models.pipeline import PipelineModel
-from lightning_draft.samplers import DDIM, FlowEuler
 from tests.tiny_families import WRITERS, write
 
 FIXTURES = ["tiny_sd", "tiny_sdxl", "tiny_sd3"]
@@ -28,6 +28,7 @@ NAMES = {
     "flux_2_klein": "Flux2Klein",
     "pixart_sigma": "PixArtSigma",
     "sana": "Sana",
+    "sana_sprint": "SanaSprint",
     "chroma": "Chroma",
     "z_image": "ZImage",
     "pixels": "PixelDiffusion",
@@ -58,12 +59,12 @@ def test_sample_with_a_file_and_a_model_gives_the_images_of_the_model_that_wrote
     command: Callable, name: str, workplace: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(name) if name in FIXTURES else write(name, workplace / name)
-    side = 32 if name == "sana" else 16
+    side = 32 if name.startswith("sana") else 16
     model = tuned(folder, side, workplace / "lora.safetensors")
     options = ["--prompt", *PROMPTS, "--steps", 2, "--height", side, "--width", side]
     result = command("sample", "lora.safetensors", "--model", folder, *options)
     assert result.status == 0, result.err
-    sampler = FlowEuler(2) if model.prediction == "flow" else DDIM(2)
+    sampler = default_sampler(model, 2)
     images = {label: generate(model, sampler, PROMPTS, 0, scale) for label, scale in (("base", 0.0), ("scale 1", 1.0))}
     with Image.open("sample.png") as written:
         difference = np.asarray(written, int) - np.asarray(comparison(PROMPTS, images), int)

@@ -1,5 +1,6 @@
 """One battery for the newer model families: each is compared with diffusers' own pipeline on a small random one."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lightning_draft.models.family import Family
 from lightning_draft.models.latents import pack, unpack
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
+from lightning_draft.stochastic_flow import FlowCPS
 from lightning_draft.truncation import LastK
 from tests.tiny_families import WRITERS, write
 from tests.tiny_flux_2 import flux_2_klein
@@ -48,6 +50,7 @@ class Case:
         side: Height and width of a square image; the other image is twice as wide.
         negative: The pipeline's arguments for negative prompts, from the pipeline and the prompts.
         guided: The pipeline's value for our guidance scale.
+        consistency: Whether the noise is renewed at each step.
     """
 
     model: str
@@ -59,6 +62,12 @@ class Case:
     side: int = 16
     negative: Callable[[Any, list[str]], dict[str, Any]] = lambda pipeline, prompts: {"negative_prompt": prompts}
     guided: Callable[[float], float] = float
+    consistency: bool = False
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The options for the size; pixels have that of their network."""
+        return {} if self.model == "PixelDiffusion" else {"height": self.side, "width": self.side}
 
 
 OPTIONS = {"text": TextEncoding(12)}
@@ -77,6 +86,14 @@ CASES = {
     ),
     "pixart_sigma": Case("PixArtSigma", flow=False, options=OPTIONS, call={**UNBINNED, "clean_caption": False}),
     "sana": Case("Sana", options=OPTIONS, call=UNBINNED, side=32),
+    "sana_sprint": Case(
+        "SanaSprint",
+        guidance=None,
+        options=OPTIONS,
+        call={**UNBINNED, "intermediate_timesteps": None, "max_timesteps": math.pi / 2},  # by default rounded, 1.5708
+        side=32,
+        consistency=True,
+    ),
     "chroma": Case("Chroma", options=OPTIONS, call=CALL),
     "z_image": Case(
         "ZImage",
@@ -103,8 +120,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def opened(folder: Path, case: Case, **options: Any) -> PipelineModel:
     """A model whose adapters, if any, do something."""
-    size = {} if case.guidance is None else {"height": case.side, "width": case.side}
-    model: PipelineModel = getattr(lightning_draft, case.model)(str(folder), **{**size, **case.options, **options})
+    arguments = {**case.size, **case.options, **options}
+    model: PipelineModel = getattr(lightning_draft, case.model)(str(folder), **arguments)
     generator = torch.Generator().manual_seed(3)
     for _, value in model.trainable_parameters():
         value.data = 0.2 * torch.randn(value.shape, generator=generator)
@@ -126,6 +143,8 @@ def prepared(pipeline: Any, case: Case) -> Any:
 
 def sampler(case: Case, stochastic: bool = False) -> Sampler:
     """Of a few steps."""
+    if case.consistency:
+        return FlowCPS(STEPS, noise_level=1.0)
     if case.flow:
         return FlowSDE(STEPS) if stochastic else FlowEuler(STEPS)
     return DDIM(STEPS, eta=1.0 if stochastic else 0.0)
@@ -137,9 +156,10 @@ def starting_noise(model: PipelineModel) -> Tensor:
 
 
 @torch.no_grad()
-def images(model: PipelineModel, case: Case) -> Tensor:
+def images(model: PipelineModel, case: Case, steps: Sampler | None = None) -> Tensor:
     """Images of both prompts."""
-    chain = SamplingChain(model, sampler(case), model.encode(case.prompts))
+    chain = SamplingChain(model, steps or sampler(case), model.encode(case.prompts))
+    torch.manual_seed(11)
     return model.decode(chain.advance(chain.start(starting_noise(model))).x)
 
 
@@ -148,20 +168,21 @@ def diffusers_images(
     pipeline: Any, model: PipelineModel, case: Case, scale: float = 1.0, negative: str = "", **call: Any
 ) -> Tensor:
     """The same from diffusers, from the same noise."""
-    if case.guidance is None:
+    if not case.size:
         return _ddim_images(pipeline, model, case)
     noise = starting_noise(model)
     latents = model.family.latents
     height, width = model.image_size
+    torch.manual_seed(11)  # of the noise of the steps
     output = pipeline(
         prompt=list(case.prompts),
         height=height,
         width=width,
-        num_inference_steps=STEPS,
         latents=pack(noise) if latents.packed else noise,
         output_type="pt",
-        **({} if scale == 1 else case.negative(pipeline, [negative] * 2)),
-        **{case.guidance: case.guided(scale), **case.call, **call},
+        **({} if scale == 1 or case.guidance is None else case.negative(pipeline, [negative] * 2)),
+        **({} if case.guidance is None else {case.guidance: case.guided(scale)}),
+        **{"num_inference_steps": STEPS, **case.call, **call},
     )
     result: Tensor = output.images
     return result
@@ -183,11 +204,13 @@ def test_images_are_those_of_the_diffusers_pipeline(folders: Callable, name: str
     case, folder = CASES[name], folders(name)
     pipeline, wide = plain(folder, case), case.side * 2
     variants: list[tuple[Guidance, tuple[int, int]]] = [(Guidance(1.0), (case.side, case.side))]
+    if case.guidance is None and case.size:
+        variants += [(Guidance(1.0), (case.side, wide))]
     if case.guidance is not None:
         variants += [(Guidance(3.0), (case.side, case.side)), (Guidance(3.0, "tree"), (case.side, wide))]
     seen = []
     for guidance, (height, width) in variants:
-        size = {} if case.guidance is None else {"height": height, "width": width}
+        size = {"height": height, "width": width} if case.size else {}
         model = opened(folder, case, lora=None, guidance=guidance, **size)
         ours = images(model, case)
         theirs = diffusers_images(pipeline, model, case, guidance.scale or 1.0, guidance.negative_prompt)
@@ -305,6 +328,17 @@ def test_a_distilled_flux_2_klein_has_no_guidance_by_default(folders: Callable, 
     assert (model.guidance.scale, opened(folders("flux_2_klein"), case).guidance.scale) == (1.0, 4.0)
     theirs = diffusers_images(plain(tmp_path / "distilled", case), model, case, 4.0)
     torch.testing.assert_close(images(model, case).clamp(0, 1), theirs, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", [FlowEuler(1), FlowCPS(1, 1.0), FlowCPS(2, 1.0), FlowCPS(4, 1.0)])
+def test_each_number_of_steps_of_sana_sprint_gives_the_images_of_diffusers(folders: Callable, sampler: Sampler) -> None:
+    """With the same noise after each step; one step is deterministic."""
+    case, steps = CASES["sana_sprint"], sampler.num_steps
+    model = opened(folders("sana_sprint"), case, lora=None, guidance=Guidance(embedded=7.0))
+    call = {"num_inference_steps": steps, "intermediate_timesteps": 1.3 if steps == 2 else None}
+    theirs = diffusers_images(plain(folders("sana_sprint"), case), model, case, guidance_scale=7.0, **call)
+    torch.testing.assert_close(images(model, case, sampler).clamp(0, 1), theirs, rtol=0, atol=2e-5)
 
 
 def test_a_prompt_that_is_truncated_with_its_chat_template_gives_a_warning(folders: Callable) -> None:

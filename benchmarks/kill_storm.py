@@ -3,10 +3,11 @@
     python -m benchmarks.kill_storm --kills 200
 
 Each trial runs `lightning-draft fit --config METHOD.yaml --name run --resume auto` in a separate process. It trains a
-tiny random pipeline by DRaFT on a `ZScoreSum`, or by LOOP with two inner epochs, with a moving average, the guard,
-samples, exported adapters and checkpoints. The process is stopped one to five times and restarted each time. It is
-stopped by SIGKILL, SIGTERM, or one or two SIGINT, after a random time or at a chosen point (see `kill_moments`), or by
-a full disk. At the end all files, logged values and images must be bitwise equal.
+tiny random pipeline on a `ZScoreSum`: adapters by DRaFT (`direct`), all weights by DRaFT (`full`), or adapters by LOOP
+with two inner epochs (`loop`), with a moving average, the guard, samples, exported files and checkpoints. The process
+is stopped one to five times and restarted each time. It is stopped by SIGKILL, SIGTERM, or one or two SIGINT, after a
+random time or at a chosen point (see `kill_moments`), or by a full disk. At the end all files, logged values and images
+must be bitwise equal.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ KINDS = (*SIGNALS, *SIGNALS, "disk full", "file limit")
 _MOST_KILLS = 5  # of one run
 _CAUGHT = {2, 130, 143}  # exit statuses of a process that was not ended directly by a signal
 
-_METHODS = {
-    "direct": """\
+_DRAFT = """\
   class_path: DraftModule
   init_args:
     truncation: {{class_path: LastK, init_args: {{k: 1}}}}
     sampler: {{class_path: DDIM, init_args: {{num_steps: 2}}}}
-""",
+"""
+_METHODS = {
+    "direct": _DRAFT,
+    "full": _DRAFT,
     "loop": """\
   class_path: PolicyGradientModule
   init_args:
@@ -53,7 +56,7 @@ _METHODS = {
 _COMMON = """\
     model:
       class_path: StableDiffusion
-      init_args: {{pretrained: {model}, guidance: {{scale: 1.0}}, lora: {{rank: 1, target_modules: [to_q]}}}}
+      init_args: {{pretrained: {model}, guidance: {{scale: 1.0}}, {trained}}}
     reward:
       class_path: ZScoreSum
       init_args:
@@ -70,7 +73,7 @@ gradients: {{min_history: 2, figure_every_n_steps: 0}}
 checkpoint: {{every_n_steps: 3}}
 progress: null
 ema: {{class_path: AdapterEMA, init_args: {{decay: 0.5}}}}
-guard: {{class_path: OverOptimizationGuard, init_args: {{action: shrink, margin: 0.0, max_prompts: 1, samples_per_prompt: 2}}}}
+guard: {{class_path: OverOptimizationGuard, init_args: {{action: {action}, margin: 0.0, max_prompts: 1, samples_per_prompt: 2}}}}
 """  # noqa: E501
 METHODS = tuple(_METHODS)
 
@@ -177,7 +180,10 @@ def _arguments(root: Path, method: str) -> list[str]:
     if not (root / "model").exists():
         write_pipeline(root / "model", "tiny")
     config = root / f"{method}.yaml"
-    config.write_text(f"model:\n{_METHODS[method]}{_COMMON}".format(model=root / "model", steps=STEPS))
+    trained = "trainable: full" if method == "full" else "lora: {rank: 1, target_modules: [to_q]}"
+    action = "warn" if method == "full" else "shrink"
+    text = f"model:\n{_METHODS[method]}{_COMMON}"
+    config.write_text(text.format(model=root / "model", steps=STEPS, trained=trained, action=action))
     return ["fit", "--config", str(config), "--name", "run", "--resume", "auto"]
 
 

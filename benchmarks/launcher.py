@@ -134,4 +134,6 @@ def _end(work: Any) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning_draft.errors import ConfigurationError
 
 _MARK = ".partial"
 _PREVIOUS = "-previous"
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")  # safetensors and tokenizers report errors as text
 _HINTS = {
     errno.ENOSPC: "free some space and resume the run",
     errno.EDQUOT: "free some of your quota and resume the run",
@@ -94,10 +96,10 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(path, error.errno, error.strerror or str(error)) from error
     except Exception as error:
-        # safetensors reports the operating system's errors as text.
-        if type(error).__name__ != "SafetensorError" or "code: " not in str(error):
+        found = _RUST_ERROR.search(str(error))
+        if found is None:
             raise
-        number = int(str(error).split("code: ")[1].split(",")[0])
+        number = int(found[1] or found[2])
         raise _unwritable(path, number, os.strerror(number)) from error
 
 

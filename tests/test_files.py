@@ -36,6 +36,22 @@ def test_folder_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["best"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error while serializing: I/O error: File too large (os error 27)",
+        'Error while serializing: IoError(Os { code: 27, kind: FileTooLarge, message: "File too large" })',
+    ],
+)
+def test_errors_of_the_operating_system_reported_as_text_become_one_message(tmp_path: Path, text: str) -> None:
+    """Of safetensors and tokenizers, whose exceptions are no OSError."""
+    with (
+        pytest.raises(ConfigurationError, match="cannot write .*best: File too large"),
+        atomic_folder(tmp_path / "best"),
+    ):
+        raise Exception(text)
+
+
 @pytest.mark.parametrize("write", [atomic_path, atomic_folder])
 def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path, write: type) -> None:
     process = os.fork()

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, Gemma2Config, Gemma2Model
 from tests.conftest import _perturb, _t5, _text_config, _write_tokenizer
 from tests.tiny_autoencoders import autoencoder, flux_autoencoder
 from tests.tiny_flux_2 import flux_2_klein
-from tests.tiny_qwen import z_image
+from tests.tiny_qwen import qwen_image, z_image
 
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -210,6 +210,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "sana_sprint": sana_sprint,
     "chroma": chroma,
     "z_image": z_image,
+    "qwen_image": qwen_image,
     "pixels": pixels,
     "pixels_of_classes": pixels_of_classes,
 }

@@ -10,7 +10,8 @@ def check_channels(model: PipelineModel) -> None:
     Raises:
         ConfigurationError: Their channels differ, as in inpainting.
     """
-    taken, made = model.latent_shape[0], model.vae.config.latent_channels * model.family.latents.cells**2
+    config, cells = model.vae.config, model.family.latents.cells
+    taken, made = model.latent_shape[0], (config.get("latent_channels") or config.z_dim) * cells**2
     if taken != made:
         raise not_plain(
             model, f"its network needs {taken} channels and the autoencoder has {made} (an inpainting model?)"

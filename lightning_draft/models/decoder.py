@@ -1,5 +1,6 @@
 """Decoding of latents into images, whole or in chunks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ PIXELS = 2**18
 """Default number of pixels of the images that are decoded at a time."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Decode = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Memory:
         return chunks > 1 if self.checkpoint_decoder is None else self.checkpoint_decoder
 
 
-def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int]) -> Tensor:
+def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int], call: Decode) -> Tensor:
     """Decode latents `z` to images `vae(z) / 2 + 1/2`.
 
     Args:
@@ -54,6 +56,7 @@ def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int
         latents: `(B, C, h, w)`, scaled for the autoencoder.
         memory: Options for chunks and recomputation.
         image_size: Height and width of the images.
+        call: Function of the autoencoder and latents that returns images in [-1, 1].
 
     Returns:
         Images `(B, 3, H, W)` in the latents' dtype, in [0, 1] by convention and not clamped.
@@ -63,17 +66,16 @@ def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int
     chunks = torch.split(latents, memory.chunk(image_size))
     recompute = memory.recomputes(len(chunks)) and torch.is_grad_enabled()
     images = [
-        checkpoint(_decode, vae, part, memory, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_decode, vae, part, memory, call, use_reentrant=False, preserve_rng_state=False)
         if recompute
-        else _decode(vae, part, memory)
+        else _decode(vae, part, memory, call)
         for part in chunks
     ]
     return torch.cat(images) / 2 + 0.5
 
 
-def _decode(vae: Any, latents: Tensor, memory: Memory) -> Tensor:
+def _decode(vae: Any, latents: Tensor, memory: Memory, call: Decode) -> Tensor:
     dtype = next(vae.decoder.parameters()).dtype
     autocast = torch.is_autocast_enabled(latents.device.type) and memory.vae_dtype is None
     with torch.autocast(latents.device.type, enabled=autocast):
-        images: Tensor = vae.decode(latents.to(dtype), return_dict=False)[0]
-    return images.to(latents.dtype)
+        return call(vae, latents.to(dtype)).to(latents.dtype)

@@ -36,6 +36,7 @@ FAMILIES: dict[str, Entry] = {
     "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
     "ZImage": Entry("lightning_draft.models.z_image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("z-image-turbo",)),
     "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",)),
+    "QwenImage": Entry("lightning_draft.models.qwen_image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline")),
     "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
     "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",)),
     "SanaSprint": Entry("lightning_draft.models.sana_sprint", ("SanaSprintPipeline",)),

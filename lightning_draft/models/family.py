@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from lightning_draft.models.guidance import Rescale
 from lightning_draft.models.latents import Latents
 from lightning_draft.models.lora import ATTENTION
 from lightning_draft.models.lora_names import ComfyNames
@@ -23,6 +24,7 @@ class Family:
         text_encoders: Names of the text encoders.
         guidance_scale: Default (published) scale of classifier-free guidance.
         embedded_guidance: Default guidance scale of denoisers that have it as an input.
+        rescale_guidance: Function of guided and conditional predictions that returns the rescaled guided ones.
         latents: How its latents relate to images.
         vae: Name of the autoencoder; `None` for families that sample pixels.
         text_length: Number of tokens that the last text encoder reads by default; `None` for that of its tokenizer.
@@ -45,6 +47,7 @@ class Family:
     text_encoders: tuple[str, ...]
     guidance_scale: float
     embedded_guidance: float | None = None
+    rescale_guidance: Rescale | None = None
     latents: Latents = Latents()  # noqa: RUF009 (frozen)
     vae: str | None = "vae"
     text_length: int | None = None

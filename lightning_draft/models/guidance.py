@@ -15,9 +15,11 @@ from torch import Tensor
 from lightning_draft.arguments import one_of, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning
+from lightning_draft.models.latents import pack, unpack
 
 GuidanceGradient = Literal["full", "conditional"]
 Network = Callable[[Tensor, Conditioning], Tensor]
+Rescale = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ class Guidance:
             embedded=embedded if self.embedded is None else self.embedded,
         )
 
-    def apply(self, network: Network, x: Tensor, conditioning: Conditioning) -> Tensor:
+    def apply(self, network: Network, x: Tensor, conditioning: Conditioning, rescale: Rescale | None = None) -> Tensor:
         """Evaluate the network with guidance.
 
         Args:
             network: Called with latents and conditioning of the same batch size.
             x: The latents, `(B, ...)`.
             conditioning: Conditioning of `B` prompts, with that of the negative prompt as `negative`.
+            rescale: Function of `e` and `e_c` that returns the rescaled `e`, of some model families.
         """
         if not self.enabled:
             return network(x, conditioning)
@@ -92,7 +95,16 @@ class Guidance:
             both = conditioning.negative.concatenate(conditioning)
             unconditional, conditional = network(torch.cat([x, x]), both).chunk(2)
         guided = unconditional + self.scale * (conditional - unconditional)
+        if rescale is not None:
+            guided = rescale(guided, conditional)
         return guided if self.max_norm is None else _with_norm_up_to(self.max_norm, guided, conditional)
+
+
+def with_token_norms(guided: Tensor, conditional: Tensor) -> Tensor:
+    """Return `e |e_c| / |e|`, with the norms of single tokens, which are 2x2 squares of `(B, C, H, W)`."""
+    tokens, target = pack(guided), pack(conditional)
+    scaled = tokens * (target.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True))
+    return unpack(scaled, guided.shape[-2], guided.shape[-1])
 
 
 def _with_norm_up_to(limit: float, guided: Tensor, conditional: Tensor) -> Tensor:

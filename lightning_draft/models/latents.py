@@ -16,6 +16,27 @@ def affine(vae: Any, latents: Tensor) -> Tensor:
     return scaled
 
 
+def per_channel(vae: Any, latents: Tensor) -> Tensor:
+    """Return `z std + mean` with the statistics of each channel in the autoencoder's config."""
+    mean, std = (latents.new_tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    return latents * std + mean
+
+
+def decode_image(vae: Any, latents: Tensor) -> Tensor:
+    """Decode with the autoencoder's own method."""
+    images: Tensor = vae.decode(latents, return_dict=False)[0]
+    return images
+
+
+def decode_frame(vae: Any, latents: Tensor) -> Tensor:
+    """Decode with the video decoder of Qwen-Image, as one frame.
+
+    Its own method also clamps images, which removes gradients, and keeps activations for further frames.
+    """
+    images: Tensor = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2))).squeeze(2)
+    return images
+
+
 @dataclass(frozen=True)
 class Latents:
     """How a family's latents relate to its images, its denoiser and its autoencoder.
@@ -26,6 +47,7 @@ class Latents:
         default_size: Height and width of images in pixels, if the denoiser's config does not give it.
         cells: How many of the autoencoder's latent cells are one cell of the denoiser's latents, along each side.
         unscale: Function of the autoencoder and the denoiser's latents that returns the autoencoder's input.
+        decode: Function of the autoencoder and its input that returns images in [-1, 1].
     """
 
     patch: int | None = None
@@ -33,6 +55,7 @@ class Latents:
     default_size: int | None = None
     cells: int = 1
     unscale: Callable[[Any, Tensor], Tensor] = affine
+    decode: Callable[[Any, Tensor], Tensor] = decode_image
 
     def channels(self, denoiser: Any) -> int:
         """Return the number of channels of a latent."""

@@ -145,14 +145,17 @@ class PipelineModel(AdaptedModel):
 
     def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """Return the denoiser's prediction after guidance, in the dtype of `x`."""
-        return self.interpolated(
-            lambda: self.guidance.apply(lambda x, conditioning: self._predict(x, t, conditioning), x, conditioning)
-        )
+
+        def network(x: Tensor, conditioning: Conditioning) -> Tensor:
+            return self._predict(x, t, conditioning)
+
+        rescale = self.family.rescale_guidance
+        return self.interpolated(lambda: self.guidance.apply(network, x, conditioning, rescale))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents into images `(B, 3, H, W)` in their dtype, in [0, 1] by convention and not clamped."""
         scaled = latents if self.vae is None else self.family.latents.unscale(self.vae, latents)
-        return decode(self.vae, scaled, self.memory, self.image_size)
+        return decode(self.vae, scaled, self.memory, self.image_size, self.family.latents.decode)
 
     @property
     def source(self) -> str:

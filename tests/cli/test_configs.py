@@ -63,6 +63,7 @@ FAMILIES = {
     "SanaSprint": "sana_sprint",
     "Chroma": "chroma",
     "ZImage": "z_image",
+    "QwenImage": "qwen_image",
     "PixelDiffusion": "pixels",
 }
 

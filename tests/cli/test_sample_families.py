@@ -31,6 +31,7 @@ NAMES = {
     "sana_sprint": "SanaSprint",
     "chroma": "Chroma",
     "z_image": "ZImage",
+    "qwen_image": "QwenImage",
     "pixels": "PixelDiffusion",
     "pixels_of_classes": "PixelDiffusion",
 }

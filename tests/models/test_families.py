@@ -21,7 +21,15 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusion, TextEncoding
+from lightning_draft.models import (
+    Conditioning,
+    Guidance,
+    LoRA,
+    PipelineModel,
+    QwenImage,
+    StableDiffusion,
+    TextEncoding,
+)
 from lightning_draft.models.families import FAMILIES
 from lightning_draft.models.family import Family
 from lightning_draft.models.latents import pack, unpack
@@ -29,6 +37,7 @@ from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM, FlowEuler, FlowSDE, Sampler
 from lightning_draft.stochastic_flow import FlowCPS
 from lightning_draft.truncation import LastK
+from lightning_draft.weightless import without_weights
 from tests.tiny_families import WRITERS, write
 from tests.tiny_flux_2 import flux_2_klein
 
@@ -102,6 +111,7 @@ CASES = {
         call={"max_sequence_length": 64},
         guided=lambda scale: scale - 1,
     ),
+    "qwen_image": Case("QwenImage", guidance="true_cfg_scale"),
     "pixels": Case("PixelDiffusion", flow=False, guidance=None),
     "pixels_of_classes": Case("PixelDiffusion", flow=False, guidance=None, prompts=("3", "7")),
 }
@@ -367,3 +377,38 @@ def test_the_largest_norm_of_guided_predictions_is_that_of_the_z_image_pipeline(
     theirs = diffusers_images(plain(folder, case), model, case, 6.0, cfg_normalization=0.9)
     torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=2e-5)
     assert (images(opened(folder, case, lora=None, guidance=Guidance(6.0)), case) - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["z_image", "qwen_image"])
+def test_a_network_that_was_called_in_inference_mode_is_differentiable(folders: Callable, name: str) -> None:
+    """On another device than that of the frequencies of positions, which these networks copy and cache."""
+    model = opened(folders(name), CASES[name], guidance=Guidance(1.0), lora=LoRA(2, target_modules=["to_q"]))
+    texts = model.encode(CASES[name].prompts).ragged["text"]
+    model.to("meta")
+    conditioning = Conditioning({}, {"text": tuple(text.to("meta") for text in texts)})
+    x = torch.zeros(2, *model.latent_shape, device="meta")
+    with torch.inference_mode():
+        model(x, 0.5, conditioning)
+    model(x, 0.5, conditioning).sum().backward()
+    assert all(value.grad is not None for _, value in model.trainable_parameters())
+
+
+def test_prompts_have_their_lengths_without_weights(folders: Callable) -> None:
+    """Which the lengths of embeddings, and with them the memory of a step, depend on."""
+    case, folder = CASES["qwen_image"], str(folders("qwen_image"))
+    with without_weights():
+        texts = QwenImage(folder, lora=None).encode(case.prompts).ragged["text"]
+    real = QwenImage(folder, lora=None).encode(case.prompts).ragged["text"]
+    assert [text.shape for text in texts] == [text.shape for text in real]
+    assert len(real[0]) - len(real[1]) == len("a red ") - len("dog, ")  # "cat" is one token
+
+
+def test_images_of_qwen_image_are_not_clamped(folders: Callable) -> None:
+    """The autoencoder's own method clamps them, and clamped pixels have no gradient."""
+    model = opened(folders("qwen_image"), CASES["qwen_image"], lora=None)
+    latents = starting_noise(model)
+    model.vae.decoder.conv_out.weight.data *= 20
+    decoded = model.decode(latents)
+    assert ((decoded < 0) | (decoded > 1)).float().mean() > 0.05
+    whole = model.vae.decode(model.family.latents.unscale(model.vae, latents).unsqueeze(2)).sample.squeeze(2)
+    torch.testing.assert_close(decoded.clamp(0, 1), whole / 2 + 0.5)

@@ -18,6 +18,7 @@ from lightning_draft.models.latents import Latents, positions
 from lightning_draft.models.lora import JOINT_ATTENTION
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import empirical_flow
+from lightning_draft.models.text_encoding import as_chat
 
 
 def _unscale(vae: Any, latents: Tensor) -> Tensor:
@@ -66,10 +67,7 @@ class Flux2Klein(PipelineModel):
         return {"text": text[0]}
 
     def _text_of(self, prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        text: str = self.pipeline.tokenizer.apply_chat_template(messages, **options)
-        return text
+        return as_chat(self.pipeline.tokenizer, prompt, thinking=False)
 
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         text = conditioning.tensors["text"]

@@ -16,6 +16,7 @@ from lightning_draft.models.checks import check_channels
 from lightning_draft.models.family import Family
 from lightning_draft.models.guidance import with_token_norms
 from lightning_draft.models.latents import Latents, decode_frame, pack, per_channel, unpack
+from lightning_draft.models.lora_names import ComfyNames
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import rectified_flow
 
@@ -43,6 +44,9 @@ class QwenImage(PipelineModel):
         text_length=512,
         max_text_length=1024,
         ragged_text=True,
+        comfy=ComfyNames(
+            {"transformer": "diffusion_model."}, lambda config: ("qwen_image", "Qwen-Image"), underscores=False
+        ),
     )
 
     def _configure(self, pipeline: Any) -> None:

@@ -52,6 +52,20 @@ class TextEncoding:
         in_range("text.max_length", self.max_length, 1, family.max_text_length, f"write {family.text_length}")
 
 
+def as_chat(tokenizer: Any, prompt: str, thinking: bool) -> str:
+    """Return a prompt as the user's message in the tokenizer's chat template.
+
+    Args:
+        tokenizer: The tokenizer of a language model.
+        prompt: The text.
+        thinking: Whether the answer starts with the model's thoughts.
+    """
+    messages = [{"role": "user", "content": prompt}]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    text: str = tokenizer.apply_chat_template(messages, **options)
+    return text
+
+
 def warn_if_cut(tokenizer: Any, prompt: str, length: int, text: str) -> None:
     """Warn if the text of a prompt, with its chat template if there is one, has more tokens than are read."""
     # A textual inversion with several vectors is replaced by the same number of tokens.

@@ -15,8 +15,10 @@ from lightning_draft.models.base import Conditioning
 from lightning_draft.models.checks import check_channels
 from lightning_draft.models.family import Family
 from lightning_draft.models.latents import Latents
+from lightning_draft.models.lora_names import ComfyNames
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scheduler_config import rectified_flow
+from lightning_draft.models.text_encoding import as_chat
 
 
 class ZImage(PipelineModel):
@@ -42,6 +44,7 @@ class ZImage(PipelineModel):
         text_length=512,
         max_text_length=512,
         ragged_text=True,
+        comfy=ComfyNames({"transformer": "diffusion_model."}, lambda config: ("z_image", "Z-Image"), underscores=False),
     )
 
     def _configure(self, pipeline: Any) -> None:
@@ -55,6 +58,9 @@ class ZImage(PipelineModel):
             prompt, self._text_device, do_classifier_free_guidance=False, max_sequence_length=self._text_length
         )
         return {"text": texts[0]}
+
+    def _text_of(self, prompt: str) -> str:
+        return as_chat(self.pipeline.tokenizer, prompt, thinking=True)
 
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         outputs: list[Tensor] = self.denoiser(

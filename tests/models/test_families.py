@@ -12,6 +12,7 @@ import diffusers
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lightning_draft
@@ -266,6 +267,39 @@ def test_an_exported_lora_gives_our_images_in_a_plain_pipeline(folders: Callable
     assert (ours - base).abs().mean() > 0.001
 
 
+# ComfyUI's `comfy/lora.py` maps these names with the prefix `diffusion_model.`: of Z-Image by `z_image_to_diffusers` of
+# `comfy/utils.py`, of Qwen-Image because its own network has the names of diffusers.
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+COMFY = {
+    "z_image": [f"{block}.0.attention" for block in ("layers", "context_refiner", "noise_refiner")],
+    "qwen_image": [f"transformer_blocks.{number}.attn" for number in range(2)],
+}
+
+
+@pytest.mark.parametrize("name", COMFY)
+def test_comfy_file_has_the_names_of_comfyui_and_is_the_same_lora_in_diffusers(
+    folders: Callable, name: str, tmp_path: Path
+) -> None:
+    model = opened(folders(name), CASES[name], lora=LoRA(2, alpha=3.0))
+    plain_file, file = tmp_path / "best.safetensors", tmp_path / "best.comfy.safetensors"
+    model.save_lora(plain_file)
+    model.save_lora(file, form="comfy")
+    kinds = ("lora_A.weight", "lora_B.weight", "alpha")
+    layers = [f"{layer}.{projection}" for layer in COMFY[name] for projection in PROJECTIONS]
+    assert load_file(file).keys() == {f"diffusion_model.{layer}.{kind}" for layer in layers for kind in kinds}
+    read = model.family.pipeline_class.lora_state_dict
+    comfy, plain = read(str(file)), read(str(plain_file))
+    assert comfy.keys() == plain.keys()
+    for layer in layers:
+        (a, b), (same_a, same_b) = (
+            [state[f"transformer.{layer}.{kind}"] for kind in kinds[:2]] for state in (comfy, plain)
+        )
+        torch.testing.assert_close(b @ a, 1.5 * (same_b @ same_a))
+    again = opened(folders(name), CASES[name], lora=LoRA(2))
+    again.load_lora(file)
+    torch.testing.assert_close(images(again, CASES[name]), images(model, CASES[name]))
+
+
 def method(kind: str, model: PipelineModel, case: Case) -> RewardModule:
     """A direct method or a policy gradient."""
     if kind == "last_k":
@@ -351,9 +385,9 @@ def test_each_number_of_steps_of_sana_sprint_gives_the_images_of_diffusers(folde
     torch.testing.assert_close(images(model, case, sampler).clamp(0, 1), theirs, rtol=0, atol=2e-5)
 
 
-def test_a_prompt_that_is_truncated_with_its_chat_template_gives_a_warning(folders: Callable) -> None:
-    case = CASES["flux_2_klein"]
-    model = opened(folders("flux_2_klein"), case, text=TextEncoding(26))
+@pytest.mark.parametrize("name", ["flux_2_klein", "z_image"])
+def test_a_prompt_that_is_truncated_with_its_chat_template_gives_a_warning(folders: Callable, name: str) -> None:
+    model = opened(folders(name), CASES[name], text=TextEncoding(26), guidance=Guidance(1.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.encode(["a red cat"])  # 26 tokens with the template

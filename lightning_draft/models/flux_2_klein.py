@@ -70,13 +70,13 @@ class Flux2Klein(PipelineModel):
         return as_chat(self.pipeline.tokenizer, prompt, thinking=False)
 
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        text = conditioning.tensors["text"]
+        text, (height, width) = conditioning.tensors["text"], x.shape[-2:]
         output: Tensor = self.denoiser(
             hidden_states=x.flatten(2).transpose(1, 2),
             timestep=time.expand(len(x)) / 1000,
             encoder_hidden_states=text,
             txt_ids=F.pad(torch.arange(text.shape[1], device=x.device)[:, None], (3, 0)),
-            img_ids=F.pad(positions(*x.shape[-2:], x.device), (0, 1)),
+            img_ids=F.pad(positions(height, width, x.device), (0, 1)),
             return_dict=False,
         )[0]
-        return output.transpose(1, 2).unflatten(2, x.shape[-2:])
+        return output.transpose(1, 2).reshape(len(x), -1, height, width)

@@ -86,10 +86,11 @@ def write_pipeline(folder: Path, size: str) -> None:
         folder: The folder.
         size: One of `SIZES`.
     """
-    _write(folder, **SIZES[size])
+    write_networks(folder, **SIZES[size])
 
 
-def _write(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
+def write_networks(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> None:
+    """Write a Stable Diffusion pipeline with random weights from the options of its networks."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "emoji64" / "tokenizer")
     tokenizer.model_max_length = 77

@@ -1,6 +1,7 @@
 """Write files atomically: a reader finds either the previous file or the complete new one."""
 
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -82,6 +83,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if previous.exists() and not path.exists():
             previous.rename(path)
         remove(previous)
+
+
+@contextmanager
+def wait_for_lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this context for a folder; file systems without locks do not wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

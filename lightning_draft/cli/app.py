@@ -31,6 +31,7 @@ from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord, without_enums
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers
 from lightning_draft.cli.tensorboard import RunLogger
+from lightning_draft.cli.text_embedding import embed_prompts
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError, DivergenceError
 from lightning_draft.methods.base import RewardModule
@@ -147,6 +148,7 @@ class DraftCLI(LightningCLI):
         self.run = self._choose_folder(root, configs)
         config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
         place_loggers(config["trainer"]["logger"], self.run.path, root)
+        embed_prompts(config)
 
     def _choose_folder(self, root: Path, configs: list[Path]) -> RunFolder:
         """Return the folder of this run; the first process creates it if it is new."""

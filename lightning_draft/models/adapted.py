@@ -54,13 +54,13 @@ class AdaptedModel(PromptEmbedding):
         """The scale of the text encoders' part of a LoRA; embeddings are cached for each scale."""
         return self.text_updates.scale if self.text_updates.updates else 1.0
 
-    def precompute(self, prompts: Iterable[str]) -> None:
+    def precompute(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> None:
         """Embed prompts and the negative prompt ahead of time, and cache all of them, also for the base model."""
         prompts = list(prompts)
-        super().precompute(prompts)
+        super().precompute(prompts, device)
         if self.text_updates.updates:
             with self.text_updates.scaled(0.0):
-                super().precompute(prompts)
+                super().precompute(prompts, device)
 
     def release_text_encoder(self) -> None:
         """Free the text encoders' memory; afterwards only prompts with cached embeddings can be used."""
@@ -214,6 +214,11 @@ class AdaptedModel(PromptEmbedding):
             ConfigurationError: The file does not exist, is damaged, is of another kind, or is for another model.
         """
         file = lora_files.read(path, self._lora_base, self._adaptable())
+        if file.encoders and self.text.cache is not None:
+            raise ConfigurationError(
+                f"{path} has a part for the text encoders, which cannot be used with text.cache={self.text.cache!r}; "
+                "leave text.cache out"
+            )
         lora_copy.check_layers(self._adaptable(), file, self.family.denoiser)
         return file
 

@@ -21,13 +21,20 @@ def weights_sha256(pretrained: Path, denoiser_folder: Path | None) -> str | None
         files = sorted(denoiser_folder.glob("*.safetensors")) or sorted(denoiser_folder.glob("*.bin"))
     else:
         files = []
-    digests = [_file_sha256(file.resolve()) for file in files]
+    digests = [file_sha256(file) for file in files]
     if len(digests) < 2:
         return digests[0] if digests else None
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; a file that has not changed is read once in a process."""
+    file = file.resolve()
+    state = file.stat()
+    return _sha256(file, state.st_size, state.st_mtime_ns)
+
+
 @cache
-def _file_sha256(file: Path) -> str:
+def _sha256(file: Path, size: int, time: int) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -56,7 +56,8 @@ def check_complete(pipeline: Any, family: Family, folder: Path) -> None:
     for file in (folder / family.denoiser).glob("*.safetensors"):
         with safe_open(file, framework="pt") as content:
             stored |= set(content.keys())
-    missing = sorted(getattr(pipeline, family.denoiser).state_dict().keys() - stored) if stored else []
+    denoiser = getattr(pipeline, family.denoiser)
+    missing = sorted(denoiser.state_dict().keys() - stored) if stored and denoiser is not None else []
     if missing:
         raise ConfigurationError(
             f"{folder / family.denoiser} lacks {len(missing)} of its weights, such as {missing[0]}; copy or download "

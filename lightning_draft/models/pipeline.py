@@ -21,9 +21,11 @@ from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.loading import load_pipeline, public_name, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA, with_current_scales
 from lightning_draft.models.lora_content import LoRABase
+from lightning_draft.models.text_cache import TextCache
 from lightning_draft.models.text_encoding import TextEncoding
+from lightning_draft.models.text_store import TextStore, fingerprint
 from lightning_draft.models.trainable import Trainable
-from lightning_draft.weightless import shapes_only
+from lightning_draft.weightless import is_without_weights, shapes_only
 
 
 class PipelineModel(AdaptedModel):
@@ -83,7 +85,8 @@ class PipelineModel(AdaptedModel):
         self.memory = memory
         self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
         self._dtypes = self._precisions(dtype)
-        self.pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, self._omit)
+        without = () if text.cache is None else self.family.text_encoders
+        self.pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, (*self._omit, *without))
         self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
@@ -199,6 +202,24 @@ class PipelineModel(AdaptedModel):
     def _lora_base(self) -> LoRABase:
         config, name = self.denoiser.config, self.public_name
         return LoRABase(self.family, config, self.source, name, self.pretrained_config)
+
+    def _open_cache(self) -> TextCache:
+        if self.text.cache is None or is_without_weights():
+            return super()._open_cache()
+        encoders = [name for name in self.family.text_encoders if name not in self._omit]
+        settings = (self.family.pipeline_name, self._text_length, self.text.clip_skip, *map(self._dtypes.get, encoders))
+        return TextStore(Path(self.text.cache).expanduser() / fingerprint(self.pipeline, encoders, settings))
+
+    def _load_text_encoders(self, device: torch.device | str) -> None:
+        others = [name for name in self.family.networks if name not in self.family.text_encoders]
+        omit = (*self._omit, *others)
+        pipeline = load_pipeline(self.family, self.pretrained, self._dtypes, self.pretrained_config, omit)
+        for name in self.family.text_encoders:
+            encoder = getattr(pipeline, name)
+            if encoder is not None:
+                nn.Module.to(encoder.requires_grad_(False).eval(), device)
+            setattr(self, name, encoder)
+            setattr(self.pipeline, name, encoder)
 
     @property
     def _published_scale(self) -> float:

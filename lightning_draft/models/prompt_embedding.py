@@ -1,7 +1,8 @@
 """Convert prompts to conditioning with a pipeline's text encoders, and cache the embeddings."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,6 +14,9 @@ from lightning_draft.models.family import Family
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.text_cache import Embedding, TextCache
 from lightning_draft.models.text_encoding import TextEncoding, only_errors_logged, warn_if_cut
+
+_Key = tuple[str, str]
+"""Kind of the prompt, `prompt` or `negative`, and its text."""
 
 
 class PromptEmbedding(DiffusionModel):
@@ -33,7 +37,7 @@ class PromptEmbedding(DiffusionModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cache = TextCache()
+        self._cache: TextCache | None = None
 
     @property
     @abstractmethod
@@ -47,7 +51,7 @@ class PromptEmbedding(DiffusionModel):
 
     def clear_embeddings(self) -> None:
         """Delete the cached embeddings, after the text encoders have changed."""
-        self._cache = TextCache()
+        self._cache = None
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embed prompts, and the negative prompt if guidance needs it; each is embedded once and cached.
@@ -55,16 +59,26 @@ class PromptEmbedding(DiffusionModel):
         Raises:
             RuntimeError: The text encoder was released and a prompt was not precomputed.
         """
-        conditioning = self._collate([self._embedding(str(prompt)) for prompt in prompts])
-        if not self.guidance.enabled:
-            return conditioning
-        return replace(conditioning, negative=self._collate([self._negative_embedding()] * len(prompts)))
+        texts = list(map(str, prompts))
+        with self._encoders_for([*map(_positive, texts), *([self._negative] if self.guidance.enabled else [])]):
+            conditioning = self._collate([self._embedding(text) for text in texts])
+            if not self.guidance.enabled:
+                return conditioning
+            return replace(conditioning, negative=self._collate([self._negative_embedding()] * len(texts)))
 
-    def precompute(self, prompts: Iterable[str]) -> None:
-        """Embed prompts and the negative prompt ahead of time, and cache all of them."""
-        self._negative_embedding(keep=True)
-        for prompt in dict.fromkeys(map(str, prompts)):
-            self._embedding(prompt, keep=True)
+    def precompute(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> None:
+        """Embed prompts and the negative prompt ahead of time, and cache all of them.
+
+        Args:
+            prompts: The prompts.
+            device: With `text.cache`: the device of the text encoders, which are loaded for this.
+        """
+        texts = dict.fromkeys(map(str, prompts))
+        with only_errors_logged(), self._encoders_for([self._negative, *map(_positive, texts)], device):
+            self._negative_embedding(keep=True)
+            for text in texts:
+                if self._key(_positive(text)) not in self._embeddings:
+                    self._embedding(text, keep=True)
 
     def default_prompts(self, count: int) -> list[str]:
         """Return at most `count` prompts for images without given prompts; a model that reads text has none."""
@@ -72,10 +86,9 @@ class PromptEmbedding(DiffusionModel):
 
     def release_text_encoder(self) -> None:
         """Free the text encoders' memory; afterwards only prompts with cached embeddings can be used."""
-        self._negative_embedding(keep=True)
-        for name in self.family.text_encoders:
-            setattr(self, name, None)
-            setattr(self.pipeline, name, None)
+        with self._encoders_for([self._negative]):
+            self._negative_embedding(keep=True)
+        self._drop_text_encoders()
 
     @abstractmethod
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
@@ -115,27 +128,76 @@ class PromptEmbedding(DiffusionModel):
         present = [(name, each) for name in self.family.text_encoders if (each := getattr(self, name)) is not None]
         return present[-1] if present else None
 
+    def _open_cache(self) -> TextCache:
+        """Return a new cache."""
+        return TextCache()
+
+    def _load_text_encoders(self, device: torch.device | str) -> None:
+        """Load the text encoders, which a model with `text.cache` does not keep."""
+        raise NotImplementedError(f"{type(self).__name__} cannot load its text encoders again")
+
+    def _drop_text_encoders(self) -> None:
+        for name in self.family.text_encoders:
+            setattr(self, name, None)
+            setattr(self.pipeline, name, None)
+
+    @contextmanager
+    def _encoders_for(self, prompts: Sequence[_Key], device: torch.device | str = "cpu") -> Iterator[None]:
+        """Within this context, a model with `text.cache` has its text encoders if an embedding is missing."""
+
+        def missing() -> bool:
+            return any(self._key(each) not in self._embeddings for each in prompts)
+
+        if self.text.cache is None or self._last_encoder is not None or not missing():
+            yield
+            return
+        with self._embeddings.writing():
+            if missing():  # unless another process has embedded them meanwhile
+                self._load_text_encoders(device)
+            try:
+                yield
+            finally:
+                self._drop_text_encoders()
+
+    @property
+    def _embeddings(self) -> TextCache:
+        if self._cache is None:
+            self._cache = self._open_cache()
+        return self._cache
+
+    @property
+    def _negative(self) -> _Key:
+        return ("negative", self.guidance.negative_prompt)
+
+    def _key(self, prompt: _Key) -> tuple[str, str, float]:
+        return (*prompt, self.text_scale)
+
     def _embedding(self, prompt: str, keep: bool = False) -> Mapping[str, Tensor]:
-        return self._cached(("prompt", prompt), lambda: self._embed(prompt), keep)
+        return self._cached(_positive(prompt), lambda: self._embed(prompt), keep)
 
     def _negative_embedding(self, keep: bool = False) -> Mapping[str, Tensor]:
         prompt = self.guidance.negative_prompt
-        return self._cached(("negative", prompt), lambda: self._embed(prompt, negative=True), keep)
+        return self._cached(self._negative, lambda: self._embed(prompt, negative=True), keep)
 
-    def _cached(self, key: tuple[str, str], embed: Callable[[], Embedding], keep: bool) -> Mapping[str, Tensor]:
+    def _cached(self, key: _Key, embed: Callable[[], Embedding], keep: bool) -> Mapping[str, Tensor]:
         encoder = self._last_encoder
-        scaled_key = (*key, self.text_scale)
-        if scaled_key not in self._cache and self.family.text_encoders:
+        scaled_key = self._key(key)
+        if scaled_key not in self._embeddings and self.family.text_encoders:
             if encoder is None:
                 raise RuntimeError(
                     f"the text encoder was released and {key[1]!r} has no embedding; pass all prompts, including "
                     "those of validation and of the sample logger, to precompute() before release_text_encoder()"
                 )
             self._warn_if_cut(encoder[0].replace("text_encoder", "tokenizer"), key[1])
-        with only_errors_logged():
-            return self._cache.get(scaled_key, embed, self._text_device.type, keep)
+            with only_errors_logged():
+                return self._embeddings.get(scaled_key, embed, self._text_device.type, keep)
+        return self._embeddings.get(scaled_key, embed, self._text_device.type, keep)
 
     def _warn_if_cut(self, name: str, prompt: str) -> None:
         tokenizer = getattr(self.pipeline, name)
         length = min(tokenizer.model_max_length, self._text_length or tokenizer.model_max_length)
         warn_if_cut(tokenizer, prompt, length, self._text_of(prompt))
+
+
+def _positive(prompt: str) -> _Key:
+    return ("prompt", prompt)

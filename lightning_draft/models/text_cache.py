@@ -1,6 +1,7 @@
 """A cache of prompt embeddings on the CPU."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,11 +41,26 @@ class TextCache:
         """
         if key in self._embeddings:
             return self._embeddings[key]
-        # An embedding computed in inference mode could not be used in training; one under autocast would be rounded.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            embedding = {name: tensor.cpu() for name, tensor in embed().items()}
+        embedding = computed(embed, device)
         size = sum(tensor.nbytes for tensor in embedding.values())
         if keep or self._size + size <= self.capacity:
             self._embeddings[key] = embedding
             self._size += size
         return embedding
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within this context, embeddings are computed."""
+        yield
+
+
+def computed(embed: Callable[[], Embedding], device: str) -> Embedding:
+    """Return an embedding on the CPU.
+
+    Args:
+        embed: Computes the embedding.
+        device: Device type on which `embed` runs.
+    """
+    # An embedding computed in inference mode could not be used in training; one under autocast would be rounded.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        return {name: tensor.cpu() for name, tensor in embed().items()}

@@ -23,10 +23,14 @@ class TextEncoding:
         max_length: Number of tokens that the last text encoder (a T5 or a language model) reads; longer prompts are
             truncated with a warning. By default the published number. A CLIP always reads 77.
         clip_skip: Number of CLIP's last layers to skip, for prompts and not for the negative prompt, as in diffusers.
+        cache: Folder in which embeddings are kept, by text encoder and prompt. The text encoders are then loaded only
+            while prompts are embedded that are not in it. `fit` and `validate` embed all prompts before the other
+            networks are loaded.
     """
 
     max_length: int | None = None
     clip_skip: int = 0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         at_least("text.clip_skip", self.clip_skip, 0, "write 0 for the published embedding")
@@ -41,6 +45,10 @@ class TextEncoding:
             raise ConfigurationError(
                 f"text.clip_skip={self.clip_skip} has no effect on {family.title}, which does not read CLIP's hidden "
                 "states; leave it out"
+            )
+        if self.cache is not None and not family.text_encoders:
+            raise ConfigurationError(
+                f"text.cache={self.cache!r} has no effect on {family.title}, which has no text encoder; leave it out"
             )
         if self.max_length is None:
             return
@@ -78,11 +86,12 @@ def warn_if_cut(tokenizer: Any, prompt: str, length: int, text: str) -> None:
 def only_errors_logged() -> Iterator[None]:
     """Within this context the libraries log only errors: they would report each truncated prompt for each encoder."""
     loggers = (diffusers_logging, transformers_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
+    # Setting a level is slow, because it clears the caches of all loggers of the process.
+    changed = [(logger, level) for logger in loggers if (level := logger.get_verbosity()) != logger.ERROR]
+    for logger, _ in changed:
         logger.set_verbosity_error()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in changed:
             logger.set_verbosity(level)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.plan.tracker import OTHER, Tracker
 
 
@@ -97,6 +98,8 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
     Raises:
         ConfigurationError: The reward reads pixel values, as JPEG encoders and services do.
     """
+    if isinstance(module.model, PromptEmbedding) and module.model.text.cache is not None:
+        module.model.precompute(prompts)
     parts = model_parts(module)
     weights = _weights(module, parts)
     module.checks_first_step = False

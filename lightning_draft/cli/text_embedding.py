@@ -1,0 +1,40 @@
+"""Embed the prompts of a run before its other networks are loaded."""
+
+import os
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_draft.data import PromptDataModule
+from lightning_draft.models.base import DiffusionModel
+from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.weightless import without_weights
+
+
+def embed_prompts(config: Any) -> None:
+    """Write the embeddings of all prompts of a run to the folder `text.cache` of its model, if it has one.
+
+    Only the text encoders are loaded, on the device on which the run will train.
+
+    Args:
+        config: The parsed options of `fit` or `validate`.
+    """
+    options = config["model"]["init_args"]["model"]
+    text = (options.get("init_args") or {}).get("text")
+    if text is None or text["cache"] is None:
+        return
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(DiffusionModel, "model")
+    with without_weights():
+        model = parser.instantiate_classes(Namespace(model=options))["model"]
+    if not isinstance(model, PromptEmbedding):
+        return
+    data = PromptDataModule(**config["data"].as_dict())
+    model.precompute([*data.train_prompts, *data.val_prompts], _device(config["trainer"]["accelerator"]))
+
+
+def _device(accelerator: object) -> torch.device:
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

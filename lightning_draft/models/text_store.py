@@ -1,0 +1,138 @@
+"""A cache of prompt embeddings on the disk, read through memory maps."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.files import atomic_path, remove_partial_files, wait_for_lock, writing
+from lightning_draft.models.base_hash import file_sha256
+from lightning_draft.models.text_cache import Embedding, TextCache, computed
+
+SHARD = 2**25
+"""Bytes of embeddings from which on a shard is written."""
+
+
+class TextStore(TextCache):
+    """A cache of prompt embeddings in a folder; they are not kept in memory.
+
+    The embeddings are in `.safetensors` shards, which never change once they are written. Several processes may use the
+    folder at the same time. A process that is killed loses only the embeddings that are not in a shard yet.
+
+    Args:
+        folder: Folder for the embeddings of one set of text encoders; see `fingerprint`.
+
+    Raises:
+        ConfigurationError: The folder cannot be created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self._pending: dict[str, Embedding] = {}
+        self._shards: dict[str, str] = {}
+        self._read: dict[str, tuple[str, ...]] = {}
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._refresh()
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Return whether the embedding is cached."""
+        digest = _digest(key)
+        return digest in self._pending or digest in self._shards
+
+    def get(self, key: Hashable, embed: Callable[[], Embedding], device: str, keep: bool = False) -> Embedding:
+        """Return an embedding, which is computed if it is not cached, and then written within `writing`."""
+        digest = _digest(key)
+        if digest in self._pending:
+            return self._pending[digest]
+        if digest in self._shards:
+            return self._load(digest)
+        self._pending[digest] = embedding = computed(embed, device)
+        if sum(tensor.nbytes for each in self._pending.values() for tensor in each.values()) >= SHARD:
+            self._write()
+        return embedding
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Wait until no other process writes; within this context, computed embeddings are written to the folder."""
+        with wait_for_lock(self.folder):
+            remove_partial_files(self.folder)
+            self._refresh()
+            try:
+                yield
+            finally:
+                self._write()
+
+    def _refresh(self) -> None:
+        """Find the embeddings in shards that were written since the last call."""
+        for file in sorted(self.folder.glob("[!.]*.safetensors")):
+            if file.name in self._read:
+                continue
+            try:
+                with safe_open(file, framework="pt") as content:
+                    names = [name.split(".", 1) for name in content.keys()]  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                warnings.warn(f"{file} is damaged and not used ({error}); its prompts are embedded again", stacklevel=2)
+                names = []
+            self._read[file.name] = tuple(sorted({name for _, name in names}))
+            self._shards |= dict.fromkeys((digest for digest, _ in names), file.name)
+
+    def _load(self, digest: str) -> Embedding:
+        name = self._shards[digest]
+        with safe_open(self.folder / name, framework="pt") as content:
+            return {each: content.get_tensor(f"{digest}.{each}") for each in self._read[name]}
+
+    def _write(self) -> None:
+        if not self._pending:
+            return
+        tensors = {
+            f"{digest}.{name}": tensor.contiguous()
+            for digest, embedding in self._pending.items()
+            for name, tensor in embedding.items()
+        }
+        shard = hashlib.sha256("".join(self._pending).encode()).hexdigest()[:16]
+        with atomic_path(self.folder / f"{shard}.safetensors") as partial:
+            save_file(tensors, partial)
+        self._pending = {}
+        self._refresh()
+
+
+def fingerprint(pipeline: Any, encoders: Sequence[str], settings: Sequence[object]) -> str:
+    """Return a name for the text encoders of a pipeline, which changes with their files and settings.
+
+    Args:
+        pipeline: A pipeline of diffusers with its tokenizers.
+        encoders: Names of the text encoders.
+        settings: What embeddings depend on besides the files of text encoders and tokenizers.
+
+    Raises:
+        ConfigurationError: The pipeline is not a folder.
+    """
+    digest = hashlib.sha256(repr(tuple(settings)).encode())
+    for encoder in encoders:
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        folder = Path(str(getattr(getattr(pipeline, tokenizer), "name_or_path", ""))).parent
+        if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
+            digest.update(f"{encoder} {folder.name}".encode())  # a commit of the hub
+            continue
+        files = [file for name in (encoder, tokenizer) for file in sorted((folder / name).rglob("*")) if file.is_file()]
+        if not (folder / encoder).is_dir() or not files:
+            raise ConfigurationError(
+                "text.cache needs a pipeline folder or a hub id, whose text encoders have files of their own; leave "
+                "text.cache out"
+            )
+        for file in files:
+            digest.update(f"{file.relative_to(folder)} {file_sha256(file)}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _digest(key: Hashable) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]

@@ -1,0 +1,169 @@
+"""Prompt embeddings on the disk equal those of the loaded encoders, for several processes and after kills."""
+
+import os
+import signal
+from multiprocessing import get_context
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lightning_draft import models
+from lightning_draft.cli import app
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.models import StableDiffusion, TextEncoding, text_store
+from lightning_draft.models.base import Conditioning
+from lightning_draft.models.loading import opener
+from lightning_draft.models.text_store import TextStore
+from lightning_draft.weightless import without_weights
+from tests.tiny_families import write
+
+PROMPTS = ["a cat", "a red dog", "a house"]
+
+
+def opened(folder: Path, cache: Path | None, **options: Any) -> StableDiffusion:
+    text = TextEncoding(cache=None if cache is None else str(cache), **options)
+    return StableDiffusion(str(folder), lora=None, text=text)
+
+
+def tensors(conditioning: Conditioning) -> list[Tensor]:
+    assert conditioning.negative is not None
+    return [*conditioning.tensors.values(), *conditioning.negative.tensors.values()]
+
+
+def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that records for each loading of text encoders whether the denoiser has weights."""
+    loads: list[bool] = []
+    load = StableDiffusion._load_text_encoders
+
+    def counted(model: StableDiffusion, device: Any) -> None:
+        loads.append(not isinstance(next(model.unet.parameters()), FakeTensor))
+        load(model, device)
+
+    monkeypatch.setattr(StableDiffusion, "_load_text_encoders", counted)
+    return loads
+
+
+def test_embeddings_equal_those_of_loaded_encoders(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, expected = count_loads(monkeypatch), opened(tiny_sd, None).encode(PROMPTS)
+    model = opened(tiny_sd, tmp_path)
+    assert model.text_encoder is None
+    model.precompute(PROMPTS[:2])
+    for each in (model, opened(tiny_sd, tmp_path)):
+        found = each.encode(PROMPTS)  # the third one is embedded by the first model
+        assert all(map(torch.equal, tensors(found), tensors(expected)))
+        assert each.text_encoder is None
+        assert each.pipeline.text_encoder is None
+    assert loads == [True, True]
+
+
+@pytest.mark.parametrize("family", ["flux", "sana", "z_image"])
+def test_embeddings_of_other_families_equal_those_of_loaded_encoders(family: str, tmp_path: Path) -> None:
+    folder = str(write(family, tmp_path / "model"))
+    kind = getattr(models, str(opener(folder)))
+    both = [kind(folder, lora=None, text=TextEncoding(cache=each)) for each in (None, str(tmp_path / "cache"))]
+    both[1].precompute(PROMPTS)
+    plain, cached = (model.encode(PROMPTS) for model in both)
+    for name, expected in plain.tensors.items():
+        assert torch.equal(cached.tensors[name], expected)
+    for name, several in plain.ragged.items():
+        assert all(map(torch.equal, cached.ragged[name], several))
+
+
+def test_a_changed_encoder_or_dtype_has_embeddings_of_its_own(tiny_sd: Path, tmp_path: Path) -> None:
+    folder, cache = copytree(tiny_sd, tmp_path / "model"), tmp_path / "cache"
+    before = opened(folder, cache).encode(PROMPTS)
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value * 1.1 if value.is_floating_point() else value for name, value in weights.items()}, file)
+    found, expected = (opened(folder, each).encode(PROMPTS) for each in (cache, None))
+    assert all(map(torch.equal, tensors(found), tensors(expected)))
+    assert not torch.equal(found.tensors["text"], before.tensors["text"])
+    StableDiffusion(str(folder), lora=None, dtype="bfloat16", text=TextEncoding(cache=str(cache))).encode(PROMPTS)
+    assert len(list(cache.iterdir())) == 3
+
+
+def embed(folder: Path, numbers: range, delay: Any = None) -> None:
+    store = TextStore(folder)
+    with store.writing():
+        for number in numbers:
+            store.get(number, lambda number=number: {"text": torch.full((2**14,), number)}, "cpu")
+            if delay is not None:
+                delay(number)
+
+
+def test_two_processes_and_a_killed_one_leave_every_embedding_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_store, "SHARD", 2**19)
+    context = get_context("fork")
+
+    def kill(number: int) -> None:
+        if number == 29:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = context.Process(target=embed, args=(tmp_path, range(30), kill))
+    killed.start()
+    killed.join()
+    done = TextStore(tmp_path)
+    assert 0 < sum(number in done for number in range(30)) < 30
+    others = [context.Process(target=embed, args=(tmp_path, range(low, low + 25))) for low in (0, 15)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join()
+        assert process.exitcode == 0
+    store = TextStore(tmp_path)
+    for number in range(40):
+        assert torch.equal(store.get(number, dict, "cpu")["text"], torch.full((2**14,), number))
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_damaged_shard_is_named_and_embedded_again(tmp_path: Path) -> None:
+    embed(tmp_path, range(3))
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match=f"{shard.name} is damaged and not used"):
+        store = TextStore(tmp_path)
+    assert 0 not in store
+    embed(tmp_path, range(3))
+    assert torch.equal(TextStore(tmp_path).get(2, dict, "cpu")["text"], torch.full((2**14,), 2))
+
+
+def test_fit_embeds_all_prompts_before_other_weights_are_read(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = count_loads(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    args = ["--model.reward", "ColorTarget", "--model", "DraftModule", "--model.model", "StableDiffusion"]
+    args += ["--model.model.pretrained", str(tiny_sd), "--model.model.text.cache", "cache"]
+    args += ["--model.sampler", "DDIM", "--model.sampler.num_steps", "2", "--data.prompts", '["a cat", "a dog"]']
+    args += ["--data.val_prompts", '["a bird"]', "--data.batch_size", "1", "--trainer.max_steps", "1", "--name", "run"]
+    args += ["--trainer.accelerator", "cpu", "--samples", "null"]
+    assert app.run("fit", args) == 0
+    assert loads == [False]
+
+
+def test_without_weights_no_embedding_is_read_or_written(tiny_sd: Path, tmp_path: Path) -> None:
+    with without_weights():
+        model = opened(tiny_sd, tmp_path)
+        model.precompute(PROMPTS)
+        assert model.text_encoder is None
+        assert (
+            model.encode(PROMPTS).tensors["text"].shape == opened(tiny_sd, None).encode(PROMPTS).tensors["text"].shape
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_single_file_is_rejected(tiny_sd: Path, tmp_path: Path) -> None:
+    model = opened(tiny_sd, tmp_path)
+    model.pipeline.tokenizer.name_or_path = ""
+    with pytest.raises(ConfigurationError, match="text.cache needs a pipeline folder or a hub id"):
+        model.encode(PROMPTS)

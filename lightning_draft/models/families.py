@@ -35,12 +35,12 @@ FAMILIES: dict[str, Entry] = {
     ),
     "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
     "ZImage": Entry("lightning_draft.models.z_image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("z-image-turbo",)),
-    "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",)),
+    "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",), ("flux-2",)),
     "QwenImage": Entry("lightning_draft.models.qwen_image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline")),
     "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
-    "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",)),
+    "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",), ("sana",)),
     "SanaSprint": Entry("lightning_draft.models.sana_sprint", ("SanaSprintPipeline",)),
-    "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",)),
+    "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",), ("chroma",)),
     "PixelDiffusion": Entry("lightning_draft.models.pixels", ("DDPMPipeline", "DDIMPipeline")),
 }
 """Entries by class name. Another package can add an entry when it is imported."""

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lightning_draft.arguments import one_of
@@ -21,6 +20,8 @@ from lightning_draft.models import skeleton
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.families import class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
+from lightning_draft.models.single_file import layout_of, open_single_file
+from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 
 _SHIPPED = ("emoji64",)
@@ -62,7 +63,7 @@ def load_pipeline(
     options = {**family.unused, **dict.fromkeys(omit)}
     with _quiet():
         if path.is_file():
-            pipeline = _single_file(family, path, dtypes, config)
+            pipeline = open_single_file(family, path, dtypes, config)
         elif path.is_dir():
             pipeline = _folder(family, path, dtypes, options)
         elif _is_path(pretrained):
@@ -124,7 +125,7 @@ def opener(pretrained: str) -> str | None:
     """
     path = _local(pretrained)
     if path.is_file():
-        return class_for_layout(_layout(path))
+        return class_for_layout(layout_of(path))
     if not path.is_dir() and _is_path(pretrained):
         return None
     try:
@@ -176,7 +177,7 @@ def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], opt
         raise
     except _FAILURES as error:
         raise ConfigurationError(
-            f"{folder} cannot be opened as a pipeline: {describe_damage(folder) or _first_line(error)}; copy or "
+            f"{folder} cannot be opened as a pipeline: {describe_damage(folder) or first_line(error)}; copy or "
             "download it again"
         ) from error
 
@@ -191,49 +192,9 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
     except OSError as error:
         raise ConfigurationError(
             f"{name!r} is neither a local folder nor the shipped {' or '.join(_SHIPPED)}, and could not be "
-            f"downloaded from the hub ({_first_line(error)}); check the spelling and the connection, log in with "
+            f"downloaded from the hub ({first_line(error)}); check the spelling and the connection, log in with "
             "`hf auth login` if it is private, or give a local folder"
         ) from error
-
-
-def _single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
-    if family.single_file is None:
-        raise ConfigurationError(
-            f"{file} is a single file, and single files of {family.title} usually lack the text encoders; give a "
-            f"diffusers pipeline folder, or a hub id such as {family.example}"
-        )
-    if file.suffix != ".safetensors":
-        raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
-    layout = _layout(file)
-    other = class_for_layout(layout)
-    if other != class_for_pipeline(family.pipeline_name):
-        advice = "give a file of a supported family" if other is None else f"open it with {other}"
-        raise ConfigurationError(f"{file} is a {layout} checkpoint and not one of {family.title}; {advice}")
-    arguments = {**family.single_file, **({} if config is None else {"config": config})}
-    common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
-    try:
-        pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
-    except (*_FAILURES, SingleFileComponentError) as error:
-        raise ConfigurationError(
-            f"{file} could not be opened as a {family.title} checkpoint ({_first_line(error)}); without a connection, "
-            "set pretrained_config to the folder of a pipeline with the same architecture"
-        ) from error
-    for name, dtype in dtypes.items():
-        nn.Module.to(getattr(pipeline, name), dtype)
-    return pipeline
-
-
-def _layout(file: Path) -> str:
-    """Return diffusers' name of a single file's architecture, such as `v1` or `xl_base`, from its header."""
-    try:
-        with safe_open(file, framework="pt") as content:
-            shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigurationError(
-            f"{file} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
-        ) from error
-    layout: str = infer_diffusers_model_type({k: torch.empty(shape, device="meta") for k, shape in shapes.items()})
-    return layout
 
 
 def _from_pretrained(
@@ -276,11 +237,6 @@ def _absent(family: Family, source: str) -> dict[str, None]:
 
 def _is_path(name: str) -> bool:
     return name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(("/", ".safetensors", ".ckpt"))
-
-
-def _first_line(error: Exception) -> str:
-    line: str = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line.partition(". If you want to instead overwrite")[0]  # advice of diffusers that does not apply here
 
 
 @contextmanager

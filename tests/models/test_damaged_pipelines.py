@@ -24,7 +24,9 @@ def test_missing_pipelines_are_errors(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a .safetensors file; convert it"):
         StableDiffusion(str(tmp_path / "model.ckpt"))
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="could not be opened as a Stable Diffusion 1.x and 2.x checkpoint"):
+    with pytest.raises(
+        ValueError, match="is not a checkpoint of a known model; give one of Stable Diffusion 1.x and 2.x"
+    ):
         StableDiffusion(str(tmp_path / "other.safetensors"), pretrained_config=str(tiny_sd))
 
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
 from jsonargparse import ArgumentParser
-from safetensors.torch import save_file
 from torch import Tensor
 
 import lightning_draft
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import DiffusionModel, Family, LoRA, Memory, PipelineModel, StableDiffusion
+from lightning_draft.models import DiffusionModel, Family, LoRA, PipelineModel, StableDiffusion
 from lightning_draft.models.families import FAMILIES, Entry
 from lightning_draft.models.loading import opener, public_name
 from lightning_draft.schedules import VariancePreserving
@@ -131,103 +130,6 @@ def test_networks_with_other_inputs_are_rejected(tiny_sd: Path, tmp_path: Path) 
         pipeline.save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=f"not a plain text-to-image .*{name}"):
             StableDiffusion(str(tmp_path / name))
-
-
-def original(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """A pipeline's weights under the names of the original Stable Diffusion code, in one dictionary."""
-    encoder = {f"cond_stage_model.transformer.text_model.{k}": v for k, v in pipeline.text_encoder.state_dict().items()}
-    return {**_original_unet(pipeline.unet), **_original_vae(pipeline.vae), **encoder}
-
-
-def _original_unet(unet: Any) -> dict[str, Tensor]:
-    levels, each = len(unet.config.block_out_channels), unet.config.layers_per_block + 1
-    places = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-    }
-    for i in range(levels):
-        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * each}.0.op"
-        for j in range(each):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{i * each + j + 1}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{i * each + j + 1}.1"
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * each + j}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * each + j}.1"
-        attends = hasattr(unet.up_blocks[i], "attentions")
-        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * each - 1}.{1 + attends}.conv"
-    inside = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-        "conv_shortcut": "skip_connection",
-    }
-    found = {}
-    for key, value in unet.state_dict().items():
-        place = max((p for p in places if key.startswith(f"{p}.")), key=len)
-        rest = key.removeprefix(f"{place}.")
-        if ".resnets." in place:
-            layer = rest.split(".")[0]
-            rest = rest.replace(layer, inside[layer])
-        found[f"model.diffusion_model.{places[place]}.{rest}"] = value
-    return found
-
-
-def _original_vae(vae: Any) -> dict[str, Tensor]:
-    levels = len(vae.config.block_out_channels)
-    renames = {
-        **{f"encoder.down_blocks.{i}.resnets.": f"encoder.down.{i}.block." for i in range(levels)},
-        **{f"encoder.down_blocks.{i}.downsamplers.0.": f"encoder.down.{i}.downsample." for i in range(levels)},
-        **{f"decoder.up_blocks.{i}.resnets.": f"decoder.up.{levels - 1 - i}.block." for i in range(levels)},
-        **{f"decoder.up_blocks.{i}.upsamplers.0.": f"decoder.up.{levels - 1 - i}.upsample." for i in range(levels)},
-        "mid_block.attentions.0.": "mid.attn_1.",
-        "mid_block.resnets.0.": "mid.block_1.",
-        "mid_block.resnets.1.": "mid.block_2.",
-        "conv_norm_out": "norm_out",
-        "conv_shortcut": "nin_shortcut",
-        "group_norm": "norm",
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "to_out.0": "proj_out",
-    }
-    found = {}
-    for key, value in vae.state_dict().items():
-        name, attention = key, "attentions" in key
-        for ours, theirs in renames.items():
-            name = name.replace(ours, theirs)
-        linear = attention and value.ndim == 2
-        found[f"first_stage_model.{name}"] = value[:, :, None, None] if linear else value
-    return found
-
-
-def test_single_file_in_the_original_layout_is_read(tiny_sd: Path, tmp_path: Path) -> None:
-    """The names are converted by hand; the architecture comes from a folder, as without a connection."""
-    state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
-    file = str(tmp_path / "model.safetensors")
-    model = StableDiffusion(file, lora=None, pretrained_config=str(tiny_sd))
-    expected = StableDiffusion(str(tiny_sd), lora=None)
-    assert_same_weights(model, expected)
-    assert (model.schedule, model.prediction) == (expected.schedule, expected.prediction)
-    assert torch.equal(model.encode(["a cat"]).tensors["text"], expected.encode(["a cat"]).tensors["text"])
-    mixed = StableDiffusion(file, dtype="bfloat16", memory=Memory(vae_dtype="float32"), pretrained_config=str(tiny_sd))
-    assert torch.equal(mixed.vae.decoder.conv_in.weight, expected.vae.decoder.conv_in.weight)
-    assert mixed.unet.conv_in.weight.dtype == torch.bfloat16
-
-
-def test_single_file_without_a_connection_needs_pretrained_config(tiny_sd: Path, tmp_path: Path) -> None:
-    """If the architecture would have to come from the hub, the message names the alternative."""
-    state = original(StableDiffusionPipeline.from_pretrained(tiny_sd))
-    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="could not be opened .* without a connection, set pretrained_config"):
-        StableDiffusion(str(tmp_path / "model.safetensors"))
 
 
 def test_schedule_is_the_same_for_other_scheduler_classes(tiny_sd: Path, tmp_path: Path) -> None:

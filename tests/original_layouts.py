@@ -1,0 +1,185 @@
+"""Weights of pipelines under the names of the models' original code, by hand: the inverse of diffusers' conversion."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def stable_diffusion(pipeline: Any) -> dict[str, Tensor]:
+    """A pipeline's weights under the names of the original Stable Diffusion code, in one dictionary."""
+    text = _prefixed("cond_stage_model.transformer.text_model.", pipeline.text_encoder)
+    return {**_unet(pipeline.unet), **_vae(pipeline.vae), **text}
+
+
+def stable_diffusion_xl(pipeline: Any) -> dict[str, Tensor]:
+    """The same for Stable Diffusion XL, whose second text encoder has the names of open_clip."""
+    text = _prefixed("conditioner.embedders.0.transformer.text_model.", pipeline.text_encoder)
+    return {**_unet(pipeline.unet), **_vae(pipeline.vae), **text, **_open_clip(pipeline.text_encoder_2)}
+
+
+def flux(pipeline: Any) -> dict[str, Tensor]:
+    """A FLUX.1 pipeline's weights under the names of the files that ComfyUI writes and model-sharing sites offer."""
+    return {
+        **{f"model.diffusion_model.{key}": value for key, value in flux_transformer(pipeline.transformer).items()},
+        **_vae(pipeline.vae, "vae."),
+        **_prefixed("text_encoders.clip_l.transformer.text_model.", pipeline.text_encoder),
+        **_prefixed("text_encoders.t5xxl.transformer.", pipeline.text_encoder_2),
+    }
+
+
+def flux_transformer(transformer: Any) -> dict[str, Tensor]:
+    """The transformer's weights under the names of the original FLUX.1 code, as in its authors' files."""
+    state = transformer.state_dict()
+    found = {}
+    for original, parts in _flux_layers(transformer.config).items():
+        for kind in ("weight", "bias"):
+            if f"{parts[0]}.{kind}" not in state:
+                continue
+            value = torch.cat([state[f"{part}.{kind}"] for part in parts])
+            if parts[0] == "norm_out.linear":
+                value = torch.cat(value.chunk(2)[::-1])  # shift before scale
+            found[f"{original}.{kind}" if not original.endswith("_norm") else f"{original}.scale"] = value
+    assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in state.values())
+    return found
+
+
+def _flux_layers(config: Any) -> dict[str, list[str]]:
+    """Original layers, and the layers of diffusers that they consist of."""
+    layers = {
+        "img_in": ["x_embedder"],
+        "txt_in": ["context_embedder"],
+        "final_layer.linear": ["proj_out"],
+        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    }
+    embedders = {"time_in": "timestep", "vector_in": "text", "guidance_in": "guidance"}
+    for original, name in embedders.items():
+        layers[f"{original}.in_layer"] = [f"time_text_embed.{name}_embedder.linear_1"]
+        layers[f"{original}.out_layer"] = [f"time_text_embed.{name}_embedder.linear_2"]
+    for i in range(config.num_layers):
+        block = f"transformer_blocks.{i}."
+        streams = {
+            "img": ("to_{}", "norm_{}", "to_out.0", "ff", "norm1"),
+            "txt": ("add_{}_proj", "norm_added_{}", "to_add_out", "ff_context", "norm1_context"),
+        }
+        for stream, (project, norm, out, ff, modulation) in streams.items():
+            place = f"double_blocks.{i}.{stream}_"
+            layers[f"{place}attn.qkv"] = [f"{block}attn.{project.format(each)}" for each in "qkv"]
+            layers[f"{place}attn.norm.query_norm"] = [f"{block}attn.{norm.format('q')}"]
+            layers[f"{place}attn.norm.key_norm"] = [f"{block}attn.{norm.format('k')}"]
+            layers[f"{place}attn.proj"] = [f"{block}attn.{out}"]
+            layers[f"{place}mlp.0"] = [f"{block}{ff}.net.0.proj"]
+            layers[f"{place}mlp.2"] = [f"{block}{ff}.net.2"]
+            layers[f"{place}mod.lin"] = [f"{block}{modulation}.linear"]
+    for i in range(config.num_single_layers):
+        block, place = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        layers[f"{place}linear1"] = [*(f"{block}attn.to_{each}" for each in "qkv"), f"{block}proj_mlp"]
+        layers[f"{place}linear2"] = [f"{block}proj_out"]
+        layers[f"{place}modulation.lin"] = [f"{block}norm.linear"]
+        layers[f"{place}norm.query_norm"] = [f"{block}attn.norm_q"]
+        layers[f"{place}norm.key_norm"] = [f"{block}attn.norm_k"]
+    return layers
+
+
+def _prefixed(prefix: str, network: Any) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+
+
+def _open_clip(encoder: Any) -> dict[str, Tensor]:
+    renames = {
+        "text_model.encoder.layers.": "transformer.resblocks.",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.": "",
+        "text_model.final_layer_norm": "ln_final",
+        "text_projection.weight": "text_projection",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "fc1": "c_fc",
+        "fc2": "c_proj",
+        "self_attn.": "attn.",
+        "q_proj.": "in_proj_",
+    }
+    state = encoder.state_dict()
+    found = {}
+    for key, value in state.items():
+        name, joined = key, value
+        if ".k_proj." in key or ".v_proj." in key:
+            continue
+        if ".q_proj." in key:
+            joined = torch.cat([state[key.replace("q_proj", f"{each}_proj")] for each in "qkv"])
+        if key == "text_projection.weight":
+            joined = value.T
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        found[f"conditioner.embedders.1.model.{name}"] = joined
+    return found
+
+
+def _unet(unet: Any) -> dict[str, Tensor]:
+    levels, each = len(unet.config.block_out_channels), unet.config.layers_per_block + 1
+    places = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    for i in range(levels):
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * each}.0.op"
+        for j in range(each):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{i * each + j + 1}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{i * each + j + 1}.1"
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * each + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * each + j}.1"
+        attends = hasattr(unet.up_blocks[i], "attentions")
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * each - 1}.{1 + attends}.conv"
+    inside = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    found = {}
+    for key, value in unet.state_dict().items():
+        place = max((p for p in places if key.startswith(f"{p}.")), key=len)
+        rest = key.removeprefix(f"{place}.")
+        if ".resnets." in place:
+            layer = rest.split(".")[0]
+            rest = rest.replace(layer, inside[layer])
+        found[f"model.diffusion_model.{places[place]}.{rest}"] = value
+    return found
+
+
+def _vae(vae: Any, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
+    levels = len(vae.config.block_out_channels)
+    renames = {
+        **{f"encoder.down_blocks.{i}.resnets.": f"encoder.down.{i}.block." for i in range(levels)},
+        **{f"encoder.down_blocks.{i}.downsamplers.0.": f"encoder.down.{i}.downsample." for i in range(levels)},
+        **{f"decoder.up_blocks.{i}.resnets.": f"decoder.up.{levels - 1 - i}.block." for i in range(levels)},
+        **{f"decoder.up_blocks.{i}.upsamplers.0.": f"decoder.up.{levels - 1 - i}.upsample." for i in range(levels)},
+        "mid_block.attentions.0.": "mid.attn_1.",
+        "mid_block.resnets.0.": "mid.block_1.",
+        "mid_block.resnets.1.": "mid.block_2.",
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
+    found = {}
+    for key, value in vae.state_dict().items():
+        name, attention = key, "attentions" in key
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        linear = attention and value.ndim == 2
+        found[f"{prefix}{name}"] = value[:, :, None, None] if linear else value
+    return found

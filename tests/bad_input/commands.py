@@ -46,7 +46,7 @@ CASES: list[Case] = [
         COMMANDS, "sample list.yaml", "list.yaml is damaged or not a safetensors file", files={"list.yaml": "- a\n"}
     ),
     command(COMMANDS, "sample .", "has no LoRA file"),
-    command(COMMANDS, "sample x.safetensors --scales 1", "unrecognized arguments: --scales"),
+    command(COMMANDS, "sample x.safetensors --scales 1", "there is no option --scales; did you mean --scale; see"),
     command(COMMANDS, "sample x.safetensors --scale nan", "must contain finite numbers"),
     command(COMMANDS, "sample x.safetensors --scale big", "--scale", "'big' must contain finite numbers", "0 0.5 1"),
     command(COMMANDS, "sample x.safetensors --steps many", "--steps", "'many' must be an integer"),

@@ -127,7 +127,7 @@ def test_reward_without_a_gradient_is_an_error_before_the_methods_run(command: C
         (["--prompt", "red"], "there is no reward; write --reward NAME"),
         (["--reward", "Brightness"], "there are no prompts"),
         (["--reward", "Brightness", "--prompt", "red", "--method", "best_of_m"], "did you mean best_of_n"),
-        (["--scale", "2"], "unrecognized arguments: --scale; see lightning-draft guide --help"),
+        (["--scale", "2"], "there is no option --scale; see lightning-draft guide --help"),
     ],
 )
 def test_invalid_arguments_give_one_message(command: Callable, tiny_sd: Path, args: list[str], message: str) -> None:

@@ -143,7 +143,8 @@ class PromptDataModule(L.LightningDataModule):
         prompts: A list of prompts; a file (`.txt` with one prompt per line, `.csv`, `.tsv`, `.json`, `.jsonl`,
             `.ndjson` or `.parquet`); the name of a shipped list (`emoji64`, `emoji64_scenes`, `animals`); or the folder
             or hub id of a data set. From Python also tuples, lists of dictionaries, `datasets.Dataset` and `DataFrame`.
-            Columns other than the prompt's become metadata that rewards can read.
+            Columns other than the prompt's become metadata that rewards can read, and `negative_prompt` is the
+            negative prompt of its row.
         val_prompts: Held-out prompts in the same forms; by default `val_size` prompts are held out of `prompts`.
         batch_size: Prompts per process and training step.
         val_batch_size: Prompts per process and validation batch; by default `batch_size`.

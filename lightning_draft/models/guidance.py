@@ -16,6 +16,10 @@ from lightning_draft.arguments import one_of, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.latents import pack, unpack
+from lightning_draft.prompt import metadata_of
+
+NEGATIVE_COLUMN = "negative_prompt"
+"""Name of the column of prompt files with the negative prompt of each prompt."""
 
 GuidanceGradient = Literal["full", "conditional"]
 Network = Callable[[Tensor, Conditioning], Tensor]
@@ -29,7 +33,7 @@ class Guidance:
     Args:
         scale: `w`, at least 0; with 1, `e_u` is not computed. By default the published value of the model family, such
             as 7.5 for Stable Diffusion 1.x.
-        negative_prompt: The prompt of `e_u`.
+        negative_prompt: The prompt of `e_u`; prompts with a value in the column `negative_prompt` have their own.
         gradient: `full` differentiates both predictions, `conditional` only `e_c`.
         embedded: Guidance scale that a guidance-distilled network receives as an input, such as FLUX.1 dev. By
             default the published value; without effect on other networks.
@@ -56,6 +60,22 @@ class Guidance:
     def enabled(self) -> bool:
         """Whether the prediction for the negative prompt is computed."""
         return self.scale != 1
+
+    def negative_prompt_of(self, prompt: str) -> str:
+        """Return the negative prompt of a prompt: its own if it has one that is not blank, else that of the run.
+
+        Raises:
+            ConfigurationError: The value in its column `negative_prompt` is not a string.
+        """
+        own = metadata_of(prompt).get(NEGATIVE_COLUMN)
+        if own is None:
+            return self.negative_prompt
+        if not isinstance(own, str):
+            raise ConfigurationError(
+                f"prompt {prompt!r} has {own!r} ({type(own).__name__}) in the column {NEGATIVE_COLUMN!r}; negative "
+                "prompts are strings, and the cell can be empty"
+            )
+        return own if own.strip() else self.negative_prompt
 
     def or_default(self, scale: float, embedded: float | None = None) -> "Guidance":
         """Return a copy with these scales if none were given.

@@ -90,6 +90,7 @@ class PipelineModel(AdaptedModel):
         self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
+        self._check_clip_skip()
         self.guidance = guidance.or_default(self._published_scale, self.family.embedded_guidance)
         self._latent_size = self.family.latents.size(self.vae, self.denoiser, height, width)
         self._configure(self.pipeline)
@@ -220,6 +221,12 @@ class PipelineModel(AdaptedModel):
                 nn.Module.to(encoder.requires_grad_(False).eval(), device)
             setattr(self, name, encoder)
             setattr(self.pipeline, name, encoder)
+        self._check_clip_skip()
+
+    def _check_clip_skip(self) -> None:
+        encoders = [each for name in self.family.text_encoders if (each := getattr(self, name)) is not None]
+        if self.text.clip_skip and encoders:
+            self.text.check_layers(min(each.config.num_hidden_layers for each in encoders))
 
     @property
     def _published_scale(self) -> float:

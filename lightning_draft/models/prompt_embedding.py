@@ -1,7 +1,7 @@
 """Convert prompts to conditioning with a pipeline's text encoders, and cache the embeddings."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_draft.models.base import Conditioning, DiffusionModel
 from lightning_draft.models.family import Family
 from lightning_draft.models.guidance import Guidance
-from lightning_draft.models.text_cache import Embedding, TextCache
+from lightning_draft.models.text_cache import TextCache
 from lightning_draft.models.text_encoding import TextEncoding, only_errors_logged, warn_if_cut
 
 _Key = tuple[str, str]
@@ -54,31 +54,33 @@ class PromptEmbedding(DiffusionModel):
         self._cache = None
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embed prompts, and the negative prompt if guidance needs it; each is embedded once and cached.
+        """Embed prompts, and their negative prompts if guidance needs them; each is embedded once and cached.
 
         Raises:
             RuntimeError: The text encoder was released and a prompt was not precomputed.
         """
-        texts = list(map(str, prompts))
-        with self._encoders_for([*map(_positive, texts), *([self._negative] if self.guidance.enabled else [])]):
-            conditioning = self._collate([self._embedding(text) for text in texts])
-            if not self.guidance.enabled:
+        texts, negatives = list(map(str, prompts)), self._negatives_of(prompts)
+        with self._encoders_for([*map(_positive, texts), *map(_negative, negatives)]):
+            conditioning = self._collate([self._cached(_positive(text)) for text in texts])
+            if not negatives:
                 return conditioning
-            return replace(conditioning, negative=self._collate([self._negative_embedding()] * len(texts)))
+            return replace(conditioning, negative=self._collate([self._cached(_negative(each)) for each in negatives]))
 
     def precompute(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> None:
-        """Embed prompts and the negative prompt ahead of time, and cache all of them.
+        """Embed prompts and negative prompts ahead of time, and cache all of them.
 
         Args:
             prompts: The prompts.
             device: With `text.cache`: the device of the text encoders, which are loaded for this.
         """
+        prompts = list(prompts)
         texts = dict.fromkeys(map(str, prompts))
-        with only_errors_logged(), self._encoders_for([self._negative, *map(_positive, texts)], device):
-            self._negative_embedding(keep=True)
-            for text in texts:
-                if self._key(_positive(text)) not in self._embeddings:
-                    self._embedding(text, keep=True)
+        negatives = dict.fromkeys([self.guidance.negative_prompt, *self._negatives_of(prompts)])
+        keys = [*map(_negative, negatives), *map(_positive, texts)]
+        with only_errors_logged(), self._encoders_for(keys, device):
+            for key in keys:
+                if self._key(key) not in self._embeddings:
+                    self._cached(key, keep=True)
 
     def default_prompts(self, count: int) -> list[str]:
         """Return at most `count` prompts for images without given prompts; a model that reads text has none."""
@@ -86,8 +88,9 @@ class PromptEmbedding(DiffusionModel):
 
     def release_text_encoder(self) -> None:
         """Free the text encoders' memory; afterwards only prompts with cached embeddings can be used."""
-        with self._encoders_for([self._negative]):
-            self._negative_embedding(keep=True)
+        negative = _negative(self.guidance.negative_prompt)
+        with self._encoders_for([negative]):
+            self._cached(negative, keep=True)
         self._drop_text_encoders()
 
     @abstractmethod
@@ -165,23 +168,19 @@ class PromptEmbedding(DiffusionModel):
             self._cache = self._open_cache()
         return self._cache
 
-    @property
-    def _negative(self) -> _Key:
-        return ("negative", self.guidance.negative_prompt)
+    def _negatives_of(self, prompts: Iterable[str]) -> list[str]:
+        """Return the negative prompts of prompts; empty without guidance."""
+        return [self.guidance.negative_prompt_of(prompt) for prompt in prompts] if self.guidance.enabled else []
 
     def _key(self, prompt: _Key) -> tuple[str, str, float]:
         return (*prompt, self.text_scale)
 
-    def _embedding(self, prompt: str, keep: bool = False) -> Mapping[str, Tensor]:
-        return self._cached(_positive(prompt), lambda: self._embed(prompt), keep)
+    def _cached(self, key: _Key, keep: bool = False) -> Mapping[str, Tensor]:
+        encoder, scaled_key = self._last_encoder, self._key(key)
 
-    def _negative_embedding(self, keep: bool = False) -> Mapping[str, Tensor]:
-        prompt = self.guidance.negative_prompt
-        return self._cached(self._negative, lambda: self._embed(prompt, negative=True), keep)
+        def embed() -> Mapping[str, Tensor]:
+            return self._embed(key[1], negative=key[0] == "negative")
 
-    def _cached(self, key: _Key, embed: Callable[[], Embedding], keep: bool) -> Mapping[str, Tensor]:
-        encoder = self._last_encoder
-        scaled_key = self._key(key)
         if scaled_key not in self._embeddings and self.family.text_encoders:
             if encoder is None:
                 raise RuntimeError(
@@ -201,3 +200,7 @@ class PromptEmbedding(DiffusionModel):
 
 def _positive(prompt: str) -> _Key:
     return ("prompt", prompt)
+
+
+def _negative(prompt: str) -> _Key:
+    return ("negative", prompt)

@@ -49,11 +49,26 @@ class StableDiffusion(PipelineModel):
         self.schedule, self.prediction = variance_preserving(pipeline.scheduler)
 
     def _embed(self, prompt: str, negative: bool = False) -> Mapping[str, Tensor]:
-        """Return the last hidden state, `(tokens, width)`."""
-        skip = None if negative else self.text.clip_skip or None
-        text, _ = self.pipeline.encode_prompt(prompt, self._text_device, 1, False, clip_skip=skip)
+        """Return the last hidden state or, with `text.clip_skip`, an earlier one, `(tokens, width)`."""
+        if self.text.clip_skip and not negative:
+            return {"text": _earlier_state(self.pipeline, prompt, self.text.clip_skip)}
+        text, _ = self.pipeline.encode_prompt(prompt, self._text_device, 1, False)
         return {"text": text[0]}
 
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = self.denoiser(x, time, conditioning.tensors["text"], return_dict=False)[0]
         return output
+
+
+def _earlier_state(pipeline: Any, prompt: str, skip: int) -> Tensor:
+    """Return the normalized hidden state before the last `skip` layers, `(tokens, width)`.
+
+    diffusers 0.42 cannot compute it with transformers 5.6 and newer, whose `CLIPTextModel` has no `text_model`.
+    """
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    text = pipeline.maybe_convert_prompt(prompt, tokenizer)
+    length = tokenizer.model_max_length
+    tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    states = encoder(tokens.to(encoder.device), output_hidden_states=True).hidden_states
+    normalized: Tensor = getattr(encoder, "text_model", encoder).final_layer_norm(states[-1 - skip])
+    return normalized[0]

@@ -59,6 +59,14 @@ class TextEncoding:
             )
         in_range("text.max_length", self.max_length, 1, family.max_text_length, f"write {family.text_length}")
 
+    def check_layers(self, layers: int) -> None:
+        """Check the options against the number of layers of the smallest CLIP.
+
+        Raises:
+            ConfigurationError: More layers are to be skipped than there are.
+        """
+        in_range("text.clip_skip", self.clip_skip, 0, layers - 1, "write 1, or 0 for the published embedding")
+
 
 def as_chat(tokenizer: Any, prompt: str, thinking: bool) -> str:
     """Return a prompt as the user's message in the tokenizer's chat template.

@@ -160,15 +160,6 @@ def test_denoiser_without_sample_size_needs_height_and_width(tiny_sd: Path, tmp_
     assert StableDiffusion(str(folder), height=16, width=24).latent_shape == (4, 8, 12)
 
 
-def test_a_textual_inversion_of_several_vectors_is_expanded_as_in_diffusers(tiny_sd: Path, tmp_path: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
-    vectors = {"<cat>": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}
-    pipeline.load_textual_inversion(vectors, token="<cat>")
-    pipeline.save_pretrained(tmp_path / "inverted")
-    ours = StableDiffusion(str(tmp_path / "inverted")).encode(["a <cat>"]).tensors["text"]
-    torch.testing.assert_close(ours, pipeline.encode_prompt("a <cat>", torch.device("cpu"), 1, False)[0])
-
-
 def test_network_without_add_adapter_is_adapted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = UNet2DModel(

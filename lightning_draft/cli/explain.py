@@ -74,9 +74,9 @@ def _unknown_option(problem: Problem, groups: Mapping[str, Any], name: str) -> s
         known, what = list(hints.parameters(kind)), kind.__name__
     else:
         path, known, what = path[:1], [*groups, "config", "print_config", "help"], ""
-        for group, kind in groups.items():
-            if isinstance(kind, type) and path[0] in hints.parameters(kind):
-                return f"there is no option {_option(path)}; did you mean --{group}.{path[0]}"
+        for section, owner in groups.items():
+            if isinstance(owner, type) and path[0] in hints.parameters(owner):
+                return f"there is no option {_option(path)}; did you mean --{section}.{path[0]}"
     similar = nearest(path[-1], known)
     listed = "; see lightning-draft fit --help"
     if what and len(known) <= 20:

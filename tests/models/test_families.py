@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
@@ -18,8 +19,20 @@ from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusio
 from lightning_draft.models.families import FAMILIES
 from lightning_draft.models.family import Family
 from lightning_draft.rewards.color import ColorBalance
-from lightning_draft.truncation import LastK
-from tests.family_cases import CASES, Case, diffusers_images, images, opened, plain, prepared, sampler
+from lightning_draft.surrogates import DirectAlign, LeapAlign
+from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
+from tests.family_cases import (
+    CASES,
+    STEPS,
+    Case,
+    diffusers_images,
+    images,
+    opened,
+    plain,
+    prepared,
+    sampler,
+    starting_noise,
+)
 from tests.tiny_families import WRITERS
 
 
@@ -105,6 +118,39 @@ def test_training_changes_the_adapters_alone(
     assert trained
     assert changed == trained
     assert {before[key].dtype for key in trained} == {torch.float32}
+
+
+TRUNCATIONS = [
+    Full(),
+    LastK(2),
+    LowVariance(),
+    ReFL(STEPS),
+    RandomK(),
+    RandomSteps(),
+    DRTune(2, m=2),
+    LeapAlign(),
+    DirectAlign(),
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_truncation_has_a_gradient_in_every_family(folders: Callable, name: str) -> None:
+    case = CASES[name]
+    model = opened(folders(name), case, lora=LoRA(2), guidance=Guidance(1.0))
+    parameters = [value for _, value in model.trainable_parameters()]
+    for truncation in TRUNCATIONS:
+        torch.manual_seed(0)
+        chain = SamplingChain(model, sampler(case), model.encode(case.prompts))
+        loss = model.decode(truncation(chain, starting_noise(model))).square().mean()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        norms = torch.stack([each.norm() for each in gradients if each is not None])
+        assert norms.isfinite().all(), truncation
+        assert norms.max() > 0, truncation
+
+
+def test_the_battery_has_every_truncation() -> None:
+    shipped = {kind for kind in Truncation.__subclasses__() if kind.__module__.startswith("lightning_draft.")}
+    assert {type(each) for each in TRUNCATIONS} == shipped
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -81,6 +81,27 @@ def _flux_layers(config: Any) -> dict[str, list[str]]:
     return layers
 
 
+def z_image_transformer(transformer: Any) -> dict[str, Tensor]:
+    """The weights of a Z-Image transformer under the names of the files that ComfyUI reads."""
+    names = {
+        "all_final_layer.2-1.": "final_layer.",
+        "all_x_embedder.2-1.": "x_embedder.",
+        ".attention.to_out.0.": ".attention.out.",
+        ".attention.norm_q.": ".attention.q_norm.",
+        ".attention.norm_k.": ".attention.k_norm.",
+    }
+    found = {}
+    for key, value in transformer.state_dict().items():
+        original = f"model.diffusion_model.{key}"
+        for name, old in names.items():
+            original = original.replace(name, old)
+        found[original] = value
+    for query in [key for key in found if key.endswith(".to_q.weight")]:
+        parts = [found.pop(query.replace(".to_q.", f".to_{each}.")) for each in "qkv"]
+        found[query.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+    return found
+
+
 def _prefixed(prefix: str, network: Any) -> dict[str, Tensor]:
     return {f"{prefix}{key}": value for key, value in network.state_dict().items()}
 

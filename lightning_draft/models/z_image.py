@@ -44,6 +44,7 @@ class ZImage(PipelineModel):
         text_length=512,
         max_text_length=512,
         ragged_text=True,
+        single_file={},
         comfy=ComfyNames({"transformer": "diffusion_model."}, lambda config: ("z_image", "Z-Image"), underscores=False),
     )
 

@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
 )
 from diffusers.loaders import single_file_model
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from lightning_draft.models import (
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    ZImage,
 )
 from lightning_draft.models.loading import opener
 from lightning_draft.samplers import DDIM, FlowEuler
@@ -129,6 +131,16 @@ def test_a_flux_file_is_the_folder(tiny_flux: Path, tmp_path: Path, complete: bo
     model = Flux(file, pretrained_config=str(tiny_flux), **options)
     assert opener(file) == "Flux"
     assert_same_model(model, Flux(str(tiny_flux), **options))
+
+
+def test_a_z_image_file_is_the_folder(tmp_path: Path) -> None:
+    """With the transformer alone."""
+    folder = write("z_image", tmp_path / "z_image")
+    pipeline = ZImagePipeline.from_pretrained(folder)
+    file = written(original_layouts.z_image_transformer(pipeline.transformer), tmp_path / "z_image.safetensors")
+    options: dict[str, Any] = {"lora": None, "height": 16, "width": 16, "guidance": Guidance(1.0)}
+    assert opener(file) == "ZImage"
+    assert_same_model(ZImage(file, pretrained_config=str(folder), **options), ZImage(str(folder), **options))
 
 
 def test_networks_that_a_file_lacks_need_pretrained_config(tiny_flux: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def _scheduled(pipeline: str, schedule: ScaleSchedule) -> list[str]:
         f'    pipe.set_adapters("reward", {{{denoiser}: scale((step + 1) % steps, steps)}})',
         "    return tensors",
         f'\n\npipe.set_adapters("reward", {{{denoiser}: scale(0, 1)}})',
-        'image = pipe("a prompt", callback_on_step_end=next_scale).images[0]',
+        'image = pipe(prompt="a prompt", callback_on_step_end=next_scale).images[0]',
     ]
 
 

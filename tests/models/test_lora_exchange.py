@@ -309,7 +309,7 @@ def test_code_of_the_card_gives_the_images_of_a_model_with_a_scale_schedule(
     header = {"base": str(tiny_sd), "scale_schedule": schedule.to_text()}
     card = model_card("x", header, "StableDiffusionPipeline", 2, comfy=False)
     code, call = card.partition("```python\n")[2].partition("\n```")[0].rsplit("\n", 1)
-    assert call == 'image = pipe("a prompt", callback_on_step_end=next_scale).images[0]'
+    assert call == 'image = pipe(prompt="a prompt", callback_on_step_end=next_scale).images[0]'
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(code, names)

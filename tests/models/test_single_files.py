@@ -183,16 +183,26 @@ def test_a_lora_is_no_single_file_of_a_model(tiny_sd: Path, tmp_path: Path) -> N
         StableDiffusion(str(tmp_path / "lora.safetensors"))
 
 
-@pytest.mark.parametrize("kind", [StableDiffusionXL, StableDiffusion3])
-def test_a_sharded_fp16_variant_is_the_folder(
-    kind: Callable[..., PipelineModel], request: pytest.FixtureRequest, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "fixture", "variant", "names"),
+    [
+        (StableDiffusionXL, "tiny_sdxl", "fp16", "*.fp16-0*.safetensors"),
+        (StableDiffusion3, "tiny_sd3", None, "*model-0*.safetensors"),
+    ],
+)
+def test_sharded_folders_and_fp16_variants_have_the_same_weights(
+    kind: Callable[..., PipelineModel],
+    fixture: str,
+    variant: str | None,
+    names: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
-    """Each network in several files, with `fp16` in their names."""
-    folder = request.getfixturevalue({StableDiffusionXL: "tiny_sdxl", StableDiffusion3: "tiny_sd3"}[kind])
-    options: dict[str, Any] = {"lora": None, "dtype": "float16", "memory": Memory(vae_dtype="float16")}
-    model = kind(str(folder), **options)
+    """Each network is in several files."""
+    folder, options = request.getfixturevalue(fixture), {"dtype": "float16", "memory": Memory(vae_dtype="float16")}
+    model = kind(str(folder), lora=None, **options)
     pipeline = model.family.pipeline_class.from_pretrained(folder, dtype=torch.float16)
-    pipeline.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="20KB")
-    denoiser = tmp_path / "half" / model.family.denoiser
-    assert len(list(denoiser.glob("*.fp16-0*.safetensors"))) > 1
-    assert_same_weights(kind(str(tmp_path / "half"), **options), model)
+    pipeline.save_pretrained(tmp_path / "half", variant=variant, max_shard_size="4KB")
+    for part in (model.family.denoiser, "text_encoder"):
+        assert len(list((tmp_path / "half" / part).glob(names))) > 1
+    assert_same_weights(kind(str(tmp_path / "half"), lora=None, **options), model)

@@ -1,8 +1,10 @@
 """Negative prompts of single prompts, clip skip and textual inversions, against diffusers' pipeline."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -11,9 +13,15 @@ from torch import Tensor
 from lightning_draft.chain import SamplingChain
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import Guidance, StableDiffusion, StableDiffusionXL, TextEncoding
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.forward_process import ForwardProcessModule
+from lightning_draft.methods.policy_gradient import PolicyGradientModule
+from lightning_draft.models import Conditioning, Guidance, LoRA, StableDiffusion, StableDiffusionXL, TextEncoding
 from lightning_draft.prompt import Prompt
+from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM
+from lightning_draft.truncation import LastK
 
 PROMPTS = [Prompt("a red cat", {"negative_prompt": "tree"}), Prompt("dog, cat", {"negative_prompt": "red"})]
 GUIDANCE = Guidance(3.0, "blurry")
@@ -104,3 +112,31 @@ def test_a_textual_inversion_of_several_vectors_gives_the_images_of_the_pipeline
 def test_a_clip_skip_of_all_layers_is_rejected(tiny_sdxl: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"text.clip_skip=2 must be between 0 and 1.*; write 1"):
         StableDiffusionXL(str(tiny_sdxl), text=TextEncoding(clip_skip=2))
+
+
+METHODS: dict[str, Callable[[StableDiffusion], RewardModule]] = {
+    "draft": lambda model: DraftModule(model, ColorBalance(), DDIM(2), LastK(1)),
+    "policy": lambda model: PolicyGradientModule(model, ColorBalance(), DDIM(2, eta=1.0), samples_per_prompt=2),
+    "forward": lambda model: ForwardProcessModule(model, ColorBalance(), DDIM(2), samples_per_prompt=2),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_and_its_validation_use_the_own_negative_prompts(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen: list[str] = []
+    encode = StableDiffusion.encode
+
+    def noted(model: StableDiffusion, prompts: Sequence[str]) -> Conditioning:
+        seen.extend(GUIDANCE.negative_prompt_of(prompt) for prompt in prompts)
+        return encode(model, prompts)
+
+    monkeypatch.setattr(StableDiffusion, "encode", noted)
+    model = StableDiffusion(str(tiny_sd), lora=LoRA(2, seed=0), guidance=GUIDANCE)
+    rows = [{"prompt": f"a {letter}", "negative_prompt": f"no {letter}"} for letter in "abcd"]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(METHODS[name](model), PromptDataModule(rows, rows, batch_size=4))
+    assert set(seen) == {f"no {letter}" for letter in "abcd"}
+    assert len(seen) >= 12  # validation before training, the step, and validation after it

@@ -5,11 +5,12 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.arguments import one_of, positive
@@ -88,11 +89,19 @@ class Guidance:
                 f"guidance.embedded={self.embedded} has no effect on this model family, whose networks take no "
                 "guidance scale as an input; leave it out"
             )
-        return replace(
+        resolved = replace(
             self,
             scale=scale if self.scale is None else self.scale,
             embedded=embedded if self.embedded is None else self.embedded,
         )
+        if self.negative_prompt.strip() and not resolved.enabled:
+            _warn_of_no_effect("guidance.negative_prompt")
+        return resolved
+
+    def check_negative_column(self, prompts: Iterable[str]) -> None:
+        """Warn if prompts have a negative prompt that guidance with a scale of 1 does not use."""
+        if not self.enabled and any(NEGATIVE_COLUMN in metadata_of(prompt) for prompt in prompts):
+            _warn_of_no_effect(f"the column {NEGATIVE_COLUMN!r}")
 
     def apply(self, network: Network, x: Tensor, conditioning: Conditioning, rescale: Rescale | None = None) -> Tensor:
         """Evaluate the network with guidance.
@@ -125,6 +134,10 @@ def with_token_norms(guided: Tensor, conditional: Tensor) -> Tensor:
     tokens, target = pack(guided), pack(conditional)
     scaled = tokens * (target.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True))
     return unpack(scaled, guided.shape[-2], guided.shape[-1])
+
+
+def _warn_of_no_effect(what: str) -> None:
+    rank_zero_warn(f"{what} has no effect, because guidance.scale=1 is no guidance; write a larger scale, such as 5")
 
 
 def _with_norm_up_to(limit: float, guided: Tensor, conditional: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class PromptEmbedding(DiffusionModel):
             device: With `text.cache`: the device of the text encoders, which are loaded for this.
         """
         prompts = list(prompts)
+        self.guidance.check_negative_column(prompts)
         texts = dict.fromkeys(map(str, prompts))
         negatives = dict.fromkeys([self.guidance.negative_prompt, *self._negatives_of(prompts)])
         keys = [*map(_negative, negatives), *map(_positive, texts)]

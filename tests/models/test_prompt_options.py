@@ -51,6 +51,13 @@ def diffusers_images(folder: Path, prompts: list[Any], **options: Any) -> Tensor
     return result
 
 
+def test_negative_prompts_without_guidance_are_a_warning(tiny_sd: Path) -> None:
+    with pytest.warns(UserWarning, match=r"guidance\.negative_prompt has no effect"):
+        model = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(1.0, "blurry"))
+    with pytest.warns(UserWarning, match="the column 'negative_prompt' has no effect"):
+        model.precompute(PROMPTS)
+
+
 def test_each_prompt_can_have_its_own_negative_prompt(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), lora=None, guidance=GUIDANCE)
     ours, plain = images(model, PROMPTS), images(model, [*map(str, PROMPTS)])

@@ -24,7 +24,9 @@ from lightning_draft.models.scheduler_config import rectified_flow
 class QwenImage(PipelineModel):
     """A Qwen-Image pipeline, for `FlowEuler` and `FlowSDE`; arguments as of `PipelineModel`.
 
-    Guided predictions are scaled to the norms of the prediction for the prompt, token by token, as in diffusers.
+    Guided predictions are scaled to the norms of the prediction for the prompt, token by token, as in diffusers. By
+    default, only the image's stream of the attention is adapted: the output of the last block's text stream is not
+    used, so that some of its layers would have no gradient.
 
     Attributes:
         transformer: The denoiser.

@@ -7,7 +7,7 @@ from typing import get_args
 
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.generation import add_image_options, image_file
-from lightning_draft.cli.lora_grid import Shown, check_grid_options, write_grid
+from lightning_draft.cli.lora_grid import GridContent, Shown, grid_content, write_grid
 from lightning_draft.cli.messages import as_configuration_error, printable
 from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
 from lightning_draft.models import lora_writing
@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> int:
         if options.command == "info":
             _info(options)
             return 0
-        check_grid_options(options)
+        content = grid_content(options)
         names, weights = zip(*map(_weighted if options.command == "mix" else _whole, options.files), strict=True)
         files = read_loras(names, options.model)
         if options.command == "merge":
@@ -42,8 +42,8 @@ def main(args: Sequence[str]) -> int:
                 _edited(files, weights, options), options.output, options.format, torch_dtype(options.dtype)
             )
         print(f"wrote {options.output}")
-        if options.prompt or options.prompts:
-            _grid([file.path for file in files], options)
+        if content is not None:
+            _grid([file.path for file in files], content, options)
     return 0
 
 
@@ -117,7 +117,7 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _grid(files: Sequence[Path], options: argparse.Namespace) -> None:
+def _grid(files: Sequence[Path], content: GridContent, options: argparse.Namespace) -> None:
     """Write images of the base model, of the given files, and of the result."""
     size = (options.height, options.width)
     base = open_base(files, options.model, size)
@@ -128,7 +128,7 @@ def _grid(files: Sequence[Path], options: argparse.Namespace) -> None:
         shown.append(Shown(f"{options.output.name} (merged)", merged))
     else:
         shown.append(Shown(f"{options.output.name} (new)", base, options.output))
-    write_grid(shown, options.grid or options.output.with_suffix(".png"), options)
+    write_grid(shown, options.grid or options.output.with_suffix(".png"), content, options)
 
 
 def _labels(files: Sequence[Path]) -> dict[str, Path]:

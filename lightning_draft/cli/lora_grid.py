@@ -1,7 +1,7 @@
 """The image grid of the command `lora`: base model, given files and result from the same noise, with scores."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lightning_draft.cli.score import build_rewards
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_generation import generate, score_images
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
 
 
@@ -33,23 +34,40 @@ class Shown:
     scale: float = 1.0
 
 
-def check_grid_options(options: argparse.Namespace) -> None:
-    """Check that rewards are given with prompts.
+@dataclass(frozen=True)
+class GridContent:
+    """The prompts and the rewards of a grid.
+
+    Args:
+        prompts: The prompts.
+        rewards: The rewards by name, on the chosen device; there may be none.
+    """
+
+    prompts: Sequence[str]
+    rewards: Mapping[str, Reward]
+
+
+def grid_content(options: argparse.Namespace) -> GridContent | None:
+    """Return the prompts and rewards that the options name, before any file is written; None if no grid is wanted.
 
     Raises:
-        ConfigurationError: There are rewards and no prompts.
+        ConfigurationError: There are rewards and no prompts, or the prompts or rewards are not valid.
     """
-    if (options.reward or options.rewards or options.grid) and not (options.prompt or options.prompts):
-        raise ConfigurationError('a scored grid needs prompts; write --prompt "a cat" "a dog", or --prompts FILE')
-
-
-def write_grid(shown: Sequence[Shown], output: Path, options: argparse.Namespace) -> None:
-    """Generate images of the same prompts and noise, print their mean scores, and write the grid."""
     prompts = prompts_of(options)[: options.max]
-    every = prompts * len(options.seed)
+    if not prompts:
+        if options.reward or options.rewards or options.grid:
+            raise ConfigurationError('a scored grid needs prompts; write --prompt "a cat" "a dog", or --prompts FILE')
+        return None
     rewards = build_rewards(options.reward, options.rewards) if options.reward or options.rewards else {}
     for reward in rewards.values():
         reward.eval().requires_grad_(False).to(options.device)
+    return GridContent(prompts, rewards)
+
+
+def write_grid(shown: Sequence[Shown], output: Path, content: GridContent, options: argparse.Namespace) -> None:
+    """Generate images of the same prompts and noise, print their mean scores, and write the grid."""
+    prompts, rewards = list(content.prompts), content.rewards
+    every = prompts * len(options.seed)
     images, scores = {}, {}
     for each in shown:
         images[each.label] = _images(each, default_sampler(each.model, options.steps), prompts, options)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
@@ -205,7 +206,7 @@ def _update(state: Mapping[str, Any], layer: str, settings: Mapping[str, Any], f
         scale = _scale(layer, len(a), state.get(f"{layer}.alpha"), settings)
     except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, re.error):
         scale = math.nan
-    if not math.isfinite(scale):
+    if not abs(scale) <= torch.finfo(torch.float32).max:
         raise ConfigurationError(f"{file} is damaged: {layer} has no valid rank and alpha; copy it again")
     return Update(a, b, scale)
 

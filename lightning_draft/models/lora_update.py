@@ -39,8 +39,9 @@ class Update:
         return replace(self, scale=self.scale * factor)
 
     def dense(self) -> Tensor:
-        """Compute `dW` in the shape of the layer's weight."""
-        product = self.scale * (self.b.flatten(1) @ self.a.flatten(1))
+        """Compute `dW` in the shape of the layer's weight, in float32 or in float64 if a factor has this precision."""
+        dtype = torch.promote_types(torch.promote_types(self.a.dtype, self.b.dtype), torch.float32)
+        product = self.scale * (self.b.to(dtype).flatten(1) @ self.a.to(dtype).flatten(1))
         return product.reshape(len(self.b), *self.a.shape[1:])
 
     def norm(self) -> float:

@@ -66,7 +66,8 @@ def write(
         dtype: Dtype of the factors.
 
     Raises:
-        ConfigurationError: The family has no names in ComfyUI, or the file cannot be written.
+        ConfigurationError: The family has no names in ComfyUI, a value is not finite in this dtype, or the file cannot
+            be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -81,6 +82,10 @@ def write(
         name: value.detach().to("cpu", torch.float32 if name.endswith(".alpha") else dtype).contiguous()
         for name, value in tensors.items()
     }
+    alphas = {
+        f"alpha of {name}": torch.tensor(update.alpha) for each in updates.values() for name, update in each.items()
+    }
+    _check_finite({**prepared, **alphas}, path, dtype)
     with atomic_path(path) as partial:
         save_file(prepared, partial, metadata={**header, "format": "pt"})
 
@@ -100,10 +105,22 @@ def write_lora(
         dtype: Dtype of the factors.
 
     Raises:
-        ConfigurationError: The family has no names in ComfyUI, or the file cannot be written.
+        ConfigurationError: The family has no names in ComfyUI, a value is not finite in this dtype, or the file cannot
+            be written.
     """
     metadata = {**file.metadata, "base": file.base.name}
     write(path, file.updates, metadata, file.base.family, file.base.config, form, dtype)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """Check that a file can be read again, because files with other values are rejected."""
+    name = next((name for name, value in tensors.items() if not value.isfinite().all()), None)
+    if name is not None:
+        kind = str(dtype).removeprefix("torch.")
+        raise ConfigurationError(
+            f"{path} was not written: {name} is not finite in {kind}, whose largest number is "
+            f"{torch.finfo(dtype).max:g}; choose a smaller scale, or another dtype such as float32"
+        )
 
 
 def comfy_names(family: Family) -> ComfyNames:

@@ -274,17 +274,33 @@ def test_interrupted_optimizer_step_is_counted_once(tmp_path: Path, moment: str)
     assert math.isfinite(resumed.seconds)
 
 
+class Judge(LinearReward):
+    """A reward that counts its calls."""
+
+    calls = 0
+
+    def forward(self, images: Tensor, prompts: Any) -> Tensor:
+        self.calls += 1
+        return super().forward(images, prompts)
+
+    def usage(self) -> dict[str, float]:
+        return {"requests": self.calls}
+
+
+def test_resumed_run_continues_the_usage_of_rewards(tmp_path: Path) -> None:
+    used = 0.0
+    for steps in (1, 2, 3):
+        module = DraftModule(LinearModel(0.1), Judge(), DDIM(3))
+        last = LastCheckpoint(every_n_steps=1, dirpath=str(tmp_path))
+        path = str(tmp_path / "last.ckpt") if steps > 1 else None
+        monitor = fit(tmp_path, module, steps, last, enable_checkpointing=True, limit_val_batches=0, ckpt_path=path)
+        assert isinstance(module.reward, Judge)
+        assert module.reward.calls > 0
+        used += module.reward.calls
+        assert monitor.state_dict()["requests"] == used
+
+
 def test_usage_of_rewards_is_logged(tmp_path: Path) -> None:
-    class Judge(LinearReward):
-        calls = 0
-
-        def forward(self, images: Tensor, prompts: Any) -> Tensor:
-            self.calls += 1
-            return super().forward(images, prompts)
-
-        def usage(self) -> dict[str, float]:
-            return {"requests": self.calls}
-
     module = DraftModule(LinearModel(0.1), Judge(), DDIM(3), eval_rewards={"other": Judge()})
     logged: list[float] = []
 

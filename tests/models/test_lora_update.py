@@ -59,3 +59,10 @@ def test_alpha_is_scale_times_rank_and_factors_multiply_the_update() -> None:
 def test_updates_of_different_layers_cannot_be_added() -> None:
     with pytest.raises(ConfigurationError, match="different shapes cannot be added"):
         add([random(2, 0), random(2, 0, conv=True)])
+
+
+def test_dense_update_of_half_precision_factors_is_computed_in_float32() -> None:
+    update = random(4, 7, 0.5)
+    half = Update(update.a.half(), update.b.bfloat16(), 0.5)
+    torch.testing.assert_close(half.dense(), 0.5 * half.b.float() @ half.a.float())
+    assert random(2, 8).times(2.0).dense().dtype == torch.float32

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "K = 1, nothing recomputed, batch 8, guidance": {"k": 1, "batch": 8, "guidance": 5.0, "checkpointing": "none"},
     "K = 1 (default), batch 4": {"k": 1, "batch": 4},
     "K = 1, step and decoder recomputed, batch 4": {"k": 1, "batch": 4, "checkpointing": "step", "memory": RECOMPUTED},
-    "K = 2, batch 4": {"k": 2, "batch": 4, "checkpointing": "none"},
+    "K = 2, nothing recomputed, batch 4": {"k": 2, "batch": 4, "checkpointing": "none"},
     "K = 2, blocks recomputed, batch 4": {"k": 2, "batch": 4, "checkpointing": "block"},
     "full, steps recomputed, batch 1": {"k": None, "batch": 1},
     "full, steps recomputed, batch 4": {"k": None, "batch": 4},

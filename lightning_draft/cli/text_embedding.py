@@ -27,7 +27,7 @@ def embed_prompts(config: Any) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(DiffusionModel, "model")
     with without_weights():
-        model = parser.instantiate_classes(Namespace(model=options))["model"]
+        model = parser.instantiate_classes(Namespace(model=options))["model"]  # type: ignore[no-untyped-call]
     if not isinstance(model, PromptEmbedding):
         return
     data = PromptDataModule(**config["data"].as_dict())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, memory, step_cost
+from benchmarks import common, gpu, memory, step_cost
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.truncation import Full, LastK
 
@@ -48,3 +48,32 @@ def test_memory_of_full_back_propagation_does_not_grow_with_the_steps(tiny_sd: P
 def test_tables_are_markdown() -> None:
     page = common.table(["name", "n"], [["a", "1"], ["long", "22"]])
     assert page.splitlines() == ["| name |  n |", "| ---- | -: |", "| a    |  1 |", "| long | 22 |"]
+
+
+def test_the_gpu_benchmark_with_a_tiny_network_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--device", "cpu", "--tiny", "--models", "sd15", "--cases", "full, both", "--steps", "1"]
+    monkeypatch.setattr("sys.argv", ["gpu", *arguments, "--repeats", "1"])
+    gpu.main()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "full, both" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "sd15"
+    assert float(cells[4]) > 0
+    assert float(cells[5].removesuffix("%")) > 0
+
+
+def test_the_gpu_benchmark_trains_every_case_of_a_tiny_flux() -> None:
+    for case in gpu.CASES:
+        if not case.compile:
+            assert gpu.seconds(gpu.build("flux", case, gpu.TINY, "cpu", 1), "cpu", 1) > 0
+
+
+def test_the_gpu_benchmark_without_a_gpu_ends_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no GPU was found; run it on a machine with one" in capsys.readouterr().err

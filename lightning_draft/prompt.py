@@ -4,6 +4,9 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+NEGATIVE_COLUMN = "negative_prompt"
+"""Name of the column of prompt files with the negative prompt of each prompt."""
+
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 

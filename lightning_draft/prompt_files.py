@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.prompt_rows import Place, RowCollector, check_column, check_texts, numbered_prompts, to_prompts
+from lightning_draft.prompt import NEGATIVE_COLUMN
+from lightning_draft.prompt_rows import (
+    Place,
+    RowCollector,
+    check_column,
+    check_texts,
+    checked_negatives,
+    numbered_prompts,
+    to_prompts,
+)
 from lightning_draft.prompt_table import PromptTable
 
 
@@ -193,7 +202,11 @@ def _read_parquet(path: Path, column: str) -> PromptTable:
     texts = table.column(column).to_pylist()
     check_texts(texts, count(1), column, path, "row")
     others = tuple(name for name in table.column_names if name != column)
-    return PromptTable.from_columns(texts, others, [_ArrowColumn(table.column(name)) for name in others])
+    columns: list[Sequence[Any]] = [_ArrowColumn(table.column(name)) for name in others]
+    if NEGATIVE_COLUMN in others:
+        place = others.index(NEGATIVE_COLUMN)
+        columns[place] = checked_negatives(table.column(NEGATIVE_COLUMN).to_pylist(), count(1), path, "row")
+    return PromptTable.from_columns(texts, others, columns)
 
 
 class _ArrowColumn(Sequence[Any]):

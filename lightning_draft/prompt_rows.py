@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.prompt import NEGATIVE_COLUMN
 from lightning_draft.prompt_table import PromptTable
 
 _ROWS_AT_ONCE = 1024
+_EMPTY = ("nan", "<NA>")
 
 
 class Place(NamedTuple):
@@ -83,10 +85,13 @@ class RowCollector:
         if not self._rows:
             return self._prompts
         assert self._names is not None
-        columns = list(zip(*self._rows, strict=True))
+        columns: list[Sequence[Any]] = [*zip(*self._rows, strict=True)]
         texts = columns.pop(self._names.index(self.column))
         check_texts(texts, self._numbers, self.column, self.source, self.kind)
         others = tuple(name for name in self._names if name != self.column)
+        if NEGATIVE_COLUMN in others:
+            place = others.index(NEGATIVE_COLUMN)
+            columns[place] = checked_negatives(columns[place], self._numbers, self.source, self.kind)
         self._prompts.append_rows([text.strip() for text in texts] if self.strip else texts, others, columns)
         self._rows, self._numbers = [], []
         return self._prompts
@@ -106,6 +111,24 @@ def check_texts(texts: Sequence[Any], numbers: Iterable[int], column: str, sourc
                 f"{Place(source, kind, number)} has {text!r} ({type(text).__name__}) in the column {column!r}; "
                 "prompts are strings"
             )
+
+
+def checked_negatives(values: Sequence[Any], numbers: Iterable[int], source: Any, kind: str) -> Sequence[str | None]:
+    """Return negative prompts, with `None` for the NaN that pandas writes for an empty cell.
+
+    Raises:
+        ConfigurationError: A value is neither a string nor empty; the message names its row.
+    """
+    if set(map(type, values)) <= {str, type(None)}:
+        return values
+    cells = [None if str(value) in _EMPTY and not isinstance(value, str) else value for value in values]
+    for number, value in zip(numbers, cells, strict=False):
+        if value is not None and not isinstance(value, str):
+            raise ConfigurationError(
+                f"{Place(source, kind, number)} has {value!r} ({type(value).__name__}) in the column "
+                f"{NEGATIVE_COLUMN!r}; negative prompts are strings, and the cell can be empty"
+            )
+    return cells
 
 
 def check_column(names: list[Any], column: str, where: Any) -> None:

@@ -92,6 +92,11 @@ class PromptTable(Sequence[str]):
         """Whether rows with metadata were added."""
         return bool(self._blocks)
 
+    @property
+    def column_names(self) -> set[str]:
+        """Names of the columns of all rows."""
+        return {name for names, _ in self._blocks for name in names}
+
     def __len__(self) -> int:
         """Return the number of prompts."""
         return len(self.texts)

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from lightning_draft.data import PromptDataModule, hold_out
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt import Columns, Prompt
 from lightning_draft.prompt_sources import read_prompts, shipped_lists
 
@@ -153,6 +154,24 @@ def test_python_objects_are_accepted(name: str) -> None:
     assert prompts == ["two cats", "a bed"]
     if name not in ("list", "tuple"):
         assert prompts[0].metadata["count"] == 2
+
+
+@pytest.mark.parametrize("empty", [None, float("nan"), pd.NA])
+def test_an_empty_negative_prompt_is_none(empty: object, tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat", "negative_prompt": "red"}, {"prompt": "a dog", "negative_prompt": empty}]
+    table = pd.DataFrame(rows)
+    table.to_parquet(tmp_path / "p.parquet")
+    for source in (rows, table, tmp_path / "p.parquet"):
+        assert [each.metadata["negative_prompt"] for each in read_prompts(source)] == ["red", None]
+
+
+@pytest.mark.parametrize("value", [3, float("inf"), ["red"], True])
+def test_a_negative_prompt_that_is_no_text_is_rejected_with_its_row(value: object, tmp_path: Path) -> None:
+    table = pd.DataFrame([{"prompt": "a cat", "negative_prompt": value}])
+    table.to_parquet(tmp_path / "p.parquet")
+    for source in (table, tmp_path / "p.parquet"):
+        with pytest.raises(ConfigurationError, match="row 1 has .* in the column 'negative_prompt'; .* can be empty"):
+            read_prompts(source)
 
 
 def test_columns_are_a_compact_mapping() -> None:

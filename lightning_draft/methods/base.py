@@ -27,6 +27,7 @@ from lightning_draft.methods.nonfinite import NonFiniteGradients
 from lightning_draft.methods.optimization import build_optimizer, scheduler_config, step_on_plateau
 from lightning_draft.methods.stop_iteration import stop_iteration_is_error
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.models.guidance import Guidance
 from lightning_draft.parameter_gradients import gradient_scaler
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
@@ -126,8 +127,11 @@ class RewardModule(EvaluationModule, ABC):
         check_sampler(self.sampler, self.model.schedule)
 
     def on_fit_start(self) -> None:
-        """Check the gradient on the first training prompt."""
+        """Check the gradient on the first training prompt, and warn of negative prompts without effect."""
         data = self.prompt_data
+        guidance = getattr(self.model, "guidance", None)
+        if data is not None and isinstance(guidance, Guidance):
+            guidance.check_negative_column(data.train_prompts)
         if self.checks_first_step:
             self.check_first_step(["a photo"] if data is None else data.train_prompts[:1])
 

@@ -4,23 +4,21 @@ References:
     Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_draft.arguments import one_of, positive
+from lightning_draft.arguments import at_least, one_of, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.latents import pack, unpack
-from lightning_draft.prompt import metadata_of
-
-NEGATIVE_COLUMN = "negative_prompt"
-"""Name of the column of prompt files with the negative prompt of each prompt."""
+from lightning_draft.prompt import NEGATIVE_COLUMN, metadata_of
+from lightning_draft.prompt_table import PromptTable
 
 GuidanceGradient = Literal["full", "conditional"]
 Network = Callable[[Tensor, Conditioning], Tensor]
@@ -49,10 +47,15 @@ class Guidance:
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not 0 <= self.scale < math.inf:
+        if self.scale is not None:
+            at_least("guidance.scale", self.scale, 0, "write 1 for no guidance")
+        if not isinstance(self.negative_prompt, str):
             raise ConfigurationError(
-                f"guidance.scale={self.scale} must be a finite number of at least 0; write 1 for no guidance"
+                f"guidance.negative_prompt={self.negative_prompt!r} must be text; write '' for none, or give each "
+                f"prompt its own in the column {NEGATIVE_COLUMN!r}"
             )
+        if self.embedded is not None:
+            at_least("guidance.embedded", self.embedded, 0, "write 3.5, or leave it out for the published value")
         one_of("guidance.gradient", self.gradient, get_args(GuidanceGradient))
         if self.max_norm is not None:
             positive("guidance.max_norm", self.max_norm, "write 1.0, or leave it out for no limit")
@@ -96,11 +99,16 @@ class Guidance:
         )
         if self.negative_prompt.strip() and not resolved.enabled:
             _warn_of_no_effect("guidance.negative_prompt")
+        if self.max_norm is not None and not resolved.enabled:
+            _warn_of_no_effect(f"guidance.max_norm={self.max_norm}")
         return resolved
 
-    def check_negative_column(self, prompts: Iterable[str]) -> None:
+    def check_negative_column(self, prompts: Sequence[str]) -> None:
         """Warn if prompts have a negative prompt that guidance with a scale of 1 does not use."""
-        if not self.enabled and any(NEGATIVE_COLUMN in metadata_of(prompt) for prompt in prompts):
+        if self.enabled:
+            return
+        columns = prompts.column_names if isinstance(prompts, PromptTable) else {*chain(*map(metadata_of, prompts))}
+        if NEGATIVE_COLUMN in columns:
             _warn_of_no_effect(f"the column {NEGATIVE_COLUMN!r}")
 
     def apply(self, network: Network, x: Tensor, conditioning: Conditioning, rescale: Rescale | None = None) -> Tensor:

@@ -34,6 +34,11 @@ class TextEncoding:
 
     def __post_init__(self) -> None:
         at_least("text.clip_skip", self.clip_skip, 0, "write 0 for the published embedding")
+        if self.cache is not None and (not self.cache.strip() or "\0" in self.cache):
+            raise ConfigurationError(
+                f"text.cache={self.cache!r} is not the name of a folder; write a name such as embeddings, "
+                "or leave it out"
+            )
 
     def check(self, family: Family) -> None:
         """Check the options against a family.

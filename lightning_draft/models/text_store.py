@@ -3,11 +3,13 @@
 import hashlib
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +26,8 @@ class TextStore(TextCache):
     """A cache of prompt embeddings in a folder; they are not kept in memory.
 
     The embeddings are in `.safetensors` shards, which never change once they are written. Several processes may use the
-    folder at the same time. A process that is killed loses only the embeddings that are not in a shard yet.
+    folder at the same time. A process that is killed loses only the embeddings that are not in a shard yet. Each
+    embedding has a checksum, which is compared when it is read.
 
     Args:
         folder: Folder for the embeddings of one set of text encoders; see `fingerprint`.
@@ -37,10 +40,9 @@ class TextStore(TextCache):
         super().__init__()
         self.folder = folder
         self._pending: dict[str, Embedding] = {}
-        self._shards: dict[str, str] = {}
+        self._shards: dict[str, tuple[str, str]] = {}
         self._read: dict[str, tuple[str, ...]] = {}
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        _create(folder)
         self._refresh()
 
     def __contains__(self, key: Hashable) -> bool:
@@ -63,6 +65,7 @@ class TextStore(TextCache):
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Wait until no other process writes; within this context, computed embeddings are written to the folder."""
+        _create(self.folder)  # again if it was deleted
         with wait_for_lock(self.folder):
             remove_partial_files(self.folder)
             self._refresh()
@@ -78,17 +81,27 @@ class TextStore(TextCache):
                 continue
             try:
                 with safe_open(file, framework="pt") as content:
-                    names = [name.split(".", 1) for name in content.keys()]  # noqa: SIM118
+                    checksums = content.metadata() or {}
+                    names = tuple(sorted({name.partition(".")[2] for name in content.keys()}))  # noqa: SIM118
+                if not checksums:
+                    raise SafetensorError("it has no checksums")
             except (SafetensorError, OSError) as error:
                 warnings.warn(f"{file} is damaged and not used ({error}); its prompts are embedded again", stacklevel=2)
-                names = []
-            self._read[file.name] = tuple(sorted({name for _, name in names}))
-            self._shards |= dict.fromkeys((digest for digest, _ in names), file.name)
+                checksums, names = {}, ()
+            self._read[file.name] = names
+            self._shards |= {digest: (file.name, checksum) for digest, checksum in checksums.items()}
 
     def _load(self, digest: str) -> Embedding:
-        name = self._shards[digest]
-        with safe_open(self.folder / name, framework="pt") as content:
-            return {each: content.get_tensor(f"{digest}.{each}") for each in self._read[name]}
+        name, checksum = self._shards[digest]
+        file = self.folder / name
+        try:
+            with safe_open(file, framework="pt") as content:
+                embedding = {each: content.get_tensor(f"{digest}.{each}") for each in self._read[name]}
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(file, str(error)) from error
+        if _checksum(embedding) != checksum:
+            raise _unreadable(file, "the checksum of an embedding is wrong")
+        return embedding
 
     def _write(self) -> None:
         if not self._pending:
@@ -98,10 +111,12 @@ class TextStore(TextCache):
             for digest, embedding in self._pending.items()
             for name, tensor in embedding.items()
         }
+        checksums = {digest: _checksum(embedding) for digest, embedding in self._pending.items()}
         shard = hashlib.sha256("".join(self._pending).encode()).hexdigest()[:16]
         with atomic_path(self.folder / f"{shard}.safetensors") as partial:
-            save_file(tensors, partial)
+            save_file(tensors, partial, checksums)
         self._pending = {}
+        self._read.pop(f"{shard}.safetensors", None)  # it may replace a damaged one
         self._refresh()
 
 
@@ -132,6 +147,28 @@ def fingerprint(pipeline: Any, encoders: Sequence[str], settings: Sequence[objec
         for file in files:
             digest.update(f"{file.relative_to(folder)} {file_sha256(file)}".encode())
     return digest.hexdigest()[:32]
+
+
+def _create(folder: Path) -> None:
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"text.cache: {error}") from error
+
+
+def _checksum(embedding: Embedding) -> str:
+    value = 0
+    for _, tensor in sorted(embedding.items()):
+        value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def _unreadable(file: Path, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{file} of text.cache cannot be read ({reason}); delete it if it is there, and continue the run with "
+        "--resume auto, which embeds its prompts again"
+    )
 
 
 def _digest(key: Hashable) -> str:

@@ -14,7 +14,7 @@ from diffusers import PNDMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, StableDiffusion, TextEncoding
 from tests.bad_input.cases import Case, Content, python
 from tests.conftest import STABLE_DIFFUSION_15, write_pipeline
 
@@ -333,5 +333,16 @@ CASES: list[Case] = [
         "target_modules=to_x cannot be adapted",
         "to_k",
     ),
+    python(
+        OPTIONS, "Guidance(embedded=nan)", lambda _: Guidance(embedded=math.nan), "guidance.embedded=nan", "write 3.5"
+    ),
+    python(
+        OPTIONS,
+        "Guidance(negative_prompt=3)",
+        lambda _: Guidance(negative_prompt=3),  # type: ignore[arg-type]
+        "guidance.negative_prompt=3 must be text",
+        "write ''",
+    ),
+    python(OPTIONS, "TextEncoding(cache='')", lambda _: TextEncoding(cache=""), "text.cache=''", "write a name"),
     python(OPTIONS, "LoRA(target_modules=[])", lambda _: LoRA(target_modules=[]), "target_modules=[] must be a list"),
 ]

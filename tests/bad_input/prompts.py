@@ -108,6 +108,13 @@ CASES: list[Case] = [
     _file("Excel under .csv", "p.csv", b"PK\x03\x04\x14\x00\x06\x00\x08\xe0", "p.csv"),
     _file("a deep row", "p.jsonl", "[" * 100_000, "nested too deeply"),
     _file("a wrong line far down", "p.jsonl", '{"prompt": "a"}\n' * 3000 + "{\n", "p.jsonl, line 3001 is not JSON"),
+    _file(
+        "a number as negative prompt",
+        "p.jsonl",
+        '{"prompt": "a", "negative_prompt": 3}\n',
+        "line 1 has 3 (int) in the column 'negative_prompt'",
+        "the cell can be empty",
+    ),
     _file("a number far down", "p.jsonl", '{"prompt": "a"}\n' * 3000 + '{"prompt": 1}\n', "line 3001 has 1 (int)"),
     python(
         FILES,

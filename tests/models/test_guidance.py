@@ -20,6 +20,21 @@ def test_other_invalid_options_are_rejected() -> None:
         Memory(decode_chunk=0)
     with pytest.raises(ConfigurationError, match=r"guidance.max_norm=0.0 must be .*; write 1.0, or leave it out"):
         Guidance(max_norm=0.0)
+    with pytest.raises(ConfigurationError, match="guidance.scale='7' must be at least 0; write 1"):
+        Guidance(scale="7")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"guidance.negative_prompt=\['a'\] must be text; write ''"):
+        Guidance(negative_prompt=["a"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("embedded", [-1.0, float("inf"), float("nan"), "3"])
+def test_an_embedded_scale_that_is_no_finite_number_is_rejected(embedded: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"guidance.embedded=.* must be .*at least 0; write 3.5"):
+        Guidance(embedded=embedded)
+
+
+def test_a_limit_of_the_norm_without_guidance_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"guidance.max_norm=1.0 has no effect"):
+        Guidance(1.0, max_norm=1.0).or_default(4.5)
 
 
 def test_default_scale_is_used_if_none_is_given() -> None:

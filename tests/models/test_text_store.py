@@ -133,8 +133,45 @@ def test_a_damaged_shard_is_named_and_embedded_again(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"{shard.name} is damaged and not used"):
         store = TextStore(tmp_path)
     assert 0 not in store
-    embed(tmp_path, range(3))
+    with store.writing():
+        for number in range(3):
+            store.get(number, lambda number=number: {"text": torch.full((2**14,), number)}, "cpu")
+    assert all(number in store for number in range(3))
     assert torch.equal(TextStore(tmp_path).get(2, dict, "cpu")["text"], torch.full((2**14,), 2))
+
+
+def test_changed_bytes_and_deleted_files_are_errors(tmp_path: Path) -> None:
+    embed(tmp_path / "cache", range(3))
+    (shard,) = (tmp_path / "cache").iterdir()
+    store, content = TextStore(tmp_path / "cache"), shard.read_bytes()
+    shard.write_bytes(content[:-4] + b"\xff\xff\xff\x7f")
+    with pytest.raises(ConfigurationError, match=rf"{shard.name} of text.cache .*checksum.*; delete it.*--resume auto"):
+        [store.get(number, dict, "cpu") for number in range(3)]
+    shard.unlink()
+    with pytest.raises(ConfigurationError, match=rf"{shard.name} of text.cache cannot be read .*No such file"):
+        store.get(0, dict, "cpu")
+    shard.parent.rmdir()
+    with store.writing():
+        store.get(3, lambda: {"text": torch.ones(1)}, "cpu")
+    assert 3 in TextStore(tmp_path / "cache")
+
+
+def test_a_foreign_file_in_the_folder_is_named_and_not_used(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    with pytest.warns(UserWarning, match=r"lora.safetensors is damaged and not used .*no checksums"):
+        TextStore(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", " ", "a\0b"])
+def test_a_name_that_cannot_be_a_folder_is_rejected(folder: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"text.cache=.* is not the name of a folder; write"):
+        TextEncoding(cache=folder)
+
+
+def test_a_folder_that_cannot_be_created_is_an_error_of_the_option(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(ConfigurationError, match=r"text.cache: cannot write .*file/x: Not a directory; choose"):
+        TextStore(tmp_path / "file" / "x")
 
 
 def test_fit_embeds_all_prompts_before_other_weights_are_read(

@@ -10,7 +10,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.samplers import Sampler
-from lightning_draft.seeds import derive_seed
+from lightning_draft.seeds import derive_seed, scoring
 
 Score = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 
@@ -67,7 +67,10 @@ def score_images(
         batch_size: Number of images scored at a time.
     """
     slices = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
-    parts = [score(images[some].clamp(0, 1).to(device), prompts[some]) for some in slices]
+    parts = []
+    for some in slices:
+        with scoring(device):
+            parts.append(score(images[some].clamp(0, 1).to(device), prompts[some]))
     return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
 
 

@@ -17,6 +17,7 @@ from lightning_draft.image_prompts import PromptSource, find_prompts
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.inputs import NonFiniteScoreError, from_pil
 from lightning_draft.score_table import ScoredImage, ScoreTable, modification_time
+from lightning_draft.seeds import scoring
 
 Progress = Callable[[int, int], None]
 Unreadable = Literal["stop", "skip"]
@@ -186,8 +187,10 @@ def _score(
     prompts = [texts[file] for file in images]
     try:
         batch = from_pil(list(images.values())).to(device)
-        with torch.no_grad():
-            scores = {name: reward(batch, prompts).tolist() for name, reward in rewards.items()}
+        scores = {}
+        for name, reward in rewards.items():
+            with torch.no_grad(), scoring(torch.device(device)):
+                scores[name] = reward(batch, prompts).tolist()
     except NonFiniteScoreError as error:
         raise ConfigurationError(f"{error} (the files are among {', '.join(images)})") from error
     except torch.OutOfMemoryError as error:

@@ -1,10 +1,15 @@
-"""Seeds: their range, and seeds derived from several numbers."""
+"""Seeds: their range, seeds derived from several numbers, and random states with a seed."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+import torch
 
 from lightning_draft.errors import ConfigurationError
 
 _END = 2**63
+_SCORING = 0
 
 
 def check_seed(seed: Any, name: str = "seed") -> int:
@@ -30,3 +35,26 @@ def derive_seed(*numbers: int) -> int:
     for number in numbers:
         seed = (seed * 6364136223846793005 + number * 1442695040888963407 + 1013904223) % _END
     return seed
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's generators within this context and restore them afterwards.
+
+    Args:
+        seed: The seed.
+        device: The device whose generator is seeded and restored, in addition to that of the CPU.
+    """
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def scoring(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context for one call of a reward that is not part of training.
+
+    A reward that samples random numbers, such as `Augmented`, uses the same ones at each call, so that scores can be
+    compared, do not depend on the batch, and are those of an uninterrupted run after a resume.
+    """
+    return seeded(_SCORING, device)

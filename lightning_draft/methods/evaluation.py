@@ -1,7 +1,7 @@
 """Sampling, scoring and validation of a diffusion model on rewards, as a LightningModule."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import lightning as L
@@ -18,7 +18,7 @@ from lightning_draft.methods.validation_record import KEPT_IMAGES, ValidationRec
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
-from lightning_draft.seeds import check_seed, derive_seed
+from lightning_draft.seeds import check_seed, derive_seed, scoring, seeded
 
 _STEP_NOISE = 1  # makes the noise of a sampler's steps differ from the starting noise of the same seed
 
@@ -107,17 +107,20 @@ class EvaluationModule(L.LightningModule):
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return scores `(B,)` of images clamped to [0, 1]: `reward`, its components, and the evaluation rewards.
 
+        Random numbers of the rewards are the same at each call.
+
         Args:
             images: `(B, 3, H, W)`.
             prompts: `B` prompts.
         """
         images = images.float().clamp(0, 1)
-        total, components = self.reward.breakdown(images, prompts)
+        with scoring(self.device):
+            total, components = self.reward.breakdown(images, prompts)
         check_scores(total, len(prompts), self.reward)
-        evaluated = {
-            name: check_scores(reward(images, prompts), len(prompts), reward)
-            for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True)
-        }
+        evaluated = {}
+        for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True):
+            with scoring(self.device):
+                evaluated[name] = check_scores(reward(images, prompts), len(prompts), reward)
         return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
 
     @stop_iteration_is_error
@@ -154,13 +157,9 @@ class EvaluationModule(L.LightningModule):
         """Drop the cached scores of the base model."""
         self._base_scores.clear()
 
-    @contextmanager
-    def _random_state(self, seed: int) -> Iterator[None]:
-        """Seed torch's generators within this context and restore them afterwards."""
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
+    def _random_state(self, seed: int) -> AbstractContextManager[None]:
+        """Return a context in which torch's generators are seeded, and after which they are restored."""
+        return seeded(seed, self.device)
 
 
 def _frozen(reward: Reward) -> Reward:

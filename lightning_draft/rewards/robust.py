@@ -94,7 +94,8 @@ class Augmented(WrappedReward):
         tint: Largest relative change of each color channel, in [0, 1].
         noise: Standard deviation of added Gaussian noise, in units of [0, 1] pixels.
         seed: Seed of the augmentations, which are then the same at every call. None samples new augmentations at each
-            call from torch's global generator, also during evaluation.
+            training step from torch's global generator; in evaluation, and when existing images are scored, they are
+            the same at each call.
 
     Raises:
         ConfigurationError: A number is outside its range, or all of them are 0.

@@ -1,13 +1,17 @@
 """Robust rewards against independent computations with numpy."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.image_generation import score_images
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.rewards import (
     Augmented,
     Brightness,
@@ -21,6 +25,9 @@ from lightning_draft.rewards import (
 )
 from lightning_draft.rewards.combine import WeightedReward, ZScoreSum
 from lightning_draft.rewards.robust import Augmentation
+from lightning_draft.samplers import DDIM
+from lightning_draft.scoring import score_folder
+from lightning_draft.testing import LinearModel
 
 PROMPTS = ["a cat", "a dog"]
 
@@ -164,3 +171,25 @@ def test_statistics_of_a_wrapped_sum_are_updated(make_images: Callable[..., Tens
 def test_invalid_arguments_are_rejected(build: Callable[[], Reward], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         build()
+
+
+def test_scores_outside_training_use_the_same_random_numbers(tmp_path: Path) -> None:
+    """At each call, for each batch size, and without a change of the random state."""
+    levels = torch.randint(256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    for number, image in enumerate(levels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"a_cat_{number}.png")
+    images, prompts = levels / 255, ["a cat"] * 3
+    rewards = {"reward": Augmented(Brightness(), samples=2), "other": Augmented(Brightness(), samples=3)}
+    module = DraftModule(LinearModel(0.1), rewards["reward"], DDIM(3), eval_rewards={"other": rewards["other"]})
+    before = torch.get_rng_state()
+    expected = module.score(images, prompts)
+    single = module.score(images[1:2], prompts[:1])
+    batched = score_images(module.score, images, prompts, torch.device("cpu"), 2)
+    files = [score_folder(tmp_path, rewards, batch_size=size, prompts="names") for size in (1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in rewards:
+        torch.testing.assert_close(single[name], expected[name][1:2])
+        torch.testing.assert_close(batched[name], expected[name])
+        for rows in files:
+            torch.testing.assert_close(torch.tensor([row.scores[name] for row in rows]), expected[name])
+    assert not torch.equal(rewards["reward"](images, prompts), rewards["reward"](images, prompts))

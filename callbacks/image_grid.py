@@ -59,7 +59,7 @@ def comparison(
         _panel(
             prompt,
             [to_pil_image(batch[i], min_size) for batch in images.values()],
-            [label if scores is None else f"{label}  {float(scores[label][i]):.4g}" for label in images],
+            [(label, "" if scores is None else f"  {float(scores[label][i]):.4g}") for label in images],
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -103,24 +103,24 @@ def log_image(logger: Logger, key: str, image: Image.Image, step: int) -> bool:
     return True
 
 
-def _panel(prompt: str, images: list[Image.Image], captions: list[str]) -> Image.Image:
+def _panel(prompt: str, images: list[Image.Image], captions: list[tuple[str, str]]) -> Image.Image:
     width = sum(image.width for image in images) + _GAP * (len(images) + 1)
     height = images[0].height + 2 * _LINE + 2 * _GAP
     panel = Image.new("RGB", (width, height), _SHADE)
     canvas = ImageDraw.Draw(panel)
     _write(canvas, (_GAP, _GAP // 2), prompt, width - 2 * _GAP)
     left = _GAP
-    for image, caption in zip(images, captions, strict=True):
+    for image, (label, score) in zip(images, captions, strict=True):
         panel.paste(image, (left, _GAP + _LINE))
-        _write(canvas, (left, _GAP + _LINE + image.height + _GAP // 2), caption, image.width)
+        _write(canvas, (left, _GAP + _LINE + image.height + _GAP // 2), label, image.width, score)
         left += image.width + _GAP
     return panel
 
 
-def _write(canvas: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """Write one line of text, shortened to `width` pixels."""
+def _write(canvas: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, end: str = "") -> None:
+    """Write one line of text and its end, in `width` pixels; only the text before the end is shortened."""
     font = _font()
-    canvas.text(place, _shorten(text, font, width), fill=_INK, font=font)
+    canvas.text(place, _shorten(text, font, width - font.getlength(end)) + end, fill=_INK, font=font)
 
 
 @cache

@@ -243,3 +243,9 @@ def test_accents_and_other_alphabets_are_rendered():
 def test_invalid_arguments_are_rejected(option):
     with pytest.raises(ConfigurationError, match=f"{option}=0 must be at least 1"):
         SampleLogger(**{option: 0})
+
+
+def test_scores_are_shown_whole_below_small_images_with_long_labels():
+    label, image = "fine_tuned_" * 9, torch.zeros(1, 3, 8, 8)
+    grids = [comparison(["a"], {label: image}, {label: torch.tensor([score])}) for score in (-0.1234, -0.1235)]
+    assert grids[0].tobytes() != grids[1].tobytes()

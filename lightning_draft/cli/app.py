@@ -172,13 +172,8 @@ class DraftCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build all objects; an error of a constructor is raised without the parser's exceptions around it."""
-        try:
+        with messages.as_root_cause():
             super().instantiate_classes()
-        except Exception as error:
-            cause = messages.root_cause(error)
-        else:
-            return
-        raise cause from cause.__cause__
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run's folder, logger and callbacks to the Trainer's options."""

@@ -51,6 +51,18 @@ def printable(text: str) -> str:
 
 
 @contextmanager
+def as_root_cause() -> Iterator[None]:
+    """Raise the error of a constructor without the parser's exceptions around it."""
+    try:
+        yield
+    except Exception as error:
+        cause = root_cause(error)
+    else:
+        return
+    raise cause from cause.__cause__
+
+
+@contextmanager
 def as_configuration_error() -> Iterator[None]:
     """Convert errors of libraries about their options, and file system errors, to `ConfigurationError`.
 

@@ -38,6 +38,7 @@ _FREE = (  # options that do not affect the result of the remaining steps
     "cost",
     "conflict",
     "data.num_workers",
+    "model.model.text.cache",
 )
 _FIXED = (
     "model.class_path",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_draft.cli.messages import as_root_cause
 from lightning_draft.data import PromptDataModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.prompt_embedding import PromptEmbedding
@@ -26,7 +27,7 @@ def embed_prompts(config: Any) -> None:
         return
     parser = ArgumentParser()
     parser.add_subclass_arguments(DiffusionModel, "model")
-    with without_weights():
+    with as_root_cause(), without_weights():
         model = parser.instantiate_classes(Namespace(model=options))["model"]  # type: ignore[no-untyped-call]
     if not isinstance(model, PromptEmbedding):
         return

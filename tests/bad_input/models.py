@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_draft.models import Guidance, LoRA, StableDiffusion, TextEncoding
-from tests.bad_input.cases import Case, Content, python
+from tests.bad_input.cases import Case, Content, parsed, python
 from tests.conftest import STABLE_DIFFUSION_15, write_pipeline
 
 PIPELINES = "Pipelines"
@@ -344,5 +344,11 @@ CASES: list[Case] = [
         "write ''",
     ),
     python(OPTIONS, "TextEncoding(cache='')", lambda _: TextEncoding(cache=""), "text.cache=''", "write a name"),
+    parsed(
+        OPTIONS,
+        "--model.model.text.clip_skip -1 --model.model.text.cache embeddings",
+        "--model.model.text.clip_skip=-1 must be at least 0",
+        "write 0",
+    ),
     python(OPTIONS, "LoRA(target_modules=[])", lambda _: LoRA(target_modules=[]), "target_modules=[] must be a list"),
 ]

@@ -153,6 +153,7 @@ def test_valid_changes_of_a_resumed_run_are_accepted() -> None:
     assert changes == expected
     check_changes(changes, new)
     assert set(decisive_changes(changes)) == {"model.kl_weight", "model.optimizer.lr"}
+    assert not decisive_changes({"model.model.text.cache": (None, "embeddings")})  # it does not change embeddings
     new["model"]["init_args"]["lr_scheduler"] = {"class_path": "StepLR"}
     with pytest.raises(ConfigurationError, match="is set by its lr_scheduler"):
         check_changes(changes, new)

@@ -19,6 +19,8 @@ _HINTS = {
     errno.EDQUOT: "free some of your quota and resume the run",
     errno.EROFS: "choose a folder on a disk that can be written to",
     errno.EACCES: "choose a folder that you may write to",
+    errno.EEXIST: "a part of the path is a file, so choose another folder",
+    errno.ENOTDIR: "a part of the path is a file, so choose another folder",
     errno.EPERM: "choose a folder that you may write to",
 }
 
@@ -160,7 +162,8 @@ def remove(path: Path) -> None:
             remove(child)
         path.rmdir()
     else:
-        path.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # a part of the path is a file
+            path.unlink(missing_ok=True)
 
 
 class _Recorder:

@@ -53,6 +53,14 @@ def test_errors_of_the_operating_system_reported_as_text_become_one_message(tmp_
 
 
 @pytest.mark.parametrize("write", [atomic_path, atomic_folder])
+def test_path_through_a_file_is_rejected(tmp_path: Path, write: type) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file/x.png", "file/new/x.png"):
+        with pytest.raises(ConfigurationError, match="a part of the path is a file"), write(tmp_path / place):
+            pass
+
+
+@pytest.mark.parametrize("write", [atomic_path, atomic_folder])
 def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path, write: type) -> None:
     process = os.fork()
     if process == 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -131,17 +131,20 @@ class Method:
         )
 
 
-def direct(truncation: Callable[[], Truncation]) -> Method:
-    """Build a direct-gradient method."""
-    return Method(lambda _, **common: DraftModule(truncation=truncation(), **common), lrs=(3e-3, 1e-2, 3e-2))
+def direct(truncation: Callable[[], Truncation], checkpointing: Literal["auto", "none"] = "auto") -> Method:
+    """Build a direct-gradient method; those with a gradient of one step are compared without recomputing it."""
+    return Method(
+        lambda _, **common: DraftModule(truncation=truncation(), checkpointing=checkpointing, **common),
+        lrs=(3e-3, 1e-2, 3e-2),
+    )
 
 
 DIRECT = {
     "DRaFT": direct(Full),
     "DRaFT-3": direct(lambda: LastK(3)),
-    "DRaFT-1": direct(lambda: LastK(1)),
-    "DRaFT-LV": direct(lambda: LowVariance(2)),
-    "ReFL": direct(lambda: ReFL(4)),
+    "DRaFT-1": direct(lambda: LastK(1), "none"),
+    "DRaFT-LV": direct(lambda: LowVariance(2), "none"),
+    "ReFL": direct(lambda: ReFL(4), "none"),
     "AlignProp (paper)": direct(RandomK),
     "AlignProp (code)": direct(RandomSteps),
     "DRTune": direct(lambda: DRTune(3, 4)),

@@ -216,7 +216,10 @@ def test_public_functions_edit_files(tiny_sd: Path, files: Any, tmp_path: Path) 
         (["merge", "{wide}", "-o", "{folder}/new"], "1 of its 1 layers have other shapes in this model"),
         (["mix", "{a}", "-o", "{folder}/new.safetensors", "--rank", "0"], "rank=0"),
         (["convert", "{a}", "-o", "{folder}/new.safetensors", "--reward", "Brightness"], "a scored grid needs prompts"),
-        (["convert", "{a}", "-o", "{folder}/new.safetensors", "--prompt", "a cat", "--reward", "Bright"], "Brightness"),
+        (
+            ["convert", "{a}", "-o", "{folder}/new.safetensors", "--prompt", "a cat", "--reward", "Brightnes"],
+            "did you mean Brightness",
+        ),
         (["scale", "{a}", "1e300", "-o", "{folder}/new.safetensors"], "is not finite in float32"),
         (
             ["scale", "{a}", "1e9", "-o", "{folder}/new.safetensors", "--format", "comfy", "--dtype", "float16"],

@@ -9,10 +9,12 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from examples.emoji_model import degradations, mixture, parts, truth
+from examples.emoji_model import degradations, few_step, mixture, parts, truth
 from examples.emoji_model.compositions import COLORS, Scene, boxes, render
 from examples.emoji_model.data import Emoji
+from examples.emoji_model.evaluate import open_pipeline
 from examples.emoji_model.nearest import NearestImage
+from lightning_draft.assets import FOLDER
 
 NAMES = (*mixture.COMPOSED, "cat", "dog", "bed")
 
@@ -184,3 +186,29 @@ def test_a_similar_scene_differs_in_one_thing() -> None:
             changes = (other.style != scene.style, other.names != scene.names, other.color != scene.color)
             assert sum(changes) == 1
             assert sorted(other.names) == sorted(scene.names)
+
+
+def distillation(substeps: int) -> few_step.Distillation:
+    torch.manual_seed(0)
+    return few_step.Distillation(open_pipeline(FOLDER / "emoji64"), 4, substeps, 4, steps=10)
+
+
+def test_the_teacher_steps_of_the_distillation_are_those_of_the_pipeline() -> None:
+    module = distillation(5)
+    module.restart(["noto pear"] * 4)
+    noise = module.x
+    for _ in range(4):
+        module.x, module.position = module.teacher_step(), module.position + 1
+    pipe = open_pipeline(FOLDER / "emoji64")
+    expected = pipe(
+        ["noto pear"] * 4, latents=noise, num_inference_steps=20, guidance_scale=1.0, output_type="latent"
+    ).images
+    torch.testing.assert_close(module.x, expected, atol=2e-5, rtol=0)
+
+
+def test_a_student_of_as_many_steps_as_its_teacher_starts_with_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = distillation(1)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    for step in range(3):
+        assert module.training_step(["noto pear"] * 4, step).item() < 1e-10
+        assert sorted(module.position.tolist()) == [0, 1, 2, 3]

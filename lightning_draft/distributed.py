@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from lightning_draft.errors import ConfigurationError
 
 _WRAPPED = "_fsdp_wrapped_module."
-_FSDP2 = (
+FSDP2 = (
     "strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: N, "
     "tensor_parallel_size: 1, save_distributed_checkpoint: false}}, with N the number of processes"
 )
@@ -170,7 +170,7 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
     if strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ConfigurationError(
             "ModelParallelStrategy would split single layers over processes (tensor parallelism), which is not "
-            f"supported; write {_FSDP2}"
+            f"supported; write {FSDP2}"
         )
     if strategy._save_distributed_checkpoint:
         raise ConfigurationError(
@@ -189,7 +189,7 @@ def _check_deepspeed(strategy: DeepSpeedStrategy, model: nn.Module) -> None:
     if strategy.zero_stage_3:
         raise ConfigurationError(
             "DeepSpeed's ZeRO-3 also shards text encoders, autoencoder and rewards, which are not called equally often "
-            f"on all processes; write {_FSDP2}, or strategy: fsdp"
+            f"on all processes; write {FSDP2}, or strategy: fsdp"
         )
     precision = strategy.precision_plugin.precision
     if "true" not in precision:

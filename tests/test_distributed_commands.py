@@ -64,6 +64,41 @@ gradients: {{figure_every_n_steps: 0}}
 """
 
 
+def test_the_config_of_sharded_full_fine_tuning_with_prdp_runs(
+    tmp_path: Path, tiny_sd_v: Path, tiny_clip: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a cat {number}" for number in range(20)))
+    assert together(sharded_prdp, tmp_path, tiny_sd_v, tiny_clip) == [0, 0]
+    weights = torch.load(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    before = StableDiffusion(str(tiny_sd_v), trainable="full").state_dict()
+    assert weights.keys() == {f"model.{name}" for name in before if name.startswith("unet.")}
+    changed = [not torch.equal(value, before[name.removeprefix("model.")]) for name, value in weights.items()]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+def sharded_prdp(rank: int, folder: Path, pipeline: Path, reward: Path) -> None:
+    os.chdir(folder)
+    values = {
+        "model.model.pretrained": pipeline,
+        "model.reward.pretrained": reward,
+        "model.reward.processor": reward,
+        "model.sampler.num_steps": 2,
+        "model.samples_per_prompt": 2,
+        "model.inner_epochs": 2,
+        "model.micro_batch_size": 2,
+        "data.batch_size": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.strategy.data_parallel_size": 2,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.val_check_interval": 6,
+        "trainer.max_steps": 3,
+        "trainer.limit_val_batches": 1,
+    }
+    options = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    assert main(["fit", "--config", "sd15_prdp_full", "--name", "tiny", *options]) == 0
+
+
 class Fail(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_draft.arguments import prompt_list
 from lightning_draft.chain import SamplingChain
-from lightning_draft.distributed import shard
+from lightning_draft.distributed import shard, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.stop_iteration import stop_iteration_is_error
@@ -76,6 +76,8 @@ class EvaluationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the denoiser over the processes if the Trainer's strategy shards."""
         shard(self, self.model, self.model.denoiser)
+        if uses_fsdp(self._trainer):
+            self.model.on_sharded()
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of all submodules except rewards, whose scores would be changed by dropout."""

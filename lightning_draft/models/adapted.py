@@ -80,12 +80,14 @@ class AdaptedModel(PromptEmbedding):
         It is bitwise equal to the pipeline that was loaded, or with `lora.reference: init` to that pipeline with the
         LoRA from which training started.
         """
-        if self._initial is not None:
-            with self._initial.scaled(0.0):
-                yield
-            return
-        with self._pretrained():
+        with self._pretrained() if self._initial is None else self._initial.scaled(0.0):
             yield
+
+    def on_sharded(self) -> None:
+        """Keep only this process's shards of the weights from which training started."""
+        for copies in (self._original, self._initial):
+            if copies is not None:
+                copies.shard()
 
     @contextmanager
     def adapter_scale(self, scale: float) -> Iterator[None]:

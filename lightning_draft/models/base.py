@@ -133,6 +133,9 @@ class DiffusionModel(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not implement base(), its original weights")
         yield
 
+    def on_sharded(self) -> None:  # noqa: B027
+        """Shard what the model stores beside the denoiser; called when the denoiser was sharded over processes."""
+
     @contextmanager
     def at_step(self, step: int, num_steps: int) -> Iterator[None]:
         """Within this context, network calls belong to one step of a chain, for which adapters may have another scale.

@@ -93,7 +93,11 @@ def _class(value: str | dict) -> str:
     return value if isinstance(value, str) else value["class_path"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
+SHARDED = ["sd15_prdp_full"]
+"""Configs of several processes, which `test_distributed_commands.py` runs."""
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", *SHARDED)])
 def test_shipped_config_runs(command: Callable, name: str, pipeline: Callable, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
     models = {"model.model.pretrained": pipeline(arguments["model"]["class_path"])}

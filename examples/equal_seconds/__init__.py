@@ -1,0 +1,1 @@
+"""Experiments that compare settings of direct gradients at equal CPU seconds."""

@@ -1,0 +1,98 @@
+"""What is compared: each experiment is a task and settings that train on it for the same CPU seconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
+from lightning_draft.rewards import CleanFraction, CLIPClassification, ImageQuality, Reward
+from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, ReFL, Truncation
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A truncation of a chain of `num_steps` steps of a model, and a learning rate."""
+
+    truncation: Truncation
+    num_steps: int
+    model: str = "emoji64"
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained reward, its prompts and evaluation prompts, and rewards that are not trained on."""
+
+    prompts: str
+    reward: Callable[[], Reward]
+    evaluation: Callable[[], dict[str, Reward]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings compared on a task.
+
+    Args:
+        question: What is asked.
+        task: The task.
+        settings: The settings by label.
+        seconds: CPU seconds of a run.
+        batch_size: Prompts of a training step.
+    """
+
+    question: str
+    task: Task
+    settings: dict[str, Setting]
+    seconds: float = 48
+    batch_size: int = 8
+
+
+QUALITY = Task(
+    "emoji64",
+    lambda: ImageQuality("emoji64-judge"),
+    lambda: {"evaluation": ImageQuality("emoji64-judge-eval"), "clean": CleanFraction("emoji64-judge-eval")},
+)
+COMPOSITIONS = Task(
+    "emoji64_scenes",
+    lambda: CLIPClassification("emoji64-clip", captions="emoji64_scenes"),
+    lambda: {"evaluation": ImageQuality("emoji64-judge-eval")},
+)
+
+
+def truths(clean_images: Path) -> dict[str, Reward]:
+    """Return the comparisons with the clean images of the captions, if there are such images."""
+    if not clean_images.exists():
+        return {}
+    file = str(clean_images)
+    return {"PSNR": ReferencePSNR(file), "recognized": SceneRecognized(file)}
+
+
+def by_length(num_steps: int, *, lr: float = 1e-3) -> dict[str, Setting]:
+    """Return `LastK` of 1, 5, 10, 25 and 50 steps, as many as the chain has, and the random truncations."""
+    lengths = [k for k in (1, 5, 10, 25, 50) if k <= num_steps]
+    fixed = {f"K = {k}": Setting(LastK(k), num_steps, lr=lr) for k in lengths}
+    drtune = Setting(DRTune(k=5, m=0, rescale=0.5), num_steps, lr=lr)
+    return {**fixed, "random K": Setting(RandomK(), num_steps, lr=lr), "DRTune": drtune}
+
+
+def experiments(students: Path) -> dict[str, Experiment]:
+    """Return the experiments by name; `students` has the results of `examples.emoji_model.few_step`."""
+    few = {f"{n}-step model, full": Setting(Full(), n, str(students / str(n))) for n in (2, 4)}
+    base = {
+        "base, 4 steps, full": Setting(Full(), 4),
+        "base, 10 steps, DRaFT-1": Setting(LastK(1), 10),
+        "base, 10 steps, full": Setting(Full(), 10),
+    }
+    small = {"DRaFT-1": Setting(LastK(1), 10), "DRaFT-LV": Setting(LowVariance(2), 10), "ReFL": Setting(ReFL(4), 10)}
+    return {
+        "few_steps": Experiment("Is a few-step model cheaper to train through its whole chain?", QUALITY, few | base),
+        "length_25": Experiment("How many of 25 steps need a gradient?", QUALITY, by_length(25), batch_size=4),
+        "length_50": Experiment("How many of 50 steps need a gradient?", QUALITY, by_length(50), 96, 4),
+        "layout_25": Experiment(
+            "Do early steps need a gradient where the reward depends on the layout?", COMPOSITIONS, by_length(25), 96, 4
+        ),
+        "collapse_25": Experiment(
+            "Which truncation survives a learning rate ten times too large?", QUALITY, by_length(25, lr=1e-2), 48, 4
+        ),
+        "small_batch": Experiment("Does DRaFT-LV help where a step has one prompt?", QUALITY, small, batch_size=1),
+    }

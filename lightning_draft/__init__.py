@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
     from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
     from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
-    from lightning_draft.surrogates import DirectAlign, FlowBPBridge, LeapAlign
+    from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
     from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
 __version__ = "0.1.0"
@@ -81,7 +81,7 @@ _MODULES = {
     "rewards.combine": ("WeightedReward", "WeightedSum"),
     "samplers": ("DDIM", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE", "Sampler"),
     "stochastic_flow": ("DanceSDE", "FlowCPS"),
-    "surrogates": ("DirectAlign", "FlowBPBridge", "LeapAlign"),
+    "surrogates": ("DirectAlign", "FlowBPBridge", "FlowBPLagrange", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
@@ -107,6 +107,7 @@ __all__ = [
     "DirectAlign",
     "DraftModule",
     "FlowBPBridge",
+    "FlowBPLagrange",
     "FlowCPS",
     "FlowEuler",
     "FlowSDE",

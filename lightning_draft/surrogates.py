@@ -3,7 +3,11 @@
 The notation is that of `lightning_draft.truncation`.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, positive
@@ -80,15 +84,104 @@ class LeapAlign(Truncation):
         to_j = chain.leap(State(at_k.x, k), j - k).x
         x_j = straight_through(to_j, at_j.x)
         to_end = chain.leap(State(x_j, j), chain.num_steps - j, input_gain=self.discount).x
-        weight = 1 / (self._distance(to_j, at_j.x) + self._distance(to_end, end))
-        return scale_gradient(straight_through(to_end, end), weight.view(-1, *[1] * (end.dim() - 1)))
+        return _weighted(to_end, end, to_j, at_j.x, self.min_distance)
 
     def gradient_steps(self, num_steps: int) -> int:
         """Return 2."""
         return min(2, num_steps)
 
-    def _distance(self, estimate: Tensor, actual: Tensor) -> Tensor:
-        return (estimate.detach() - actual).abs().flatten(1).mean(1).clamp(min=self.min_distance)
+
+class FlowBPLagrange(Truncation):
+    """FlowBP-Lagrange: as LeapAlign, with the velocity between two steps interpolated from steps of the sample.
+
+    With `u = sigma / (alpha + sigma)`, each latent `y = x / (alpha + sigma) = (1 - u) x_0 + u eps` is that of a
+    rectified flow with the velocity `v = eps - x_0`, on which DDIM is Euler's method, too:
+
+        y_j = y_k + sum_i w_i v_i,    w_i = integral of l_i(u) from u_k to u_j
+        y_T = y_j + sum_i w_i' v_i,   with `y_j` of the sample, the gradient of the estimate, and `w_i'` from u_j to u_T
+
+    `k < j` are two distinct random steps, and `l_i` the Lagrange polynomials of up to `order` evenly spaced steps of an
+    interval, including its first one. The velocities are those of the sample, except that the first one of each
+    interval is computed with gradient, at `j` with the gradient of the network's input multiplied by `discount`, and
+    the second one at the detached latent, with its gradient multiplied by `second`. The weight of the gradient is that
+    of `LeapAlign`.
+
+    Args:
+        order: Largest number of interpolated velocities in an interval, at least 1; with 1 each jump is a large step.
+        discount: Factor on the gradient through the network call at `j`, in [0, 1].
+        second: Factor on the gradient of the second velocity of each interval, in [0, 1]; 0 saves its network call.
+        min_distance: Lower bound of the distance of `LeapAlign`, positive.
+
+    References:
+        FlowBP, arXiv:2606.11075 (FlowBP-Lagrange), and the authors' code, in which the steps `k` and `j` are from a
+        Dirichlet distribution instead of uniform.
+    """
+
+    def __init__(self, order: int = 3, discount: float = 0.1, second: float = 0.25, min_distance: float = 0.2) -> None:
+        self.order = at_least("order", order, 1)
+        self.discount = in_range("discount", discount, 0, 1)
+        self.second = in_range("second", second, 0, 1)
+        self.min_distance = positive("min_distance", min_distance)
+
+    def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
+        """Sample without a graph, then integrate the two interpolants with a graph."""
+        _check_two_steps(chain, self)
+        k, j = chain.choose([1.0] * chain.num_steps, 2)
+        with torch.no_grad():
+            states = [chain.start(noise)]
+            for _ in range(chain.num_steps):
+                states.append(chain.advance(states[-1], 1))
+        path = [state.x for state in states]
+        to_j = self._jump(chain, path, path[k], (k, j), input_gain=0.0)
+        to_end = self._jump(chain, path, straight_through(to_j, path[j]), (j, chain.num_steps), self.discount)
+        return _weighted(to_end, path[-1], to_j, path[j], self.min_distance)
+
+    def gradient_steps(self, num_steps: int) -> int:
+        """Return 4, or 2 without the second velocities."""
+        return min(2 if self.second == 0 or self.order == 1 else 4, num_steps)
+
+    def _jump(
+        self, chain: SamplingChain, path: Sequence[Tensor], x: Tensor, interval: tuple[int, int], input_gain: float
+    ) -> Tensor:
+        """Return the latent at the end of an interval of steps that starts at `x`."""
+        start, end = interval
+        steps, frames = evenly_spaced(start, end, self.order), [_frame(chain, t) for t, _ in chain.grid]
+        scale, u_end = _frame(chain, chain.grid[end - 1][1])
+        weights = lagrange_weights([frames[i][1] for i in steps], frames[start][1], u_end)
+        total = y = x / frames[start][0]
+        for index, (i, weight) in enumerate(zip(steps, weights, strict=True)):
+            own, (next_scale, next_u) = path[i] / frames[i][0], _frame(chain, chain.grid[i][1])
+            if index == 0:
+                v = (y - chain.predict(State(x, i), input_gain=input_gain)) / frames[i][1]
+            elif index == 1 and self.second > 0:
+                v = scale_gradient((own - chain.predict(State(path[i], i))) / frames[i][1], self.second)
+            else:
+                v = (path[i + 1] / next_scale - own) / (next_u - frames[i][1])
+            total = total + weight * v
+        return total * scale
+
+
+def _frame(chain: SamplingChain, t: float) -> tuple[float, float]:
+    """Return `alpha + sigma` and `sigma / (alpha + sigma)` at time `t`."""
+    alpha, sigma = chain.model.schedule.coefficients(t)
+    return alpha + sigma, sigma / (alpha + sigma)
+
+
+def evenly_spaced(start: int, end: int, count: int) -> list[int]:
+    """Return at most `count` integers of `[start, end)`, evenly spaced up to rounding, the first of them `start`."""
+    last = min(count, end - start) - 1
+    return [start + (i * (end - 1 - start) + last // 2) // max(last, 1) for i in range(last + 1)]
+
+
+def lagrange_weights(points: Sequence[float], start: float, end: float) -> list[float]:
+    """Return the integrals of the Lagrange polynomials of distinct points from `start` to `end`."""
+    weights = []
+    for point in points:
+        others = [other for other in points if other != point]
+        numerator = Polynomial.fromroots(others) if others else Polynomial([1.0])
+        integral = numerator.integ()
+        weights.append(float(integral(end) - integral(start)) / math.prod(point - other for other in others))
+    return weights
 
 
 class DirectAlign(Truncation):
@@ -129,6 +222,14 @@ class DirectAlign(Truncation):
     def gradient_steps(self, num_steps: int) -> int:
         """Return 1."""
         return 1
+
+
+def _weighted(to_end: Tensor, end: Tensor, to_j: Tensor, at_j: Tensor, min_distance: float) -> Tensor:
+    """Return `end` with the gradient of its estimate over the sum of both estimates' distances from the sample."""
+    pairs = ((to_j, at_j), (to_end, end))
+    distances = [(a.detach() - b).abs().flatten(1).mean(1).clamp(min=min_distance) for a, b in pairs]
+    weight = 1 / (distances[0] + distances[1])
+    return scale_gradient(straight_through(to_end, end), weight.view(-1, *[1] * (end.dim() - 1)))
 
 
 def _check_two_steps(chain: SamplingChain, truncation: Truncation) -> None:

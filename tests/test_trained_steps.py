@@ -13,7 +13,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import to_x0
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow, Schedule, Spacing
-from lightning_draft.surrogates import DirectAlign, FlowBPBridge, LeapAlign
+from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.testing import scaled_linear
 from lightning_draft.trained_steps import last_step_coefficient, trained_steps
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
@@ -65,6 +65,7 @@ def test_trained_steps(sampler: Sampler, schedule: Schedule, truncation: Truncat
         (DRTune(k=1, m=2), False),
         (DirectAlign(low=1, high=1), True),
         (LeapAlign(), False),
+        (FlowBPLagrange(), False),
         (FlowBPBridge(k=2), False),
         (Full(), False),
     ],

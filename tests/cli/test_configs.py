@@ -22,6 +22,7 @@ METHODS = {
     "drtune": "DRTune",
     "flow_bp_sparse": "DRTune",
     "flow_bp_bridge": "FlowBPBridge",
+    "flow_bp_lagrange": "FlowBPLagrange",
     "leap_align": "LeapAlign",
     "direct_align": "DirectAlign",
 }

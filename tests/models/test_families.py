@@ -19,7 +19,7 @@ from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusio
 from lightning_draft.models.families import FAMILIES
 from lightning_draft.models.family import Family
 from lightning_draft.rewards.color import ColorBalance
-from lightning_draft.surrogates import DirectAlign, LeapAlign
+from lightning_draft.surrogates import DirectAlign, FlowBPLagrange, LeapAlign
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 from tests.family_cases import (
     CASES,
@@ -129,6 +129,7 @@ TRUNCATIONS = [
     RandomSteps(),
     DRTune(2, m=2),
     LeapAlign(),
+    FlowBPLagrange(),
     DirectAlign(),
 ]
 

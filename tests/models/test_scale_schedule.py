@@ -26,7 +26,7 @@ from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.scale_schedule import Interpolation, ScaleSchedule
 from lightning_draft.samplers import DDIM
 from lightning_draft.schedules import step_at
-from lightning_draft.surrogates import DirectAlign, FlowBPBridge, LeapAlign
+from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 
@@ -219,6 +219,7 @@ TRUNCATIONS = [
     DirectAlign(1, 3),
     FlowBPBridge(2),
     LeapAlign(),
+    FlowBPLagrange(),
 ]
 
 

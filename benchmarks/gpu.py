@@ -1,81 +1,47 @@
 """Seconds, peak memory and share of the GPU's measured bf16 peak of training steps of denoisers of real size.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.gpu --output gpu.md --json gpu.json
     python -m benchmarks.gpu --models sd15 sdxl --steps 20
 
 The denoisers have the architectures of Stable Diffusion 1.5, Stable Diffusion XL and FLUX.1, random bf16 weights and
-rank-8 adapters. There is no decoder and no text encoder. `plan` is the peak that `plan_step` predicts. The share is the
-floating-point operations of the plan, divided by the time and by the FLOP/s of a large bf16 matrix product. Cases that
-do not fit the GPU are reported as such, and a case that would start after `--minutes` is left out.
+rank-8 adapters. There is no decoder and no text encoder. `plan` is the peak that `plan_step` predicts, computed in
+other processes at the same time. The share is the floating-point operations of the plan, divided by the time and by the
+FLOP/s of a large bf16 matrix product.
+
+Each row is printed and written as soon as it is measured. A row that fails says why in one line, and the next row
+starts. No row starts after `--minutes`, and a row that has started then stops after its current training step; compiled
+cases are last, because compilation cannot be stopped.
 
 `--device cpu --tiny` runs the same code with tiny networks.
 """
 
 import argparse
 import gc
+import multiprocessing
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FluxTransformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks import common
+from benchmarks.gpu_denoisers import ARCHITECTURES, TINY, Denoiser
+from benchmarks.gpu_report import Report, Row
 from benchmarks.step_cost import synchronize
 from lightning_draft.methods.draft import DraftModule
-from lightning_draft.models import LoRA
-from lightning_draft.models.base import Conditioning, DiffusionModel
-from lightning_draft.models.latents import pack, positions, unpack
-from lightning_draft.models.lora import ATTENTION
 from lightning_draft.plan import StepPlan, plan_step
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM, FlowEuler
-from lightning_draft.schedules import RectifiedFlow, VariancePreserving
+from lightning_draft.text import first_line
 from lightning_draft.truncation import Full, LastK
-from lightning_draft.weightless import shapes_only, without_weights
+from lightning_draft.weightless import without_weights
 
-GIB = 2**30
-CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-TEXT_TIME = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "down_block_types": ("DownBlock2D", CROSS[0], CROSS[0]),
-        "up_block_types": (CROSS[1], CROSS[1], "UpBlock2D"),
-        "use_linear_projection": True,
-        "projection_class_embeddings_input_dim": 2816,
-        **TEXT_TIME,
-    },
-    "flux": {"guidance_embeds": True},
-}
-TINY: dict[str, dict[str, Any]] = {
-    "sd15": {
-        **common.SIZES["tiny"]["unet"],
-        "block_out_channels": (8,),
-        "down_block_types": CROSS[:1],
-        "up_block_types": CROSS[1:],
-    },
-    "flux": {
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 32,
-        "pooled_projection_dim": 32,
-        "axes_dims_rope": (4, 6, 6),
-        "guidance_embeds": True,
-    },
-}
+_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Processes that compute plans."""
 
 
 @dataclass(frozen=True)
@@ -84,136 +50,50 @@ class Case:
 
     name: str
     k: int | None = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    checkpointing: str = "none"
+    quantization: str | None = None
     compile: bool = False
 
 
 CASES = [
-    Case("K = 1, nothing recomputed", options={"checkpointing": "none"}),
-    Case("K = 1, step recomputed", options={"checkpointing": "step"}),
-    Case("K = 1, blocks recomputed", options={"checkpointing": "block"}),
-    Case("full, steps recomputed", None, {"checkpointing": "step"}),
-    Case("full, both recomputed", None, {"checkpointing": "both"}),
-    Case("K = 1, nothing recomputed, compiled", options={"checkpointing": "none"}, compile=True),
+    Case("K = 1, nothing recomputed"),
+    Case("K = 1, step recomputed", checkpointing="step"),
+    Case("K = 1, blocks recomputed", checkpointing="block"),
+    Case("K = 1, nothing recomputed, int8 base", quantization="torchao-int8"),
+    Case("K = 1, nothing recomputed, nf4 base", quantization="bitsandbytes-nf4"),
+    Case("full, steps recomputed", None, "step"),
+    Case("full, both recomputed", None, "both"),
+    Case("full, blocks recomputed", None, "block"),
+    Case("full, nothing recomputed", None),
+    Case("K = 1, nothing recomputed, compiled", compile=True),
 ]
 
 
-class Denoiser(DiffusionModel):
-    """A denoiser with random weights and adapters, zeros as text, and the first latent channels as image.
-
-    Args:
-        name: One of `ARCHITECTURES`.
-        config: Options of its network.
-        device: Device of the network.
-        compiled: Whether the network is compiled.
-    """
-
-    def __init__(self, name: str, config: dict[str, Any], device: str, compiled: bool = False) -> None:
-        super().__init__()
-        self.is_flux = name == "flux"
-        diffusion = VariancePreserving.from_table(DDIMScheduler().alphas_cumprod)
-        self.schedule = RectifiedFlow() if self.is_flux else diffusion
-        self.prediction = "flow" if self.is_flux else "epsilon"
-        kind: Any = FluxTransformer2DModel if self.is_flux else UNet2DConditionModel
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)  # a float32 FLUX.1 would need 48 GB
-        try:
-            with shapes_only(), torch.device(device):
-                self.network = kind(**config).requires_grad_(False).eval()
-        finally:
-            torch.set_default_dtype(default)
-        with shapes_only():
-            LoRA(rank=8, seed=0).attach(self.network, ATTENTION)
-        self.side = self.network.config.get("sample_size") or (128 if config is ARCHITECTURES[name] else 8)
-        if compiled:
-            self.network.compile()
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The network."""
-        return self.network
-
-    @property
-    def _weight(self) -> Tensor:
-        return next(self.network.parameters())
-
-    def checkpoint_blocks(self, enabled: bool = True) -> None:
-        """Set whether blocks are recomputed."""
-        if enabled:
-            self.network.enable_gradient_checkpointing(_checkpoint)
-        else:
-            self.network.disable_gradient_checkpointing()
-        self.block_checkpointing = enabled
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return zeros."""
-        config, count = self.network.config, len(prompts)
-        if self.is_flux:
-            widths = {"text": (512, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
-        else:
-            widths = {"text": (77, config.cross_attention_dim)}
-            if config.addition_embed_type == "text_time":
-                widths |= {"text_embeds": (1280,), "time_ids": (6,)}
-        like = self._weight
-        return Conditioning({name: like.new_zeros(count, *size) for name, size in widths.items()})
-
-    def noise(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Sample float32 latents."""
-        shape = (batch_size, 16 if self.is_flux else 4, self.side, self.side)
-        return torch.randn(shape, generator=generator, device=self._weight.device, dtype=torch.float32)
-
-    def forward(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """Call the network in bf16."""
-        given, dtype = conditioning.tensors, torch.bfloat16
-        time = torch.full((len(x),), t, device=x.device)
-        if not self.is_flux:
-            added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
-            output = self.network(x.to(dtype), time, given["text"], added_cond_kwargs=added, return_dict=False)[0]
-            return output.to(x.dtype)  # type: ignore[no-any-return]
-        half = self.side // 2
-        output = self.network(
-            hidden_states=pack(x.to(dtype)),
-            timestep=time,
-            guidance=torch.full_like(time, 3.5),
-            pooled_projections=given["pooled"],
-            encoder_hidden_states=given["text"],
-            txt_ids=torch.zeros(given["text"].shape[1], 3, device=x.device),
-            img_ids=positions(half, half, x.device),
-            return_dict=False,
-        )[0]
-        return unpack(output, self.side, self.side).to(x.dtype)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the first three channels."""
-        return latents[:, :3] / 2 + 0.5
-
-
-def _checkpoint(block: nn.Module, *inputs: Any) -> Any:
-    return checkpoint(block, *inputs, use_reentrant=False)
-
-
-def build(name: str, case: Case, configs: dict[str, dict[str, Any]], device: str, steps: int) -> DraftModule:
+def build(name: str, case: Case, tiny: bool, device: str, steps: int, backend: str = "inductor") -> DraftModule:
     """Build the method of a case."""
-    model = Denoiser(name, configs[name], device, case.compile)
+    config = (TINY if tiny else ARCHITECTURES)[name]
+    model = Denoiser(name, config, device, case.quantization, backend if case.compile else None)
     sampler = FlowEuler(steps) if model.is_flux else DDIM(steps)
     truncation = Full() if case.k is None else LastK(case.k)
-    return DraftModule(model, ColorTarget(), sampler, truncation, **case.options)
+    return DraftModule(model, ColorTarget(), sampler, truncation, checkpointing=case.checkpointing)  # type: ignore[arg-type]
 
 
-def predicted(name: str, case: Case, configs: dict[str, dict[str, Any]], steps: int) -> StepPlan:
-    """Return the plan of a case."""
+def predicted(name: str, case: Case, tiny: bool, steps: int) -> StepPlan:
+    """Return the plan of a case that is neither compiled nor quantized."""
+    common.quiet()
     with without_weights():
-        return plan_step(build(name, case, configs, "cpu", steps), ["a cat"], {})
+        return plan_step(build(name, case, tiny, "cpu", steps), ["a cat"], {})
 
 
-def seconds(module: DraftModule, device: str, repeats: int) -> float:
-    """Return the median seconds of a training step, after one that is not timed."""
+def seconds(module: DraftModule, device: str, repeats: int, deadline: float = float("inf")) -> float:
+    """Return the median seconds of a training step, after one that is not timed; one is timed after the deadline."""
     optimizer = torch.optim.AdamW(module.trainable_parameters().values(), lr=1e-6)
-    times = []
-    for _ in range(1 + repeats):
+    times: list[float] = []
+    while len(times) <= repeats and (len(times) < 2 or time.monotonic() < deadline):
         synchronize(torch.device(device))
         start = time.perf_counter()
-        module.loss_and_logs(["a cat"])[0].backward()
+        loss = module.loss_and_logs(["a cat"])[0]
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         synchronize(torch.device(device))
@@ -234,22 +114,88 @@ def matmul_flops(device: str, size: int) -> float:
     return 2 * size**3 / median(times)
 
 
-def row(name: str, case: Case, arguments: argparse.Namespace, flops: float) -> list[str]:
-    """Measure a case."""
-    configs, device = TINY if arguments.tiny else ARCHITECTURES, arguments.device
-    plan = predicted(name, case, configs, arguments.steps)
-    found = [name, case.name, f"{plan.peak / GIB:.2f}"]
-    cuda = torch.device(device).type == "cuda"
+def measure(row: Row, case: Case, arguments: argparse.Namespace, deadline: float) -> None:
+    """Measure a case; whatever fails, its reason is in the row and the memory is free again."""
+    problem = _not_installed(case)
+    if problem is None:
+        try:
+            _measure(row, case, arguments, deadline)
+        except torch.OutOfMemoryError:
+            problem = "does not fit"
+        except Exception as error:  # the other rows are worth having, whatever fails here
+            problem = f"failed: {type(error).__name__}: {first_line(error)}"
+    row.problem = problem
+    _clear(arguments.device)
+
+
+def _measure(row: Row, case: Case, arguments: argparse.Namespace, deadline: float) -> None:
+    device, cuda = arguments.device, torch.device(arguments.device).type == "cuda"
+    module = build(row.denoiser, case, arguments.tiny, device, arguments.steps, arguments.backend)
     gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    row.seconds = seconds(module, device, arguments.repeats, deadline)
+    if cuda:
+        row.peak = torch.cuda.max_memory_allocated(device)
+
+
+def _not_installed(case: Case) -> str | None:
+    library = (case.quantization or "").partition("-")[0]
+    return f"not installed: pip install {library}" if library and find_spec(library) is None else None
+
+
+def _clear(device: str) -> None:
+    """Free what a case leaves behind: compiled code, reference cycles, and the allocator's blocks."""
     try:
-        if cuda:
+        torch.compiler.reset()
+        gc.collect()
+        if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        taken = seconds(build(name, case, configs, device, arguments.steps), device, arguments.repeats)
-    except torch.OutOfMemoryError:
-        return [*found, "does not fit", "", ""]
-    peak = f"{torch.cuda.max_memory_allocated(device) / GIB:.2f}" if cuda else "not measured"
-    return [*found, peak, f"{taken:.3f}", f"{plan.total_flops / taken / flops:.1%}"]
+    except Exception as error:  # a CUDA error of the case may be reported here
+        print(f"after this row: {first_line(error)}", flush=True)
+
+
+def compare(row: Row, plan: Any, flops: float, timeout: float) -> None:
+    """Add the plan, an `AsyncResult`, to a row."""
+    try:
+        found: StepPlan = plan.get(max(1.0, timeout))
+    except multiprocessing.TimeoutError:
+        row.problem = row.problem or "the plan took too long"
+    except Exception as error:  # a row without its plan is worth having
+        row.problem = row.problem or f"plan failed: {type(error).__name__}: {first_line(error)}"
+    else:
+        row.plan = found.peak
+        row.share = None if row.seconds is None else found.total_flops / row.seconds / flops
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Measure all chosen cases, and return their rows."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    chosen = [case for case in CASES if case.name.startswith(tuple(arguments.cases) or ("",))]
+    # Compiled cases are last.
+    todo = [(n, case) for late in (False, True) for n in arguments.models for case in chosen if case.compile is late]
+    context = multiprocessing.get_context("fork")  # before CUDA starts
+    with context.Pool(_WORKERS, torch.set_num_threads, (1,)) as pool:
+        plans: dict[Any, Any] = {}
+        for name, case in todo:
+            key = (name, case.k, case.checkpointing)
+            if key not in plans and arguments.plan:
+                plain = Case(case.name, case.k, case.checkpointing)
+                plans[key] = pool.apply_async(predicted, (name, plain, arguments.tiny, arguments.steps))
+        flops = matmul_flops(arguments.device, 256 if arguments.tiny else 8192)
+        report = Report(_title(arguments, flops), arguments.output, arguments.json)
+        report.start()
+        for name, case in todo:
+            row = Row(name, case.name)
+            if time.monotonic() > deadline:
+                row.problem = "left out after --minutes"
+            else:
+                measure(row, case, arguments, deadline)
+                if arguments.plan and case.quantization is None:
+                    compare(row, plans[name, case.k, case.checkpointing], flops, deadline - time.monotonic())
+            report.add(row)
+    return report.rows
 
 
 def main() -> None:
@@ -257,26 +203,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks")
-    parser.add_argument("--models", nargs="*", default=[], help="only these: sd15, sdxl, flux")
+    parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--cases", nargs="*", default=[], help="only those whose name starts with one of these")
     parser.add_argument("--steps", type=int, default=4, help="sampling steps T")
     parser.add_argument("--repeats", type=int, default=3, help="timed training steps")
-    parser.add_argument("--minutes", type=float, default=10.0, help="no case starts later")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no row starts later")
+    parser.add_argument("--backend", default="inductor", help="compiler backend of the compiled cases")
+    parser.add_argument("--no-plan", action="store_false", dest="plan", help="without predictions")
     parser.add_argument("--output", type=Path, help="also write the page to this file")
+    parser.add_argument("--json", type=Path, help="also write the rows, in bytes and seconds, to this file")
     arguments = parser.parse_args()
+    if not any(case.name.startswith(tuple(arguments.cases) or ("",)) for case in CASES):
+        parser.error(f"--cases: no case starts with these; the cases are {'; '.join(case.name for case in CASES)}")
     if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU was found; run it on a machine with one, or add --device cpu --tiny to try the benchmark")
     common.quiet()
-    start, flops = time.monotonic(), matmul_flops(arguments.device, 256 if arguments.tiny else 8192)
-    names = arguments.models or list(TINY if arguments.tiny else ARCHITECTURES)
-    chosen, rows = tuple(arguments.cases) or ("",), []
-    for name in names:
-        for case in (each for each in CASES if each.name.startswith(chosen)):
-            late = time.monotonic() - start > 60 * arguments.minutes
-            rows.append([name, case.name, "", "left out", "", ""] if late else row(name, case, arguments, flops))
-    head = ["denoiser", "case", "plan, GiB", "peak, GiB", "s / step", "share of bf16 peak"]
-    title = f"T = {arguments.steps}, batch 1, {arguments.device}, {flops / 1e12:.3g} TFLOP/s in a bf16 matrix product."
-    common.show(f"{title}\n\n{common.table(head, rows)}", arguments.output)
+    run(arguments)
+
+
+def _title(arguments: argparse.Namespace, flops: float) -> str:
+    cuda = torch.device(arguments.device).type == "cuda"
+    device = torch.cuda.get_device_name(arguments.device) if cuda else arguments.device
+    return (
+        f"T = {arguments.steps}, batch 1, {device}, torch {torch.__version__}, {flops / 1e12:.3g} TFLOP/s in a bf16 "
+        "matrix product."
+    )
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class Clock(Callback):
     def _measure(self, trainer: L.Trainer, module: DraftModule) -> None:
         with trainer.precision_plugin.forward_context(), torch.enable_grad():
             for kind in self.calls:
-                times = [time_network(module.model, *kind) for _ in range(self.repeats)]  # type: ignore[arg-type]
+                times = [time_network(module.model, *kind) for _ in range(self.repeats)]
                 self.network.setdefault(kind, []).extend(times)
             for size in self.decoded:
                 self.rest.setdefault(size, []).extend(time_rewards(module, size) for _ in range(self.repeats))

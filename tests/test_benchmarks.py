@@ -1,8 +1,12 @@
 """The benchmarks with a small pipeline: the cost table, and memory that does not grow with T."""
 
 import argparse
+import json
 import logging
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,23 +54,94 @@ def test_tables_are_markdown() -> None:
     assert page.splitlines() == ["| name |  n |", "| ---- | -: |", "| a    |  1 |", "| long | 22 |"]
 
 
-def test_the_gpu_benchmark_with_a_tiny_network_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def run_gpu_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that runs the benchmark with tiny networks and returns the rows of its JSON file."""
+
+    def run(*arguments: str) -> list[dict[str, Any]]:
+        common_ones = ["--device", "cpu", "--tiny", "--steps", "1", "--repeats", "1", "--backend", "eager"]
+        files = ["--json", str(tmp_path / "gpu.json"), "--output", str(tmp_path / "gpu.md")]
+        monkeypatch.setattr("sys.argv", ["gpu", *common_ones, *files, *arguments])
+        gpu.main()
+        rows: list[dict[str, Any]] = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+        assert len((tmp_path / "gpu.md").read_text().splitlines()) == 4 + len(rows)
+        return rows
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["sdxl", "--cases", "K = 1, blocks"], ["flux"]], ids=lambda each: each[0])
+def test_the_gpu_benchmark_measures_every_case(run_gpu_benchmark: Any, arguments: list[str]) -> None:
+    rows = run_gpu_benchmark("--no-plan", "--models", *arguments)
+    assert len(rows) == (len(gpu.CASES) if arguments == ["flux"] else 1)
+    for row in rows:
+        if "int8 base" in row["case"] and find_spec("torchao") is None:
+            assert row["problem"] == "not installed: pip install torchao"
+        elif "nf4 base" in row["case"] and find_spec("bitsandbytes") is None:
+            assert row["problem"] == "not installed: pip install bitsandbytes"
+        else:
+            assert row["problem"] is None, row
+            assert row["seconds"] > 0
+
+
+def test_the_gpu_benchmark_compares_with_the_plan(run_gpu_benchmark: Any) -> None:
+    (row,) = run_gpu_benchmark("--models", "flux", "--cases", "K = 1, step")
+    assert row["problem"] is None
+    assert row["plan"] > 0
+    assert row["share"] > 0
+
+
+def no_plan(*_: Any) -> None:
+    raise ValueError("no plan")
+
+
+def test_the_gpu_benchmark_goes_on_after_a_row_that_fails(
+    run_gpu_benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--device", "cpu", "--tiny", "--models", "sd15", "--cases", "full, both", "--steps", "1"]
-    monkeypatch.setattr("sys.argv", ["gpu", *arguments, "--repeats", "1"])
-    gpu.main()
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "full, both" in line)
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[0] == "sd15"
-    assert float(cells[4]) > 0
-    assert float(cells[5].removesuffix("%")) > 0
+    """The first row fails, and so does the plan of both."""
+    build, built = gpu.build, []
+
+    def failing(*arguments: Any) -> Any:
+        built.append(arguments)
+        if len(built) == 1:
+            raise RuntimeError("CUDA error: an illegal instruction was encountered\nmore lines")
+        return build(*arguments)
+
+    monkeypatch.setattr(gpu, "build", failing)
+    monkeypatch.setattr(gpu, "predicted", no_plan)
+    first, second = run_gpu_benchmark("--models", "sd15", "flux", "--cases", "K = 1, step")
+    assert first["problem"] == "failed: RuntimeError: CUDA error: an illegal instruction was encountered"
+    assert first["seconds"] is None
+    assert second["problem"] == "plan failed: ValueError: no plan"
+    assert second["seconds"] > 0
 
 
-def test_the_gpu_benchmark_trains_every_case_of_a_tiny_flux() -> None:
-    for case in gpu.CASES:
-        if not case.compile:
-            assert gpu.seconds(gpu.build("flux", case, gpu.TINY, "cpu", 1), "cpu", 1) > 0
+def test_the_gpu_benchmark_starts_no_row_after_its_minutes(run_gpu_benchmark: Any) -> None:
+    (row,) = run_gpu_benchmark("--models", "sd15", "--cases", "K = 1, step", "--minutes", "0")
+    assert row["problem"] == "left out after --minutes"
+
+
+def test_a_row_of_the_gpu_benchmark_stops_after_the_deadline() -> None:
+    module, calls = gpu.build("sd15", gpu.CASES[0], True, "cpu", 1), []
+    module.model.register_forward_hook(lambda *_: calls.append(1))
+    assert gpu.seconds(module, "cpu", 50, deadline=0) > 0
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "sd3"], "invalid choice: 'sd3' (choose from"),
+        (["--cases", "K = 7"], "no case starts with these; the cases are K = 1, nothing recomputed"),
+    ],
+)
+def test_the_gpu_benchmark_lists_what_it_knows(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert message in capsys.readouterr().err
 
 
 def test_the_gpu_benchmark_without_a_gpu_ends_with_one_sentence(

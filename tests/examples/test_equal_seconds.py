@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.equal_seconds import __main__ as command
-from examples.equal_seconds import experiments, measure, report
+from examples.equal_seconds import experiments, leaderboard, measure, report
 from examples.method_table.runs import Run, RunFile
 
 
@@ -48,3 +48,30 @@ def test_a_run_evaluates_before_and_after_its_seconds_and_is_not_repeated(
     assert found["evaluations"][1]["reward"] != found["evaluations"][0]["reward"]
     assert capsys.readouterr().out.count("seed 0") == 1
     assert (tmp_path / "small_batch.png").exists()
+
+
+def test_the_leaderboard_has_every_method_config_of_the_shipped_model() -> None:
+    names = leaderboard.shipped_configs()
+    assert {"draft", "draft_k", "draft_lv", "refl", "drtune", "alignprop", "reinforce", "ppo", "loop", "prdp"} <= {
+        *names
+    }
+    assert not {"compositions", "guard", "sd15_clip"} & {*names}
+
+
+def test_the_leaderboard_puts_the_fastest_first_and_says_what_is_not_reached() -> None:
+    def row(config: str, seconds: float, score: float) -> Run:
+        last = {"seconds": seconds, "queries": 1000, "passes": 20000, "evaluation": score, "clean": 0.5}
+        return {"config": config, "evaluations": [last]}
+
+    runs = [row("slow", 60.0, -0.4), row("slow", 70.0, -0.4), row("never", 120.0, -1.0), row("fast", 9.0, -0.3)]
+    lines = [line.split(" | ") for line in leaderboard.table(runs, level=-0.5).splitlines()[2:]]
+    assert [line[0] for line in lines] == ["| fast", "| slow", "| never"]
+    assert lines[1][1:4] == ["2 of 2", "65.0 ± 5.0", "1,000"]
+    assert lines[2][1:3] == ["0 of 1", "not reached"]
+
+
+def test_a_run_of_the_leaderboard_stops_at_its_level() -> None:
+    meter = leaderboard.train("draft_k", 0, level=-5.0, limit=100.0, every=0.0)
+    assert [row["steps"] for row in meter.evaluations] == [0, 1]
+    assert meter.reached
+    assert meter.evaluations[1]["queries"] == 8

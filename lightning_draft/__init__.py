@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
     from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
     from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
+    from lightning_draft.windows import RandomWindow, SlidingWindow, StepWindow
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ _MODULES = {
     "stochastic_flow": ("DanceSDE", "FlowCPS"),
     "surrogates": ("DirectAlign", "FlowBPBridge", "FlowBPLagrange", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
+    "windows": ("RandomWindow", "SlidingWindow", "StepWindow"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -134,12 +136,15 @@ __all__ = [
     "PromptDataModule",
     "RandomK",
     "RandomSteps",
+    "RandomWindow",
     "ReFL",
     "Reinforce",
     "Reward",
     "RewardModule",
     "Sampler",
     "ScaleSchedule",
+    "SlidingWindow",
+    "StepWindow",
     "TextEncoding",
     "Truncation",
     "VGGFlow",

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.arguments import at_least
 from lightning_draft.models.base import Conditioning, DiffusionModel
-from lightning_draft.samplers import Sampler, Transition
+from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Grid
+from lightning_draft.transition import Transition
 
 Probe = Callable[[int, Tensor], None]
 """Called with (step, latent) for every latent that a step returns with a graph."""

@@ -6,67 +6,15 @@ the loop over steps is in `lightning_draft.chain`.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.schedules import Grid, RectifiedFlow, Schedule, Spacing, VariancePreserving
 from lightning_draft.timesteps import ddim_timesteps, dpm_timesteps
-
-
-@dataclass(frozen=True)
-class Transition:
-    """The distribution of the next latent, `N(mean, std^2 I)`; a single point if `std` is 0.
-
-    Args:
-        mean: `(B, ...)`.
-        std: Standard deviation, the same for every element.
-    """
-
-    mean: Tensor
-    std: float
-
-    def rsample(self, noise: Tensor | None = None) -> Tensor:
-        """Sample with the reparameterization trick, `mean + std * noise`; by default `noise` is sampled."""
-        if self.std == 0:
-            return self.mean
-        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return the log-density of `x` summed over the latent's dimensions, float32 or wider, `(B,)`.
-
-        Raises:
-            ConfigurationError: The step is deterministic and has no density.
-        """
-        self._check_stochastic("log_prob")
-        wide = torch.promote_types(self.mean.dtype, torch.float32)
-        z = (x.to(wide) - self.mean.to(wide)) / self.std
-        elements = z[0].numel()
-        return -0.5 * z.square().flatten(1).sum(1) - elements * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
-
-    def kl(self, other: "Transition") -> Tensor:
-        """Return `KL(self || other)` summed over the latent's dimensions, float32 or wider, `(B,)`.
-
-        Raises:
-            ConfigurationError: Either step is deterministic.
-        """
-        self._check_stochastic("kl")
-        other._check_stochastic("kl")
-        wide = torch.promote_types(self.mean.dtype, torch.float32)
-        elements = self.mean[0].numel()
-        ratio = (self.std / other.std) ** 2
-        distance = ((self.mean.to(wide) - other.mean.to(wide)) / other.std).square().flatten(1).sum(1)
-        return 0.5 * (distance + elements * (ratio - 1 - math.log(ratio)))
-
-    def _check_stochastic(self, what: str) -> None:
-        if self.std == 0:
-            raise ConfigurationError(
-                f"{what} of a deterministic step is not defined; use a stochastic sampler: DDIM(eta=1) or FlowSDE"
-            )
+from lightning_draft.transition import Transition
 
 
 class Sampler(ABC):
@@ -90,6 +38,14 @@ class Sampler(ABC):
     def is_memoryless(self) -> bool:
         """Whether, as the number of steps grows, samples become independent of the starting noise."""
         return False
+
+    def deterministic(self) -> "Sampler":
+        """Return the same sampler without noise; `self` if it adds none.
+
+        Raises:
+            ConfigurationError: The sampler does not say what it is without noise.
+        """
+        raise ConfigurationError(f"{type(self).__name__} has no method `deterministic`; use DDIM(eta=1) or FlowSDE")
 
     @abstractmethod
     def grid(self, schedule: Schedule) -> Grid:
@@ -142,6 +98,10 @@ class DDIM(Sampler):
         """Whether `eta` is 1, that is, the sampler is DDPM's."""
         return self.eta == 1
 
+    def deterministic(self) -> "DDIM":
+        """Return `DDIM` with `eta` = 0."""
+        return DDIM(self.num_steps, 0.0, self.spacing)
+
     def grid(self, schedule: Schedule) -> Grid:
         """Return the grid of diffusers' `DDIMScheduler`, whose step is always `num_train_timesteps // num_steps`."""
         table = _variance_preserving(schedule, self)
@@ -177,6 +137,10 @@ class DPMSolverPlusPlus(Sampler):
     References:
         Lu et al., "DPM-Solver++", arXiv:2211.01095, algorithm 2.
     """
+
+    def deterministic(self) -> "DPMSolverPlusPlus":
+        """Return `self`."""
+        return self
 
     def grid(self, schedule: Schedule) -> Grid:
         """Return the grid of diffusers' `DPMSolverMultistepScheduler` with `final_sigmas_type="zero"`."""
@@ -216,6 +180,10 @@ class FlowEuler(Sampler):
 
     def __init__(self, num_steps: int = 28) -> None:
         super().__init__(num_steps)
+
+    def deterministic(self) -> "FlowEuler":
+        """Return `FlowEuler`."""
+        return FlowEuler(self.num_steps)
 
     def grid(self, schedule: Schedule) -> Grid:
         """Return the grid of diffusers' `FlowMatchEulerDiscreteScheduler` on this schedule; it ends at 0."""

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_draft.arguments import in_range
-from lightning_draft.samplers import FlowEuler, FlowSDE, Transition
+from lightning_draft.samplers import FlowEuler, FlowSDE
 from lightning_draft.schedules import Schedule
+from lightning_draft.transition import Transition
 
 
 class DanceSDE(FlowSDE):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import LoRA
-from lightning_draft.samplers import DDIM, Transition
+from lightning_draft.samplers import DDIM
+from lightning_draft.transition import Transition
 from lightning_draft.truncation import LowVariance, RandomSteps
 from tests.tiny_draft import TARGETS, Recorder, linear, make, trainer_of
 from tests.tiny_runs import PROMPTS, data, values

@@ -13,9 +13,10 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, Prediction, to_x0
-from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler, Transition
+from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow, Schedule, Spacing, VariancePreserving
 from lightning_draft.testing import GaussianModel, scaled_linear
+from lightning_draft.transition import Transition
 
 BETAS = ["scaled_linear", "linear", "squaredcos_cap_v2"]
 GRIDS: list[tuple[Spacing, int]] = [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]

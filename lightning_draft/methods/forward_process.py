@@ -177,7 +177,7 @@ class ForwardProcessModule(RolloutModule):
         return super().collect_rollout(prompts, number, step)
 
     def sample_rollout(
-        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, number: int
     ) -> tuple[Tensor, Tensor]:
         """Return samples of the old policy, `(1, N, ...)`, and no log-probabilities."""
         with self.old.in_use(self.trainable_parameters()):

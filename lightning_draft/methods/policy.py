@@ -15,6 +15,7 @@ from lightning_draft.methods.rollout import sample_noise, slices
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
+from lightning_draft.windows import noise_at_steps
 
 
 class Policy:
@@ -49,6 +50,11 @@ class Policy:
     def steps(self) -> list[int]:
         """The stochastic steps."""
         return stochastic_steps(self.sampler, self.model.schedule)
+
+    def within(self, steps: Sequence[int]) -> "Policy":
+        """Return the policy that adds noise only at the given steps."""
+        sampler = noise_at_steps(self.sampler, steps)
+        return Policy(self.model, sampler, self.reduce, self.micro_batch_size, self.recompute, self.kl_per_time)
 
     @torch.no_grad()
     def sample(

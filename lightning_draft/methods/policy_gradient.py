@@ -34,6 +34,7 @@ from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import PPO, Objective, PolicyBatch
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import DDIM, Sampler
+from lightning_draft.windows import StepWindow
 
 
 class PolicyGradientModule(RolloutModule):
@@ -68,13 +69,15 @@ class PolicyGradientModule(RolloutModule):
             change the rollout.
         timesteps_per_minibatch: Number of stochastic steps that are trained on at a time; by default all. Memory is
             proportional to it.
+        window: If given, noise is added only at a few steps of each rollout, and only these are trained; the others
+            are sampled without noise. Validation uses the sampler at all steps.
         share_start_noise: Whether the samples of a prompt start from the same noise.
         checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
         seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`.
 
     Attributes:
         objective: The loss of log-probabilities.
-        policy: The model and the sampler as a policy.
+        policy: The model and the sampler as a policy, without a window.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -98,6 +101,7 @@ class PolicyGradientModule(RolloutModule):
         kl_per_time: bool = False,
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
+        window: StepWindow | None = None,
         share_start_noise: bool = False,
         checkpointing: Literal["none", "block"] = "none",
         seed: int = 0,
@@ -119,18 +123,24 @@ class PolicyGradientModule(RolloutModule):
             timesteps_per_minibatch,
             share_start_noise,
         )
+        self.window = window
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
         recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute, kl_per_time)
 
+    def strategies(self) -> dict[str, object]:
+        """Return the strategies of the run, including the window."""
+        return super().strategies() if self.window is None else {**super().strategies(), "window": self.window}
+
     def check_configuration(self) -> None:
-        """Check that the sampler has log-probabilities, and that groups and optimizer steps suit the objective.
+        """Check that the sampler has log-probabilities, and that window, groups and optimizer steps suit the run.
 
         Raises:
             ConfigurationError: One of these checks fails.
         """
         check_sampler(self.sampler, self.model.schedule)
         check_stochastic(self.sampler, self.policy.steps)
+        self.policy_of(0)
         super().check_configuration()
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
@@ -151,23 +161,32 @@ class PolicyGradientModule(RolloutModule):
                 check_gradient(value, self.trainable_parameters().values(), "log-probability")
 
     def rollout_timesteps(self) -> int:
-        """Return the number of stochastic steps."""
-        return len(self.policy.steps)
+        """Return the number of stochastic steps of a rollout."""
+        return len(self.policy.steps) if self.window is None else self.window.size
+
+    def policy_of(self, number: int) -> Policy:
+        """Return the policy of rollout `number`, which adds noise only in its window."""
+        if self.window is None:
+            return self.policy
+        return self.policy.within(self.window.steps(number, self.policy.steps, self.seed))
 
     def sample_rollout(
-        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, number: int
     ) -> tuple[Tensor, Tensor]:
         """Return latents `(T + 1, N, ...)` from noise to sample and log-probabilities `(S, N)`."""
-        return self.policy.sample(prompts, seeds, start_seeds)
+        return self.policy_of(number).sample(prompts, seeds, start_seeds)
 
     def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
         """Collect a rollout, with the base model's log-probabilities if the objective needs them."""
         rollout = super().collect_rollout(prompts, number, step)
+        if self.window is not None:
+            start = float(self.policy_of(number).steps[0])
+            rollout = replace(rollout, summary={**rollout.summary, "train/window_start": start})
         if not self.objective.needs_reference:
             return rollout
         with self.model.base():
             every = repeat_prompts(prompts, self.samples_per_prompt)
-            return replace(rollout, ref_log_probs=self.policy.log_probs(every, rollout.latents))
+            return replace(rollout, ref_log_probs=self.policy_of(number).log_probs(every, rollout.latents))
 
     def minibatch_loss(
         self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch
@@ -196,9 +215,9 @@ class PolicyGradientModule(RolloutModule):
             gradients: From `log_prob_gradients`, if the objective is not separable.
         """
         some = repeat_prompts(prompts, self.samples_per_prompt)[minibatch.samples]
-        steps = self.policy.steps[minibatch.steps]
-        latents = rollout.latents[:, minibatch.samples]
-        log_probs, kl = self.policy.evaluate(some, latents, steps, with_kl=self.kl_weight > 0)
+        policy, latents = self.policy_of(rollout.number), rollout.latents[:, minibatch.samples]
+        steps = policy.steps[minibatch.steps]
+        log_probs, kl = policy.evaluate(some, latents, steps, with_kl=self.kl_weight > 0)
         batch = self._policy_batch(log_probs, rollout, minibatch.samples, minibatch.steps)
         if gradients is None:
             loss = self.objective(batch)
@@ -227,7 +246,8 @@ class PolicyGradientModule(RolloutModule):
             moved: Whether the model has changed since; if not, the rollout's own log-probabilities are used.
         """
         whole, every = slice(None), repeat_prompts(prompts, self.samples_per_prompt)
-        log_probs = self.policy.log_probs(every, rollout.latents) if moved else rollout.log_probs
+        policy = self.policy_of(rollout.number)
+        log_probs = policy.log_probs(every, rollout.latents) if moved else rollout.log_probs
         leaf = log_probs.detach().clone().requires_grad_()
         with torch.enable_grad():
             loss = self.objective(self._policy_batch(leaf, rollout, whole, whole))

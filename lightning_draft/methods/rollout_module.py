@@ -102,7 +102,7 @@ class RolloutModule(RewardModule, ABC):
 
     @abstractmethod
     def sample_rollout(
-        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, number: int
     ) -> tuple[Tensor, Tensor]:
         """Sample without a graph.
 
@@ -110,9 +110,10 @@ class RolloutModule(RewardModule, ABC):
             prompts: `N` prompts.
             seeds: `N` seeds, one for all noise of a sample.
             start_seeds: Seeds of the starting noise, if they differ.
+            number: Number of the rollout.
 
         Returns:
-            Latents `(L, N, ...)`, the last of which are the samples, and log-probabilities `(S, N)`.
+            Latents `(L, N, ...)` that end with the samples, and log-probabilities `(S, N)`.
         """
 
     @abstractmethod
@@ -191,8 +192,7 @@ class RolloutModule(RewardModule, ABC):
 
         Args:
             prompts: The batch.
-            number: Number of the rollout in the run; the noise depends only on it, the seed, the process and the
-                sample.
+            number: Number of the rollout in the run; noise depends only on it, the seed, the process and the sample.
             step: Number of finished optimizer steps.
         """
         every = repeat_prompts(prompts, self.samples_per_prompt)
@@ -200,7 +200,7 @@ class RolloutModule(RewardModule, ABC):
         groups = [i // self.samples_per_prompt for i in range(len(every))]
         starts = [derive_seed(self.seed, number, self.global_rank, i, _START) for i in groups]
         with self._random_state(derive_seed(self.seed, number, self.global_rank)):
-            latents, log_probs = self.sample_rollout(every, seeds, starts if self.share_start_noise else None)
+            latents, log_probs = self.sample_rollout(every, seeds, starts if self.share_start_noise else None, number)
             parts = slices(len(every), self.micro_batch_size)
             scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
         rewards = torch.cat([total for total, _ in scores])

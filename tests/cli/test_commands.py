@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from lightning_draft import __version__
 from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, StableDiffusion
-from lightning_draft.samplers import DDIM, Transition
+from lightning_draft.samplers import DDIM
+from lightning_draft.transition import Transition
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
 PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]

@@ -35,6 +35,7 @@ POLICIES = {
     "pref_grpo": ("PPO", "WinRate"),
     "prdp_preferences": ("PRDP", "BradleyTerry"),
 }
+WINDOWS = {"mix_grpo": "SlidingWindow", "flow_grpo_fast": "RandomWindow"}
 FORWARD = {
     "nft": "DiffusionNFT",
     "awm": "AWM",
@@ -135,7 +136,7 @@ def test_every_method_has_a_config() -> None:
     assert classes == METHODS
     known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__.startswith("lightning_draft.")}
     assert set(METHODS.values()) == known
-    assert set(EMOJI) == {*METHODS, *POLICIES, *FORWARD, *MATCHING, "quickstart", "guard", "compositions"}
+    assert set(EMOJI) == {*METHODS, *POLICIES, *WINDOWS, *FORWARD, *MATCHING, "quickstart", "guard", "compositions"}
 
 
 def test_every_forward_objective_has_a_config() -> None:
@@ -162,9 +163,21 @@ def test_every_objective_and_advantage_estimator_has_a_config() -> None:
         assert set(classes.values()) == known
 
 
+def test_every_window_has_a_config() -> None:
+    from lightning_draft.cli.hints import subclasses
+    from lightning_draft.windows import StepWindow
+
+    classes = {name: _class(_content(name)["model"]["init_args"]["window"]) for name in WINDOWS}
+    assert classes == WINDOWS
+    assert set(WINDOWS.values()) == {each.__name__ for each in subclasses((StepWindow,))}
+
+
 def _sampled_steps(name: str) -> int:
-    """Return the stochastic steps of a config on the grid of its model: all except a last step without noise."""
-    steps = _content(name)["model"]["init_args"]["sampler"]["init_args"]["num_steps"]
+    """Return the trained steps of a config: its window, or all on the grid of its model except one without noise."""
+    arguments = _content(name)["model"]["init_args"]
+    if "window" in arguments:
+        return int(arguments["window"]["init_args"]["size"])
+    steps = arguments["sampler"]["init_args"]["num_steps"]
     return steps if name.startswith("sd15_") else steps - 1
 
 
@@ -184,13 +197,21 @@ def test_optimizer_steps_of_policy_configs_end_with_epochs(name: str) -> None:
 
 def test_method_configs_differ_only_in_the_method() -> None:
     method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs", "old_policy", "matching")
+    number_of_steps = ("val_check_interval", "accumulate_grad_batches")
 
     def rest(name: str) -> dict:
         content = _content(name)
         arguments = content["model"]["init_args"]
         return {**content, "model": {key: value for key, value in arguments.items() if key not in method}}
 
+    def without_window(name: str) -> dict:
+        content = rest(name)
+        trainer = {key: value for key, value in content["trainer"].items() if key not in number_of_steps}
+        model = {key: value for key, value in content["model"].items() if key != "window"}
+        return {**content, "trainer": trainer, "model": model}
+
     assert all(rest(name) == rest("draft") for name in METHODS)
+    assert all(without_window(name) == without_window("ppo") for name in WINDOWS)
     assert all(rest(name) == rest("ppo") for name in POLICIES)
     assert all(rest(name) == rest("nft") for name in FORWARD)
     assert all(rest(name) == rest("vgg_flow") for name in MATCHING)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, gpu, memory, step_cost
+from benchmarks import common, gpu, memory, scaling, step_cost
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.truncation import Full, LastK
 
@@ -152,3 +152,18 @@ def test_the_gpu_benchmark_without_a_gpu_ends_with_one_sentence(
     with pytest.raises(SystemExit):
         gpu.main()
     assert "no GPU was found; run it on a machine with one" in capsys.readouterr().err
+
+
+def test_sharded_training_sends_one_gather_for_each_network_pass_and_one_scatter(tmp_path: Path) -> None:
+    """Counted from the collectives of a step with full fine-tuning on two processes; other messages are small."""
+    common.write_pipeline(tmp_path / "model", "tiny")
+    arguments = argparse.Namespace(
+        model="tiny", guidance_scale=1.0, dtype="float32", steps=3, repeats=1, device="cpu", batch=1
+    )
+    case = next(case for case in scaling.CASES if case.fsdp and case.full)
+    for found in scaling.run(case, 2, 1, arguments, tmp_path):
+        assert found["passes"] == 3 + 1
+        assert found["sent"]["allgather"] == pytest.approx(found["weights"] / 2 * 4, rel=0.01)
+        assert found["sent"]["reducescatter"] == pytest.approx(found["trained"] / 2, rel=0.01)
+        least = case.least(2, found["weights"], found["trained"], found["passes"])
+        assert least <= sum(found["sent"].values()) < 1.02 * least

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
     from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
     from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
+    from lightning_draft.trust_region import FlowDPPO, GRPOGuard, SampleDropout
     from lightning_draft.windows import RandomWindow, SlidingWindow, StepWindow
 
 __version__ = "0.1.0"
@@ -84,6 +85,7 @@ _MODULES = {
     "stochastic_flow": ("DanceSDE", "FlowCPS"),
     "surrogates": ("DirectAlign", "FlowBPBridge", "FlowBPLagrange", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
+    "trust_region": ("FlowDPPO", "GRPOGuard", "SampleDropout"),
     "windows": ("RandomWindow", "SlidingWindow", "StepWindow"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
@@ -111,11 +113,13 @@ __all__ = [
     "FlowBPBridge",
     "FlowBPLagrange",
     "FlowCPS",
+    "FlowDPPO",
     "FlowEuler",
     "FlowSDE",
     "ForwardObjective",
     "ForwardProcessModule",
     "Full",
+    "GRPOGuard",
     "GradientMatching",
     "GradientMatchingModule",
     "GroupRelative",
@@ -141,6 +145,7 @@ __all__ = [
     "Reinforce",
     "Reward",
     "RewardModule",
+    "SampleDropout",
     "Sampler",
     "ScaleSchedule",
     "SlidingWindow",

@@ -157,7 +157,7 @@ class AWM(ForwardObjective):
     def __init__(self, policy: Objective | None = None, power: float = 0.0) -> None:
         self.policy = PPO(clip=0.1) if policy is None else policy
         self.power = at_least("power", power, 0)
-        if not self.policy.separable or self.policy.needs_reference:
+        if not self.policy.separable or self.policy.needs_reference or self.policy.needs_old_means:
             raise ConfigurationError(
                 f"policy={type(self.policy).__name__} must be an objective of single steps; use PPO or Reinforce, or "
                 "the objective CRD to compare samples"

@@ -25,6 +25,21 @@ ClipForm = Literal["min", "clip_only"]
 
 
 @dataclass(frozen=True)
+class MeanChange:
+    """How far the means of the steps have moved since the rollout.
+
+    Args:
+        kl: `KL(p_old || p) = |mu - mu_old|^2 / (2 std^2)`, `(S, B)`, with the reduction of the log-probabilities.
+        stds: Standard deviations of the steps, `(S, 1)`.
+        lengths: Lengths of the steps in time, as fractions of the schedule, `(S, 1)`.
+    """
+
+    kl: Tensor
+    stds: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class PolicyBatch:
     """Inputs of an objective: a minibatch of a rollout, or the whole rollout.
 
@@ -34,6 +49,7 @@ class PolicyBatch:
         advantages: Advantages of the samples, `(B,)`.
         group: Number of consecutive samples with the same prompt.
         ref_log_probs: The same as `log_probs` under the base model, if the objective `needs_reference`.
+        change: The change of the steps' means, if the objective `needs_old_means`.
     """
 
     log_probs: Tensor
@@ -41,6 +57,7 @@ class PolicyBatch:
     advantages: Tensor
     group: int = 1
     ref_log_probs: Tensor | None = None
+    change: MeanChange | None = None
 
 
 class RolloutObjective(ABC):
@@ -68,12 +85,14 @@ class Objective(RolloutObjective):
 
     Attributes:
         needs_reference: Whether the loss needs log-probabilities under the base model.
+        needs_old_means: Whether the loss needs the means of the rollout's steps, which it then stores.
 
     Raises:
         ConfigurationError: The reduction is unknown.
     """
 
     needs_reference: bool = False
+    needs_old_means: bool = False
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         self.reduction = one_of("reduction", reduction, get_args(Reduction))
@@ -147,18 +166,26 @@ class PPO(Objective):
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         """Compute the loss from the ratios to the model that sampled the rollout."""
+        return self.losses(batch).mean()
+
+    def log_ratio(self, batch: PolicyBatch) -> Tensor:
+        """Return `log rho`, `(S, B)`."""
+        return batch.log_probs - batch.old_log_probs
+
+    def losses(self, batch: PolicyBatch) -> Tensor:
+        """Return the losses of the steps, `(S, B)`."""
         advantages, limit = batch.advantages, self.advantage_clip
         if limit is not None:
             advantages = advantages.clamp(-limit, limit)
-        ratio = (batch.log_probs - batch.old_log_probs).exp()
+        ratio = self.log_ratio(batch).exp()
         clipped = -advantages * ratio.clamp(1 - self.clip, 1 + self.clip)
         if self.form == "clip_only":
-            return clipped.mean()
-        return torch.maximum(-advantages * ratio, clipped).mean()
+            return clipped
+        return torch.maximum(-advantages * ratio, clipped)
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
         """Return for which samples `|rho - 1| > clip`, bool `(S, B)`."""
-        return ((batch.log_probs - batch.old_log_probs).expm1().abs() > self.clip).detach()
+        return (self.log_ratio(batch).expm1().abs() > self.clip).detach()
 
 
 class APA(Objective):

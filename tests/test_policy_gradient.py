@@ -172,7 +172,7 @@ def test_optimizer_step_over_several_rollouts_uses_their_mean_gradient(tmp_path:
     fresh, loader, slopes = modules[1], data().train_dataloader(), []
     for number in range(3):
         rollout = fresh.collect_rollout(loader.batch(number), number)
-        log_probs, _ = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps)
+        log_probs = fresh.policy.evaluate(rollout.prompts, rollout.latents, fresh.policy.steps).log_probs
         loss = objective(PolicyBatch(log_probs, rollout.log_probs, rollout.advantages, 2, rollout.ref_log_probs))
         slopes.append(torch.autograd.grad(loss, fresh.model.theta)[0])
     torch.testing.assert_close(ours.squeeze(), torch.stack(slopes).mean(), rtol=1e-4, atol=0)

@@ -16,6 +16,7 @@ import lightning_draft.samplers  # noqa: F401
 import lightning_draft.stochastic_flow  # noqa: F401
 import lightning_draft.surrogates  # noqa: F401
 import lightning_draft.truncation  # noqa: F401
+import lightning_draft.trust_region  # noqa: F401
 import lightning_draft.windows  # noqa: F401
 from lightning_draft import callbacks, models
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS

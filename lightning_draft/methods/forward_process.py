@@ -19,7 +19,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
 from lightning_draft.methods.checks import check_complete_groups, check_dtype, check_gradient
 from lightning_draft.methods.old_policy import OldParameters, OldPolicy
-from lightning_draft.methods.rollout import Minibatch, Rollout, repeat_prompts, sample_noise, slices
+from lightning_draft.methods.rollout import Minibatch, Rollout, Trajectories, repeat_prompts, sample_noise, slices
 from lightning_draft.methods.rollout_module import RolloutModule
 from lightning_draft.models.base import Conditioning, DiffusionModel, x0_slope
 from lightning_draft.rewards.base import Reward
@@ -178,12 +178,12 @@ class ForwardProcessModule(RolloutModule):
 
     def sample_rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, number: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Trajectories:
         """Return samples of the old policy, `(1, N, ...)`, and no log-probabilities."""
         with self.old.in_use(self.trainable_parameters()):
             parts = [self._sample(prompts[some], seeds[some]) for some in slices(len(prompts), self.micro_batch_size)]
         samples = torch.cat(parts)
-        return samples[None], samples.new_empty(0, len(samples))
+        return Trajectories(samples[None], samples.new_empty(0, len(samples)))
 
     def minibatch_loss(
         self, prompts: Sequence[str], rollout: Rollout, minibatch: Minibatch

@@ -5,17 +5,34 @@ Shapes: `T` sampling steps, `S` of them stochastic, `N` samples.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_draft.chain import Recompute, SamplingChain
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.methods.rollout import sample_noise, slices
+from lightning_draft.methods.rollout import Trajectories, sample_noise, slices
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.objectives import MeanChange
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
+from lightning_draft.transition import Transition
 from lightning_draft.windows import noise_at_steps
+
+
+class Evaluation(NamedTuple):
+    """Some steps of trajectories under the current model.
+
+    Args:
+        log_probs: `(S, B)`.
+        kl: Mean KL divergence from the base model, a scalar, if it was computed.
+        change: The change of the steps' means since the rollout, if the old means were given.
+    """
+
+    log_probs: Tensor
+    kl: Tensor | None = None
+    change: MeanChange | None = None
 
 
 class Policy:
@@ -58,27 +75,37 @@ class Policy:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return latents `(T + 1, N, ...)` and log-probabilities `(S, N)`; each sample has its own seed."""
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        start_seeds: Sequence[int] | None = None,
+        with_means: bool = False,
+    ) -> Trajectories:
+        """Return trajectories with `T + 1` latents, and optionally the means; each sample has its own seed."""
         parts = slices(len(prompts), self.micro_batch_size)
-        results = [self._sample(prompts[some], seeds[some], start_seeds and start_seeds[some]) for some in parts]
-        latents, log_probs = zip(*results, strict=True)
-        return torch.cat(latents, 1), torch.cat(log_probs, 1)
+        results = [
+            self._sample(prompts[some], seeds[some], start_seeds and start_seeds[some], with_means) for some in parts
+        ]
+        means = torch.cat([each.means for each in results if each.means is not None], 1) if with_means else None
+        latents = torch.cat([each.latents for each in results], 1)
+        return Trajectories(latents, torch.cat([each.log_probs for each in results], 1), means)
 
     def evaluate(
-        self, prompts: Sequence[str], latents: Tensor, steps: Sequence[int], with_kl: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the log-probabilities of some steps, and optionally their mean KL divergence from the base model.
+        self,
+        prompts: Sequence[str],
+        latents: Tensor,
+        steps: Sequence[int],
+        with_kl: bool = False,
+        old_means: Tensor | None = None,
+    ) -> Evaluation:
+        """Return the log-probabilities of some steps, and optionally divergences.
 
         Args:
             prompts: `B` prompts.
             latents: `(T + 1, B, ...)`.
             steps: `S` stochastic steps.
-            with_kl: Whether to compute the divergence.
-
-        Returns:
-            Log-probabilities `(S, B)`, and a scalar or `None`.
+            with_kl: Whether to compute the mean KL divergence from the base model.
+            old_means: Means of the steps at the rollout, `(S, B, ...)`, to compute how far they have moved.
         """
         chain = self._chain(prompts)
         transitions = list(chain.transitions_at(latents, steps))
@@ -87,38 +114,46 @@ class Policy:
         ]
         elements = latents[0, 0].numel()
         reduced = self.reduce(torch.stack(log_probs), elements)
+        change = None if old_means is None else self._change(transitions, old_means, steps)
         if not with_kl:
-            return reduced, None
+            return Evaluation(reduced, change=change)
         with torch.no_grad(), self.model.base():
             base = list(chain.transitions_at(latents, steps))
         kl = torch.stack([ours.kl(theirs) for ours, theirs in zip(transitions, base, strict=True)])
         if self.kl_per_time:
-            kl = kl * torch.tensor([self._length(step) for step in steps]).to(kl)[:, None]
-        return reduced, self.reduce(kl, elements).mean()
+            kl = kl * self._lengths(steps).to(kl)
+        return Evaluation(reduced, self.reduce(kl, elements).mean(), change)
 
     @torch.no_grad()
     def log_probs(self, prompts: Sequence[str], latents: Tensor) -> Tensor:
         """Return the log-probabilities of all stochastic steps, `(S, N)`, without a graph."""
         some = slices(len(prompts), self.micro_batch_size)
-        return torch.cat([self.evaluate(prompts[part], latents[:, part], self.steps)[0] for part in some], 1)
+        return torch.cat([self.evaluate(prompts[part], latents[:, part], self.steps).log_probs for part in some], 1)
 
     def _sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, with_means: bool
+    ) -> Trajectories:
         chain = self._chain(prompts)
         noise = sample_noise(self.model, chain.num_steps + 1, seeds, start_seeds)
-        latents, log_probs = [noise[0]], []
+        latents, log_probs, means = [noise[0]], [], []
         for transition, x in chain.sample_steps(noise[0], noise[1:]):
             latents.append(x)
             if transition.std > 0:
                 log_probs.append(self.reduce(transition.log_prob(x), x[0].numel()))
-        return torch.stack(latents), torch.stack(log_probs)
+                means += [transition.mean] * with_means
+        return Trajectories(torch.stack(latents), torch.stack(log_probs), torch.stack(means) if with_means else None)
 
-    def _length(self, step: int) -> float:
-        """Return the length of a step, as a fraction of the schedule."""
+    def _change(self, transitions: Sequence[Transition], old_means: Tensor, steps: Sequence[int]) -> MeanChange:
+        pairs = zip(old_means, transitions, strict=True)
+        kl = torch.stack([Transition(old, now.std).kl(now) for old, now in pairs])
+        stds = torch.tensor([[now.std] for now in transitions]).to(kl)
+        return MeanChange(self.reduce(kl, old_means[0, 0].numel()), stds, self._lengths(steps).to(kl))
+
+    def _lengths(self, steps: Sequence[int]) -> Tensor:
+        """Return the lengths of steps, as fractions of the schedule, `(S, 1)`."""
         schedule = self.model.schedule
-        t, s = self.sampler.grid(schedule)[step]
-        return (schedule.network_time(t) - schedule.network_time(s)) / schedule.num_train_timesteps
+        grid, time = self.sampler.grid(schedule), schedule.network_time
+        return torch.tensor([[time(grid[i][0]) - time(grid[i][1])] for i in steps]) / schedule.num_train_timesteps
 
     def _chain(self, prompts: Sequence[str]) -> SamplingChain:
         return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=self.recompute)

@@ -27,6 +27,7 @@ from lightning_draft.methods.rollout import (
     LogProbGradients,
     Minibatch,
     Rollout,
+    Trajectories,
     repeat_prompts,
 )
 from lightning_draft.methods.rollout_module import RolloutModule
@@ -172,9 +173,9 @@ class PolicyGradientModule(RolloutModule):
 
     def sample_rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, number: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return latents `(T + 1, N, ...)` from noise to sample and log-probabilities `(S, N)`."""
-        return self.policy_of(number).sample(prompts, seeds, start_seeds)
+    ) -> Trajectories:
+        """Return latents `(T + 1, N, ...)` from noise to sample, log-probabilities, and means if they are needed."""
+        return self.policy_of(number).sample(prompts, seeds, start_seeds, self.objective.needs_old_means)
 
     def collect_rollout(self, prompts: Sequence[str], number: int = 0, step: int = 0) -> Rollout:
         """Collect a rollout, with the base model's log-probabilities if the objective needs them."""
@@ -217,8 +218,10 @@ class PolicyGradientModule(RolloutModule):
         some = repeat_prompts(prompts, self.samples_per_prompt)[minibatch.samples]
         policy, latents = self.policy_of(rollout.number), rollout.latents[:, minibatch.samples]
         steps = policy.steps[minibatch.steps]
-        log_probs, kl = policy.evaluate(some, latents, steps, with_kl=self.kl_weight > 0)
+        old_means = None if rollout.old_means is None else rollout.old_means[minibatch.steps, minibatch.samples]
+        log_probs, kl, change = policy.evaluate(some, latents, steps, self.kl_weight > 0, old_means)
         batch = self._policy_batch(log_probs, rollout, minibatch.samples, minibatch.steps)
+        batch = replace(batch, change=change)
         if gradients is None:
             loss = self.objective(batch)
         else:
@@ -231,6 +234,8 @@ class PolicyGradientModule(RolloutModule):
             "train/approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             "train/clip_fraction": self.objective.clipped(batch).float().mean(),
         }
+        if change is not None:
+            logs["train/old_kl"] = change.kl.detach().mean()
         if kl is None:
             return loss, logs
         divergence = kl.detach()

@@ -5,12 +5,26 @@ Shapes: `T` sampling steps, `S` of them stochastic, `N` samples.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_draft.models.base import DiffusionModel
+
+
+class Trajectories(NamedTuple):
+    """Samples, and what is known about their steps.
+
+    Args:
+        latents: `(L, N, ...)`; the last of them are the samples.
+        log_probs: Log-probabilities of the stochastic steps, `(S, N)`; `S` is 0 if they are not used.
+        means: Means of the stochastic steps, `(S, N, ...)`, if they are used.
+    """
+
+    latents: Tensor
+    log_probs: Tensor
+    means: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Rollout:
         advantages: `(N,)`.
         summary: Metrics to log.
         ref_log_probs: As `log_probs`, under the base model, if the objective needs them.
+        old_means: Means of the stochastic steps, `(S, N, ...)`, if the objective needs them.
     """
 
     number: int
@@ -39,6 +54,7 @@ class Rollout:
     advantages: Tensor
     summary: dict[str, float]
     ref_log_probs: Tensor | None = None
+    old_means: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the rollout on a device; it is copied only if it is on another device."""

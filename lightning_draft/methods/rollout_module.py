@@ -19,6 +19,7 @@ from lightning_draft.methods.rollout import (
     Minibatch,
     Rollout,
     RolloutBuffer,
+    Trajectories,
     minibatches,
     repeat_prompts,
     slices,
@@ -103,7 +104,7 @@ class RolloutModule(RewardModule, ABC):
     @abstractmethod
     def sample_rollout(
         self, prompts: Sequence[str], seeds: Sequence[int], start_seeds: Sequence[int] | None, number: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Trajectories:
         """Sample without a graph.
 
         Args:
@@ -111,9 +112,6 @@ class RolloutModule(RewardModule, ABC):
             seeds: `N` seeds, one for all noise of a sample.
             start_seeds: Seeds of the starting noise, if they differ.
             number: Number of the rollout.
-
-        Returns:
-            Latents `(L, N, ...)` that end with the samples, and log-probabilities `(S, N)`.
         """
 
     @abstractmethod
@@ -200,7 +198,9 @@ class RolloutModule(RewardModule, ABC):
         groups = [i // self.samples_per_prompt for i in range(len(every))]
         starts = [derive_seed(self.seed, number, self.global_rank, i, _START) for i in groups]
         with self._random_state(derive_seed(self.seed, number, self.global_rank)):
-            latents, log_probs = self.sample_rollout(every, seeds, starts if self.share_start_noise else None, number)
+            latents, log_probs, means = self.sample_rollout(
+                every, seeds, starts if self.share_start_noise else None, number
+            )
             parts = slices(len(every), self.micro_batch_size)
             scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
         rewards = torch.cat([total for total, _ in scores])
@@ -210,7 +210,7 @@ class RolloutModule(RewardModule, ABC):
         summary = summarize(rewards, advantages, self.samples_per_prompt)
         summary |= {f"train/reward/{name}": float(values.mean()) for name, values in components.items()}
         names = [str(prompt) for prompt in every]
-        return Rollout(number, step, names, latents, log_probs, rewards, advantages, summary)
+        return Rollout(number, step, names, latents, log_probs, rewards, advantages, summary, old_means=means)
 
     def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores `(B,)` of samples `(B, ...)`, and those of the reward's components.

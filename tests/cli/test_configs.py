@@ -32,6 +32,9 @@ POLICIES = {
     "loop": ("PPO", "LeaveOneOut"),
     "prdp": ("PRDP", "GroupRelative"),
     "apa": ("APA", "PerPromptStatistics"),
+    "grpo_guard": ("GRPOGuard", "PerPromptStatistics"),
+    "flow_dppo": ("FlowDPPO", "PerPromptStatistics"),
+    "sample_dropout": ("SampleDropout", "PerPromptStatistics"),
     "pref_grpo": ("PPO", "WinRate"),
     "prdp_preferences": ("PRDP", "BradleyTerry"),
 }

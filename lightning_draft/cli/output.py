@@ -21,10 +21,13 @@ _NOTICES = (
     "Restoring states from",
     "Restored all states from",
 )
+_EMPTY = "should be kept in float32: []"
+"""In a notice of diffusers about no module."""
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.seed",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "diffusers.models.modeling_utils",
 )
 _WARNINGS = (".*treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*")
 
@@ -76,4 +79,4 @@ def _escape(record: logging.LogRecord) -> logging.LogRecord:
 
 def _is_useful(record: logging.LogRecord) -> bool:
     message = re.sub(r"^\s*(\[rank: \d+\] )?", "", record.getMessage())
-    return not message.startswith(_NOTICES)
+    return not message.startswith(_NOTICES) and _EMPTY not in message

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import math
 import re
 import warnings
@@ -224,9 +225,15 @@ def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Omit the notices of libraries, which each planned step would repeat."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
 
 
 def _parser() -> CommandParser:

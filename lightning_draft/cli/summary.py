@@ -35,6 +35,8 @@ def closing_lines(trainer: Trainer, module: RewardModule, folder: Path) -> Itera
     exported = exported_paths(trainer)
     if files := [path for path in exported if path.is_file()]:
         yield f"LoRA files: {'  '.join(map(str, files))}"
+        if (comfy := files[0].with_suffix(".comfy.safetensors")).is_file():
+            yield f"ComfyUI:    {comfy}"
         yield f"sample:     lightning-draft sample {folder}"
         yield from lora_lines(module.model, files[0])
     elif folders := [path.with_suffix("") for path in exported if path.with_suffix("").is_dir()]:

@@ -1,7 +1,7 @@
 """Read LoRA files together with their base model, and convert them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -86,34 +86,42 @@ def open_base(
     named = {file: header["base"] for file in files if (header := lora_files.check(file)[1]).get("base")}
     if given is None and not named:
         raise ConfigurationError(f"{files[0]} does not name its base model; write --model NAME")
-    pretrained = _located(*next(iter(named.items()))) if given is None else given
+    if given is None:
+        pretrained, config = _located(*next(iter(named.items())))
+    else:
+        pretrained, config = given, _recorded(files[0], public_name(given)).get("pretrained_config") if files else None
     kind = opener(pretrained) or "StableDiffusion"
     kind_class = getattr(import_module(FAMILIES[kind].module), kind)
-    model: PipelineModel = kind_class(pretrained, lora=None, height=size[0], width=size[1])
+    model: PipelineModel = kind_class(pretrained, lora=None, height=size[0], width=size[1], pretrained_config=config)
     return model
 
 
-def _located(file: Path, name: str) -> str:
-    """Return where the base model is that the header of a file names.
+def _located(file: Path, name: str) -> tuple[str, str | None]:
+    """Return `pretrained` and `pretrained_config` of the base model that the header of a file names.
 
     A header has no local folders: for a local base model the config of the run that wrote the file is read.
     """
-    config = next((c for c in (file.parent.parent / "config.yaml", file.parent / "config.yaml") if c.is_file()), None)
-    pretrained = None if config is None else _pretrained(yaml.safe_load(config.read_text(encoding="utf-8")))
-    if pretrained is not None and public_name(pretrained) == name:
-        return pretrained
+    if recorded := _recorded(file, name):
+        return str(recorded["pretrained"]), recorded.get("pretrained_config")
     if is_local(name) and not Path(name).expanduser().exists():
         raise ConfigurationError(
             f"{file} was trained on {name}, which is not here: headers do not contain local folders; write --model and "
             "the pipeline's folder, file or hub id"
         )
-    return name
+    return name, None
 
 
-def _pretrained(content: Any) -> str | None:
-    """Return the first value of the key `pretrained` in a config."""
+def _recorded(file: Path, name: str) -> Mapping[str, Any]:
+    """Return the model's arguments in the config of the run that wrote a file; empty if the base model is another."""
+    config = next((c for c in (file.parent.parent / "config.yaml", file.parent / "config.yaml") if c.is_file()), None)
+    found = None if config is None else _with_pretrained(yaml.safe_load(config.read_text(encoding="utf-8")))
+    return found if found is not None and public_name(found["pretrained"]) == name else {}
+
+
+def _with_pretrained(content: Any) -> Mapping[str, Any] | None:
+    """Return the first mapping in a config that has the key `pretrained`."""
     if not isinstance(content, dict):
         return None
     if isinstance(content.get("pretrained"), str):
-        return str(content["pretrained"])
-    return next((found for value in content.values() if (found := _pretrained(value)) is not None), None)
+        return content
+    return next((found for value in content.values() if (found := _with_pretrained(value)) is not None), None)

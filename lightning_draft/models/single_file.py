@@ -1,19 +1,25 @@
 """Open pipelines from single files in the layout of the models' original code."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.models import skeleton
 from lightning_draft.models.families import class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
 from lightning_draft.text import first_line
+from lightning_draft.weightless import is_without_weights
 
 _VAE = ("first_stage_model.", "vae.")
 _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
@@ -22,6 +28,8 @@ _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeEr
 
 def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
     """Open a pipeline from a `.safetensors` file; networks that the file lacks are read from `config`.
+
+    Within `without_weights` only the file's header is read.
 
     Args:
         family: The family.
@@ -41,21 +49,46 @@ def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtyp
     if file.suffix != ".safetensors":
         raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
     _check_family(family, file)
-    arguments = {**family.single_file, **({} if config is None else {"config": config})}
-    common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
+    absent = _absent(family, file)
+    if absent and config is None:
+        raise ConfigurationError(
+            f"{file} has no {' and no '.join(absent)}; set pretrained_config to a complete pipeline from which they "
+            f"are read, such as {family.example}"
+        )
     try:
-        arguments |= _networks_of(config, _absent(family, file), file, family)
-        pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
-    except ConfigurationError:
-        raise
+        if is_without_weights():
+            return _without_weights(family, config or _default_config(file), dtypes)
+        return _with_weights(family, file, dtypes, config, absent)
     except (*_FAILURES, SingleFileComponentError) as error:
         raise ConfigurationError(
             f"{file} could not be opened as a {family.title} checkpoint ({first_line(error)}); without a connection, "
             "set pretrained_config to the folder of a pipeline with the same architecture"
         ) from error
+
+
+def _with_weights(
+    family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None, absent: Sequence[str]
+) -> Any:
+    arguments = {**(family.single_file or {}), **({} if config is None else {"config": config})}
+    common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
+    if config is not None:
+        arguments |= _networks_of(config, absent, family)
+    pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
     for name, dtype in dtypes.items():
         nn.Module.to(getattr(pipeline, name), dtype)
     return pipeline
+
+
+def _without_weights(family: Family, config: str, dtypes: Mapping[str, torch.dtype]) -> Any:
+    index = family.pipeline_class.load_config(config)
+    missing = {part: None for part, kind in index.items() if kind == [None, None]}
+    options = {**missing, **family.unused, **skeleton.networks(family, config, dtypes)}
+    return family.pipeline_class.from_pretrained(config, **options)
+
+
+def _default_config(file: Path) -> str:
+    """Return the hub id from which diffusers reads the configuration of a single file."""
+    return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout_of(file)]["pretrained_model_name_or_path"])
 
 
 def layout_of(file: Path) -> str:
@@ -99,12 +132,7 @@ def _absent(family: Family, file: Path) -> list[str]:
     return [name for name, kinds in prefixes.items() if not any(key.startswith(kinds) for key in keys)]
 
 
-def _networks_of(config: str | None, names: list[str], file: Path, family: Family) -> dict[str, Any]:
-    if names and config is None:
-        raise ConfigurationError(
-            f"{file} has no {' and no '.join(names)}; set pretrained_config to a complete pipeline from which they are "
-            f"read, such as {family.example}"
-        )
+def _networks_of(config: str, names: Sequence[str], family: Family) -> dict[str, Any]:
     index = family.pipeline_class.load_config(config) if names else {}
     return {name: _class(*index[name]).from_pretrained(config, subfolder=name) for name in names}
 

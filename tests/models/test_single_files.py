@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import (
     FluxPipeline,
     StableDiffusionPipeline,
@@ -15,8 +16,10 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.loaders import single_file_model
+from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CLIPTextModelWithProjection
 
 import lightning_draft
@@ -33,7 +36,9 @@ from lightning_draft.models import (
     ZImage,
 )
 from lightning_draft.models.loading import opener
+from lightning_draft.models.lora_base import read_lora
 from lightning_draft.samplers import DDIM, FlowEuler
+from lightning_draft.weightless import without_weights
 from tests import original_layouts
 from tests.conftest import _perturb, _text_config
 from tests.tiny_families import write
@@ -84,6 +89,37 @@ def test_a_stable_diffusion_file_is_the_folder(sd_file: str, tiny_sd: Path) -> N
     )
     assert torch.equal(mixed.vae.decoder.conv_in.weight, expected.vae.decoder.conv_in.weight)
     assert mixed.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_a_single_file_is_planned_from_its_header_and_configuration(
+    sd_file: str, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `pretrained_config`, from the repository that diffusers has for its architecture."""
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", None)  # what reads the weights
+    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "v1", {"pretrained_model_name_or_path": str(tiny_sd)})
+    with without_weights():
+        expected = StableDiffusion(str(tiny_sd)).state_dict()
+        for model in (StableDiffusion(sd_file, pretrained_config=str(tiny_sd)), StableDiffusion(sd_file)):
+            found = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+            assert found == {name: (value.shape, value.dtype) for name, value in expected.items()}
+            assert isinstance(model.unet.conv_in.weight.data, FakeTensor)
+
+
+def test_a_lora_file_in_a_run_folder_finds_the_configuration_of_its_single_file(
+    sd_file: str, tiny_sd: Path, tmp_path: Path
+) -> None:
+    """By the run's config, with and without the model given."""
+    model = StableDiffusion(sd_file, pretrained_config=str(tiny_sd))
+    model.save_lora(tmp_path / "lora" / "last.safetensors", {"base": Path(sd_file).name})
+    arguments = {"pretrained": sd_file, "pretrained_config": str(tiny_sd)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"model": {"init_args": arguments}}}}))
+    for given in (None, sd_file):
+        file = read_lora(tmp_path / "lora" / "last.safetensors", given)
+        assert file.base.pretrained_config == str(tiny_sd)
+        assert file.rank == model.lora.rank
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigurationError, match=r"is not here.*write --model"):
+        read_lora(tmp_path / "lora" / "last.safetensors")
 
 
 def test_single_file_without_a_connection_needs_pretrained_config(sd_file: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from lightning_draft.methods.direct import Checkpointing
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Memory, StableDiffusion
 from lightning_draft.plan import Tracker

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from lightning_draft.data import PromptDataModule
-from lightning_draft.methods.direct import Checkpointing
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import StableDiffusion
 from lightning_draft.rewards.color import ColorTarget

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain, State
+from lightning_draft.chain import PredictionDrift, SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Prediction
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, Sampler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import GaussianModel, LinearModel

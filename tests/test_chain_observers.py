@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import PredictionDrift, Recompute, State
+from lightning_draft.chain import PredictionDrift, State
 from lightning_draft.models.base import Conditioning, Prediction
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import LinearModel, scaled_linear

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_draft.chain import Recompute
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance
+from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel, LinearReward

@@ -15,6 +15,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
 from lightning_draft.group_objectives import CRD, DGPO
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.forward_process import ForwardProcessModule
 from lightning_draft.methods.old_policy import OldParameters, OldPolicy
 from lightning_draft.models.base import Conditioning
@@ -53,6 +54,20 @@ def test_minibatch_gradients_add_up_to_that_of_the_rollout(objective: ForwardObj
         gradients.append(torch.autograd.grad(torch.stack(losses).sum(), module.model.theta)[0])
     assert len(every) == 4
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("checkpointing", "calls"), [("none", 4), ("auto", 8)])
+def test_default_recomputes_each_time_with_the_same_gradient(checkpointing: Checkpointing, calls: int) -> None:
+    module = linear(objective=DiffusionNFT(), kl_weight=0.1, checkpointing=checkpointing)
+    stored = linear(objective=DiffusionNFT(), kl_weight=0.1, timesteps_per_minibatch=4, checkpointing="none")
+    gradients = []
+    for each in (stored, module):
+        rollout = moved(each)
+        each.model.calls_with_gradient = 0
+        loss = each.loss_and_logs(PROMPTS, rollout, each.minibatches(2)[0])[0]
+        gradients.append(torch.autograd.grad(loss, each.model.theta)[0])
+    assert torch.equal(*gradients)
+    assert module.model.calls_with_gradient == calls
 
 
 # Rollouts and the old policy.

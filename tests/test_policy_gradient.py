@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from lightning_draft.advantages import LeaveOneOut
 from lightning_draft.chain import SamplingChain
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.rollout import Rollout
 from lightning_draft.models import Guidance
 from lightning_draft.objectives import PPO, PRDP, Objective, PolicyBatch, Reinforce
+from lightning_draft.plan import Tracker
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM, FlowSDE
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import LinearModel
@@ -160,6 +163,33 @@ def test_minibatch_gradients_add_up_to_that_of_the_rollout(tmp_path: Path, objec
     ):
         torch.testing.assert_close(cut[0], gradient, rtol=1e-4, atol=0)
         assert cut[1] == pytest.approx(logged, rel=1e-4, abs=1e-7)
+
+
+def test_default_stores_the_activations_of_one_step_with_the_same_gradient(tiny_sd: Path) -> None:
+    """Six steps at once need little more memory than one."""
+
+    def measured(steps: int, checkpointing: Checkpointing) -> tuple[int, list[Tensor]]:
+        sampler = DDIM(steps, eta=1.0, spacing="trailing")
+        module = stir(make(tiny_sd, sampler=sampler, checkpointing=checkpointing))
+        rollout = module.collect_rollout(PROMPTS)
+        (minibatch,) = module.minibatches(len(PROMPTS))
+        with Tracker() as live:
+            loss, _ = module.loss_and_logs(PROMPTS, rollout, minibatch)
+            gradients = torch.autograd.grad(loss, list(module.trainable_parameters().values()))
+        return live.peak, list(gradients)
+
+    peak, gradients = measured(6, "auto")
+    stored, expected = measured(6, "none")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
+    assert peak < 0.3 * stored
+    assert peak < 1.3 * measured(1, "none")[0]
+
+
+@pytest.mark.parametrize(("steps", "recomputed"), [(None, True), (2, True), (1, False), (9, True)])
+def test_steps_are_recomputed_if_a_minibatch_has_several(steps: int | None, recomputed: bool) -> None:
+    assert linear(timesteps_per_minibatch=steps).recompute == Recompute(steps=recomputed)
+    assert linear(timesteps_per_minibatch=steps, checkpointing="block").recompute == Recompute(blocks=True)
+    assert not linear(sampler=DDIM(1, eta=1.0), timesteps_per_minibatch=steps).recompute.steps
 
 
 @pytest.mark.parametrize("objective", [Reinforce(), PRDP(beta=0.1)], ids=lambda o: type(o).__name__)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import lightning_draft.surrogates as module
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.surrogates import (

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import lightning_draft.truncation as module
-from lightning_draft.chain import PredictionDrift, Recompute
+from lightning_draft.chain import PredictionDrift
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, Sampler
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import Recompute
 from lightning_draft.models.base import Conditioning
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, ReFL, Truncation

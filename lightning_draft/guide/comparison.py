@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.files import atomic_path
 from lightning_draft.guide.latent_reward import latent_reward
 from lightning_draft.guide.methods import Method
 from lightning_draft.image_generation import Sample, Score, generate, score_images
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.pass_counter import PassCounter
+from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
 

@@ -2,23 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import at_least, one_of
-from lightning_draft.chain import PredictionDrift, Recompute, SamplingChain
+from lightning_draft.arguments import at_least
+from lightning_draft.chain import PredictionDrift, SamplingChain
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.checkpointing import Checkpointing, check_checkpointing, recomputed
 from lightning_draft.methods.checks import check_differentiable, warn_of_large_parts
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
-
-Checkpointing = Literal["auto", "none", "step", "block", "both"]
 
 
 class DirectModule(RewardModule, ABC):
@@ -57,10 +57,9 @@ class DirectModule(RewardModule, ABC):
         micro_batch_size: int | None,
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
-        one_of("checkpointing", checkpointing, get_args(Checkpointing))
         if micro_batch_size is not None:
             at_least("micro_batch_size", micro_batch_size, 1)
-        self.checkpointing = checkpointing
+        self.checkpointing = check_checkpointing(checkpointing)
         self.micro_batch_size = micro_batch_size
         self.batches = 0
 
@@ -124,8 +123,7 @@ class DirectModule(RewardModule, ABC):
     def recompute(self) -> Recompute:
         """Activations that the backward pass of a training step recomputes."""
         automatic = self.checkpointing == "auto" and self.recomputing_steps_lowers_the_peak()
-        steps = self.checkpointing in ("step", "both") or automatic
-        return Recompute(steps, self.checkpointing in ("block", "both"), self.micro_batch_size)
+        return recomputed(self.checkpointing, automatic, self.micro_batch_size)
 
     def recomputing_steps_lowers_the_peak(self) -> bool:
         """Return whether the activations of a step would be stored at the same time as those of another network call.

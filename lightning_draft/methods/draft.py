@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import PredictionDrift
 from lightning_draft.losses import Maximize, RewardLoss
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import (
     check_dtype,
     check_final_step,
@@ -21,7 +22,7 @@ from lightning_draft.methods.checks import (
     check_loss,
     check_reward,
 )
-from lightning_draft.methods.direct import Checkpointing, DirectModule
+from lightning_draft.methods.direct import DirectModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler

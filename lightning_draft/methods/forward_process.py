@@ -5,7 +5,7 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative
 from lightning_draft.arguments import at_least, one_of
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.distributed import uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import check_complete_groups, check_dtype, check_gradient
 from lightning_draft.methods.old_policy import OldParameters, OldPolicy
 from lightning_draft.methods.rollout import Minibatch, Rollout, Trajectories, repeat_prompts, sample_noise, slices
@@ -59,11 +60,10 @@ class ForwardProcessModule(RolloutModule):
             `num_times` equal parts.
         num_times: Number of training times of each sample; by default the sampler's number of steps. With `grid` they
             are chosen without replacement.
-        micro_batch_size: Number of samples that are generated and trained on at a time; by default all. It does not
-            change the rollout. Objectives that compare the samples of a prompt need complete groups.
-        timesteps_per_minibatch: Number of training times per minibatch; by default all. Memory is proportional
-            to it.
-        checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
+        micro_batch_size: Number of samples that are generated and trained on at a time; by default all. Objectives
+            that compare the samples of a prompt need complete groups.
+        timesteps_per_minibatch: Number of training times of a training step; by default all.
+        checkpointing: What the backward pass recomputes, as in `PolicyGradientModule`.
         seed: Seed of all noise and of the training times, in `0..2^63 - 1`.
 
     Attributes:
@@ -94,7 +94,7 @@ class ForwardProcessModule(RolloutModule):
         num_times: int | None = None,
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
-        checkpointing: Literal["none", "block"] = "none",
+        checkpointing: Checkpointing = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -111,7 +111,8 @@ class ForwardProcessModule(RolloutModule):
             inner_epochs,
             micro_batch_size,
             timesteps_per_minibatch,
-            share_start_noise=False,
+            False,
+            checkpointing,
         )
         self.old = OldParameters(old_policy)
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
@@ -123,7 +124,6 @@ class ForwardProcessModule(RolloutModule):
                 f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, and "
                 "times=grid uses each step once; lower num_times, or set times to uniform"
             )
-        self.recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
 
     def setup(self, stage: str) -> None:
         """Check the configuration before training; in a new run, the old policy is reset to the model."""
@@ -228,8 +228,7 @@ class ForwardProcessModule(RolloutModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also save the old policy."""
         super().on_save_checkpoint(checkpoint)
-        old = self.last_step_state()["old_policy"]
-        checkpoint["old_policy"] = {name: value.cpu() for name, value in old.items()}
+        checkpoint["old_policy"] = {name: value.cpu() for name, value in self.last_step_state()["old_policy"].items()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the old policy; the checkpoint of another method has none."""
@@ -281,9 +280,11 @@ class ForwardProcessModule(RolloutModule):
         return found
 
     def _denoise(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        self.recompute.prepare(self.model)
-        with self.model.at_step(step_at(self._grid, t), len(self._grid)):
-            return self.model.denoise(x, t, conditioning)
+        def denoise(x: Tensor) -> Tensor:
+            with self.model.at_step(step_at(self._grid, t), len(self._grid)):
+                return self.model.denoise(x, t, conditioning)
+
+        return self.recompute.call(self.model, denoise, x)
 
     def _loss(self, batch: ForwardBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.objective(batch)

@@ -16,8 +16,9 @@ from lightning_draft.arguments import at_least
 from lightning_draft.chain import State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.gradient_matching import AdjointMatching, GradientMatching, Residual, Trajectory
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import check_dtype, check_gradient, check_reward, check_sampler
-from lightning_draft.methods.direct import Checkpointing, DirectModule
+from lightning_draft.methods.direct import DirectModule
 from lightning_draft.methods.policy import stochastic_steps
 from lightning_draft.models.base import DiffusionModel, x0_slope
 from lightning_draft.rewards.base import Reward

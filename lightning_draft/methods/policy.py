@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.rollout import Trajectories, sample_noise, slices
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import MeanChange
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
 from lightning_draft.transition import Transition
@@ -43,7 +44,6 @@ class Policy:
         sampler: The sampler.
         reduce: Called with a log-probability summed over latent dimensions, and the number of these dimensions.
         micro_batch_size: Number of samples per network call; by default all.
-        recompute: Activations that the backward pass recomputes.
         kl_per_time: Whether the divergence of a step is multiplied by its length in time.
     """
 
@@ -53,14 +53,12 @@ class Policy:
         sampler: Sampler,
         reduce: Callable[[Tensor, int], Tensor],
         micro_batch_size: int | None,
-        recompute: Recompute,
         kl_per_time: bool = False,
     ) -> None:
         self.model = model
         self.sampler = sampler
         self.reduce = reduce
         self.micro_batch_size = micro_batch_size
-        self.recompute = recompute
         self.kl_per_time = kl_per_time
 
     @cached_property
@@ -71,7 +69,7 @@ class Policy:
     def within(self, steps: Sequence[int]) -> "Policy":
         """Return the policy that adds noise only at the given steps."""
         sampler = noise_at_steps(self.sampler, steps)
-        return Policy(self.model, sampler, self.reduce, self.micro_batch_size, self.recompute, self.kl_per_time)
+        return Policy(self.model, sampler, self.reduce, self.micro_batch_size, self.kl_per_time)
 
     @torch.no_grad()
     def sample(
@@ -97,6 +95,7 @@ class Policy:
         steps: Sequence[int],
         with_kl: bool = False,
         old_means: Tensor | None = None,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
     ) -> Evaluation:
         """Return the log-probabilities of some steps, and optionally divergences.
 
@@ -106,8 +105,9 @@ class Policy:
             steps: `S` stochastic steps.
             with_kl: Whether to compute the mean KL divergence from the base model.
             old_means: Means of the steps at the rollout, `(S, B, ...)`, to compute how far they have moved.
+            recompute: Activations that the backward pass recomputes.
         """
-        chain = self._chain(prompts)
+        chain = self._chain(prompts, recompute)
         transitions = list(chain.transitions_at(latents, steps))
         log_probs = [
             transition.log_prob(latents[step + 1]) for step, transition in zip(steps, transitions, strict=True)
@@ -155,8 +155,8 @@ class Policy:
         grid, time = self.sampler.grid(schedule), schedule.network_time
         return torch.tensor([[time(grid[i][0]) - time(grid[i][1])] for i in steps]) / schedule.num_train_timesteps
 
-    def _chain(self, prompts: Sequence[str]) -> SamplingChain:
-        return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=self.recompute)
+    def _chain(self, prompts: Sequence[str], recompute: Recompute = Recompute()) -> SamplingChain:  # noqa: B008 (frozen)
+        return SamplingChain(self.model, self.sampler, self.model.encode(prompts), recompute=recompute)
 
 
 def stochastic_steps(sampler: Sampler, schedule: Schedule) -> list[int]:

@@ -7,15 +7,15 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
-from lightning_draft.arguments import at_least, one_of
-from lightning_draft.chain import Recompute, SamplingChain, State
+from lightning_draft.arguments import at_least
+from lightning_draft.chain import SamplingChain, State
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import (
     check_dtype,
     check_gradient,
@@ -68,12 +68,13 @@ class PolicyGradientModule(RolloutModule):
             code, which divides the squared distance of the means by `2 sigma_t^2` instead of `2 sigma_t^2 (t - s)`.
         micro_batch_size: Number of samples that are generated and trained on at a time; by default all. It does not
             change the rollout.
-        timesteps_per_minibatch: Number of stochastic steps that are trained on at a time; by default all. Memory is
-            proportional to it.
+        timesteps_per_minibatch: Number of stochastic steps of a training step; by default all. With fewer, and as many
+            accumulated minibatches, the update is the same and nothing needs to be recomputed.
         window: If given, noise is added only at a few steps of each rollout, and only these are trained; the others
             are sampled without noise. Validation uses the sampler at all steps.
         share_start_noise: Whether the samples of a prompt start from the same noise.
-        checkpointing: `block` recomputes each block inside the network in the backward pass, `none` nothing.
+        checkpointing: What the backward pass recomputes: each `step`, each `block` inside the network, `both` or
+            `none`; `auto` is `step` if a minibatch has several timesteps, so that one step is stored at a time.
         seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`.
 
     Attributes:
@@ -104,7 +105,7 @@ class PolicyGradientModule(RolloutModule):
         timesteps_per_minibatch: int | None = None,
         window: StepWindow | None = None,
         share_start_noise: bool = False,
-        checkpointing: Literal["none", "block"] = "none",
+        checkpointing: Checkpointing = "auto",
         seed: int = 0,
     ) -> None:
         sampler = DDIM(50, eta=1.0) if sampler is None else sampler
@@ -123,11 +124,11 @@ class PolicyGradientModule(RolloutModule):
             micro_batch_size,
             timesteps_per_minibatch,
             share_start_noise,
+            checkpointing,
         )
         self.window = window
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
-        recompute = Recompute(blocks=one_of("checkpointing", checkpointing, ("none", "block")) == "block")
-        self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, recompute, kl_per_time)
+        self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, kl_per_time)
 
     def strategies(self) -> dict[str, object]:
         """Return the strategies of the run, including the window."""
@@ -155,7 +156,7 @@ class PolicyGradientModule(RolloutModule):
         check_dtype(self.trainable_parameters())
         with self.first_step_context():
             conditioning = self.model.encode(prompts)
-            chain = SamplingChain(self.model, self.sampler, conditioning, recompute=self.policy.recompute)
+            chain = SamplingChain(self.model, self.sampler, conditioning, recompute=self.recompute)
             mean = chain.transition(State(self.model.noise(len(prompts)), self.policy.steps[-1])).mean
             if self.gradients_are_complete:
                 value = (mean * torch.randn_like(mean)).sum()
@@ -219,7 +220,7 @@ class PolicyGradientModule(RolloutModule):
         policy, latents = self.policy_of(rollout.number), rollout.latents[:, minibatch.samples]
         steps = policy.steps[minibatch.steps]
         old_means = None if rollout.old_means is None else rollout.old_means[minibatch.steps, minibatch.samples]
-        log_probs, kl, change = policy.evaluate(some, latents, steps, self.kl_weight > 0, old_means)
+        log_probs, kl, change = policy.evaluate(some, latents, steps, self.kl_weight > 0, old_means, self.recompute)
         batch = self._policy_batch(log_probs, rollout, minibatch.samples, minibatch.steps)
         batch = replace(batch, change=change)
         if gradients is None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_draft.distributed import world_size
 from lightning_draft.models.base import DiffusionModel
 
 
@@ -170,6 +172,23 @@ class RolloutBuffer:
         self.number, self.index = state["number"], state["index"]
         rollout = state["rollout"]
         self.rollout = None if rollout is None else Rollout(**rollout)
+
+    def restore(self, saved: Sequence[Mapping[str, Any]], rank: int) -> None:
+        """Restore the state of a process; with another number of processes the rollout is collected again.
+
+        Args:
+            saved: The `state_dict` of each process that wrote the checkpoint.
+            rank: This process.
+        """
+        size = world_size()
+        if len(saved) == size:
+            self.load_state_dict(saved[rank])
+            return
+        self.load_state_dict({**saved[0], "rollout": None})
+        rank_zero_warn(
+            f"the checkpoint is of {len(saved)} processes and there are {size} now: the rollout is collected again, "
+            "and this run will differ from an uninterrupted one"
+        )
 
 
 def minibatches(

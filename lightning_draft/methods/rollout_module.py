@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator
 from lightning_draft.arguments import at_least
-from lightning_draft.distributed import all_gather_objects, world_size
+from lightning_draft.distributed import all_gather_objects
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods import checks
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.checkpointing import Checkpointing, check_checkpointing, recomputed
 from lightning_draft.methods.rollout import (
     Minibatch,
     Rollout,
@@ -28,6 +28,7 @@ from lightning_draft.methods.rollout import (
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import RolloutObjective
 from lightning_draft.preferences import PreferenceAdvantages
+from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rewards.inputs import check_finite
 from lightning_draft.rewards.pairwise import PairwiseReward
@@ -59,6 +60,7 @@ class RolloutModule(RewardModule, ABC):
         micro_batch_size: Number of samples that are generated and trained on at a time; by default all.
         timesteps_per_minibatch: Number of timesteps that are trained on at a time; by default all.
         share_start_noise: Whether the samples of a prompt start from the same noise.
+        checkpointing: Activations that the backward pass recomputes.
 
     Attributes:
         buffer: The current rollout and the position in it.
@@ -83,6 +85,7 @@ class RolloutModule(RewardModule, ABC):
         micro_batch_size: int | None,
         timesteps_per_minibatch: int | None,
         share_start_noise: bool,
+        checkpointing: Checkpointing,
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         self.objective = objective
@@ -95,6 +98,7 @@ class RolloutModule(RewardModule, ABC):
         self.micro_batch_size = micro_batch_size
         self.timesteps_per_minibatch = timesteps_per_minibatch
         self.share_start_noise = share_start_noise
+        self.checkpointing = check_checkpointing(checkpointing)
         self.buffer = RolloutBuffer()
 
     @abstractmethod
@@ -124,6 +128,12 @@ class RolloutModule(RewardModule, ABC):
     def method(self) -> RolloutObjective:
         """The objective."""
         return self.objective
+
+    @property
+    def recompute(self) -> Recompute:
+        """Activations that the backward pass of a training step recomputes."""
+        total = self.rollout_timesteps()
+        return recomputed(self.checkpointing, min(self.timesteps_per_minibatch or total, total) > 1)
 
     def setup(self, stage: str) -> None:
         """Check the configuration before training, and start a new run at the first rollout."""
@@ -265,17 +275,8 @@ class RolloutModule(RewardModule, ABC):
         """Restore the rollout that is still needed; with another number of processes it is collected again."""
         super().on_load_checkpoint(checkpoint)
         self.advantage_estimator.load_state_dict(checkpoint.get("advantage_estimator", {}))
-        saved, size = checkpoint.get("rollouts"), world_size()
-        if saved is None:  # of a method without rollouts
-            return
-        if len(saved) == size:
-            self.buffer.load_state_dict(saved[self.global_rank])
-            return
-        self.buffer.load_state_dict({**saved[0], "rollout": None})
-        rank_zero_warn(
-            f"the checkpoint is of {len(saved)} processes and there are {size} now: the rollout is collected again, "
-            "and this run will differ from an uninterrupted one"
-        )
+        if "rollouts" in checkpoint:  # not of a method without rollouts
+            self.buffer.restore(checkpoint["rollouts"], self.global_rank)
 
     def _current_rollout(self, prompts: Sequence[str], step: int) -> Rollout:
         """Return the rollout to train on.

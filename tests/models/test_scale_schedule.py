@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from lightning_draft.callbacks import LoRAExport
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.cli.summary import closing_lines
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.policy import Policy
@@ -24,6 +24,7 @@ from lightning_draft.models.lora_content import LoRAFile
 from lightning_draft.models.lora_edit import mix_loras
 from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.scale_schedule import Interpolation, ScaleSchedule
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM
 from lightning_draft.schedules import step_at
 from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
@@ -258,7 +259,7 @@ def test_times_between_the_steps_of_a_grid_have_the_scale_of_the_step_before() -
 
 
 def test_a_policy_gives_a_trajectory_the_log_probabilities_with_which_it_was_sampled() -> None:
-    policy = Policy(ByStep(), DDIM(4, eta=1.0), lambda value, _: value, None, Recompute())
+    policy = Policy(ByStep(), DDIM(4, eta=1.0), lambda value, _: value, None)
     prompts, seeds = ["a", "b"], [1, 2]
     latents, log_probs = policy.sample(prompts, seeds)
     torch.testing.assert_close(policy.log_probs(prompts, latents), log_probs)

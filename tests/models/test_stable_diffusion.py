@@ -9,8 +9,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.models import DiffusionModel, Guidance, LoRA, Memory, StableDiffusion
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, Sampler
 from lightning_draft.truncation import LastK, LowVariance
 

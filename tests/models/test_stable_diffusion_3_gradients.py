@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_draft.chain import Recompute, SamplingChain
+from lightning_draft.chain import SamplingChain
 from lightning_draft.models import (
     Guidance,
     StableDiffusion3,
 )
+from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import FlowEuler
 from lightning_draft.truncation import Full, LastK
 from tests.tiny_stable_diffusion_3 import PROMPTS, edited, noise, opened, stirred

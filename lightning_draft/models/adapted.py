@@ -18,6 +18,7 @@ from lightning_draft.models.lora import LoRA
 from lightning_draft.models.lora_content import LoRABase, LoRAFile
 from lightning_draft.models.lora_text import TextUpdates
 from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.models.quantization import Quantization
 from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
 from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
 
@@ -28,11 +29,13 @@ class AdaptedModel(PromptEmbedding):
     Attributes:
         lora: The adapters' settings, `None` without adapters.
         trainable: `lora`, `full` or names of the trained parameters.
+        quantization: Library and format of the frozen weights.
         text_updates: The part of a LoRA file for the text encoders.
     """
 
     lora: LoRA | None
     trainable: Trainable
+    quantization: Quantization | None
     text_updates: TextUpdates
     _original: OriginalWeights | None = None
     _initial: OriginalWeights | None = None
@@ -216,11 +219,10 @@ class AdaptedModel(PromptEmbedding):
             ConfigurationError: The file does not exist, is damaged, is of another kind, or is for another model.
         """
         file = lora_files.read(path, self._lora_base, self._adaptable())
-        if file.encoders and self.text.cache is not None:
-            raise ConfigurationError(
-                f"{path} has a part for the text encoders, which cannot be used with text.cache={self.text.cache!r}; "
-                "leave text.cache out"
-            )
+        for option, value in {"text.cache": self.text.cache, "quantization": self.quantization}.items():
+            if file.encoders and value is not None:
+                reason = f"has a part for the text encoders, which cannot be used with {option}={value!r}"
+                raise ConfigurationError(f"{path} {reason}; leave {option} out")
         lora_copy.check_layers(self._adaptable(), file, self.family.denoiser)
         return file
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.family import Family
+from lightning_draft.models.quantization import stored_tensors
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
@@ -57,12 +59,18 @@ def check_complete(pipeline: Any, family: Family, folder: Path) -> None:
         with safe_open(file, framework="pt") as content:
             stored |= set(content.keys())
     denoiser = getattr(pipeline, family.denoiser)
-    missing = sorted(denoiser.state_dict().keys() - stored) if stored and denoiser is not None else []
+    missing = sorted(_names(denoiser) - stored) if stored and denoiser is not None else []
     if missing:
         raise ConfigurationError(
             f"{folder / family.denoiser} lacks {len(missing)} of its weights, such as {missing[0]}; copy or download "
             "it again"
         )
+
+
+def _names(network: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers that files contain, without the statistics of quantizers."""
+    tensors = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
+    return network.state_dict().keys() & tensors
 
 
 def check_finite(pipeline: Any, family: Family, source: str) -> None:
@@ -74,7 +82,8 @@ def check_finite(pipeline: Any, family: Family, source: str) -> None:
     for name in family.networks:
         network = getattr(pipeline, name, None)
         for full_name, parameter in () if network is None else network.named_parameters():
-            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            tensors = [each for each in stored_tensors(parameter) if not each.is_meta]
+            if not all(bool(torch.isfinite(each).all()) for each in tensors):
                 raise ConfigurationError(
                     f"{source} has weights that are not finite, the first in {name}: {full_name}; training "
                     "diverged or the file is damaged; use another copy"

@@ -20,6 +20,7 @@ from lightning_draft.models import skeleton
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.families import class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
+from lightning_draft.models.quantization import Quantization, loading_quantized, quantization_config
 from lightning_draft.models.single_file import layout_of, open_single_file
 from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
@@ -44,6 +45,7 @@ def load_pipeline(
     dtypes: Mapping[str, torch.dtype],
     config: str | None = None,
     omit: Sequence[str] = (),
+    quantization: Quantization | None = None,
 ) -> Any:
     """Open a text-to-image pipeline of a family.
 
@@ -55,24 +57,26 @@ def load_pipeline(
         dtypes: Dtype of the weights of each network, by name.
         config: For a single file: the folder or hub id of a pipeline with the same architecture.
         omit: Components that are not loaded.
+        quantization: How the denoiser and the text encoders are quantized.
 
     Raises:
         ConfigurationError: The pipeline cannot be found, is damaged, or is of another kind.
     """
     path = _local(pretrained)
     options = {**family.unused, **dict.fromkeys(omit)}
-    with _quiet():
+    with _quiet(), loading_quantized(quantization):
         if path.is_file():
+            _check_not_quantized(path, quantization)
             pipeline = open_single_file(family, path, dtypes, config)
         elif path.is_dir():
-            pipeline = _folder(family, path, dtypes, options)
+            pipeline = _folder(family, path, dtypes, options, quantization)
         elif _is_path(pretrained):
             raise ConfigurationError(
                 f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as "
                 f"{family.example}, or the shipped name {' or '.join(_SHIPPED)}"
             )
         else:
-            pipeline = _hub(family, pretrained, dtypes, options)
+            pipeline = _hub(family, pretrained, dtypes, options, quantization)
     if not is_without_weights():
         check_finite(pipeline, family, pretrained)
     return pipeline
@@ -161,7 +165,21 @@ def _local(pretrained: str) -> Path:
     return Path(resolve(pretrained))
 
 
-def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
+def _check_not_quantized(file: Path, quantization: Quantization | None) -> None:
+    if quantization is not None:
+        raise ConfigurationError(
+            f"quantization={quantization!r} needs a pipeline folder or a hub id, and {file} is a single file; convert "
+            "it with diffusers' save_pretrained, or leave quantization out"
+        )
+
+
+def _folder(
+    family: Family,
+    folder: Path,
+    dtypes: Mapping[str, torch.dtype],
+    options: Mapping[str, Any],
+    quantization: Quantization | None,
+) -> Any:
     if not (folder / "model_index.json").is_file():
         raise ConfigurationError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
@@ -169,7 +187,9 @@ def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], opt
         )
     try:
         options = {**_absent(family, str(folder)), **options}
-        pipeline = _from_pretrained(family, str(folder), dtypes, _variant(folder / family.denoiser), options)
+        pipeline = _from_pretrained(
+            family, str(folder), dtypes, _variant(folder / family.denoiser), options, quantization
+        )
         if not is_without_weights():
             check_complete(pipeline, family, folder)
         return pipeline
@@ -182,13 +202,19 @@ def _folder(family: Family, folder: Path, dtypes: Mapping[str, torch.dtype], opt
         ) from error
 
 
-def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
+def _hub(
+    family: Family,
+    name: str,
+    dtypes: Mapping[str, torch.dtype],
+    options: Mapping[str, Any],
+    quantization: Quantization | None,
+) -> Any:
     try:
         options = {**_absent(family, name), **options}
         try:
-            return _from_pretrained(family, name, dtypes, None, options)
+            return _from_pretrained(family, name, dtypes, None, options, quantization)
         except OSError:
-            return _from_pretrained(family, name, dtypes, "fp16", options)
+            return _from_pretrained(family, name, dtypes, "fp16", options, quantization)
     except OSError as error:
         raise ConfigurationError(
             f"{name!r} is neither a local folder nor the shipped {' or '.join(_SHIPPED)}, and could not be "
@@ -198,11 +224,20 @@ def _hub(family: Family, name: str, dtypes: Mapping[str, torch.dtype], options: 
 
 
 def _from_pretrained(
-    family: Family, source: str, dtypes: Mapping[str, torch.dtype], variant: str | None, options: Mapping[str, Any]
+    family: Family,
+    source: str,
+    dtypes: Mapping[str, torch.dtype],
+    variant: str | None,
+    options: Mapping[str, Any],
+    quantization: Quantization | None,
 ) -> Any:
+    present = {name: dtype for name, dtype in dtypes.items() if name not in options}
     if is_without_weights():
-        present = {name: dtype for name, dtype in dtypes.items() if name not in options}
-        return family.pipeline_class.from_pretrained(source, **skeleton.networks(family, source, present), **options)
+        networks = skeleton.networks(family, source, present, quantization)
+        return family.pipeline_class.from_pretrained(source, **networks, **options)
+    if quantization is not None:
+        config = quantization_config(quantization, family, list(present), dtypes[family.denoiser])
+        options = {**options, "quantization_config": config}
     return family.pipeline_class.from_pretrained(source, dtype=dict(dtypes), variant=variant, **options)
 
 

@@ -21,6 +21,7 @@ from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.loading import load_pipeline, public_name, save_pipeline, torch_dtype
 from lightning_draft.models.lora import LoRA, with_current_scales
 from lightning_draft.models.lora_content import LoRABase
+from lightning_draft.models.quantization import Quantization, check_quantization
 from lightning_draft.models.text_cache import TextCache
 from lightning_draft.models.text_encoding import TextEncoding
 from lightning_draft.models.text_store import TextStore, fingerprint
@@ -43,6 +44,8 @@ class PipelineModel(AdaptedModel):
             `lora` is used only with `lora`.
         dtype: Precision of the frozen networks. Adapters, a denoiser whose own weights are trained, and latents are
             float32.
+        quantization: Library and format in which the frozen weights of the denoiser's and the text encoders' linear
+            layers are stored, `torchao-int8` or `bitsandbytes-nf4`; by default they are not quantized.
         guidance: Classifier-free guidance.
         text: How prompts are embedded.
         memory: Options that lower the decoder's peak memory.
@@ -67,6 +70,7 @@ class PipelineModel(AdaptedModel):
         lora: LoRA | None = LoRA(),  # noqa: B008 (frozen)
         trainable: Trainable = "lora",
         dtype: Precision = "float32",
+        quantization: Quantization | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
         text: TextEncoding = TextEncoding(),  # noqa: B008 (frozen)
         memory: Memory = Memory(),  # noqa: B008 (frozen)
@@ -77,16 +81,19 @@ class PipelineModel(AdaptedModel):
     ) -> None:
         super().__init__()
         text.check(self.family)
+        if quantization is not None:
+            check_quantization(quantization, trainable, is_without_weights())
         self.pretrained = pretrained
         self.pretrained_config = pretrained_config
         self.lora = lora
         self.trainable = trainable
+        self.quantization = quantization
         self.text = text
         self.memory = memory
         self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
         self._dtypes = self._precisions(dtype)
         without = () if text.cache is None else self.family.text_encoders
-        self.pipeline = load_pipeline(self.family, pretrained, self._dtypes, pretrained_config, (*self._omit, *without))
+        self.pipeline = self._load((*self._omit, *without))
         self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
@@ -196,7 +203,7 @@ class PipelineModel(AdaptedModel):
                 "trainable='full', or write the adapters with save_lora"
             )
         trained = self._denoiser_names(values or dict(self.trainable_parameters()))
-        pipeline = load_pipeline(self.family, self.pretrained, self._dtypes, self.pretrained_config, self._omit)
+        pipeline = self._load(self._omit)
         save_pipeline(pipeline, Path(folder), self.family, trained or {}, metadata or {})
 
     @property
@@ -209,12 +216,18 @@ class PipelineModel(AdaptedModel):
             return super()._open_cache()
         encoders = [name for name in self.family.text_encoders if name not in self._omit]
         settings = (self.family.pipeline_name, self._text_length, self.text.clip_skip, *map(self._dtypes.get, encoders))
+        settings += () if self.quantization is None else (self.quantization,)
         return TextStore(Path(self.text.cache).expanduser() / fingerprint(self.pipeline, encoders, settings))
+
+    def _load(self, omit: Sequence[str]) -> Any:
+        """Open the pipeline without some of its components."""
+        options = (self.pretrained_config, omit, self.quantization)
+        return load_pipeline(self.family, self.pretrained, self._dtypes, *options)
 
     def _load_text_encoders(self, device: torch.device | str) -> None:
         others = [name for name in self.family.networks if name not in self.family.text_encoders]
         omit = (*self._omit, *others)
-        pipeline = load_pipeline(self.family, self.pretrained, self._dtypes, self.pretrained_config, omit)
+        pipeline = self._load(omit)
         for name in self.family.text_encoders:
             encoder = getattr(pipeline, name)
             if encoder is not None:
@@ -276,6 +289,8 @@ class PipelineModel(AdaptedModel):
     def _predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """Return the denoiser's prediction without guidance, in the dtype of `x`."""
         dtype = self._weight.dtype
+        if not dtype.is_floating_point:  # quantized
+            dtype = self._dtypes[self.family.denoiser]
         time = torch.full((), self.schedule.network_time(t), device=x.device)
         return self._network(x.to(dtype), time, conditioning.to(dtype)).to(x.dtype)
 

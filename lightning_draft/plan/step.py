@@ -16,6 +16,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.models.quantization import stored_tensors
 from lightning_draft.plan.tracker import OTHER, Tracker
 
 
@@ -188,7 +189,7 @@ def _weights(module: RewardModule, parts: Mapping[str, nn.Module]) -> dict[str, 
         for value in (*part.parameters(), *part.buffers()):
             if id(value) not in counted:
                 counted.add(id(value))
-                sizes["trained" if id(value) in trained else name] += value.nbytes
+                sizes["trained" if id(value) in trained else name] += sum(each.nbytes for each in stored_tensors(value))
     return {name: size for name, size in sizes.items() if size}
 
 

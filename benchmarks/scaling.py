@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from lightning_draft.data import PromptDataModule
-from lightning_draft.methods.direct import Checkpointing
+from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.rewards.color import ColorTarget

@@ -28,6 +28,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import (
     Flux,
     Guidance,
+    LoRA,
     Memory,
     PipelineModel,
     StableDiffusion,
@@ -109,14 +110,14 @@ def test_a_lora_file_in_a_run_folder_finds_the_configuration_of_its_single_file(
     sd_file: str, tiny_sd: Path, tmp_path: Path
 ) -> None:
     """By the run's config, with and without the model given."""
-    model = StableDiffusion(sd_file, pretrained_config=str(tiny_sd))
+    model = StableDiffusion(sd_file, pretrained_config=str(tiny_sd), lora=LoRA(rank=8))
     model.save_lora(tmp_path / "lora" / "last.safetensors", {"base": Path(sd_file).name})
     arguments = {"pretrained": sd_file, "pretrained_config": str(tiny_sd)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"model": {"init_args": arguments}}}}))
     for given in (None, sd_file):
         file = read_lora(tmp_path / "lora" / "last.safetensors", given)
         assert file.base.pretrained_config == str(tiny_sd)
-        assert file.rank == model.lora.rank
+        assert file.rank == 8
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ConfigurationError, match=r"is not here.*write --model"):
         read_lora(tmp_path / "lora" / "last.safetensors")

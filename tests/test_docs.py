@@ -8,6 +8,16 @@ from pathlib import Path
 import pytest
 
 import lightning_draft
+from lightning_draft.methods.base import RewardModule
+from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.gradient_matching import GradientMatchingModule
+from lightning_draft.rewards import Brightness, WeightedReward, WeightedSum
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel
+from lightning_draft.trust_region import FlowDPPO
+from lightning_draft.windows import RandomWindow
+from tests import tiny_forward_process, tiny_policy_gradients
+from tests.tiny_runs import data
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if page.name != "rewards.md")
@@ -42,6 +52,29 @@ def test_commands_on_the_page_name_shipped_configs(page):
 def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}" not in navigation] == []
+
+
+def module_of(page: str) -> RewardModule:
+    """Build a module of the page's method with the options that add metrics."""
+    reward = WeightedSum({"bright": WeightedReward(Brightness(), 1.0), "dark": WeightedReward(Brightness(), 1.0)})
+    if page == "direct_gradients":
+        return DraftModule(LinearModel(), reward, DDIM(3), kl_weight=0.1)
+    if page == "gradient_matching":
+        return GradientMatchingModule(LinearModel(), reward, DDIM(3, eta=1.0))
+    if page == "forward_process":
+        return tiny_forward_process.linear(reward=reward, kl_weight=0.1)
+    options = {"objective": FlowDPPO(), "window": RandomWindow(2), "kl_weight": 0.1}
+    return tiny_policy_gradients.linear(reward=reward, **options)
+
+
+@pytest.mark.parametrize("page", ["direct_gradients", "gradient_matching", "forward_process", "policy_gradients"])
+def test_every_logged_metric_of_a_method_is_on_its_page(page: str, tmp_path: Path) -> None:
+    trainer = tiny_policy_gradients.trainer_of(tmp_path, max_steps=1)
+    trainer.fit(module_of(page), data())
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8").replace("<name>", "bright")
+    tags = [tag for tag in trainer.callback_metrics if tag.startswith("train/") and tag != "train/reward/dark"]
+    assert len(tags) >= 5
+    assert [tag for tag in tags if f"`{tag}`" not in text] == []
 
 
 @pytest.mark.parametrize("module", DOCTESTS)

@@ -4,12 +4,13 @@
     python -m examples.method_table --report
 
 Cost is counted in network passes: a pass is one forward or one backward pass of the denoiser over one latent, and
-recomputation counts. All direct methods have the same budget; policy gradients have four times as much. Tuning is the
-same for every method and uses the trained reward: three learning rates and, if a method has its own parameter (clip of
-PPO and LOOP, beta of PRDP), three values of it are run for a quarter of the budget. The best settings of the two best
-learning rates are run at full length on another seed, and the better one is used. Every run is written to
-`OUT/runs.jsonl` when it ends, so that an interrupted table continues where it stopped, and `--methods`, `--tasks` and
-`--seeds` split the work between processes. The table goes to `OUT/methods.md`, the curves to `OUT/methods-*.png`.
+recomputation counts. All methods with a differentiable reward have the same budget; policy gradients and the forward
+process have four times as much. Tuning is the same for every method and uses the trained reward: three learning rates
+and, if a method has its own parameter (such as the clip of PPO or beta of PRDP), three values of it are run for a
+quarter of the budget. The best settings of the two best learning rates are run at full length on another seed, and the
+better one is used. Every run is written to `OUT/runs.jsonl` when it ends, so that an interrupted table continues where
+it stopped, and `--methods`, `--tasks` and `--seeds` split the work between processes. The table goes to
+`OUT/methods.md`, the curves to `OUT/methods-*.png`.
 """
 
 import argparse

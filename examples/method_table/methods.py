@@ -8,14 +8,23 @@ import torch
 
 from examples.emoji_model.nearest import NearestImage
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
+from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
+from lightning_draft.gradient_matching import AdjointMatching, GradientMatching, NablaGFlowNet, VGGFlow
+from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.forward_process import ForwardProcessModule
+from lightning_draft.methods.gradient_matching import GradientMatchingModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
-from lightning_draft.objectives import PPO, PRDP, Objective, Reinforce
+from lightning_draft.objectives import APA, PPO, PRDP, Objective, Reinforce
+from lightning_draft.preferences import BradleyTerry, WinRate
 from lightning_draft.rewards import CaptionRetrieval, CLIPClassification, JPEGSize, Reward, Sharpness
 from lightning_draft.samplers import DDIM
+from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
+from lightning_draft.trust_region import FlowDPPO, GRPOGuard, SampleDropout
+from lightning_draft.windows import RandomWindow, SlidingWindow, StepWindow
 
 LAYERS = ("attn2.to_k", "attn2.to_v", "add_embedding.proj", "time_emb_proj")
 """The layers whose input is the caption: cross-attention, and the pooled caption added to the time embedding."""
@@ -148,6 +157,34 @@ DIRECT = {
     "AlignProp (paper)": direct(RandomK),
     "AlignProp (code)": direct(RandomSteps),
     "DRTune": direct(lambda: DRTune(3, 4)),
+    "DRaFT+": Method(
+        lambda weight, **common: DraftModule(truncation=LastK(1), kl_weight=weight, checkpointing="none", **common),
+        lrs=(3e-3, 1e-2, 3e-2),
+        own="kl_weight",
+        values=(0.01, 0.1, 1.0),
+    ),
+    "FlowBP-Sparse": direct(lambda: DRTune(3, 0, late_bias=1.0, rescale=0.5)),
+    "FlowBP-Bridge": direct(lambda: FlowBPBridge(3)),
+    "FlowBP-Lagrange": direct(FlowBPLagrange),
+    "LeapAlign": direct(LeapAlign),
+    "Direct-Align": direct(DirectAlign, "none"),
+}
+
+
+def matching(loss: Callable[[float], GradientMatching], scales: tuple[float, ...]) -> Method:
+    """Build a gradient-matching method with three trained steps."""
+
+    def module(scale: float | None, **common: Any) -> GradientMatchingModule:
+        assert scale is not None
+        return GradientMatchingModule(matching=loss(scale), trained_steps=3, **common)
+
+    return Method(module, lrs=(3e-3, 1e-2, 3e-2), own="scale", values=scales)
+
+
+MATCHING = {
+    "Adjoint Matching": matching(AdjointMatching, (10.0, 100.0, 1000.0)),
+    "VGG-Flow": matching(VGGFlow, (0.1, 1.0, 10.0)),
+    "nabla-GFlowNet": matching(NablaGFlowNet, (100.0, 1000.0, 10000.0)),
 }
 
 
@@ -157,6 +194,7 @@ def policy(
     inner_epochs: int,
     own: str = "",
     values: tuple[float, ...] = (),
+    window: StepWindow | None = None,
 ) -> Method:
     """Build a policy-gradient method: rollouts of 4 samples for each of 4 prompts."""
 
@@ -166,6 +204,7 @@ def policy(
             advantage_estimator=advantage_estimator(),
             samples_per_prompt=4,
             inner_epochs=inner_epochs,
+            window=window,
             **common,
         )
 
@@ -173,13 +212,48 @@ def policy(
 
 
 CLIPS = (0.03, 0.1, 0.3)
+
+
+def standardized() -> GroupRelative:
+    """Return the advantages of GRPO."""
+    return GroupRelative(divide_by_std=True)
+
+
 POLICY = {
     "REINFORCE": policy(lambda _: Reinforce("sum"), lambda: PerPromptStatistics(min_count=4), 1),
     "PPO": policy(lambda clip: PPO(clip, "sum"), lambda: PerPromptStatistics(min_count=4), 2, "clip", CLIPS),
     "LOOP": policy(lambda clip: PPO(clip, "sum"), LeaveOneOut, 2, "clip", CLIPS),
     "PRDP": policy(lambda beta: PRDP(beta, 0.1, "sum"), GroupRelative, 2, "beta", (0.001, 0.01, 0.1)),
+    "PRDP on preferences": policy(lambda beta: PRDP(beta, 0.1, "sum"), BradleyTerry, 2, "beta", (0.01, 0.1, 1.0)),
+    "GRPO": policy(lambda clip: PPO(clip, "sum"), standardized, 2, "clip", CLIPS),
+    "MixGRPO": policy(lambda clip: PPO(clip, "sum"), standardized, 2, "clip", CLIPS, SlidingWindow(2, 1, rollouts=10)),
+    "Flow-GRPO-Fast": policy(lambda clip: PPO(clip, "sum"), standardized, 2, "clip", CLIPS, RandomWindow(2)),
+    "Pref-GRPO": policy(lambda clip: PPO(clip, "sum"), WinRate, 2, "clip", CLIPS),
+    "GRPO-Guard": policy(lambda clip: GRPOGuard(clip, "sum"), standardized, 2, "clip", CLIPS),
+    "Flow-DPPO": policy(lambda bound: FlowDPPO(bound, "sum"), standardized, 2, "max_kl", (0.003, 0.03, 0.3)),
+    "Sample dropout": policy(lambda change: SampleDropout(change, "sum"), LeaveOneOut, 2, "max_change", CLIPS),
+    "APA": policy(lambda strength: APA(strength, "sum"), LeaveOneOut, 2, "strength", (3.0, 10.0, 30.0)),
 }
-METHODS: dict[str, Method] = {**DIRECT, **POLICY}
+
+
+def forward(objective: Callable[[Any], ForwardObjective], own: str = "", values: tuple[float, ...] = ()) -> Method:
+    """Build a forward-process method: rollouts of 4 samples for each of 4 prompts, one epoch."""
+
+    def module(value: float | None, **common: Any) -> ForwardProcessModule:
+        return ForwardProcessModule(objective=objective(value), samples_per_prompt=4, **common)
+
+    return Method(module, lrs=(1e-3, 3e-3, 1e-2), batch_size=4, budget=4.0, own=own, values=values)
+
+
+FORWARD = {
+    "DiffusionNFT": forward(DiffusionNFT, "beta", (0.1, 0.3, 1.0)),
+    "AWM": forward(lambda clip: AWM(PPO(clip)), "clip", CLIPS),
+    "RWR": forward(RWR, "temperature", (0.3, 1.0, 3.0)),
+    "Online DPO": forward(OnlineDPO, "beta", (10.0, 100.0, 1000.0)),
+    "DGPO": forward(DGPO, "beta", (10.0, 100.0, 1000.0)),
+    "CRD": forward(CRD, "beta", (0.1, 1.0, 10.0)),
+}
+METHODS: dict[str, Method] = {**DIRECT, **MATCHING, **POLICY, **FORWARD}
 
 
 def _recognized(setting: Setting) -> Reward:
@@ -190,7 +264,7 @@ TASKS = {
     "recognized": Task(
         _recognized, lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()}, methods=tuple(METHODS)
     ),
-    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.eval_rewards(), methods=tuple(POLICY), budget=0.5),
+    "jpeg": Task(lambda setting: JPEGSize(), lambda setting: setting.eval_rewards(), (*POLICY, *FORWARD), budget=0.5),
     "many": Task(
         _recognized,
         lambda setting: {**setting.eval_rewards(), "jpeg": JPEGSize()},

@@ -13,7 +13,15 @@ from examples.method_table import __main__ as command
 from examples.method_table import methods, report
 from examples.method_table.measure import Evaluation
 from examples.method_table.runs import Run, RunFile
+from lightning_draft.advantages import AdvantageEstimator
+from lightning_draft.forward_objectives import ForwardObjective
+from lightning_draft.gradient_matching import GradientMatching
+from lightning_draft.objectives import Objective
 from lightning_draft.rewards import Prompt
+from lightning_draft.samplers import DDIM
+from lightning_draft.testing import LinearModel, LinearReward
+from lightning_draft.truncation import Truncation
+from lightning_draft.windows import StepWindow
 
 STEPS = 3
 BUDGET = 100
@@ -23,6 +31,9 @@ PASSES = {
     "DRaFT-1": (STEPS, 1),
     "DRaFT-LV": (STEPS + 2, 1 + 2),
     "REINFORCE": (STEPS + STEPS, STEPS),
+    "MixGRPO": (STEPS + 2, 2),
+    "DiffusionNFT": (STEPS + STEPS, STEPS),
+    "VGG-Flow": (STEPS + 4 * 3, 3),
 }
 """Forward and backward passes a sample in one training step."""
 
@@ -80,18 +91,18 @@ def run(
     return start
 
 
-@pytest.mark.parametrize("method", ["DRaFT", "DRaFT-1", "DRaFT-LV", "REINFORCE"])
+@pytest.mark.parametrize("method", list(PASSES))
 def test_passes_of_one_step_equal_the_expected_cost(method: str, setting: methods.Setting, tmp_path: Path) -> None:
     """The expected cost: a forward pass per step, another if it is recomputed, and a backward pass."""
     table = command.Table(setting, tmp_path, budget=1, evaluation=(2, 2))
-    result = table.run("recognized", method, methods.Trial(1e-3), seed=0)
-    samples = 8 if method in methods.DIRECT else 16
-    copies = 3 if method == "DRaFT-LV" else 1
+    result = table.run("recognized", method, methods.METHODS[method].trials()[0], seed=0)
+    samples = 8 if method in {**methods.DIRECT, **methods.MATCHING} else 16
+    queries = {"DRaFT-LV": 3, "VGG-Flow": 1 + 3}.get(method, 1)
     assert len(result["curve"]) == len(result["evaluations"]) == 1
     forwards, backwards = PASSES[method]
     assert result["evaluations"][0]["forwards"] == forwards * samples
     assert result["evaluations"][0]["passes"] == (forwards + backwards) * samples
-    assert result["evaluations"][0]["queries"] == samples * copies
+    assert result["evaluations"][0]["queries"] == samples * queries
     assert result["peak_mib"] > 0
 
 
@@ -181,14 +192,20 @@ def test_published_table_equals_the_table_of_the_published_runs(tmp_path: Path) 
     assert (tmp_path / "methods.md").read_text() == (published / "methods.md").read_text()
 
 
-def test_table_covers_every_method_and_truncation() -> None:
+def test_table_covers_every_strategy() -> None:
     from lightning_draft.cli.hints import subclasses
-    from lightning_draft.truncation import Truncation
 
-    known = {kind.__name__ for kind in subclasses((Truncation,)) if kind.__module__ == "lightning_draft.truncation"}
-    assert len(methods.DIRECT) >= len(known)
+    bases = (Truncation, GradientMatching, Objective, ForwardObjective, AdvantageEstimator, StepWindow)
+    known = {kind for kind in subclasses(bases) if kind.__module__.startswith("lightning_draft.")}
+    used = set()
+    for method in methods.METHODS.values():
+        trial = method.trials()[0]
+        module = method.module(trial.own, model=LinearModel(), reward=LinearReward(), sampler=DDIM(4, eta=1.0))
+        parts = [*module.strategies().values(), module.method, getattr(module, "truncation", None)]
+        used |= {type(part) for part in parts}
+    assert known <= used
     assert set(methods.TASKS["recognized"].methods) == set(methods.METHODS)
-    assert set(methods.TASKS["jpeg"].methods) == set(methods.POLICY)
+    assert set(methods.TASKS["jpeg"].methods) == {*methods.POLICY, *methods.FORWARD}
 
 
 def test_method_parameter_is_tuned_with_the_learning_rate(run: Callable[..., Path]) -> None:

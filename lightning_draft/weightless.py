@@ -74,7 +74,9 @@ class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._false: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, unless it reads a value that does not exist."""
+        """Run the operation, unless it reads or writes values that do not exist."""
+        if func in _WRITES and isinstance(args[0], FakeTensor):
+            return args[0]
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         if func is _aten.index.Tensor and isinstance(args[0], FakeTensor):
@@ -88,6 +90,21 @@ class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.dtype is torch.bool:
             return tensor.untyped_storage() not in self._false
         return 0.5 if tensor.dtype.is_floating_point else 0
+
+
+_WRITES = frozenset(
+    getattr(getattr(_aten, name), overload)
+    for name, overload in {
+        "uniform_": "default",
+        "normal_": "default",
+        "zero_": "default",
+        "fill_": "Scalar",
+        "addcmul_": "default",
+        "addcdiv_": "default",
+        "lerp_": "Scalar",
+    }.items()
+)
+"""Frequent operations that only change values: initialization and the optimizer."""
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from lightning_draft.cli import plan as command
+from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct
 from lightning_draft.cli.plan_report import size
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
@@ -263,6 +264,33 @@ def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
         whole.plan.flops,
         whole.plan.calls,
     )
+
+
+@pytest.mark.usefixtures("counted_with_weights")
+@pytest.mark.parametrize(
+    ("batch_size", "options", "omitted"),
+    [
+        (1, (), {"--model.checkpointing step", "--model.micro_batch_size 1"}),
+        (2, ("--model.micro_batch_size", "1"), {"--model.checkpointing step", "--model.micro_batch_size 1"}),
+    ],
+)
+def test_alternatives_that_would_give_the_same_plan_are_not_planned(
+    small_sd: Path, batch_size: int, options: tuple[str, ...], omitted: set[str]
+) -> None:
+    settings = ("--data.batch_size", str(batch_size), "--model.sampler.num_steps", "2", *options)
+    planned = run(small_sd, *settings)
+    kept = list(distinct(ALTERNATIVES, planned.options))
+    assert "--model.checkpointing block" in kept
+    assert set(ALTERNATIVES) - set(kept) >= omitted
+    for option in omitted:
+        assert run(small_sd, *settings, *option.split()).plan == planned.plan
+
+
+def test_alternatives_are_distinct() -> None:
+    options = {"model.checkpointing": "both", "model.model.dtype": "bfloat16", "model.model.memory.decode_chunk": "1"}
+    kept = list(distinct(ALTERNATIVES, options))
+    assert [each for each in kept if "decoder" in each] == ["--model.model.memory.checkpoint_decoder true"]
+    assert not [each for each in kept if "both" in each or "dtype" in each]
 
 
 @pytest.mark.usefixtures("counted_with_weights")

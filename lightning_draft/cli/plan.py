@@ -6,8 +6,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,24 +17,13 @@ from lightning_draft.cli import messages, shipped
 from lightning_draft.cli.app import DraftCLI
 from lightning_draft.cli.command_parser import CommandParser
 from lightning_draft.cli.option_checks import check_options
+from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct, effective_options
 from lightning_draft.cli.plan_report import Alternative, report
 from lightning_draft.cli.process import process_arguments
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.plan import StepPlan, Tracker, model_parts, plan_step
 from lightning_draft.weightless import without_weights
-
-ALTERNATIVES = (
-    "--model.checkpointing step",
-    "--model.checkpointing block",
-    "--model.checkpointing both",
-    "--model.micro_batch_size 1",
-    "--model.timesteps_per_minibatch 1",
-    "--model.model.memory.checkpoint_decoder true",
-    "--model.model.memory.checkpoint_decoder true --model.model.memory.decode_chunk 1",
-    "--model.model.dtype bfloat16",
-)
-"""Options that may lower the peak."""
 
 _LONG = 5
 """Number of sampling steps up to which all steps of a chain are run; with fewer than 3, the peak may be elsewhere."""
@@ -86,6 +75,8 @@ class _Run:
     plan: StepPlan
     prompts: int
     """Prompts of an optimizer step."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """From `effective_options`."""
 
 
 class _PlanCLI(DraftCLI):
@@ -112,14 +103,16 @@ def _plan(args: Sequence[str]) -> _Run:
     with _build(args) as (cli, module, prompts):
         title, steps = _title(module, len(prompts)), module.sampler.num_steps
         size = len(prompts) * (cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
+        options = effective_options(cli.config["fit"], module, len(prompts))
         needed = _steps_needed(module)
         if needed < steps:
             call = _one_call(module, prompts)
-            return _Run(title, _with_steps(args, needed).with_calls("denoiser", steps - needed, call), size)
+            plan = _with_steps(args, needed).with_calls("denoiser", steps - needed, call)
+            return _Run(title, plan, size, options)
         if steps <= _LONG:
-            return _Run(title, _count(cli, module, prompts), size)
+            return _Run(title, _count(cli, module, prompts), size, options)
     plan = _extrapolated(args, steps) or _with_steps(args, steps)
-    return _Run(title, plan, size)
+    return _Run(title, plan, size, options)
 
 
 @contextlib.contextmanager
@@ -184,7 +177,7 @@ def _title(module: Any, batch_size: int) -> str:
 def _alternatives(args: Sequence[str], run: _Run) -> Iterator[str]:
     """Yield a line for each option that lowers the peak."""
     found = False
-    for option in ALTERNATIVES:
+    for option in distinct(ALTERNATIVES, run.options):
         try:
             other = _plan([*args, *option.split()])
         except ConfigurationError:

@@ -1,0 +1,63 @@
+"""Options that may lower the peak memory of a training step, without those that would change nothing."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_draft.cli.messages import flatten
+from lightning_draft.methods.direct import DirectModule
+from lightning_draft.models.pipeline import PipelineModel
+
+ALTERNATIVES = (
+    "--model.checkpointing step",
+    "--model.checkpointing block",
+    "--model.checkpointing both",
+    "--model.micro_batch_size 1",
+    "--model.timesteps_per_minibatch 1",
+    "--model.model.memory.checkpoint_decoder true",
+    "--model.model.memory.checkpoint_decoder true --model.model.memory.decode_chunk 1",
+    "--model.model.dtype bfloat16",
+    "--model.model.quantization bitsandbytes-nf4",
+)
+"""Options that may lower the peak."""
+
+_MODES = {(False, False): "none", (True, False): "step", (False, True): "block", (True, True): "both"}
+
+
+def effective_options(config: Any, module: Any, batch_size: int) -> dict[str, str]:
+    """Return the options of a run by name, as text; defaults that depend on others have the value that they get.
+
+    Args:
+        config: The configuration of `fit`.
+        module: The method.
+        batch_size: Number of prompts in a batch.
+    """
+    options = {name: str(value).lower() for name, value in flatten(config.as_dict()).items()}
+    recompute, model = module.recompute, module.model
+    options["model.checkpointing"] = _MODES[recompute.steps, recompute.blocks]
+    if not isinstance(module, DirectModule):
+        return options
+    if batch_size == 1:
+        options["model.micro_batch_size"] = "1"
+    if isinstance(model, PipelineModel) and model.vae is not None:
+        chunk = min(batch_size, model.memory.chunk(model.image_size))
+        options["model.model.memory.decode_chunk"] = str(chunk)
+        recomputes = model.memory.recomputes(-(-batch_size // chunk))
+        options["model.model.memory.checkpoint_decoder"] = str(recomputes).lower()
+    return options
+
+
+def distinct(alternatives: Sequence[str], options: Mapping[str, str]) -> Iterator[str]:
+    """Yield the alternatives that change an option and differ from those before.
+
+    Args:
+        alternatives: Options as written on the command line, such as `--model.checkpointing step`.
+        options: From `effective_options`.
+    """
+    seen: list[Mapping[str, str]] = [options]
+    for alternative in alternatives:
+        words = alternative.split()
+        names = (word.removeprefix("--") for word in words[::2])
+        changed = {**options, **dict(zip(names, words[1::2], strict=True))}
+        if changed not in seen:
+            seen.append(changed)
+            yield alternative

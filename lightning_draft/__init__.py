@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_draft.guide.gradient import gradient_guidance, norm_matched_guidance
     from lightning_draft.guide.latent_reward import latent_reward
     from lightning_draft.guide.noise import dno, reno
+    from lightning_draft.methods.anchor import Anchor
     from lightning_draft.methods.base import RewardModule
     from lightning_draft.methods.draft import DraftModule
     from lightning_draft.methods.forward_process import ForwardProcessModule
@@ -60,6 +61,7 @@ _MODULES = {
     "guide.gradient": ("gradient_guidance", "norm_matched_guidance"),
     "guide.latent_reward": ("latent_reward",),
     "guide.noise": ("dno", "reno"),
+    "methods.anchor": ("Anchor",),
     "methods.base": ("RewardModule",),
     "methods.draft": ("DraftModule",),
     "methods.forward_process": ("ForwardProcessModule",),
@@ -101,6 +103,7 @@ __all__ = [
     "RWR",
     "AdjointMatching",
     "AdvantageEstimator",
+    "Anchor",
     "BradleyTerry",
     "ConfigurationError",
     "DPMSolverPlusPlus",

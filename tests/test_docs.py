@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_draft
+from lightning_draft.methods.anchor import Anchor
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.gradient_matching import GradientMatchingModule
@@ -58,7 +59,7 @@ def module_of(page: str) -> RewardModule:
     """Build a module of the page's method with the options that add metrics."""
     reward = WeightedSum({"bright": WeightedReward(Brightness(), 1.0), "dark": WeightedReward(Brightness(), 1.0)})
     if page == "direct_gradients":
-        return DraftModule(LinearModel(), reward, DDIM(3), kl_weight=0.1)
+        return DraftModule(LinearModel(), reward, DDIM(3), kl_weight=0.1, anchor=Anchor())
     if page == "gradient_matching":
         return GradientMatchingModule(LinearModel(), reward, DDIM(3, eta=1.0))
     if page == "forward_process":

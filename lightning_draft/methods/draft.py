@@ -12,7 +12,10 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import PredictionDrift
+from lightning_draft.distributed import uses_deepspeed, uses_fsdp
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Maximize, RewardLoss
+from lightning_draft.methods.anchor import Anchor, BaseSamples, denoising_error
 from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import (
     check_dtype,
@@ -35,7 +38,9 @@ class DraftModule(DirectModule):
     For `B` prompts, the truncation returns latents `x_0 = truncation(noise)`: several for each prompt with DRaFT-LV,
     numbered by `c`, and one otherwise. The loss is
 
-        L = 1/B sum_b sum_c loss(r(decode(x_0[c, b]), prompt_b)) + kl_weight * mean (eps_theta - eps_base)^2.
+        L = 1/B sum_b sum_c loss(r(decode(x_0[c, b]), prompt_b)) + kl_weight * mean (eps_theta - eps_base)^2
+
+    and the penalty of the anchor, if there is one.
 
     Args:
         model: The diffusion model, with its trainable parameters.
@@ -49,6 +54,8 @@ class DraftModule(DirectModule):
             validation.
         kl_weight: Weight of `mean (eps_theta - eps_base)^2` over the steps with gradient (DRaFT+), at least 0; each of
             those steps then costs one more network call.
+        anchor: If given, add a denoising loss on the base model's own samples; it costs a network call with gradient
+            per sample, and a sampling chain for each prompt, once. The samples are kept in memory.
         checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
             network, `both` or `none`; `auto` is `step` if this lowers the peak: if several steps have a gradient, or a
             decoder or the reward's network follows. With one such step it costs one more network call.
@@ -71,6 +78,7 @@ class DraftModule(DirectModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=4e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         kl_weight: float = 0.0,
+        anchor: Anchor | None = None,
         checkpointing: Checkpointing = "auto",
         micro_batch_size: int | None = None,
         seed: int = 0,
@@ -81,6 +89,8 @@ class DraftModule(DirectModule):
         self.truncation = LastK(1) if truncation is None else truncation
         self.loss = Maximize() if loss is None else loss
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
+        self.anchor = anchor
+        self.base_samples = BaseSamples(model, self.sampler, seed)
 
     def gradient_steps(self) -> int:
         """Return the largest number of steps of a chain with gradient."""
@@ -97,8 +107,9 @@ class DraftModule(DirectModule):
         return self.truncation
 
     def strategies(self) -> dict[str, object]:
-        """Return the strategies of the run, including the loss."""
-        return {**super().strategies(), "loss": self.loss}
+        """Return the strategies of the run, including the loss and the anchor."""
+        anchor = {} if self.anchor is None else {"anchor": self.anchor}
+        return {**super().strategies(), "loss": self.loss, **anchor}
 
     def check_configuration(self) -> None:
         """Check that the reward is differentiable, something is trained, and sampler and truncation fit the model.
@@ -107,6 +118,11 @@ class DraftModule(DirectModule):
             ConfigurationError: One of these checks fails.
         """
         super().check_configuration()
+        if self.anchor is not None and (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer)):
+            raise ConfigurationError(
+                "anchor generates samples on each process by itself, which is not supported with sharding; set the "
+                "Trainer's strategy to ddp, or use kl_weight"
+            )
         check_final_step(self.truncation, self.sampler, self.model.schedule)
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
@@ -157,11 +173,16 @@ class DraftModule(DirectModule):
             **{f"train/reward/{name}": scores[: len(prompts)].mean() for name, scores in components.items()},
             "train/out_of_range_fraction": out_of_range.mean(),
         }
+        total = loss
         if drift is not None and drift.mean is not None:
             logs["train/prediction_drift"] = drift.mean
+            total = total + self.kl_weight * drift.mean
+        if self.anchor is not None:
+            logs["train/anchor_error"] = denoising_error(chain, self.base_samples(prompts))
+            total = total + self.anchor.weight * logs["train/anchor_error"]
+        if total is not loss:
             logs["train/reward_loss"] = loss
-            loss = loss + self.kl_weight * drift.mean
-        return loss, {name: value.detach() for name, value in {**logs, "train/loss": loss}.items()}
+        return total, {name: value.detach() for name, value in {**logs, "train/loss": total}.items()}
 
 
 def _nan_unless_finite(values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ METHODS = {
     "draft_k": "LastK",
     "draft_lv": "LowVariance",
     "draft_plus": "LastK",
+    "anchor": "LastK",
     "refl": "ReFL",
     "alignprop": "RandomSteps",
     "alignprop_paper": "RandomK",
@@ -199,7 +200,16 @@ def test_optimizer_steps_of_policy_configs_end_with_epochs(name: str) -> None:
 
 
 def test_method_configs_differ_only_in_the_method() -> None:
-    method = ("truncation", "kl_weight", "objective", "advantage_estimator", "inner_epochs", "old_policy", "matching")
+    method = (
+        "truncation",
+        "kl_weight",
+        "anchor",
+        "objective",
+        "advantage_estimator",
+        "inner_epochs",
+        "old_policy",
+        "matching",
+    )
     number_of_steps = ("val_check_interval", "accumulate_grad_batches")
 
     def rest(name: str) -> dict:

@@ -15,6 +15,7 @@ ALTERNATIVES = (
     "--model.timesteps_per_minibatch 1",
     "--model.model.memory.checkpoint_decoder true",
     "--model.model.memory.checkpoint_decoder true --model.model.memory.decode_chunk 1",
+    "--model.model.memory.checkpoint_decoder block --model.model.memory.decode_chunk 1",
     "--model.model.dtype bfloat16",
     "--model.model.quantization bitsandbytes-nf4",
 )
@@ -39,10 +40,12 @@ def effective_options(config: Any, module: Any, batch_size: int) -> dict[str, st
     if batch_size == 1:
         options["model.micro_batch_size"] = "1"
     if isinstance(model, PipelineModel) and model.vae is not None:
-        chunk = min(batch_size, model.memory.chunk(model.image_size))
+        images = min(batch_size, module.micro_batch_size or batch_size)
+        chunk = min(images, model.memory.chunk(model.image_size))
         options["model.model.memory.decode_chunk"] = str(chunk)
-        recomputes = model.memory.recomputes(-(-batch_size // chunk))
-        options["model.model.memory.checkpoint_decoder"] = str(recomputes).lower()
+        if model.memory.checkpoint_decoder != "block":
+            recomputes = model.memory.recomputes(-(-images // chunk))
+            options["model.model.memory.checkpoint_decoder"] = str(recomputes).lower()
     return options
 
 

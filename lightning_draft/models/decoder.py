@@ -1,11 +1,13 @@
 """Decoding of latents into images, whole or in chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.arguments import at_least
@@ -16,6 +18,8 @@ PIXELS = 2**18
 Precision = Literal["float32", "bfloat16", "float16"]
 Decode = Callable[[Any, Tensor], Tensor]
 
+_LISTS = nn.ModuleList, nn.Sequential
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -25,13 +29,14 @@ class Memory:
         decode_chunk: Decode this many images at a time; by default as many as have 2^18 pixels (one of 512x512, 64 of
             64x64), and at least one.
         checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk; by default if a
-            batch has several chunks, because this lowers the peak.
+            batch has several chunks, because this lowers the peak. `block` also recomputes each block of the decoder
+            separately, for any autoencoder: less memory, and one more pass of the decoder.
         vae_dtype: Precision of the autoencoder's weights and activations, independent of the Trainer's precision; by
             default the model's `dtype`.
     """
 
     decode_chunk: int | None = None
-    checkpoint_decoder: bool | None = None
+    checkpoint_decoder: bool | Literal["block"] | None = None
     vae_dtype: Precision | None = None
 
     def __post_init__(self) -> None:
@@ -45,7 +50,7 @@ class Memory:
 
     def recomputes(self, chunks: int) -> bool:
         """Return whether the backward pass recomputes the decoder for a batch of this many chunks."""
-        return chunks > 1 if self.checkpoint_decoder is None else self.checkpoint_decoder
+        return chunks > 1 if self.checkpoint_decoder in (None, "block") else self.checkpoint_decoder is True
 
 
 def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int], call: Decode) -> Tensor:
@@ -76,6 +81,37 @@ def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int
 
 def _decode(vae: Any, latents: Tensor, memory: Memory, call: Decode) -> Tensor:
     dtype = next(vae.decoder.parameters()).dtype
+    blocks = _blocks_recomputed(vae.decoder) if memory.checkpoint_decoder == "block" else nullcontext()
     autocast = torch.is_autocast_enabled(latents.device.type) and memory.vae_dtype is None
-    with torch.autocast(latents.device.type, enabled=autocast):
+    with torch.autocast(latents.device.type, enabled=autocast), blocks:
         return call(vae, latents.to(dtype)).to(latents.dtype)
+
+
+@contextmanager
+def _blocks_recomputed(decoder: nn.Module) -> Iterator[None]:
+    """Within this context, each block of a network is recomputed in the backward pass.
+
+    Blocks are the innermost elements of the network's lists, such as its residual blocks; autoencoders of diffusers
+    recompute at most whole levels, and not all of them do.
+    """
+    blocks = list(_innermost(decoder)) if torch.is_grad_enabled() else []
+    try:
+        for block in blocks:
+            block.forward = partial(_recomputed, block.forward)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the method of the class remains
+
+
+def _innermost(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the elements of lists that contain no lists themselves."""
+    for container in network.modules():
+        if isinstance(container, _LISTS):
+            for element in container:
+                if not any(isinstance(each, _LISTS) for each in element.modules()) and "forward" not in vars(element):
+                    yield element
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)

@@ -189,39 +189,60 @@ class DirectAlign(Truncation):
 
         x_t = alpha_t sg(x_T) + sigma_t e,   x_s = A_t x_t + B_t f(x_t),   returned latent = (x_s - sigma_s e) / alpha_s
 
-    with `e` the starting noise and `t` a random step. This is the gradient of SRPO without its relative reward.
+    with `e` the starting noise and `t` a random step from time `t` to `s`. With the reward `Relative` it is SRPO.
+
+    With `inversion`, a copy takes the step from `s` up to `t`, and its reward is decreased:
+
+        x_s = alpha_s sg(x_T) + sigma_s e,   x_t = alpha_t x_0(x_s) + sigma_t eps(x_s),   (x_t - sigma_t e) / alpha_t
+
+    Its gradient is multiplied by -1. For `Relative` with `k` = 0 this is SRPO's exchange of the positive and the
+    negative text.
 
     Args:
         low: Smallest number of steps that remain at the renoised latent, at least 1.
         high: Largest number of remaining steps; by default one less than all, because `x_t` is nearly pure noise at the
             first.
+        inversion: Whether to add the copy that takes the step up; `low` must then be at least 2.
 
     References:
         SRPO, arXiv:2509.06942 (Direct-Align).
     """
 
-    def __init__(self, low: int = 1, high: int | None = None) -> None:
-        self.low = at_least("low", low, 1)
+    def __init__(self, low: int = 1, high: int | None = None, inversion: bool = False) -> None:
+        self.inversion = inversion
+        advice = "inversion steps up from the next step" if inversion else ""
+        self.low = at_least("low", low, 1 + inversion, advice)
         self.high = None if high is None else at_least("high", high, low, f"low is {low}")
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample without a graph, then renoise, and take one step with a graph."""
         _check_two_steps(chain, self)
         high = chain.num_steps - 1 if self.high is None else self.high
-        if not self.low <= high <= chain.num_steps:
+        if not self.low <= high <= chain.num_steps - self.inversion:
+            limit = f"num_steps={chain.num_steps}" + " less 1" * self.inversion
             raise ConfigurationError(
-                f"low={self.low} and high={high} must be between 1 and the sampler's num_steps={chain.num_steps}"
+                f"low={self.low} and high={high} must be in this order between {1 + self.inversion} and the sampler's "
+                f"{limit}"
             )
         with torch.no_grad():
             x0 = chain.advance(chain.start(noise)).x
         left = chain.randint(self.low, high)
         state = chain.advance(chain.renoise(x0, left, noise), 1)
         alpha, sigma = chain.model.schedule.coefficients(chain.grid[state.step - 1][1])
-        return (state.x - sigma * noise) / alpha
+        denoised = (state.x - sigma * noise) / alpha
+        return torch.cat([denoised, self._inverted(chain, x0, left, noise)]) if self.inversion else denoised
 
     def gradient_steps(self, num_steps: int) -> int:
-        """Return 1."""
-        return 1
+        """Return 1, or 2 with `inversion`."""
+        return 1 + self.inversion
+
+    def _inverted(self, chain: SamplingChain, x0: Tensor, left: int, noise: Tensor) -> Tensor:
+        """Return the copy that takes the step up, with its gradient multiplied by -1."""
+        state, coefficients = chain.renoise(x0, left - 1, noise), chain.model.schedule.coefficients
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = (coefficients(chain.grid[i][0]) for i in (state.step, state.step - 1))
+        estimate = chain.predict(state)
+        eps = (state.x - alpha_s * estimate) / sigma_s
+        return scale_gradient(estimate + sigma_t / alpha_t * (eps - noise), -1.0)
 
 
 def _weighted(to_end: Tensor, end: Tensor, to_j: Tensor, at_j: Tensor, min_distance: float) -> Tensor:

@@ -27,7 +27,13 @@ from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import DRTune, Truncation
 
 STEPS, THETA = 6, 0.3
-VARIANTS: list[Truncation] = [FlowBPBridge(k=3), LeapAlign(), FlowBPLagrange(), DirectAlign()]
+VARIANTS: list[Truncation] = [
+    FlowBPBridge(k=3),
+    LeapAlign(),
+    FlowBPLagrange(),
+    DirectAlign(),
+    DirectAlign(2, inversion=True),
+]
 battery = pytest.mark.parametrize("truncation", VARIANTS, ids=lambda t: type(t).__name__)
 
 
@@ -203,6 +209,32 @@ def test_direct_align_gradient_equals_hand_computation(seed: int) -> None:
     assert gradient(latents, model) == pytest.approx(((s - t) * x_t / (1 - s)).sum().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("is_flow", [True, False], ids=["flow", "DDIM"])
+def test_inversion_of_direct_align_equals_hand_computation(seed: int, is_flow: bool) -> None:
+    """The reward of the copy that takes the step up is decreased."""
+    model = flow() if is_flow else LinearModel(THETA, shape=(2, 3))
+    chain = chain_of(model, seed, None if is_flow else DDIM(STEPS))
+    left = chain_of(flow(), seed).randint(2, STEPS - 1)
+    plain = DirectAlign(low=2)(chain_of(model, seed, chain.sampler), noise())
+    calls = model.calls_with_gradient
+    latents = DirectAlign(low=2, inversion=True)(chain, noise())
+    assert model.calls_with_gradient == calls + 2
+    assert torch.equal(latents[:2], plain)
+    with torch.no_grad():
+        sample = chain.advance(chain.start(noise())).x
+    (t, _), (s, _) = chain.grid[STEPS - left : STEPS - left + 2]
+    (a_t, s_t), (a_s, s_s) = model.schedule.coefficients(t), model.schedule.coefficients(s)
+    x_s, e = a_s * sample + s_s * noise(), noise()
+    eps, slope = (THETA * x_s, x_s) if not is_flow else (x_s + (1 - s) * THETA * x_s, (1 - s) * x_s)
+    x_t = a_t * (x_s - s_s * eps) / a_s + s_t * eps
+    torch.testing.assert_close(latents[2:], (x_t - s_t * e) / a_t)
+    expected = -((s_t / a_t - s_s / a_s) * slope).sum().item()
+    assert gradient(latents, model) == pytest.approx(gradient(plain, model) + expected, rel=1e-10)
+    if is_flow:
+        torch.testing.assert_close(x_t, x_s + (t - s) * THETA * x_s)
+
+
 @battery
 @pytest.mark.parametrize("recompute", [Recompute(steps=True), Recompute(micro_batch_size=1)], ids=["steps", "slices"])
 def test_recomputation_changes_no_gradient(truncation: Truncation, recompute: Recompute) -> None:
@@ -242,9 +274,14 @@ def test_random_choices_do_not_use_the_global_generator(truncation: Truncation) 
         (lambda: LeapAlign()(chain_of(flow(), 0, FlowEuler(1)), noise()), "LeapAlign needs at least 2 sampling steps"),
         (lambda: FlowBPLagrange(order=0), "order=0 must be at least 1"),
         (lambda: FlowBPLagrange(second=2.0), "second=2.0 must be between 0 and 1"),
+        (lambda: DirectAlign(inversion=True), "low=1 must be at least 2; inversion steps up from the next step"),
         (lambda: DirectAlign(low=0), "low=0 must be at least 1"),
         (lambda: DirectAlign(low=3, high=2), "high=2 must be at least 3; low is 3"),
-        (lambda: DirectAlign(high=9)(chain_of(flow(), 0), noise()), "high=9 must be between 1 and the sampler's"),
+        (lambda: DirectAlign(high=9)(chain_of(flow(), 0), noise()), "high=9 must be in this order between 1 and"),
+        (
+            lambda: DirectAlign(2, 6, inversion=True)(chain_of(flow(), 0), noise()),
+            "low=2 and high=6 must be in this order between 2 and the sampler's num_steps=6 less 1",
+        ),
     ],
 )
 def test_invalid_settings_are_configuration_errors(make: Callable[[], Any], message: str) -> None:

@@ -168,6 +168,7 @@ DIRECT = {
     "FlowBP-Lagrange": direct(FlowBPLagrange),
     "LeapAlign": direct(LeapAlign),
     "Direct-Align": direct(DirectAlign, "none"),
+    "SRPO branches": direct(lambda: DirectAlign(2, inversion=True)),
 }
 
 

@@ -26,6 +26,7 @@ METHODS = {
     "flow_bp_lagrange": "FlowBPLagrange",
     "leap_align": "LeapAlign",
     "direct_align": "DirectAlign",
+    "srpo": "DirectAlign",
 }
 POLICIES = {
     "reinforce": ("Reinforce", "PerPromptStatistics"),
@@ -114,6 +115,8 @@ def test_shipped_config_runs(command: Callable, name: str, pipeline: Callable, t
         models["model.reward.processor"] = tiny_clip
     if isinstance(reward, dict) and reward.get("init_args", {}).get("pretrained", "emoji64-judge") != "emoji64-judge":
         models["model.reward.pretrained"] = tiny_clip
+    if isinstance(reward, dict) and "reward" in reward.get("init_args", {}):
+        models["model.reward.reward.pretrained"] = tiny_clip
     if isinstance(reward, dict) and "captions" in reward.get("init_args", {}):
         models["model.reward.captions"] = "animals"
     if _class(_content(name)["model"]) in ("PolicyGradientModule", "ForwardProcessModule"):

@@ -20,7 +20,7 @@ import gc
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from benchmarks.gpu_denoisers import ARCHITECTURES, TINY, Denoiser
 from benchmarks.gpu_report import Report, Row
 from benchmarks.step_cost import synchronize
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.models.quantization import Quantization
 from lightning_draft.plan import StepPlan, plan_step
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.samplers import DDIM, FlowEuler
@@ -51,8 +52,12 @@ class Case:
     name: str
     k: int | None = 1
     checkpointing: str = "none"
-    quantization: str | None = None
+    quantization: Quantization | None = None
     compile: bool = False
+
+    def planned(self, denoiser: str) -> tuple[object, ...]:
+        """Return what a plan depends on."""
+        return denoiser, self.k, self.checkpointing, self.quantization
 
 
 CASES = [
@@ -61,6 +66,8 @@ CASES = [
     Case("K = 1, blocks recomputed", checkpointing="block"),
     Case("K = 1, nothing recomputed, int8 base", quantization="torchao-int8"),
     Case("K = 1, nothing recomputed, nf4 base", quantization="bitsandbytes-nf4"),
+    Case("K = 1, blocks recomputed, int8 base", checkpointing="block", quantization="torchao-int8"),
+    Case("K = 1, blocks recomputed, nf4 base", checkpointing="block", quantization="bitsandbytes-nf4"),
     Case("full, steps recomputed", None, "step"),
     Case("full, both recomputed", None, "both"),
     Case("full, blocks recomputed", None, "block"),
@@ -79,7 +86,7 @@ def build(name: str, case: Case, tiny: bool, device: str, steps: int, backend: s
 
 
 def predicted(name: str, case: Case, tiny: bool, steps: int) -> StepPlan:
-    """Return the plan of a case that is neither compiled nor quantized."""
+    """Return the plan of a case that is not compiled."""
     common.quiet()
     with without_weights():
         return plan_step(build(name, case, tiny, "cpu", steps), ["a cat"], {})
@@ -179,10 +186,11 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     with context.Pool(_WORKERS, torch.set_num_threads, (1,)) as pool:
         plans: dict[Any, Any] = {}
         for name, case in todo:
-            key = (name, case.k, case.checkpointing)
-            if key not in plans and arguments.plan:
-                plain = Case(case.name, case.k, case.checkpointing)
-                plans[key] = pool.apply_async(predicted, (name, plain, arguments.tiny, arguments.steps))
+            if case.planned(name) not in plans and arguments.plan:
+                planned = replace(case, compile=False)
+                plans[case.planned(name)] = pool.apply_async(
+                    predicted, (name, planned, arguments.tiny, arguments.steps)
+                )
         flops = matmul_flops(arguments.device, 256 if arguments.tiny else 8192)
         report = Report(_title(arguments, flops), arguments.output, arguments.json)
         report.start()
@@ -192,8 +200,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
                 row.problem = "left out after --minutes"
             else:
                 measure(row, case, arguments, deadline)
-                if arguments.plan and case.quantization is None:
-                    compare(row, plans[name, case.k, case.checkpointing], flops, deadline - time.monotonic())
+                if arguments.plan:
+                    compare(row, plans[case.planned(name)], flops, deadline - time.monotonic())
             report.add(row)
     return report.rows
 

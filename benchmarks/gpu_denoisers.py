@@ -14,8 +14,9 @@ from lightning_draft.models import LoRA
 from lightning_draft.models.base import Conditioning, DiffusionModel
 from lightning_draft.models.latents import pack, positions, unpack
 from lightning_draft.models.lora import ATTENTION
+from lightning_draft.models.quantization import Quantization, replace_linear_layers
 from lightning_draft.schedules import RectifiedFlow, VariancePreserving
-from lightning_draft.weightless import shapes_only
+from lightning_draft.weightless import is_without_weights, shapes_only
 
 CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 TEXT_TIME = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
@@ -79,7 +80,7 @@ class Denoiser(DiffusionModel):
         name: str,
         config: dict[str, Any],
         device: str,
-        quantization: str | None = None,
+        quantization: Quantization | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -159,14 +160,16 @@ class Denoiser(DiffusionModel):
         return latents[:, :3] / 2 + 0.5
 
 
-def quantize(network: nn.Module, kind: str | None) -> None:
+def quantize(network: nn.Module, kind: Quantization | None) -> None:
     """Quantize the linear layers of a network in place.
 
     Args:
         network: The network, on its device.
         kind: `torchao-int8`, `bitsandbytes-nf4`, or `None` to do nothing.
     """
-    if kind == "torchao-int8":
+    if kind is not None and is_without_weights():
+        replace_linear_layers(network, kind)
+    elif kind == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(network, Int8WeightOnlyConfig())

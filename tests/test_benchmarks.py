@@ -73,7 +73,7 @@ def run_gpu_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callab
 @pytest.mark.parametrize("arguments", [["sdxl", "--cases", "K = 1, blocks"], ["flux"]], ids=lambda each: each[0])
 def test_the_gpu_benchmark_measures_every_case(run_gpu_benchmark: Any, arguments: list[str]) -> None:
     rows = run_gpu_benchmark("--no-plan", "--models", *arguments)
-    assert len(rows) == (len(gpu.CASES) if arguments == ["flux"] else 1)
+    assert len(rows) == (len(gpu.CASES) if arguments == ["flux"] else 3)
     for row in rows:
         if "int8 base" in row["case"] and find_spec("torchao") is None:
             assert row["problem"] == "not installed: pip install torchao"
@@ -85,10 +85,10 @@ def test_the_gpu_benchmark_measures_every_case(run_gpu_benchmark: Any, arguments
 
 
 def test_the_gpu_benchmark_compares_with_the_plan(run_gpu_benchmark: Any) -> None:
-    (row,) = run_gpu_benchmark("--models", "flux", "--cases", "K = 1, step")
-    assert row["problem"] is None
-    assert row["plan"] > 0
-    assert row["share"] > 0
+    plain, nf4 = run_gpu_benchmark("--models", "flux", "--cases", "K = 1, step", "K = 1, nothing recomputed, nf4")
+    assert plain["problem"] is None
+    assert plain["share"] > 0
+    assert 0 < nf4["plan"] < plain["plan"]
 
 
 def no_plan(*_: Any) -> None:

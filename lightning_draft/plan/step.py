@@ -194,4 +194,5 @@ def _weights(module: RewardModule, parts: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _nbytes(state: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(dict(state)) if isinstance(leaf, Tensor))
+    tensors = [leaf for leaf in tree_leaves(dict(state)) if isinstance(leaf, Tensor)]
+    return sum(stored.nbytes for tensor in tensors for stored in stored_tensors(tensor))

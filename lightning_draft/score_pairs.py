@@ -30,11 +30,23 @@ def pair_images(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> 
         by_prompt.setdefault(row.prompt, []).append(row)
     pairs = [(row, by_prompt[row.prompt].pop(0)) for row in first if by_prompt.get(row.prompt)]
     if not pairs:
-        raise ConfigurationError(
+        raise ConfigurationError(_no_pairs(first, second))
+    return pairs
+
+
+def _no_pairs(first: Sequence[ScoredImage], second: Sequence[ScoredImage]) -> str:
+    prompts = {row.file: row.prompt for row in second}
+    same_name = next((row for row in first if row.file in prompts), None)
+    if same_name is None:
+        return (
             "the two folders have no images in common, neither by file name and prompt nor by prompt; give the files "
             "of both folders the same names, or give the prompts"
         )
-    return pairs
+    return (
+        f"the two folders have no images in common: {same_name.file} has the prompt {same_name.prompt!r} in the first "
+        f"and {prompts[same_name.file]!r} in the second; give both the same prompts, for example by --prompts and a "
+        "table with the columns file and prompt"
+    )
 
 
 def resampled_units(pairs: Sequence[Pair]) -> tuple[np.ndarray, str]:

@@ -39,6 +39,11 @@ def test_ties_count_as_half_a_win_and_the_order_reverses_the_sign() -> None:
     assert compare(first, renamed) == compare(first, second)
     with pytest.raises(ConfigurationError, match="no images in common"):
         compare(first, [ScoredImage("x.png", "b", {"r": 1.0})])
+    other_prompt = [ScoredImage(first[0].file, "b", {"r": 1.0})]
+    with pytest.raises(
+        ConfigurationError, match=f"{first[0].file} has the prompt '.*' in the first and 'b' in the sec"
+    ):
+        compare(first, other_prompt)
 
 
 def test_images_of_one_prompt_are_resampled_together() -> None:

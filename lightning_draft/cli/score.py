@@ -158,7 +158,8 @@ def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -
         with atomic_path(output / f"contact_sheet_{name}.png") as partial:
             contact_sheet(folder, rows, name).save(partial, format="PNG")
         values = [row.scores[name] for row in rows]
-        print(f"{folder}  {name}: mean {sum(values) / len(values):.4g}, {min(values):.4g} to {max(values):.4g}")
+        print(f"{folder}  {name}: mean {sum(values) / len(values):.4g}, range {min(values):.4g} to {max(values):.4g}")
+    print(f"wrote {output / 'scores.csv'}")
     if options.parquet:
         write_parquet(rows, output / "scores.parquet")
     return rows

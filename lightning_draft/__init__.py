@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
     from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
     from lightning_draft.trust_region import FlowDPPO, GRPOGuard, SampleDropout
+    from lightning_draft.value_baseline import ValueBaseline
     from lightning_draft.windows import RandomWindow, SlidingWindow, StepWindow
 
 __version__ = "0.1.0"
@@ -88,6 +89,7 @@ _MODULES = {
     "surrogates": ("DirectAlign", "FlowBPBridge", "FlowBPLagrange", "LeapAlign"),
     "truncation": ("DRTune", "Full", "LastK", "LowVariance", "RandomK", "RandomSteps", "ReFL", "Truncation"),
     "trust_region": ("FlowDPPO", "GRPOGuard", "SampleDropout"),
+    "value_baseline": ("ValueBaseline",),
     "windows": ("RandomWindow", "SlidingWindow", "StepWindow"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
@@ -156,6 +158,7 @@ __all__ = [
     "TextEncoding",
     "Truncation",
     "VGGFlow",
+    "ValueBaseline",
     "WeightedReward",
     "WeightedSum",
     "WinRate",

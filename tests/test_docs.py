@@ -16,6 +16,7 @@ from lightning_draft.rewards import Brightness, WeightedReward, WeightedSum
 from lightning_draft.samplers import DDIM
 from lightning_draft.testing import LinearModel
 from lightning_draft.trust_region import FlowDPPO
+from lightning_draft.value_baseline import ValueBaseline
 from lightning_draft.windows import RandomWindow
 from tests import tiny_forward_process, tiny_policy_gradients
 from tests.tiny_runs import data
@@ -64,7 +65,8 @@ def module_of(page: str) -> RewardModule:
         return GradientMatchingModule(LinearModel(), reward, DDIM(3, eta=1.0))
     if page == "forward_process":
         return tiny_forward_process.linear(reward=reward, kl_weight=0.1)
-    options = {"objective": FlowDPPO(), "window": RandomWindow(2), "kl_weight": 0.1}
+    options: dict[str, object] = {"objective": FlowDPPO(), "window": RandomWindow(2), "kl_weight": 0.1}
+    options["value_baseline"] = ValueBaseline()
     return tiny_policy_gradients.linear(reward=reward, **options)
 
 

@@ -24,6 +24,7 @@ from lightning_draft.samplers import DDIM
 from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 from lightning_draft.trust_region import FlowDPPO, GRPOGuard, SampleDropout
+from lightning_draft.value_baseline import ValueBaseline
 from lightning_draft.windows import RandomWindow, SlidingWindow, StepWindow
 
 LAYERS = ("attn2.to_k", "attn2.to_v", "add_embedding.proj", "time_emb_proj")
@@ -196,6 +197,7 @@ def policy(
     own: str = "",
     values: tuple[float, ...] = (),
     window: StepWindow | None = None,
+    value_baseline: Callable[[], ValueBaseline | None] = lambda: None,
 ) -> Method:
     """Build a policy-gradient method: rollouts of 4 samples for each of 4 prompts."""
 
@@ -206,6 +208,7 @@ def policy(
             samples_per_prompt=4,
             inner_epochs=inner_epochs,
             window=window,
+            value_baseline=value_baseline(),
             **common,
         )
 
@@ -230,6 +233,9 @@ POLICY = {
     "MixGRPO": policy(lambda clip: PPO(clip, "sum"), standardized, 2, "clip", CLIPS, SlidingWindow(2, 1, rollouts=10)),
     "Flow-GRPO-Fast": policy(lambda clip: PPO(clip, "sum"), standardized, 2, "clip", CLIPS, RandomWindow(2)),
     "Pref-GRPO": policy(lambda clip: PPO(clip, "sum"), WinRate, 2, "clip", CLIPS),
+    "LOOP with values": policy(
+        lambda clip: PPO(clip, "sum"), LeaveOneOut, 2, "clip", CLIPS, value_baseline=lambda: ValueBaseline(4, 10.0)
+    ),
     "GRPO-Guard": policy(lambda clip: GRPOGuard(clip, "sum"), standardized, 2, "clip", CLIPS),
     "Flow-DPPO": policy(lambda bound: FlowDPPO(bound, "sum"), standardized, 2, "max_kl", (0.003, 0.03, 0.3)),
     "Sample dropout": policy(lambda change: SampleDropout(change, "sum"), LeaveOneOut, 2, "max_change", CLIPS),

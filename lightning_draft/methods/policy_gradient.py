@@ -5,8 +5,9 @@ References:
     Fan et al., "DPOK", arXiv:2305.16381 (the KL divergence from the base model).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,26 +16,17 @@ from torch import Tensor
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import SamplingChain, State
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.checkpointing import Checkpointing
-from lightning_draft.methods.checks import (
-    check_dtype,
-    check_gradient,
-    check_sampler,
-    check_stochastic,
-)
+from lightning_draft.methods.checks import check_dtype, check_gradient, check_sampler, check_stochastic
 from lightning_draft.methods.policy import Policy
-from lightning_draft.methods.rollout import (
-    LogProbGradients,
-    Minibatch,
-    Rollout,
-    Trajectories,
-    repeat_prompts,
-)
+from lightning_draft.methods.rollout import LogProbGradients, Minibatch, Rollout, Trajectories, repeat_prompts
 from lightning_draft.methods.rollout_module import RolloutModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import PPO, Objective, PolicyBatch
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import DDIM, Sampler
+from lightning_draft.value_baseline import ValueBaseline
 from lightning_draft.windows import StepWindow
 
 
@@ -72,6 +64,7 @@ class PolicyGradientModule(RolloutModule):
             accumulated minibatches, the update is the same and nothing needs to be recomputed.
         window: If given, noise is added only at a few steps of each rollout, and only these are trained; the others
             are sampled without noise. Validation uses the sampler at all steps.
+        value_baseline: If given, what the latent before a step predicts of the advantage is subtracted from it.
         share_start_noise: Whether the samples of a prompt start from the same noise.
         checkpointing: What the backward pass recomputes: each `step`, each `block` inside the network, `both` or
             `none`; `auto` is `step` if a minibatch has several timesteps, so that one step is stored at a time.
@@ -104,6 +97,7 @@ class PolicyGradientModule(RolloutModule):
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
         window: StepWindow | None = None,
+        value_baseline: ValueBaseline | None = None,
         share_start_noise: bool = False,
         checkpointing: Checkpointing = "auto",
         seed: int = 0,
@@ -126,7 +120,7 @@ class PolicyGradientModule(RolloutModule):
             share_start_noise,
             checkpointing,
         )
-        self.window = window
+        self.window, self.value_baseline = window, value_baseline
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, kl_per_time)
 
@@ -143,7 +137,34 @@ class PolicyGradientModule(RolloutModule):
         check_sampler(self.sampler, self.model.schedule)
         check_stochastic(self.sampler, self.policy.steps)
         self.policy_of(0)
+        if self.value_baseline is not None and not self.objective.separable:
+            raise ConfigurationError(
+                f"value_baseline gives each step its own advantage, and {type(self.objective).__name__} needs one per "
+                "sample; use PPO or Reinforce, or set value_baseline to null"
+            )
         super().check_configuration()
+
+    def setup(self, stage: str) -> None:
+        """Check the configuration before training; in a new run, the value baseline is 0."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.global_step == 0 and self.value_baseline is not None:
+            self.value_baseline.statistics = {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the training state besides parameters, including `value_baseline`, its statistics."""
+        baseline = self.value_baseline
+        return {**super().extra_state(), "value_baseline": {} if baseline is None else baseline.statistics}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also save the value baseline."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["value_baseline"] = ValueBaseline.state_dict(self.last_step_state()["value_baseline"])
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the value baseline."""
+        super().on_load_checkpoint(checkpoint)
+        if self.value_baseline is not None:
+            self.value_baseline.load_state_dict(checkpoint.get("value_baseline", {}))
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
         """Check on one sampling step that the gradient of its log-probability reaches the trainable parameters.
@@ -184,6 +205,11 @@ class PolicyGradientModule(RolloutModule):
         if self.window is not None:
             start = float(self.policy_of(number).steps[0])
             rollout = replace(rollout, summary={**rollout.summary, "train/window_start": start})
+        if self.value_baseline is not None:
+            steps, plain = self.policy_of(number).steps, rollout.advantages
+            advantages, explained = self.value_baseline.step_advantages(rollout.latents[steps], plain, steps)
+            summary = {**rollout.summary, "train/value_explained": explained}
+            rollout = replace(rollout, step_advantages=advantages, summary=summary)
         if not self.objective.needs_reference:
             return rollout
         with self.model.base():
@@ -261,5 +287,6 @@ class PolicyGradientModule(RolloutModule):
 
     def _policy_batch(self, log_probs: Tensor, rollout: Rollout, some: slice, few: slice) -> PolicyBatch:
         reference = None if rollout.ref_log_probs is None else rollout.ref_log_probs[few, some]
-        old, advantages = rollout.log_probs[few, some], rollout.advantages[some]
+        old, each = rollout.log_probs[few, some], rollout.step_advantages
+        advantages = rollout.advantages[some] if each is None else each[few, some]
         return PolicyBatch(log_probs, old, advantages, self.samples_per_prompt, reference)

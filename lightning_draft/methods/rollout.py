@@ -45,6 +45,7 @@ class Rollout:
         summary: Metrics to log.
         ref_log_probs: As `log_probs`, under the base model, if the objective needs them.
         old_means: Means of the stochastic steps, `(S, N, ...)`, if the objective needs them.
+        step_advantages: Advantages of the stochastic steps, `(S, N)`, if they differ from those of the samples.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Rollout:
     summary: dict[str, float]
     ref_log_probs: Tensor | None = None
     old_means: Tensor | None = None
+    step_advantages: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the rollout on a device; it is copied only if it is on another device."""

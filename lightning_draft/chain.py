@@ -1,6 +1,7 @@
 """The sampling chain: the only loop over sampling steps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,8 +135,11 @@ class SamplingChain:
         Raises:
             ValueError: Fewer steps remain.
         """
-        for _ in range(self._checked(state, steps, minimum=0)):
-            state = self.leap(state, 1, input_gain=input_gain, output_gain=output_gain)
+        count = self._checked(state, steps, minimum=0)
+        several = count > 1 and not torch.is_grad_enabled()
+        with self.model.without_gradient() if several else nullcontext():
+            for _ in range(count):
+                state = self.leap(state, 1, input_gain=input_gain, output_gain=output_gain)
         return state
 
     def leap(self, state: State, steps: int, *, input_gain: float = 1.0, output_gain: float = 1.0) -> State:

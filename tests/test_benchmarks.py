@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import common, gpu, memory, scaling, step_cost
+from benchmarks import common, fast, gpu, memory, scaling, step_cost
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, StableDiffusion
+from lightning_draft.rewards.color import ColorTarget
+from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import Full, LastK
 
 STEPS = 6
@@ -167,3 +171,19 @@ def test_sharded_training_sends_one_gather_for_each_network_pass_and_one_scatter
         assert found["sent"]["reducescatter"] == pytest.approx(found["trained"] / 2, rel=0.01)
         least = case.least(2, found["weights"], found["trained"], found["passes"])
         assert least <= sum(found["sent"].values()) < 1.02 * least
+
+
+def test_the_compared_step_of_trl_has_the_loss_and_gradient_of_draft_1(tiny_sd: Path) -> None:
+    """Both are one-step truncated back-propagation through a guided DDIM chain, computed independently."""
+    model = StableDiffusion(str(tiny_sd), guidance=Guidance(3.0))
+    for _, value in model.trainable_parameters():
+        value.data += 0.05
+    module = DraftModule(model, ColorTarget(), DDIM(3, spacing="trailing"), LastK(1))
+    results = []
+    for setting in fast.SETTINGS[:3]:
+        loss = fast.loss(module, setting, ["a red cat", "dog"], seed=0)
+        gradients = torch.autograd.grad(loss, list(module.trainable_parameters().values()))
+        results.append((loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+    for loss, gradient in results[:2]:
+        torch.testing.assert_close(loss, results[2][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, results[2][1], rtol=1e-3, atol=1e-4 * gradient.abs().max().item())

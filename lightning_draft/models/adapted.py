@@ -4,7 +4,7 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -88,9 +88,8 @@ class AdaptedModel(PromptEmbedding):
 
     def on_sharded(self) -> None:
         """Keep only this process's shards of the weights from which training started."""
-        for copies in (self._original, self._initial):
-            if copies is not None:
-                copies.shard()
+        for copies in filter(None, (self._original, self._initial)):
+            copies.shard()
 
     @contextmanager
     def adapter_scale(self, scale: float) -> Iterator[None]:
@@ -129,6 +128,11 @@ class AdaptedModel(PromptEmbedding):
             yield
         finally:
             self._prediction_weight = before
+
+    def without_gradient(self) -> AbstractContextManager[None]:
+        """Return a context of several network calls without gradient; adapters are merged in it with `lora.merge`."""
+        merges = self.lora is not None and self.lora.merge and self.lora.scale_schedule is None
+        return adapters.merged(self.denoiser) if merges else nullcontext()
 
     def interpolated(self, predict: Callable[[], Tensor]) -> Tensor:
         """Compute `(1 - w) eps_base + w eps_tuned` with the weight of the current step; `eps_tuned` if it is 1.

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -145,6 +145,10 @@ class DiffusionModel(nn.Module, ABC):
             num_steps: Number of steps of the chain.
         """
         yield
+
+    def without_gradient(self) -> AbstractContextManager[None]:
+        """Return a context of several network calls without gradient, in which the model may use a faster form."""
+        return nullcontext()
 
     def denoise(
         self, x: Tensor, t: float, conditioning: Conditioning, *, input_gain: float = 1.0, output_gain: float = 1.0

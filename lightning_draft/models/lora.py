@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
@@ -40,6 +41,8 @@ class LoRA:
         reference: Base model for gain and KL divergence: the `pretrained` model, or the model with `init`.
         scale_schedule: Scale of the update as a function of the sampling step, in training and in sampling; by default
             that in the header of `init`, else 1 at each step. `{scales: [1]}` replaces that of `init` by 1.
+        merge: Whether consecutive steps without gradient use merged weights `W + dW`, rounded to the precision of `W`,
+            which is faster. `W` itself does not change. Without effect with a scale schedule.
     """
 
     rank: int | None = None
@@ -49,6 +52,7 @@ class LoRA:
     init: str | None = None
     reference: Literal["pretrained", "init"] = "pretrained"
     scale_schedule: ScaleSchedule | None = None
+    merge: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -152,6 +156,33 @@ def disabled(network: nn.Module) -> Iterator[None]:
     finally:
         for layer, value in before:
             layer._disable_adapters = value
+
+
+@contextmanager
+def merged(network: nn.Module) -> Iterator[None]:
+    """Within this context, without gradient, adapted layers have the weight `W + dW`, rounded to the dtype of `W`.
+
+    Disabled adapters are not merged. `W` is put back, not computed from the sum.
+
+    Raises:
+        ConfigurationError: The weights are quantized, or sharded over processes.
+    """
+    before = [(layer, layer.get_base_layer().weight) for layer in layers(network) if not layer.disable_adapters]
+    if any(isinstance(weight, DTensor) or not weight.is_floating_point() for _, weight in before):
+        raise ConfigurationError(
+            "lora.merge needs whole floating-point weights, and those of this denoiser are quantized or sharded over "
+            "processes; write lora.merge: false"
+        )
+    originals = [weight.data for _, weight in before]
+    try:
+        for layer, weight in before:
+            weight.data = (weight.data.float() + layer.get_delta_weight(ADAPTER)).to(weight.dtype)
+            layer._disable_adapters = True
+        yield
+    finally:
+        for (layer, weight), original in zip(before, originals, strict=True):
+            weight.data = original
+            layer._disable_adapters = False
 
 
 def is_disabled(network: nn.Module) -> bool:

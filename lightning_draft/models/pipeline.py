@@ -2,7 +2,8 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -62,6 +63,7 @@ class PipelineModel(AdaptedModel):
     """
 
     vae: Any
+    _in_interval: bool = True
 
     def __init__(
         self,
@@ -132,6 +134,16 @@ class PipelineModel(AdaptedModel):
         factor = self.family.latents.factor(self.vae)
         return self._latent_size[0] * factor, self._latent_size[1] * factor
 
+    @contextmanager
+    def at_step(self, step: int, num_steps: int) -> Iterator[None]:
+        """Within this context, adapters and guidance are those of one step of a chain."""
+        before, self._in_interval = self._in_interval, self.guidance.covers(step, num_steps)
+        try:
+            with super().at_step(step, num_steps):
+                yield
+        finally:
+            self._in_interval = before
+
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """Set whether the backward pass recomputes the activations inside the denoiser's blocks."""
         if enabled == self.block_checkpointing:
@@ -160,6 +172,8 @@ class PipelineModel(AdaptedModel):
         def network(x: Tensor, conditioning: Conditioning) -> Tensor:
             return self._predict(x, t, conditioning)
 
+        if not self._in_interval:
+            return self.interpolated(lambda: network(x, conditioning))
         rescale = self.family.rescale_guidance
         return self.interpolated(lambda: self.guidance.apply(network, x, conditioning, rescale))
 

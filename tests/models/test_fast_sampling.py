@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
+from lightning_draft.models.lora import layers
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LastK
 
@@ -75,3 +76,14 @@ def test_disabled_adapters_are_not_merged(tiny_sd: Path) -> None:
         with torch.no_grad(), chain.model.base():
             samples.append(chain.advance(chain.start(noise())).x)
     assert torch.equal(*samples)
+
+
+def test_weights_that_cannot_be_merged_are_rejected_and_unchanged(tiny_sd: Path) -> None:
+    chain = chain_of(tiny_sd, Guidance(1.0), merge=True)
+    layer = layers(chain.model.denoiser)[-1].get_base_layer()
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.int8), requires_grad=False)
+    first = layers(chain.model.denoiser)[0].get_base_layer().weight
+    before = first.clone()
+    with torch.no_grad(), pytest.raises(ConfigurationError, match=r"quantized or sharded .*write lora.merge: false"):
+        chain.advance(chain.start(noise()))
+    assert torch.equal(first, before)

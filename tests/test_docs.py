@@ -51,6 +51,15 @@ def test_commands_on_the_page_name_shipped_configs(page):
     assert named <= CONFIGS
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_every_code_block_names_one_language_and_nothing_else(page: Path) -> None:
+    """The site renders a block with other words, such as `python notest`, as text. Python that is not run is `py`."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert [fence for fence in fences[::2] if not re.fullmatch(r"[a-z]+", fence)] == []
+    assert set(fences[1::2]) <= {""}
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}" not in navigation] == []

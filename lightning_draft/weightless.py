@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SHAPES: ContextVar[FakeTensorMode | None] = ContextVar("shapes", default=None)
@@ -77,6 +77,8 @@ class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation, unless it reads or writes values that do not exist."""
         if func in _WRITES and isinstance(args[0], FakeTensor):
             return args[0]
+        if func in _SIMPLE and _are_alike(args) and not kwargs:
+            return _as_meta(func, args)
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         if func is _aten.index.Tensor and isinstance(args[0], FakeTensor):
@@ -105,6 +107,33 @@ _WRITES = frozenset(
     }.items()
 )
 """Frequent operations that only change values: initialization and the optimizer."""
+
+
+_SIMPLE = frozenset(
+    (
+        *(getattr(_aten, name).default for name in ("detach", "view", "t", "_unsafe_view", "mm", "bmm", "addmm")),
+        *(getattr(_aten, name).Tensor for name in ("add", "sub", "mul", "div")),
+        _aten.transpose.int,
+    )
+)
+"""Frequent operations of which `FakeTensorMode` only needs the result's shape, which takes it long."""
+
+
+def _are_alike(values: Sequence[Any]) -> bool:
+    """Return whether the tensors among an operation's arguments have no values and the same device."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return all(
+        type(each) is FakeTensor and each.constant is None and each.fake_device == tensors[0].fake_device
+        for each in tensors
+    )
+
+
+def _as_meta(func: Any, args: Sequence[Any]) -> FakeTensor:
+    """Run an operation with one result on shapes alone."""
+    first = next(value for value in args if isinstance(value, FakeTensor))
+    with in_kernel_invocation_manager(first.fake_mode):
+        result = func(*args)
+    return FakeTensor(first.fake_mode, result, first.fake_device)
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

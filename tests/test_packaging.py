@@ -29,6 +29,7 @@ EXTRAS = [
     "torchvision",
     "deepspeed",
     "pyarrow",
+    "torchao",
     "wandb",
 ]
 

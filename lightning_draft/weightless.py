@@ -121,7 +121,7 @@ _SIMPLE = frozenset(
 
 def _are_alike(values: Sequence[Any]) -> bool:
     """Return whether the tensors among an operation's arguments have no values and the same device."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
+    tensors: list[Any] = [value for value in values if isinstance(value, Tensor)]
     return all(
         type(each) is FakeTensor and each.constant is None and each.fake_device == tensors[0].fake_device
         for each in tensors

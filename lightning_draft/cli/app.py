@@ -26,7 +26,13 @@ from lightning_draft.cli.option_checks import check_callbacks, check_groups, che
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
 from lightning_draft.cli.parser_problem import distinct_causes
 from lightning_draft.cli.preemption import Preemption, requeue
-from lightning_draft.cli.process import full_option_names, is_first_process, option_values, process_arguments
+from lightning_draft.cli.process import (
+    full_option_names,
+    is_first_process,
+    option_values,
+    overridden_variables,
+    process_arguments,
+)
 from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord, without_enums
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers
@@ -142,7 +148,11 @@ class DraftCLI(LightningCLI):
         configs = [Path(str(path)) for path in config.get("config") or []]
         config["name"] = config["name"] or run_folder.default_name(configs)
         self._as_written = config.clone()
-        check_options(messages.flatten(config.as_dict()))
+        written = messages.flatten(config.as_dict())
+        check_options(written)
+        if is_first_process():
+            for message in overridden_variables(self.command, written):
+                messages.print_warning(message)
         check_groups(config["model"], "model")
         root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT).expanduser()
         self.run = self._choose_folder(root, configs)

@@ -4,8 +4,11 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import yaml
 
 from lightning_draft.errors import ConfigurationError
 
@@ -43,6 +46,33 @@ def check_process_variables() -> None:
                 f"the environment variable {name}={value!r} must be a number of at least 0, as torchrun and SLURM set "
                 f"it; write `unset {name}` for a run of one process"
             )
+
+
+def overridden_variables(command: str, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each environment variable of an option whose value is that of a config or an argument.
+
+    Args:
+        command: The command, such as `fit`.
+        options: Values by dotted name.
+    """
+    prefix = f"PL_{command.upper()}__"
+    for variable, text in os.environ.items():
+        name = variable.removeprefix(prefix).replace("__", ".").lower()
+        if not variable.startswith(prefix) or name not in options:
+            continue
+        value = options[name]
+        if str(value) != text and value != _parsed(text):
+            yield (
+                f"{variable}={text} has no effect, because a config or an argument sets {name} to {value}; write "
+                f"--{name} {text}"
+            )
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def option_values(args: Sequence[str], option: str) -> list[str]:

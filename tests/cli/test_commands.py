@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_draft import __version__
+from lightning_draft.cli.process import overridden_variables
 from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.samplers import DDIM
@@ -258,6 +259,20 @@ def test_terminal_codes_in_warnings_are_escaped(command: Callable, config: Path)
     result = command("fit", "--config", config, "--trainer.callbacks", "[warning.Warn]", "--trainer.max_steps", "1")
     assert "warning: \\x1b[31mred\n" in result.err
     assert "\x1b" not in result.err
+
+
+def test_an_environment_variable_that_a_config_overrides_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of other commands, equal values and unknown names are not."""
+    options = {"trainer.max_steps": 28, "trainer.precision": None, "name": "cat", "trainer.limit_val_batches": 0.5}
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "1")
+    monkeypatch.setenv("PL_FIT__TRAINER__PRECISION", "null")
+    monkeypatch.setenv("PL_FIT__TRAINER__LIMIT_VAL_BATCHES", "0.50")
+    monkeypatch.setenv("PL_VALIDATE__NAME", "dog")
+    monkeypatch.setenv("PL_FIT__NAME", "cat")
+    assert list(overridden_variables("fit", options)) == [
+        "PL_FIT__TRAINER__MAX_STEPS=1 has no effect, because a config or an argument sets trainer.max_steps to 28; "
+        "write --trainer.max_steps 1"
+    ]
 
 
 def test_environment_variables_set_options(command: Callable, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

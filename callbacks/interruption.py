@@ -79,6 +79,14 @@ class Interruption:
         if self._received is not None and not self._several:
             self._raise(self._received)
 
+    def request(self, number: int) -> None:
+        """Let `synchronize` raise as after this signal, without a limit on the time until then.
+
+        Args:
+            number: The signal, `SIGINT` or `SIGTERM`.
+        """
+        self._received = self._received or number
+
     def synchronize(self, trainer: L.Trainer) -> None:
         """Raise in all processes if any of them received a signal; all must call it at the same step."""
         if not self._several:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,10 @@ class LastCheckpoint(Checkpoint):
         self._ended = True
         self._saved = -1
         self.save(trainer)
+
+    def stop_together(self) -> None:
+        """Stop all of several processes before the next step, with a checkpoint, as after SIGTERM to any of them."""
+        self._interruption.request(signal.SIGTERM)
 
     def begin(self, trainer: L.Trainer) -> None:
         """Install the signal handlers, and restore `max_steps` and `max_epochs`.

@@ -142,10 +142,8 @@ class LoRAExport(Callback):
         if trainer.state.fn != "fit" or self._folder is None or trainer.global_step in (0, self._last_step):
             return
         if (uses_fsdp(trainer) and trainer.world_size > 1) or isinstance(exception, DivergenceError):
-            rank_zero_warn(
-                f"interrupted at step {trainer.global_step}: {self.last_path} contains the adapters of step "
-                f"{self._last_step}"
-            )
+            content = f"contains the adapters of step {self._last_step}" if self._last_step >= 0 else "was not written"
+            rank_zero_warn(f"interrupted at step {trainer.global_step}: {self.last_path} {content}")
             return
         try:
             self.export(trainer, pl_module, interrupted=True)

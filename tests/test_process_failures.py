@@ -21,6 +21,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 
 from lightning_draft.callbacks import LastCheckpoint, LoRAExport
 from lightning_draft.callbacks.interruption import Interruption
+from lightning_draft.cli.preemption import Preemption
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models.lora import LoRA
@@ -81,8 +82,10 @@ def module(tiny_sd_v: Path) -> DraftModule:
     return DraftModule(model, Brightness(), DDIM(2))
 
 
-def train(rank: int, root: Path, module: DraftModule, strategy: str, fault: Fault) -> None:
-    checkpoint = LastCheckpoint(every_n_steps=1)
+def train(
+    rank: int, root: Path, module: DraftModule, strategy: str, *callbacks: L.Callback, every_n_steps: int = 1
+) -> None:
+    checkpoint = LastCheckpoint(every_n_steps)
     checkpoint._interruption = Interruption(PATIENCE_S)
     trainer = L.Trainer(
         strategy=STRATEGIES[strategy](),
@@ -94,9 +97,16 @@ def train(rank: int, root: Path, module: DraftModule, strategy: str, fault: Faul
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
-        callbacks=[fault, LoRAExport(every_n_steps=1), checkpoint],
+        callbacks=[*callbacks, LoRAExport(every_n_steps=1), checkpoint],
     )
     trainer.fit(module, PromptDataModule([f"a cat {i}" for i in range(8)], batch_size=1, val_size=2))
+
+
+def train_preemptible(rank: int, root: Path, module: DraftModule, fault: Fault) -> None:
+    """Train as the command line does, without checkpoints in between."""
+    preemption = Preemption()
+    with preemption.handle_signal():
+        train(rank, root, module, "ddp", fault, preemption, every_n_steps=100)
 
 
 def start(root: Path, work: Callable[..., None], *args: Any) -> list[int]:
@@ -166,6 +176,18 @@ def test_all_processes_end_if_one_ends(
     assert (tmp_path / "lora" / "last.safetensors").is_file()
     if fault == "SIGKILL":
         assert statuses[rank] == -signal.SIGKILL
+
+
+def test_the_signal_before_a_job_ends_writes_a_checkpoint(tmp_path: Path, module: DraftModule) -> None:
+    """SIGUSR1 to one of the processes, twice, stops both."""
+
+    def send_twice() -> None:
+        for _ in range(2):
+            send(signal.SIGUSR1)()
+
+    statuses = wait_for(start(tmp_path, train_preemptible, module, Fault({1: send_twice})))
+    assert 0 not in statuses
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == STEP + 1
 
 
 def test_process_that_waits_for_an_unresponsive_one_ends_soon_after_a_signal(

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_draft.callbacks import LastCheckpoint
 from lightning_draft.cli.messages import print_error
 
 _LIMIT_S = 60
@@ -19,6 +20,8 @@ _LIMIT_S = 60
 
 class Preemption(Callback):
     """End training after the current step on SIGUSR1, so that the last checkpoint is written.
+
+    With several processes, the signal may arrive at any of them: all end at the same step.
 
     SLURM sends the signal with `#SBATCH --signal=USR1@120`. The same command line with `--resume auto` continues.
 
@@ -58,7 +61,11 @@ class Preemption(Callback):
             self._stop(self._trainer)
 
     def _stop(self, trainer: Any) -> None:
-        trainer._signal_connector.received_sigterm = True  # read after each training step, on rank 0 for all processes
+        checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint)]
+        if trainer.world_size > 1 and checkpoints:
+            checkpoints[0].stop_together()
+        else:
+            trainer._signal_connector.received_sigterm = True  # read after each training step
 
 
 def requeue() -> bool:

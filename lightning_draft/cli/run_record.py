@@ -164,8 +164,12 @@ class RunRecord(Callback):
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the old and new value of each option that differs, by its full name."""
+    """Return the old and new value of each option that differs, by its full name.
+
+    An option that the old configuration lacks, as one of an older release does, is the same if it is now off.
+    """
     before, after = flatten(old), flatten(new)
+    before |= {key: value for key, value in after.items() if key not in before and (value is None or value is False)}
     names = [key for key in dict.fromkeys([*before, *after]) if key.partition(".")[0] not in _NOT_COMPARED]
     return {
         key: (before.get(key), after.get(key)) for key in names if _comparable(before, key) != _comparable(after, key)

@@ -146,6 +146,16 @@ def test_invalid_changes_of_a_resumed_run_are_errors(changes: dict, message: str
         check_changes(changed_options(_config(), _config(**changes)), _config(**changes))
 
 
+def test_an_option_that_an_older_release_lacks_is_no_change_while_it_is_off() -> None:
+    newer = {"merge": False, "schedule": None}
+    assert changed_options(_config(), _config(model=_model(**newer))) == {}
+    assert set(changed_options(_config(), _config(model=_model(merge=True, dropout=0)))) == {
+        "model.model.lora.merge",
+        "model.model.lora.dropout",
+    }
+    assert set(changed_options(_config(model=_model(**newer)), _config())) == {"model.model.lora.merge"}
+
+
 def test_valid_changes_of_a_resumed_run_are_accepted() -> None:
     new = _config(kl_weight=0.5, optimizer={"class_path": "AdamW", "init_args": {"lr": 1e-4, "betas": [0.9, 0.999]}})
     changes = changed_options(_config(), {**new, "name": "y", "trainer": {"max_steps": 9}})

@@ -124,7 +124,7 @@ def draft(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
 
 def policy(model: Make = sd, lr: float = 1.0, **options: Any) -> Make:
     """Policy gradients on four noisy steps with two samples per prompt."""
-    defaults: dict[str, Any] = {"sampler": DDIM(4, eta=1.0), "samples_per_prompt": 2}
+    defaults: dict[str, Any] = {"sampler": DDIM(4, eta=1.0), "samples_per_prompt": 2, "checkpointing": "none"}
 
     def make(folder: Path) -> PolicyGradientModule:
         settings = {"reward": ColorBalance, **defaults, **options}
@@ -139,7 +139,7 @@ def forward(model: Make = sd, lr: float = 0.03, **options: Any) -> Make:
     defaults: dict[str, Any] = {"sampler": DDIM(4), "samples_per_prompt": 2, "inner_epochs": 2, "num_times": 2}
 
     def make(folder: Path) -> ForwardProcessModule:
-        settings = {"reward": ColorBalance(), **defaults, **options}
+        settings = {"reward": ColorBalance(), "checkpointing": "none", **defaults, **options}
         return stirred(ForwardProcessModule(model(folder), optimizer=sgd(lr), **settings))
 
     return make

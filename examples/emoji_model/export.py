@@ -18,8 +18,6 @@ from examples.emoji_model.data import Emoji, prepare
 from examples.emoji_model.mixture import scenes, split
 
 SHIPPED = Path("lightning_draft/assets")
-SMALL = Path("tests/assets/emoji32")
-"""The 32x32 pipeline from which the trainings start."""
 JUDGES = {"convnet": "emoji64-judge", "resnet": "emoji64-judge-eval"}
 
 
@@ -30,20 +28,16 @@ def weights(checkpoint: Path, prefix: str = "network.") -> dict[str, Tensor]:
 
 
 def autoencoder(checkpoint: Path) -> AutoencoderKL:
-    """Return the trained autoencoder, frozen."""
-    vae = parts.autoencoder(64)
+    """Return the trained autoencoder, frozen; its scaling factor gives the latents a standard deviation of 1."""
+    std = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]["latent_std"].item()
+    vae = parts.autoencoder(1 / std)
     vae.load_state_dict(weights(checkpoint))
     return vae.eval().requires_grad_(False)
 
 
-def pipeline(folder: Path, source: Path) -> StableDiffusionPipeline:
-    """Return the text-to-image pipeline.
-
-    Args:
-        folder: The folder of the trainings.
-        source: The 32x32 pipeline from which the trainings started, whose tokenizer is used.
-    """
-    words = CLIPTokenizer.from_pretrained(source / "tokenizer")
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    """Return the text-to-image pipeline trained in `folder`."""
+    words = CLIPTokenizer.from_pretrained(folder / "unet" / "tokenizer")
     state = weights(folder / "unet" / "last.ckpt", "average.module.")
     networks = {"unet": parts.unet(), "text": parts.text_encoder(words)}
     for name, network in networks.items():
@@ -69,9 +63,9 @@ def use_published_names(file: Path) -> None:
     save_file(named, file, metadata={"format": "pt"})
 
 
-def export_clip(folder: Path, source: Path, out: Path) -> None:
+def export_clip(folder: Path, out: Path) -> None:
     """Write the small CLIP in the format of transformers."""
-    words = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    words = CLIPTokenizer.from_pretrained(folder / "clip" / "tokenizer")
     clip = parts.clip(words)
     clip.load_state_dict(weights(folder / "clip" / "last.ckpt"))
     clip.half().save_pretrained(out)
@@ -92,17 +86,16 @@ def main() -> None:
     """Export all trained parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--source", type=Path, default=SMALL, help="the 32x32 pipeline")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     parser.add_argument("--prompts", type=Path, default=Path("lightning_draft/prompts"))
     arguments = parser.parse_args()
     export_prompts(Emoji.load(prepare(arguments.folder)), arguments.prompts)
     if (arguments.folder / "unet" / "last.ckpt").exists():
-        trained = pipeline(arguments.folder, arguments.source)
+        trained = pipeline(arguments.folder)
         trained.to(torch.float16).save_pretrained(arguments.out / "emoji64")
         use_published_names(arguments.out / "emoji64" / "text_encoder" / "model.safetensors")
     if (arguments.folder / "clip" / "last.ckpt").exists():
-        export_clip(arguments.folder, arguments.source, arguments.out / "emoji64-clip")
+        export_clip(arguments.folder, arguments.out / "emoji64-clip")
     for kind, name in JUDGES.items():
         if (arguments.folder / "judges" / kind).exists():
             shutil.copytree(arguments.folder / "judges" / kind, arguments.out / name, dirs_exist_ok=True)

@@ -48,8 +48,10 @@ def build(emoji: Emoji, vae: AutoencoderKL, path: Path) -> dict[str, Bank]:
 
 
 def encode(images: Tensor, vae: AutoencoderKL) -> Tensor:
-    """Return the posterior means `(N, 4, 16, 16)` of images `(N, 3, 64, 64)` in [0, 1]."""
-    return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in images.split(32)])
+    """Return the scaled posterior means `(N, 4, 16, 16)` of images `(N, 3, 64, 64)` in [0, 1], as diffusers does."""
+    means = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in images.split(32)])
+    scaled: Tensor = vae.config.scaling_factor * means
+    return scaled
 
 
 def _bank(some: list[Scene], emoji: Emoji, vae: AutoencoderKL, copies: int) -> Bank:

@@ -50,14 +50,19 @@ def scenes(emoji: Emoji) -> dict[str, list[Scene]]:
     }
 
 
+def captions(emoji: Emoji) -> list[str]:
+    """Return the caption of every scene."""
+    return [scene.caption for some in scenes(emoji).values() for scene in some]
+
+
 def split(some: list[Scene]) -> tuple[list[str], list[str]]:
     """Return the captions for fine-tuning and for evaluation: every fourth name is for evaluation, in both styles."""
     shown = sorted({replace(scene, style="").caption for scene in some})
     evaluated = set(shown[1::4])
-    captions: tuple[list[str], list[str]] = ([], [])
+    parts: tuple[list[str], list[str]] = ([], [])
     for scene in some:
-        captions[replace(scene, style="").caption in evaluated].append(scene.caption)
-    return sorted(captions[0]), sorted(captions[1])
+        parts[replace(scene, style="").caption in evaluated].append(scene.caption)
+    return sorted(parts[0]), sorted(parts[1])
 
 
 class RenderedImages(IterableDataset[Tensor]):
@@ -106,8 +111,8 @@ class Captioned(IterableDataset[tuple[Tensor, Tensor]]):
             chosen = without_needless_styles(list(some.values()))
             styles = [STYLES[int(torch.randint(2, ()))] for _ in chosen]
             images = torch.stack([render(s, self.emoji, style) for s, style in zip(chosen, styles, strict=True)])
-            captions = [scene.caption for scene in chosen]
-            ids = self.words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            texts = [scene.caption for scene in chosen]
+            ids = self.words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
             yield images, ids
 
 

@@ -11,11 +11,11 @@ MAX_LENGTH = 16
 WIDTH = 128
 
 
-def autoencoder(size: int = 64) -> AutoencoderKL:
-    """A KL autoencoder to 16x16x4, from 64x64x3 (0.7 M parameters) or from 32x32x3."""
-    channels = {32: (32, 64), 64: (24, 32, 64)}[size]
+def autoencoder(scaling_factor: float = 1.0) -> AutoencoderKL:
+    """A KL autoencoder from 64x64x3 to 16x16x4, 0.7 M parameters."""
+    channels = (24, 32, 64)
     return AutoencoderKL(
-        sample_size=size,
+        sample_size=64,
         latent_channels=4,
         block_out_channels=channels,
         layers_per_block=1,
@@ -23,21 +23,8 @@ def autoencoder(size: int = 64) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         mid_block_add_attention=False,
-        scaling_factor=1.0,
+        scaling_factor=scaling_factor,
     )
-
-
-def enlarge(first: AutoencoderKL) -> AutoencoderKL:
-    """Return a 64x64 autoencoder whose inner levels are those of the 32x32 one; the level at 64x64 is new."""
-    larger = autoencoder(64)
-    state = larger.state_dict()
-    for name, value in first.state_dict().items():
-        renamed = name.replace("encoder.down_blocks.1.", "encoder.down_blocks.2.")
-        renamed = renamed.replace("encoder.down_blocks.0.", "encoder.down_blocks.1.")
-        if renamed in state and state[renamed].shape == value.shape:
-            state[renamed] = value
-    larger.load_state_dict(state)
-    return larger
 
 
 def unet() -> UNet2DConditionModel:
@@ -75,8 +62,19 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> CLIPTokenizer:
-    """Train CLIP's byte-pair encoding on the captions, write it in CLIP's format and load it."""
+def tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
+    """Load the tokenizer in `folder`, after training it on `captions` if it does not exist."""
+    if not folder.exists():
+        train_tokenizer(captions, folder)
+    words = CLIPTokenizer.from_pretrained(folder)
+    longest = max(captions, key=lambda caption: len(words(caption).input_ids))
+    if len(words(longest).input_ids) > MAX_LENGTH:
+        raise ValueError(f"captions must have at most {MAX_LENGTH} tokens; {longest!r} has more")
+    return words
+
+
+def train_tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> None:
+    """Train CLIP's byte-pair encoding on the captions and write it in CLIP's format."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -93,9 +91,7 @@ def tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> CLIP
     vocab, merges = state["vocab"], [tuple(pair) for pair in state["merges"]]
     for letter in alphabet:
         vocab.setdefault(letter + "</w>", len(vocab))
-    loaded = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
-    loaded.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH).save_pretrained(folder)
 
 
 def text_config(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:

@@ -13,23 +13,21 @@ saves a checkpoint every 200 steps under `runs/emoji/<part>`, from which it cont
 
 import argparse
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from examples.emoji_model import export, latents, parts
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.mixture import Captioned, RenderedImages
+from examples.emoji_model.mixture import Captioned, RenderedImages, captions
 
 
 class Part(L.LightningModule):
@@ -39,6 +37,10 @@ class Part(L.LightningModule):
         super().__init__()
         self.network = network
         self.lr, self.steps, self.weight_decay = lr, steps, weight_decay
+
+    def on_train_start(self) -> None:
+        """Seed each process differently, and differently again when the training continues from a checkpoint."""
+        torch.manual_seed(self.global_step * self.trainer.world_size + self.global_rank)
 
     def configure_optimizers(self) -> Any:
         """AdamW; 2 % of linear warm-up, then a cosine to 2 % of the peak."""
@@ -55,41 +57,39 @@ class Part(L.LightningModule):
 
 
 class Autoencoder(Part):
-    """L1 loss of pixels and of their differences, a weak KL to the unit Gaussian, and a loss towards the 32x32 latents.
+    """L1 and squared error of pixels, L1 of the differences of neighbors, and a weak KL to the unit Gaussian.
 
-    The decoder and the latent space start as those of the 32x32 model: the encoder first learns to predict that model's
-    latents of the image reduced to 32x32, so that the denoiser can start from that of the 32x32 model too.
+    Attributes:
+        latent_std: Moving average of the standard deviation of the latents, for the scaling factor.
     """
 
-    def __init__(self, steps: int, first: AutoencoderKL) -> None:
-        super().__init__(parts.enlarge(first), 2e-3, steps)
-        self.first = first.eval().requires_grad_(False)
+    latent_std: Tensor
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(parts.autoencoder(), 2e-3, steps)
+        self.register_buffer("latent_std", torch.ones(()))
 
     def training_step(self, images: Tensor, batch_index: int) -> Tensor:
         """`images` is float32 `(B, 3, 64, 64)` in [0, 1]."""
         images = _flip(images) * 2 - 1
         posterior = self.network.encode(images).latent_dist
-        with torch.no_grad():
-            anchor = self.first.encode(F.avg_pool2d(images, 2)).latent_dist.mean
+        self.latent_std.lerp_(posterior.mean.detach().std(), 0.01)
         decoded = self.network.decode(posterior.sample()).sample
-        l1 = F.l1_loss(decoded, images)
+        l1, mse = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
         edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        mse, pull = F.mse_loss(decoded, images), F.mse_loss(posterior.mean, anchor)
-        self.log_dict({"l1": l1, "mse": mse, "kl": kl, "pull": pull}, prog_bar=True)
-        return l1 + 0.5 * edges + mse + 1e-4 * kl + 0.03 * pull
+        self.log_dict({"l1": l1, "mse": mse, "kl": kl, "std": self.latent_std}, prog_bar=True)
+        return l1 + 0.5 * edges + 4 * mse + 1e-4 * kl
 
 
 class Denoiser(Part):
     """v-prediction, `E |v(alpha z + sigma e, t, c) - (alpha e - sigma z)|^2`; the text encoder is trained too.
 
-    Both networks start from those of `pipeline`. The exponential moving average of the weights is exported.
+    The exponential moving average of the weights is exported.
     """
 
-    def __init__(self, steps: int, pipeline: Path) -> None:
-        unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32)
-        text = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
-        networks = nn.ModuleDict({"unet": unet.train(), "text": text.train()})
+    def __init__(self, steps: int, words: CLIPTokenizer) -> None:
+        networks = nn.ModuleDict({"unet": parts.unet(), "text": parts.text_encoder(words)})
         super().__init__(networks, 6e-4, steps, 1e-3)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(0.997), use_buffers=True)
         self.average.requires_grad_(False)
@@ -159,15 +159,15 @@ def _shift(images: Tensor, most: int) -> Tensor:
 
 def build(part: str, emoji: Emoji, arguments: argparse.Namespace) -> tuple[Part, IterableDataset[Any]]:
     """Return the training of `part`, and its batches."""
+    folder, steps, batch_size = arguments.folder, arguments.steps, arguments.batch_size
     if part == "vae":
-        first = AutoencoderKL.from_pretrained(arguments.pipeline / "vae", dtype=torch.float32)
-        return Autoencoder(arguments.steps, first), RenderedImages(emoji, arguments.batch_size)
-    words = CLIPTokenizer.from_pretrained(arguments.pipeline / "tokenizer")
+        return Autoencoder(steps), RenderedImages(emoji, batch_size)
     if part == "unet":
-        vae = export.autoencoder(arguments.folder / "vae" / "last.ckpt")
-        banks = latents.build(emoji, vae, arguments.folder / "latents.pt")
-        return Denoiser(arguments.steps, arguments.pipeline), latents.Latents(banks, words, arguments.batch_size)
-    return Contrast(arguments.steps, words), Captioned(emoji, words, arguments.batch_size)
+        words = parts.tokenizer(captions(emoji), folder / "unet" / "tokenizer")
+        banks = latents.build(emoji, export.autoencoder(folder / "vae" / "last.ckpt"), folder / "latents.pt")
+        return Denoiser(steps, words), latents.Latents(banks, words, batch_size)
+    words = parts.tokenizer([*captions(emoji), *emoji.captions], folder / "clip" / "tokenizer")
+    return Contrast(steps, words), Captioned(emoji, words, batch_size)
 
 
 def main() -> None:
@@ -175,27 +175,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["vae", "unet", "clip"])
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--pipeline", type=Path, default=export.SMALL, help="32x32 pipeline to start from")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--hours", type=float, default=2.0, help="stop after this time, independent of the schedule")
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=32, help="a process")
     parser.add_argument("--devices", type=int, default=1, help="processes")
-    parser.add_argument(
-        "--init", type=Path, help="checkpoint from which weights with equal names are loaded at the start"
-    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    L.seed_everything(int(os.environ.get("LOCAL_RANK", 0)), verbose=False)
+    L.seed_everything(0, verbose=False)
     emoji = Emoji.load(prepare(arguments.folder, 64))
     module, batches = build(arguments.part, emoji, arguments)
-    if arguments.init:
-        module.load_state_dict(torch.load(arguments.init, weights_only=True)["state_dict"], strict=False)
     where = arguments.folder / arguments.part
     trainer = L.Trainer(
         default_root_dir=where,
         max_steps=arguments.steps,
-        max_time={"seconds": int(3600 * arguments.hours)},
         callbacks=[ModelCheckpoint(where, save_last=True, every_n_train_steps=200, save_top_k=0)],
         accelerator="auto",
         devices=arguments.devices,

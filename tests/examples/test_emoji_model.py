@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageFilter
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from examples.emoji_model import degradations, few_step, mixture, parts, truth
+from examples.emoji_model import degradations, export, few_step, latents, mixture, parts, train, truth
 from examples.emoji_model.compositions import COLORS, Scene, boxes, render
 from examples.emoji_model.data import Emoji
 from examples.emoji_model.evaluate import open_pipeline
@@ -111,17 +112,21 @@ def test_low_contrast_is_affine_and_color_cast_is_a_gain_per_channel() -> None:
     assert torch.allclose(gains, gains.mean((1, 2), keepdim=True).expand_as(gains), atol=1e-5)
 
 
-def test_the_enlarged_autoencoder_keeps_the_inner_levels() -> None:
+@torch.no_grad()
+def test_exported_scaling_factor_gives_the_latents_unit_standard_deviation(file: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    first = parts.autoencoder(32).eval()
-    larger = parts.enlarge(first).eval()
-    x = torch.randn(1, 32, 32, 32)
-    inner, outer = first.encoder.down_blocks[1], larger.encoder.down_blocks[2]
-    assert torch.equal(inner(x), outer(x))
-    with torch.no_grad():
-        z = larger.encode(torch.rand(1, 3, 64, 64)).latent_dist.mean
-        assert z.shape == (1, 4, 16, 16)
-        assert larger.decode(z).sample.shape == (1, 3, 64, 64)
+    images = Emoji.load(file).images[:8]
+    training = train.Autoencoder(steps=1)
+    training.latent_std.copy_(training.network.encode(images * 2 - 1).latent_dist.mean.std())
+    torch.save({"state_dict": training.state_dict()}, tmp_path / "last.ckpt")
+    vae = export.autoencoder(tmp_path / "last.ckpt")
+    encoded = latents.encode(images, vae)
+    assert encoded.shape == (8, 4, 16, 16)
+    assert encoded.std().item() == pytest.approx(1, abs=1e-4)
+    processor = VaeImageProcessor(vae_scale_factor=4)
+    decoded = vae.decode(encoded / vae.config.scaling_factor).sample
+    theirs = processor.postprocess(vae(images * 2 - 1, sample_posterior=False).sample, output_type="pt")
+    torch.testing.assert_close(processor.postprocess(decoded, output_type="pt"), theirs, atol=1e-4, rtol=0)
 
 
 def test_true_scene_scores_highest_for_any_contrast(file: Path) -> None:
@@ -153,13 +158,16 @@ def test_nearest_image_is_searched_among_training_images_only(file: Path) -> Non
     assert nearest(noisy[unseen], [emoji.names[row] for row in unseen.tolist()]).tolist() == [0, 0]
 
 
-def test_captions_are_unchanged_by_the_tokenizer(tmp_path: Path) -> None:
-    captions = ["noto red apple", "twemoji deciduous tree"]
-    words = parts.tokenizer(captions, tmp_path)
+def test_captions_are_unchanged_by_the_tokenizer_and_fit_its_length(file: Path, tmp_path: Path) -> None:
+    captions = mixture.captions(Emoji.load(file))
+    parts.tokenizer(captions, tmp_path / "tokenizer")
+    words = parts.tokenizer(captions[:3], tmp_path / "tokenizer")
     assert isinstance(words, CLIPTokenizer)
     tokens = words(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    assert tokens.shape == (2, parts.MAX_LENGTH)
+    assert tokens.shape == (len(captions), parts.MAX_LENGTH)
     assert [words.decode(row, skip_special_tokens=True).strip() for row in tokens] == captions
+    with pytest.raises(ValueError, match="at most 16 tokens"):
+        parts.tokenizer(["cat " * 20], tmp_path / "tokenizer")
 
 
 def test_each_clip_caption_matches_one_image_of_its_batch(file: Path) -> None:

@@ -62,10 +62,10 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
+def tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> CLIPTokenizer:
     """Load the tokenizer in `folder`, after training it on `captions` if it does not exist."""
     if not folder.exists():
-        train_tokenizer(captions, folder)
+        train_tokenizer(captions, folder, vocab_size)
     words = CLIPTokenizer.from_pretrained(folder)
     longest = max(captions, key=lambda caption: len(words(caption).input_ids))
     if len(words(longest).input_ids) > MAX_LENGTH:
@@ -73,7 +73,7 @@ def tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     return words
 
 
-def train_tokenizer(captions: list[str], folder: Path, vocab_size: int = 1024) -> None:
+def train_tokenizer(captions: list[str], folder: Path, vocab_size: int) -> None:
     """Train CLIP's byte-pair encoding on the captions and write it in CLIP's format."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()

@@ -166,7 +166,7 @@ def build(part: str, emoji: Emoji, arguments: argparse.Namespace) -> tuple[Part,
         words = parts.tokenizer(captions(emoji), folder / "unet" / "tokenizer")
         banks = latents.build(emoji, export.autoencoder(folder / "vae" / "last.ckpt"), folder / "latents.pt")
         return Denoiser(steps, words), latents.Latents(banks, words, batch_size)
-    words = parts.tokenizer([*captions(emoji), *emoji.captions], folder / "clip" / "tokenizer")
+    words = parts.tokenizer([*captions(emoji), *emoji.captions], folder / "clip" / "tokenizer", 2048)
     return Contrast(steps, words), Captioned(emoji, words, batch_size)
 
 

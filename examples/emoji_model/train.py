@@ -59,6 +59,8 @@ class Part(L.LightningModule):
 class Autoencoder(Part):
     """L1 and squared error of pixels, L1 of the differences of neighbors, and a weak KL to the unit Gaussian.
 
+    The log variances of the latents start at -6, because more noise delays the decoder.
+
     Attributes:
         latent_std: Moving average of the standard deviation of the latents, for the scaling factor.
     """
@@ -67,6 +69,8 @@ class Autoencoder(Part):
 
     def __init__(self, steps: int) -> None:
         super().__init__(parts.autoencoder(), 2e-3, steps)
+        parts.initialize(self.network)
+        nn.init.constant_(self.network.quant_conv.bias[4:], -6)
         self.register_buffer("latent_std", torch.ones(()))
 
     def training_step(self, images: Tensor, batch_index: int) -> Tensor:

@@ -83,7 +83,7 @@ class Autoencoder(Part):
         edges = sum(F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         self.log_dict({"l1": l1, "mse": mse, "kl": kl, "std": self.latent_std}, prog_bar=True)
-        return l1 + 0.5 * edges + 4 * mse + 1e-4 * kl
+        return l1 + 0.5 * edges + 4 * mse + 1e-3 * kl
 
 
 class Denoiser(Part):

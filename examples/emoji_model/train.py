@@ -1,14 +1,24 @@
-"""Train the 64x64 text-to-image model and the small CLIP.
+"""Train the 64x64 text-to-image model and the small CLIP, from random weights.
 
     python -m examples.emoji_model.data
     python -m examples.emoji_model.train vae  --steps 2200 --batch-size 8
-    python -m examples.emoji_model.train unet --steps 3800 --batch-size 16
+    python -m examples.emoji_model.train unet --steps 5500 --batch-size 32
     python -m examples.emoji_model.train clip --steps 3600 --batch-size 64
     python -m examples.emoji_model.judges
     python -m examples.emoji_model.export
 
-The autoencoder and the denoiser start from those of the 32x32 model in `tests/assets` (`--pipeline`). Each training
-saves a checkpoint every 200 steps under `runs/emoji/<part>`, from which it continues when started again.
+Each training saves a checkpoint every 200 steps as `runs/emoji/<part>/last.ckpt`, from which the same command goes on.
+The denoiser and the classifiers use the latents and the decoded images of the autoencoder: if it changes, delete
+`runs/emoji/latents.pt` and train both again. The results in the model card, the README and the docs are made by
+
+    python -m examples.emoji_model.evaluate --count 200 --sheet examples/results/emoji64_samples.png
+    lightning-draft fit --config quickstart
+    python -m examples.before_after --lora runs/quickstart/lora/best.safetensors --out examples/results/quickstart.png
+    lightning-draft fit --config compositions
+    python -m examples.before_after --lora runs/compositions/lora/best.safetensors --prompts emoji64_scenes_eval \
+        --out examples/results/compositions.png
+    python -m examples.over_optimization
+    cp runs/over_optimization/over_optimization.* examples/results
 """
 
 import argparse

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from examples.emoji_model.compositions import Scene, render
 from examples.emoji_model.data import Emoji
 from examples.emoji_model.degradations import degrade_all
-from examples.emoji_model.mixture import DEGRADED, WEIGHTS, scenes
+from examples.emoji_model.mixture import WEIGHTS, scenes
 
 COPIES = {"single": 16, "two": 6, "ground": 4, "pair": 4}
 """Degraded copies of each scene, by kind; bare names share those of the single emoji."""
@@ -61,13 +61,13 @@ def _bank(some: list[Scene], emoji: Emoji, vae: AutoencoderKL, copies: int) -> B
 
 
 class Latents(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches of latents and token ids: kinds by `WEIGHTS`, degraded with probability `DEGRADED`.
+    """Endless batches of latents and token ids: kinds by `WEIGHTS`, degraded with probability `degraded`.
 
     One caption in ten is empty, for classifier-free guidance.
     """
 
-    def __init__(self, banks: dict[str, Bank], words: CLIPTokenizer, batch_size: int) -> None:
-        self.banks, self.batch_size = banks, batch_size
+    def __init__(self, banks: dict[str, Bank], words: CLIPTokenizer, batch_size: int, degraded: float) -> None:
+        self.banks, self.batch_size, self.degraded = banks, batch_size, degraded
         self.tokens = {kind: _tokenize(words, bank.captions) for kind, bank in banks.items()}
         self.empty = _tokenize(words, [""])[0]
         self.kinds = list(WEIGHTS)
@@ -84,7 +84,7 @@ class Latents(IterableDataset[tuple[Tensor, Tensor]]):
         bank = self.banks[kind]
         row = int(torch.randint(len(bank.captions), ()))
         copy = int(torch.randint(len(bank.degraded), ()))
-        latents = bank.degraded[copy, row] if torch.rand(()) < DEGRADED else bank.clean[row]
+        latents = bank.degraded[copy, row] if torch.rand(()) < self.degraded else bank.clean[row]
         return latents, self.empty if torch.rand(()) < 0.1 else self.tokens[kind][row]
 
 

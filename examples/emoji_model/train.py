@@ -37,7 +37,7 @@ from transformers import CLIPTokenizer
 
 from examples.emoji_model import export, latents, parts
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.mixture import Captioned, RenderedImages, captions
+from examples.emoji_model.mixture import DEGRADED, Captioned, RenderedImages, captions
 
 
 class Part(L.LightningModule):
@@ -179,7 +179,7 @@ def build(part: str, emoji: Emoji, arguments: argparse.Namespace) -> tuple[Part,
     if part == "unet":
         words = parts.tokenizer(captions(emoji), folder / "unet" / "tokenizer")
         banks = latents.build(emoji, export.autoencoder(folder / "vae" / "last.ckpt"), folder / "latents.pt")
-        return Denoiser(steps, words), latents.Latents(banks, words, batch_size)
+        return Denoiser(steps, words), latents.Latents(banks, words, batch_size, arguments.degraded)
     words = parts.tokenizer([*captions(emoji), *emoji.captions], folder / "clip" / "tokenizer", 2048)
     return Contrast(steps, words), Captioned(emoji, words, batch_size)
 
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=32, help="a process")
+    parser.add_argument("--degraded", type=float, default=DEGRADED, help="fraction of degraded images of the denoiser")
     parser.add_argument("--devices", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()

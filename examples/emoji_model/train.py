@@ -3,7 +3,7 @@
     python -m examples.emoji_model.data
     python -m examples.emoji_model.train vae  --steps 4400 --batch-size 8
     python -m examples.emoji_model.train unet --steps 11500 --batch-size 16 --degraded 0.2
-    python -m examples.emoji_model.train unet --steps 16000 --batch-size 16
+    python -m examples.emoji_model.train unet --steps 14400 --batch-size 16
     python -m examples.emoji_model.train clip --steps 3600 --batch-size 64
     python -m examples.emoji_model.judges
     python -m examples.emoji_model.export

@@ -146,6 +146,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train twice, then write the table and the figure."""
     arguments = parse()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*(eval mode at the start|many workers|treespec).*")
     start = time.process_time()

@@ -141,7 +141,7 @@ class PromptDataModule(L.LightningDataModule):
 
     Args:
         prompts: A list of prompts; a file (`.txt` with one prompt per line, `.csv`, `.tsv`, `.json`, `.jsonl`,
-            `.ndjson` or `.parquet`); the name of a shipped list (`emoji64`, `emoji64_scenes`, `animals`); or the folder
+            `.ndjson` or `.parquet`); the name of a shipped list (`emoji64`, `emoji64_pairs`, `animals`); or the folder
             or hub id of a data set. From Python also tuples, lists of dictionaries, `datasets.Dataset` and `DataFrame`.
             Columns other than the prompt's become metadata that rewards can read, and `negative_prompt` is the
             negative prompt of its row.

@@ -54,7 +54,7 @@ def test_diffusers_generates_the_same_images() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["emoji64", "emoji64_scenes"])
+@pytest.mark.parametrize("name", ["emoji64", "emoji64_scenes", "emoji64_pairs"])
 def test_evaluation_captions_name_other_things_than_those_for_fine_tuning(name: str) -> None:
     tuned, evaluated = ({prompt.split(" ", 1)[1] for prompt in read_prompts(f"{name}{end}")} for end in ("", "_eval"))
     assert len(evaluated) >= 40

@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPProcessor
 from examples.emoji_model.compositions import Scene, render
 from examples.emoji_model.data import Emoji, prepare
 from examples.emoji_model.degradations import degrade_all
-from examples.emoji_model.mixture import scenes
+from examples.emoji_model.mixture import new_pairs, scenes
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
 from lightning_draft.callbacks.image_grid import to_pil_image
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
@@ -103,7 +103,7 @@ def chosen_scenes(emoji: Emoji, count: int) -> dict[str, list[Scene]]:
     generator = torch.Generator().manual_seed(0)
     return {
         kind: [some[i] for i in torch.randperm(len(some), generator=generator)[:count].tolist()]
-        for kind, some in scenes(emoji).items()
+        for kind, some in {**scenes(emoji), "new pair": new_pairs()}.items()
     }
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 from examples.emoji_model import parts
 from examples.emoji_model.data import Emoji, prepare
-from examples.emoji_model.mixture import scenes, split
+from examples.emoji_model.mixture import new_pairs, scenes, split
 
 SHIPPED = Path("lightning_draft/assets")
 JUDGES = {"convnet": "emoji64-judge", "resnet": "emoji64-judge-eval"}
@@ -74,9 +74,10 @@ def export_clip(folder: Path, out: Path) -> None:
 
 
 def export_prompts(emoji: Emoji, out: Path) -> None:
-    """Write the captions of single emoji and compositions for fine-tuning, and of other objects to evaluate."""
+    """Write the captions of single emoji, compositions and new pairs for fine-tuning, and of others to evaluate."""
     known = scenes(emoji)
-    lists = {"emoji64": known["single"], "emoji64_scenes": [*known["two"], *known["ground"], *known["pair"]]}
+    compositions = [*known["two"], *known["ground"], *known["pair"]]
+    lists = {"emoji64": known["single"], "emoji64_scenes": compositions, "emoji64_pairs": new_pairs()}
     for name, some in lists.items():
         for suffix, captions in zip(("", "_eval"), split(some), strict=True):
             (out / f"{name}{suffix}.txt").write_text("\n".join(captions) + "\n")

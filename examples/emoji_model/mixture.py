@@ -50,6 +50,12 @@ def scenes(emoji: Emoji) -> dict[str, list[Scene]]:
     }
 
 
+def new_pairs() -> list[Scene]:
+    """Return the pairs of names in `COMPOSED` that the model does not learn, although it learns both names."""
+    both = [(a, b) for a in COMPOSED for b in COMPOSED if a != b and not {a, b} <= set(PAIRED)]
+    return [Scene(style, pair) for pair in both for style in STYLES]
+
+
 def captions(emoji: Emoji) -> list[str]:
     """Return the caption of every scene."""
     return [scene.caption for some in scenes(emoji).values() for scene in some]

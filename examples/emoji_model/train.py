@@ -18,7 +18,7 @@ The denoiser and the classifiers use the latents and the decoded images of the a
     lightning-draft fit --config quickstart
     python -m examples.before_after --lora runs/quickstart/lora/best.safetensors --out examples/results/quickstart.png
     lightning-draft fit --config compositions
-    python -m examples.before_after --lora runs/compositions/lora/best.safetensors --prompts emoji64_scenes_eval \
+    python -m examples.before_after --lora runs/compositions/lora/best.safetensors --prompts emoji64_pairs_eval \
         --out examples/results/compositions.png
     python -m examples.over_optimization
     cp runs/over_optimization/over_optimization.* examples/results

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from examples.emoji_model.compositions import Scene, render
 from examples.emoji_model.data import Emoji
-from examples.emoji_model.mixture import COMPOSED, STYLES, scenes
+from examples.emoji_model.mixture import COMPOSED, STYLES, new_pairs, scenes
 from lightning_draft.rewards import Reward
 
 
@@ -59,7 +59,7 @@ class SceneRecognized(Reward):
         parts = [scene for scene in known["single"] if scene.names[0] in COMPOSED]
         self.candidates = {
             "single": known["single"],
-            "composed": [*known["two"], *known["ground"], *known["pair"], *parts],
+            "composed": [*known["two"], *known["ground"], *known["pair"], *new_pairs(), *parts],
         }
         for group, some in self.candidates.items():
             images = torch.stack([render(scene, emoji) for scene in some])

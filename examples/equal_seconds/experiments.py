@@ -53,8 +53,8 @@ QUALITY = Task(
     lambda: {"evaluation": ImageQuality("emoji64-judge-eval"), "clean": CleanFraction("emoji64-judge-eval")},
 )
 COMPOSITIONS = Task(
-    "emoji64_scenes",
-    lambda: CLIPClassification("emoji64-clip", captions="emoji64_scenes"),
+    "emoji64_pairs",
+    lambda: CLIPClassification("emoji64-clip", captions="emoji64_pairs"),
     lambda: {"evaluation": ImageQuality("emoji64-judge-eval")},
 )
 

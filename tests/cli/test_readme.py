@@ -1,6 +1,7 @@
 """The commands of README and documentation for the shipped model run as written."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def test_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not any(word in line for word in SKIPPED)])
-def test_documented_command_runs(line: str, command: Callable) -> None:
+def test_documented_command_runs(line: str, command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # of another test
     (reward,) = [block for block in re.findall(r"```python\n(.*?)```", REWARD, re.DOTALL) if "class Redness" in block]
     Path("my_rewards.py").write_text(reward)
     options = dict(SHORT)

@@ -1,6 +1,7 @@
 """The distributions contain the tree, and optional packages are optional."""
 
 import ast
+import email
 import filecmp
 import os
 import re
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_draft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOP_LEVEL = {"lightning_draft.callbacks": "callbacks", "lightning_draft.configs": "configs"}
+ADDRESS = "https://example.org/team/draft"
 EXTRAS = [
     "datasets",
     "hpsv2",
@@ -69,10 +71,11 @@ def test_links_point_to_the_top_level_folders() -> None:
             assert link.readlink() == Path("..") / folder
 
 
-def build(kind: str, source: Path, folder: Path) -> Path:
+def build(kind: str, source: Path, folder: Path, **variables: str) -> Path:
     """Build an sdist or a wheel in a source tree with setuptools alone, without a network, and return the file."""
     program = f"import sys; from setuptools.build_meta import build_{kind}; build_{kind}(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", program, folder], cwd=source, capture_output=True, text=True)
+    command, environment = [sys.executable, "-c", program, folder], os.environ | variables
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (file,) = folder.glob("*.tar.gz" if kind == "sdist" else "*.whl")
     return file
@@ -86,7 +89,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "__pycache__", ".venv*", ".git", "runs", ".*_cache", "build", "dist", "*.egg-info"
     )
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
-    with tarfile.open(build("sdist", folder / "source", folder)) as archive:
+    with tarfile.open(build("sdist", folder / "source", folder, LIGHTNING_DRAFT_REPOSITORY=ADDRESS)) as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = folder.glob("lightning_draft-*/")
     return unpacked
@@ -133,6 +136,41 @@ def test_the_installed_wheel_runs_outside_the_repository(wheel_file: Path, tmp_p
     version = PROJECT["project"]["version"]
     assert run(str(binaries / "lightning-draft"), "--version") == f"lightning-draft {version}"
     assert "quickstart" in run(str(binaries / "lightning-draft"), "configs", "list")
+
+
+def test_a_wheel_has_the_addresses_and_absolute_links_of_the_sdist(wheel: zipfile.ZipFile) -> None:
+    (name,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert {f"Source, {ADDRESS}", f"Issues, {ADDRESS}/issues"} < set(metadata.get_all("Project-URL"))
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", str(metadata.get_payload()))
+    assert len(links) > 30
+    for image, link in links:
+        assert link.startswith(("https://", "#"))
+        if link.startswith(ADDRESS):
+            kind, _, path = link.removeprefix(f"{ADDRESS}/").split("/", 2)
+            assert kind == ("raw" if image else "blob")
+            assert (ROOT / path.partition("#")[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://example.org/team/draft.git", ADDRESS),
+        ("https://name:secret@example.org/team/draft", ADDRESS),
+        ("git@example.org:team/draft.git", ADDRESS),
+        ("ssh://git@example.org/team/draft.git", ADDRESS),
+        ("/home/name/draft", None),
+    ],
+)
+def test_the_address_of_the_repository_is_that_of_its_remote(remote: str, address: str | None, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", remote], check=True)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    program = "import setup; print(setup.repository())"
+    variables = {key: value for key, value in os.environ.items() if key != "LIGHTNING_DRAFT_REPOSITORY"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=variables)
+    assert done.stdout.strip() == str(address)
 
 
 def test_wheel_contains_every_module(wheel: zipfile.ZipFile) -> None:

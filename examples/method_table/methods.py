@@ -209,6 +209,7 @@ def policy(
             inner_epochs=inner_epochs,
             window=window,
             value_baseline=value_baseline(),
+            checkpointing="none",
             **common,
         )
 
@@ -247,7 +248,7 @@ def forward(objective: Callable[[Any], ForwardObjective], own: str = "", values:
     """Build a forward-process method: rollouts of 4 samples for each of 4 prompts, one epoch."""
 
     def module(value: float | None, **common: Any) -> ForwardProcessModule:
-        return ForwardProcessModule(objective=objective(value), samples_per_prompt=4, **common)
+        return ForwardProcessModule(objective=objective(value), samples_per_prompt=4, checkpointing="none", **common)
 
     return Method(module, lrs=(1e-3, 3e-3, 1e-2), batch_size=4, budget=4.0, own=own, values=values)
 

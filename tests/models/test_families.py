@@ -63,7 +63,7 @@ def test_images_are_those_of_the_diffusers_pipeline(folders: Callable, name: str
 def with_peft(folder: Path, family: Family, file: Path) -> Any:
     """Return a pipeline without `load_lora_weights` in which the code of docs/lora.md has loaded a LoRA file."""
     page = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
-    (code,) = [block for block in re.findall(r"^```python.*?\n(.*?)^```", page, re.DOTALL | re.M) if "peft" in block]
+    (code,) = [block for block in re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.M) if "peft" in block]
     changes = {
         "DDPMPipeline": family.pipeline_name,
         "google/ddpm-cifar10-32": str(folder),

@@ -261,7 +261,7 @@ def test_times_between_the_steps_of_a_grid_have_the_scale_of_the_step_before() -
 def test_a_policy_gives_a_trajectory_the_log_probabilities_with_which_it_was_sampled() -> None:
     policy = Policy(ByStep(), DDIM(4, eta=1.0), lambda value, _: value, None)
     prompts, seeds = ["a", "b"], [1, 2]
-    latents, log_probs = policy.sample(prompts, seeds)
+    latents, log_probs, _ = policy.sample(prompts, seeds)
     torch.testing.assert_close(policy.log_probs(prompts, latents), log_probs)
     policy.model = Linear()
     assert (policy.log_probs(prompts, latents) - log_probs).abs().max() > 0.01

@@ -15,13 +15,13 @@ import time
 import warnings
 from pathlib import Path
 
-import lightning as L
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.emoji_model.evaluate import mean_and_error
 from examples.emoji_model.truth import ReferencePSNR
+from examples.trainer import without_files
 from lightning_draft.callbacks import OverOptimizationGuard
 from lightning_draft.callbacks.evaluation import Evaluation
 from lightning_draft.data import PromptDataModule
@@ -58,20 +58,13 @@ def run(arguments: argparse.Namespace, action: str) -> tuple[DraftModule, OverOp
         samples_per_prompt=2,
         dirpath=str(arguments.out / action),
     )
-    trainer = L.Trainer(
+    trainer = without_files(
+        guard,
         max_steps=arguments.steps,
         val_check_interval=arguments.every,
         limit_val_batches=1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        accelerator="auto",
-        devices=1,
-        callbacks=[guard],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
     )
     prompts = PromptDataModule(
         arguments.prompts, val_prompts=arguments.val_prompts, batch_size=arguments.batch_size, val_batch_size=2

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from examples.emoji_model.data import prepare
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
+from examples.trainer import without_files
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
@@ -163,18 +164,7 @@ def run(arguments: argparse.Namespace, reward: Reward, seed: int, recorder: Reco
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=arguments.lr),
         seed=seed,
     )
-    trainer = L.Trainer(
-        max_steps=arguments.steps,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        accelerator="auto",
-        devices=1,
-        callbacks=[recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = without_files(recorder, max_steps=arguments.steps)
     torch.manual_seed(seed)
     prompts = captions(arguments.prompts, arguments.reward)
     data = PromptDataModule(prompts, val_size=1, batch_size=arguments.batch_size, seed=seed)

@@ -23,14 +23,15 @@ import lightning as L
 import torch
 import yaml
 
+from examples.before_after import ordered
 from examples.emoji_model.evaluate import mean_and_error
 from examples.equal_seconds.measure import Rows
 from examples.method_table.runs import Run, RunFile
+from examples.trainer import without_files
 from lightning_draft.callbacks import CostMonitor
-from lightning_draft.cli.app import DraftCLI
+from lightning_draft.cli.build import BuildCLI
 from lightning_draft.cli.process import process_arguments
 from lightning_draft.image_generation import generate
-from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import CleanFraction, ImageQuality, Reward
 from lightning_draft.samplers import DDIM
 
@@ -58,9 +59,7 @@ class TimeToReward(CostMonitor):
     def __init__(self, level: float, limit: float, every: float) -> None:
         super().__init__()
         self.level, self.limit, self.every = level, limit, every
-        known = [str(prompt) for prompt in read_prompts("emoji64_eval")]
-        order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:40]
-        self.prompts = [known[i] for i in order.tolist()]
+        self.prompts = ordered("emoji64_eval")[:40]
         self.scores: dict[str, Reward] = {
             "evaluation": ImageQuality("emoji64-judge-eval"),
             "clean": CleanFraction("emoji64-judge-eval"),
@@ -105,42 +104,15 @@ class TimeToReward(CostMonitor):
         self.evaluations.append({**spent, **scores})
 
 
-class _Built(DraftCLI):
-    """Build the method and the data of a config, without a run folder, loggers or callbacks."""
-
-    def before_instantiate_classes(self) -> None:
-        """Leave out what writes files."""
-        options = self.config["fit"]["trainer"]
-        options["logger"], options["callbacks"] = False, None
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Return a Trainer that is not used."""
-        return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
-
-
 def train(config: str, seed: int, level: float, limit: float, every: float) -> TimeToReward:
     """Train a shipped config, and return what was measured."""
     options = ["--config", str(CONFIGS / f"{config}.yaml"), "--seed_everything", str(seed)]
     with process_arguments(["fit", *options]):
-        cli = _Built("fit")
-    written = cli.config_init["fit"]["trainer"]
+        cli = BuildCLI("fit")
     meter = TimeToReward(level, limit, every)
-    trainer = L.Trainer(
-        max_steps=1_000_000,
-        accumulate_grad_batches=written["accumulate_grad_batches"],
-        gradient_clip_val=written["gradient_clip_val"],
-        limit_val_batches=0,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[meter],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    written = cli.config_init["fit"]["trainer"]
+    kept = {name: written[name] for name in ("accumulate_grad_batches", "gradient_clip_val")}
+    trainer = without_files(meter, max_steps=-1, accelerator="cpu", **kept)
     trainer.fit(cli.model, cli.datamodule)
     return meter
 

@@ -6,12 +6,13 @@ from typing import Any
 import lightning as L
 import torch
 
+from examples.before_after import ordered
 from examples.equal_seconds.experiments import Experiment, Setting
+from examples.trainer import without_files
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.metrics import within_prompt_diversity
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
-from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards import Reward
 from lightning_draft.samplers import DDIM
 
@@ -85,21 +86,9 @@ def train(
     """Train a setting for `seconds`, evaluating on the first `prompts` evaluation prompts; return what was recorded."""
     L.seed_everything(seed, verbose=False)
     task = experiment.task
-    known = [str(prompt) for prompt in read_prompts(f"{task.prompts}_eval")]
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:prompts].tolist()
-    curve = Curve(seconds, {"reward": task.reward(), **task.evaluation(), **truths}, [known[i] for i in order])
-    trainer = L.Trainer(
-        max_steps=100_000,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        accelerator="cpu",
-        devices=1,
-        callbacks=[curve],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    rewards = {"reward": task.reward(), **task.evaluation(), **truths}
+    curve = Curve(seconds, rewards, ordered(f"{task.prompts}_eval")[:prompts])
+    trainer = without_files(curve, max_steps=-1, accelerator="cpu")
     trainer.fit(
         module_of(setting, task.reward(), seed), PromptDataModule(task.prompts, batch_size=experiment.batch_size)
     )

@@ -21,13 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-
 from benchmarks.memory import MIB
 from examples.method_table import report
 from examples.method_table.measure import Evaluation, Meter
 from examples.method_table.methods import METHODS, TASKS, Setting, Trial
 from examples.method_table.runs import Run, RunFile
+from examples.trainer import without_files
 from lightning_draft.data import PromptDataModule
 from lightning_draft.plan import Tracker
 from lightning_draft.prompt_sources import read_prompts
@@ -114,7 +113,7 @@ class Table:
         with module.model.base():
             images, _ = evaluation.images(module)
         meter = Meter(budget, lambda: evaluation.scores(module, images))
-        trainer(-1, [meter]).fit(module, self._prompts(task, method, seed))
+        without_files(meter, max_steps=-1).fit(module, self._prompts(task, method, seed))
         identity = {"task": task, "method": method, **asdict(trial), "seed": seed, "start": start["reward"]}
         spent = {"peak_mib": self._peak(task, method, trial)} if seed == 0 else {}
         return {**identity, **spent, "evaluations": meter.evaluations, "curve": meter.curve}
@@ -134,25 +133,8 @@ class Table:
         """Return the peak of live tensor memory of one training step in MiB, beyond what existed before it."""
         module = METHODS[method].build(self.setting, task, trial, 0)
         with Tracker() as live:
-            trainer(1, []).fit(module, self._prompts(task, method, 0))
+            without_files(max_steps=1).fit(module, self._prompts(task, method, 0))
         return live.peak / MIB
-
-
-def trainer(max_steps: int, callbacks: list[L.Callback]) -> L.Trainer:
-    """Build a Trainer that writes no files."""
-    return L.Trainer(
-        max_steps=max_steps,
-        max_epochs=-1,
-        accelerator="auto",
-        devices=1,
-        gradient_clip_val=1.0,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-    )
 
 
 def write(table: Table, tasks: Sequence[str]) -> str:

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
-from lightning_draft.cli import messages, shipped
-from lightning_draft.cli.app import DraftCLI
+from lightning_draft.cli import shipped
+from lightning_draft.cli.build import BuildCLI
 from lightning_draft.cli.command_parser import CommandParser
-from lightning_draft.cli.option_checks import check_options
 from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct, effective_options
 from lightning_draft.cli.plan_report import Alternative, report
 from lightning_draft.cli.process import process_arguments
@@ -79,25 +77,6 @@ class _Run:
     """From `effective_options`."""
 
 
-class _PlanCLI(DraftCLI):
-    """Parse the options of `fit` and build the method without weights, a run folder, loggers or callbacks."""
-
-    def before_instantiate_classes(self) -> None:
-        """Check values."""
-        config = self.config[self.command]
-        self._as_written = config.clone()
-        check_options(messages.flatten(config.as_dict()))
-        config["trainer"]["logger"] = False
-        config["trainer"]["callbacks"] = None
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return a Trainer that is not used; `plan_step` creates another."""
-        return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
-
-
 def _plan(args: Sequence[str]) -> _Run:
     """Plan the configuration, from shorter chains if every further sampling step adds the same memory and cost."""
     with _build(args) as (cli, module, prompts):
@@ -119,7 +98,7 @@ def _plan(args: Sequence[str]) -> _Run:
 def _build(args: Sequence[str]) -> Iterator[tuple[Any, Any, list[str]]]:
     """Yield the command line, the method without weights, and its first batch."""
     with _quiet(), process_arguments(["fit", *args]), without_weights():
-        cli = _PlanCLI("fit")
+        cli = BuildCLI("fit")
         cli.datamodule.setup("fit")
         size, prompts = cli.datamodule.batch_size, list(cli.datamodule.train_prompts[: cli.datamodule.batch_size])
         yield cli, cli.model, (prompts * -(-size // len(prompts)))[:size]

@@ -28,10 +28,7 @@ def embed_prompts(config: Any) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(DiffusionModel, "model")
     with as_root_cause(), without_weights():
-        instantiate = (
-            parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
-        )  # before 4.53
-        model = instantiate(Namespace(model=options))["model"]  # type: ignore[no-untyped-call]
+        model = parser.instantiate(Namespace(model=options))["model"]  # type: ignore[no-untyped-call]
     if not isinstance(model, PromptEmbedding):
         return
     data = PromptDataModule(**config["data"].as_dict())

@@ -1,7 +1,5 @@
-"""The commands: help pages, files of a run, resuming, validation, sampling."""
+"""The commands: files of a run, configuration, validation, sampling."""
 
-import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,57 +12,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from lightning_draft import __version__
 from lightning_draft.cli.process import overridden_variables
 from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.samplers import DDIM
 from lightning_draft.transition import Transition
-
-HEAVY = ("torch", "lightning", "diffusers", "transformers", "jsonargparse", "numpy")
-PAGES = [["--version"], ["--help"], [], ["configs", "list"], ["configs", "show", "draft"], ["fit", "--help"]]
-
-
-def test_help_pages_import_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom lightning_draft.__main__ import main\n"
-        f"for args in {PAGES!r}: assert main(args) == 0\n"
-        f"assert not set({HEAVY!r}) & set(sys.modules), sorted(set({HEAVY!r}) & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
-def test_version_is_printed(command: Callable) -> None:
-    assert command("--version").out == f"lightning-draft {__version__}\n"
-
-
-def test_help_lists_every_callback_and_command(command: Callable) -> None:
-    from lightning_draft import callbacks
-    from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
-
-    page = command("fit", "--help").out
-    assert len(page.splitlines()) < 50
-    assert all(f"--{option.key}" in page and option.help in page for option in CALLBACK_OPTIONS)
-    assert {option.class_name for option in CALLBACK_OPTIONS} == set(callbacks.__all__) - {"RandomState"}
-    assert all(f"lightning-draft {name}" in command().out for name in ("fit", "validate", "sample", "configs"))
-
-
-@pytest.mark.parametrize("args", [["sample", "runs/x"], ["score", "."], ["lora", "mix"], ["plan", "--config", "draft"]])
-def test_help_after_other_arguments_shows_the_page_of_the_command(args: list[str], command: Callable) -> None:
-    assert command(*args, "--help").out.startswith(f"lightning-draft {args[0]}: ")
-
-
-def test_every_option_has_its_help_from_the_docstring(command: Callable) -> None:
-    every = command("fit", "--help_all").out
-    assert "--trainer.accumulate_grad_batches" in every
-    truncation = command("fit", "--model.help", "DraftModule").out
-    assert "Which steps have a gradient; by default `LastK(1)`" in " ".join(truncation.split())
-    nested = command("fit", "--model.model.help", "StableDiffusion").out
-    assert "--model.model.pretrained" in nested
-    assert "--model.pretrained" not in nested
-    samples = command("fit", "--samples.help", "SampleLogger").out
-    assert "Optimization steps between grids." in samples
 
 
 def test_run_writes_all_files_to_its_folder(command: Callable, config: Path, tiny_sd: Path) -> None:
@@ -90,38 +42,6 @@ def test_saved_config_repeats_the_run(command: Callable, config: Path) -> None:
     configs = [yaml.safe_load((Path("runs") / name / "config.yaml").read_text()) for name in ("first", "first-2")]
     assert configs[0] == configs[1]
     assert configs[0]["model"]["init_args"]["truncation"]["init_args"]["k"] == 1
-
-
-def test_resumed_run_equals_uninterrupted_run(command: Callable, config: Path) -> None:
-    command("fit", "--config", config, "--trainer.max_steps", "4", "--name", "whole")
-    command("fit", "--config", config, "--name", "parts")
-    resumed = command("fit", "--config", config, "--name", "parts", "--ckpt_path", "last", "--trainer.max_steps", "4")
-    assert resumed.status == 0, resumed.err
-    assert {path.name for path in Path("runs").iterdir()} == {"whole", "parts"}
-    whole, parts = (torch.load(Path("runs") / name / "checkpoints/last.ckpt") for name in ("whole", "parts"))
-    assert whole["global_step"] == parts["global_step"] == 4
-    for name, value in whole["state_dict"].items():
-        assert torch.equal(value, parts["state_dict"][name])
-    for index, state in whole["optimizer_states"][0]["state"].items():
-        assert torch.equal(state["exp_avg"], parts["optimizer_states"][0]["state"][index]["exp_avg"])
-    assert yaml.safe_load(Path("runs/parts/config.yaml").read_text())["ckpt_path"] is None
-
-
-def test_checkpoint_does_not_override_command_line_options(command: Callable, trained: Path) -> None:
-    checkpoint = torch.load("runs/small/checkpoints/last.ckpt")
-    checkpoint["hyper_parameters"] = {"seed": 77, "kl_weight": 5.0}
-    torch.save(checkpoint, "mine.ckpt")
-    args = ["--ckpt_path", "mine.ckpt", "--name", "typed", "--model.seed", "3", "--trainer.max_steps", "3"]
-    assert command("fit", "--config", trained, *args).status == 0
-    saved = yaml.safe_load(Path("runs/typed/config.yaml").read_text())["model"]["init_args"]
-    assert (saved["seed"], saved["kl_weight"]) == (3, 0.0)
-
-
-def test_last_is_the_newest_run_with_the_name_or_the_given_one(command: Callable, trained: Path) -> None:
-    shutil.copytree("runs/small", "runs/small-2", copy_function=shutil.copyfile)
-    steps = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
-    assert "run folder: runs/small-2 " in command("fit", "--config", trained, *steps).out
-    assert "run folder: runs/small " in command("fit", "--config", "runs/small", *steps).out
 
 
 def test_callbacks_can_be_changed_removed_and_added(command: Callable, config: Path) -> None:
@@ -194,37 +114,6 @@ def test_curves_images_and_lines_count_completed_steps(command: Callable, config
     assert steps["val/reward"] == [2]
     assert "step" not in steps
     assert {event.step for tag in events.Tags()["images"] for event in events.Images(tag)} == {0, 1, 2}
-
-
-def test_error_in_training_gives_exit_status_1(command: Callable, config: Path) -> None:
-    Path("exploding.py").write_text(
-        "import lightning as L\n"
-        "class Explode(L.Callback):\n"
-        "    def on_after_backward(self, trainer, pl_module):\n"
-        "        for parameter in pl_module.trainable_parameters().values():\n"
-        "            parameter.grad.fill_(float('inf'))\n"
-    )
-    options = ["--trainer.callbacks", "[exploding.Explode]", "--gradients", "null", "--trainer.max_steps", "20"]
-    result = command("fit", "--config", config, *options)
-    assert result.status == 1, result.err
-    assert "training failed: the gradient was not finite in 10 optimizer steps in a row" in result.err
-
-
-def test_ctrl_c_before_the_first_step_prints_one_message(command: Callable, config: Path) -> None:
-    Path("pressing.py").write_text(
-        "import lightning as L\n"
-        "class Press(L.Callback):\n"
-        "    def setup(self, trainer, *_, **__):\n"
-        "        raise KeyboardInterrupt\n"
-    )
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        result = command("fit", "--config", config, "--trainer.callbacks", "[pressing.Press]")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert result.status == 130
-    assert result.err.splitlines()[-1] == "lightning-draft: stopped by Ctrl-C after 0 steps"
-    assert not Path("runs").exists()
 
 
 def test_no_file_of_the_run_contains_secrets(command: Callable, config: Path) -> None:
@@ -339,66 +228,6 @@ def test_sample_uses_different_noise_for_the_start_and_the_steps(tiny_sd: Path) 
         assert not torch.isclose(ours[i], model.decode(start[i : i + 1])[0], atol=1e-3).all()
 
 
-def test_run_interrupted_by_ctrl_c_keeps_its_files_and_resumes(command: Callable, config: Path) -> None:
-    """Ctrl-C is pressed within a step, after its batch was loaded; the resumed run equals an uninterrupted one."""
-    Path("pressing.py").write_text(
-        "import lightning as L\n"
-        "class Press(L.Callback):\n"
-        "    def on_train_batch_start(self, trainer, *_):\n"
-        "        if trainer.global_step == 2:\n"
-        "            raise KeyboardInterrupt\n"
-    )
-    options = ["--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "2", "--model.sampler.eta", "1"]
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        pressed = command("fit", "--config", config, *options, "--trainer.callbacks", "[pressing.Press]")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert pressed.status == 130
-    assert "stopped by Ctrl-C after 2 steps" in pressed.err
-    assert "lightning-draft fit --config runs/small --ckpt_path last" in pressed.out
-    assert Path("runs/small/lora/last.safetensors").is_file()
-    resumed = command("fit", "--config", config, *options, "--ckpt_path", "last", "--name", "small")
-    assert resumed.status == 0, resumed.err
-    assert command("fit", "--config", config, *options, "--name", "whole").status == 0
-    small, whole = (torch.load(Path("runs") / name / "checkpoints/last.ckpt") for name in ("small", "whole"))
-    assert small["global_step"] == whole["global_step"] == 4
-    assert _place(small) == _place(whole) == 8
-    for name, value in whole["state_dict"].items():
-        assert torch.equal(value, small["state_dict"][name])
-    for index, state in whole["optimizer_states"][0]["state"].items():
-        assert torch.equal(state["exp_avg"], small["optimizer_states"][0]["state"][index]["exp_avg"])
-
-
-def test_failed_or_terminated_run_keeps_its_checkpoint(command: Callable, config: Path) -> None:
-    Path("failing.py").write_text(
-        "import lightning as L, os, signal\n"
-        "class Fail(L.Callback):\n"
-        "    def on_before_backward(self, trainer, *_):\n"
-        "        if trainer.global_step == 2:\n"
-        "            raise ConnectionError('the service is down')\n"
-        "class Terminate(L.Callback):\n"
-        "    def on_before_backward(self, trainer, *_):\n"
-        "        if trainer.global_step == 2:\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
-    )
-    options = ["fit", "--config", config, "--trainer.max_steps", "4", "--trainer.callbacks"]
-    with pytest.raises(ConnectionError, match="the service is down"):
-        command(*options, "[failing.Fail]")
-    saved = torch.load("runs/small/checkpoints/last.ckpt")
-    assert saved["global_step"] == _place(saved) == 2
-    ended = command(*options, "[failing.Terminate]")
-    assert ended.status == 143
-    assert "stopped by SIGTERM after 3 steps" in ended.err
-    saved = torch.load("runs/small-2/checkpoints/last.ckpt")
-    assert saved["global_step"] == _place(saved) == 3
-
-
-def _place(checkpoint: dict[str, Any]) -> int:
-    """The number of used batches."""
-    return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"]
-
-
 def _table(text: str) -> dict[str, float]:
     """Parse the lines `name number` of a text."""
     found = {}
@@ -409,13 +238,3 @@ def _table(text: str) -> dict[str, float]:
         except ValueError:
             continue
     return found
-
-
-def test_folder_as_ckpt_path_means_its_newest_checkpoint(command: Callable, trained: Path) -> None:
-    args = ["fit", "--config", trained, "--name", "more", "--trainer.max_steps", "3", "--trainer.logger", "CSVLogger"]
-    result = command(*args, "--trainer.logger.save_dir", "csv", "--ckpt_path", "runs/small")
-    assert result.status == 0, result.err
-    assert "step 3/3" in result.out
-    assert "tensorboard" not in result.out
-    assert list(Path("csv").rglob("metrics.csv"))
-    assert Path("runs/more/config.yaml").is_file()

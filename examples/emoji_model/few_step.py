@@ -151,10 +151,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji_few_step"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    substeps = arguments.substeps or max(1, 20 // arguments.num_steps)
+    if arguments.num_steps < 1 or 1000 % (arguments.num_steps * substeps):
+        parser.error(
+            f"--num-steps {arguments.num_steps} times --substeps {substeps} must divide 1000, the number of timesteps; "
+            "write for example --num-steps 4 --substeps 5"
+        )
     torch.set_num_threads(arguments.threads)
     L.seed_everything(0, verbose=False)
     pipe = open_pipeline(arguments.teacher)
-    substeps = arguments.substeps or max(1, 20 // arguments.num_steps)
     module = Distillation(pipe, arguments.num_steps, substeps, arguments.batch_size, arguments.steps)
     where = arguments.out / f"{arguments.num_steps}_training"
     captions = [str(prompt) for name in PROMPTS for prompt in read_prompts(name)]

@@ -220,3 +220,12 @@ def test_a_student_of_as_many_steps_as_its_teacher_starts_with_no_loss(monkeypat
     for step in range(3):
         assert module.training_step(["noto pear"] * 4, step).item() < 1e-10
         assert sorted(module.position.tolist()) == [0, 1, 2, 3]
+
+
+def test_a_number_of_steps_that_the_grid_does_not_have_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["few_step", "--num-steps", "3"])
+    with pytest.raises(SystemExit):
+        few_step.main()
+    assert "--num-steps 3 times --substeps 6 must divide 1000" in capsys.readouterr().err

@@ -151,8 +151,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji_few_step"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    substeps = arguments.substeps or max(1, 20 // arguments.num_steps)
-    if arguments.num_steps < 1 or 1000 % (arguments.num_steps * substeps):
+    substeps = arguments.substeps or max(1, 20 // max(1, arguments.num_steps))
+    if min(arguments.num_steps, substeps) < 1 or 1000 % (arguments.num_steps * substeps):
         parser.error(
             f"--num-steps {arguments.num_steps} times --substeps {substeps} must divide 1000, the number of timesteps; "
             "write for example --num-steps 4 --substeps 5"

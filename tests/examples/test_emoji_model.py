@@ -222,10 +222,11 @@ def test_a_student_of_as_many_steps_as_its_teacher_starts_with_no_loss(monkeypat
         assert sorted(module.position.tolist()) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("steps", "substeps"), [("3", 6), ("0", 20)])
 def test_a_number_of_steps_that_the_grid_does_not_have_is_rejected(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    steps: str, substeps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["few_step", "--num-steps", "3"])
+    monkeypatch.setattr("sys.argv", ["few_step", "--num-steps", steps])
     with pytest.raises(SystemExit):
         few_step.main()
-    assert "--num-steps 3 times --substeps 6 must divide 1000" in capsys.readouterr().err
+    assert f"--num-steps {steps} times --substeps {substeps} must divide 1000" in capsys.readouterr().err

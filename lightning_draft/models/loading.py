@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,20 @@ def load_pipeline(
         ConfigurationError: The pipeline cannot be found, is damaged, or is of another kind.
     """
     path = _local(pretrained)
-    options = {**family.unused, **dict.fromkeys(omit)}
+    loading = _Loading(family, dtypes, {**family.unused, **dict.fromkeys(omit)}, quantization)
     with _quiet(), loading_quantized(quantization):
         if path.is_file():
             _check_not_quantized(path, quantization)
             pipeline = open_single_file(family, path, dtypes, config)
         elif path.is_dir():
-            pipeline = _folder(family, path, dtypes, options, quantization)
+            pipeline = loading.folder(path)
         elif _is_path(pretrained):
             raise ConfigurationError(
                 f"{pretrained} does not exist; give a pipeline folder, a .safetensors file, a hub id such as "
                 f"{family.example}, or the shipped name {' or '.join(_SHIPPED)}"
             )
         else:
-            pipeline = _hub(family, pretrained, dtypes, options, quantization)
+            pipeline = loading.hub(pretrained)
     if not is_without_weights():
         check_finite(pipeline, family, pretrained)
     return pipeline
@@ -173,72 +174,68 @@ def _check_not_quantized(file: Path, quantization: Quantization | None) -> None:
         )
 
 
-def _folder(
-    family: Family,
-    folder: Path,
-    dtypes: Mapping[str, torch.dtype],
-    options: Mapping[str, Any],
-    quantization: Quantization | None,
-) -> Any:
-    if not (folder / "model_index.json").is_file():
-        raise ConfigurationError(
-            f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
-            f"{family.pipeline_name}.save_pretrained wrote, not one of its components"
-        )
-    try:
-        options = {**_absent(family, str(folder)), **options}
-        pipeline = _from_pretrained(
-            family, str(folder), dtypes, _variant(folder / family.denoiser), options, quantization
-        )
-        if not is_without_weights():
-            check_complete(pipeline, family, folder)
-        return pipeline
-    except ConfigurationError:
-        raise
-    except _FAILURES as error:
-        raise ConfigurationError(
-            f"{folder} cannot be opened as a pipeline: {describe_damage(folder) or first_line(error)}; copy or "
-            "download it again"
-        ) from error
+@dataclass(frozen=True)
+class _Loading:
+    """How a pipeline's components are loaded.
 
+    Args:
+        family: The family.
+        dtypes: Dtype of the weights of each network, by name.
+        options: Components that are not loaded, and other arguments of `from_pretrained`.
+        quantization: How the denoiser and the text encoders are quantized.
+    """
 
-def _hub(
-    family: Family,
-    name: str,
-    dtypes: Mapping[str, torch.dtype],
-    options: Mapping[str, Any],
-    quantization: Quantization | None,
-) -> Any:
-    try:
-        options = {**_absent(family, name), **options}
+    family: Family
+    dtypes: Mapping[str, torch.dtype]
+    options: Mapping[str, Any]
+    quantization: Quantization | None
+
+    def folder(self, folder: Path) -> Any:
+        """Open the pipeline in a folder."""
+        if not (folder / "model_index.json").is_file():
+            raise ConfigurationError(
+                f"{folder} is not a diffusers pipeline: it has no model_index.json; give the folder that "
+                f"{self.family.pipeline_name}.save_pretrained wrote, not one of its components"
+            )
         try:
-            return _from_pretrained(family, name, dtypes, None, options, quantization)
-        except OSError:
-            return _from_pretrained(family, name, dtypes, "fp16", options, quantization)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{name!r} is neither a local folder nor the shipped {' or '.join(_SHIPPED)}, and could not be "
-            f"downloaded from the hub ({first_line(error)}); check the spelling and the connection, log in with "
-            "`hf auth login` if it is private, or give a local folder"
-        ) from error
+            absent = _absent(self.family, str(folder))
+            pipeline = self._open(str(folder), _variant(folder / self.family.denoiser), absent)
+            if not is_without_weights():
+                check_complete(pipeline, self.family, folder)
+            return pipeline
+        except ConfigurationError:
+            raise
+        except _FAILURES as error:
+            raise ConfigurationError(
+                f"{folder} cannot be opened as a pipeline: {describe_damage(folder) or first_line(error)}; copy or "
+                "download it again"
+            ) from error
 
+    def hub(self, name: str) -> Any:
+        """Open the pipeline of a hub id."""
+        try:
+            absent = _absent(self.family, name)
+            try:
+                return self._open(name, None, absent)
+            except OSError:
+                return self._open(name, "fp16", absent)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{name!r} is neither a local folder nor the shipped {' or '.join(_SHIPPED)}, and could not be "
+                f"downloaded from the hub ({first_line(error)}); check the spelling and the connection, log in with "
+                "`hf auth login` if it is private, or give a local folder"
+            ) from error
 
-def _from_pretrained(
-    family: Family,
-    source: str,
-    dtypes: Mapping[str, torch.dtype],
-    variant: str | None,
-    options: Mapping[str, Any],
-    quantization: Quantization | None,
-) -> Any:
-    present = {name: dtype for name, dtype in dtypes.items() if name not in options}
-    if is_without_weights():
-        networks = skeleton.networks(family, source, present, quantization)
-        return family.pipeline_class.from_pretrained(source, **networks, **options)
-    if quantization is not None:
-        config = quantization_config(quantization, family, list(present), dtypes[family.denoiser])
-        options = {**options, "quantization_config": config}
-    return family.pipeline_class.from_pretrained(source, dtype=dict(dtypes), variant=variant, **options)
+    def _open(self, source: str, variant: str | None, absent: Mapping[str, None]) -> Any:
+        options: dict[str, Any] = {**absent, **self.options}
+        present = {name: dtype for name, dtype in self.dtypes.items() if name not in options}
+        if is_without_weights():
+            networks = skeleton.networks(self.family, source, present, self.quantization)
+            return self.family.pipeline_class.from_pretrained(source, **networks, **options)
+        if self.quantization is not None:
+            dtype = self.dtypes[self.family.denoiser]
+            options["quantization_config"] = quantization_config(self.quantization, self.family, list(present), dtype)
+        return self.family.pipeline_class.from_pretrained(source, dtype=dict(self.dtypes), variant=variant, **options)
 
 
 def _variant(denoiser: Path) -> str | None:

@@ -94,8 +94,8 @@ def replace_linear_layers(network: nn.Module, kind: Quantization) -> None:
                 setattr(parent, name, _LAYERS[kind](layer))
 
 
-class _Int8Linear(nn.Linear):
-    """A linear layer with the memory of torchao's int8 weights; the backward pass needs the converted weight.
+class _QuantizedLinear(nn.Linear):
+    """A linear layer whose subclasses store the weight in another format.
 
     Args:
         layer: The layer before quantization.
@@ -103,12 +103,18 @@ class _Int8Linear(nn.Linear):
 
     def __init__(self, layer: nn.Linear) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+
+
+class _Int8Linear(_QuantizedLinear):
+    """A linear layer with the memory of torchao's int8 weights; the backward pass needs the converted weight."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
         weight = layer.weight
         self.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(weight.new_zeros(len(weight), 1, dtype=torch.float32), requires_grad=False)
         self.zero_point = nn.Parameter(weight.new_zeros(len(weight), 1, dtype=torch.int8), requires_grad=False)
-        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute `(x W^T) s + b`."""
@@ -120,21 +126,15 @@ class _Int8Linear(nn.Linear):
         return output
 
 
-class _NF4Linear(nn.Linear):
-    """A linear layer with the memory of bitsandbytes' NF4 weights, which the backward pass dequantizes again.
-
-    Args:
-        layer: The layer before quantization.
-    """
+class _NF4Linear(_QuantizedLinear):
+    """A linear layer with the memory of bitsandbytes' NF4 weights, which the backward pass dequantizes again."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer)
         count = layer.weight.numel()
         self.weight = nn.Parameter(layer.weight.new_zeros((count + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
         absmax = layer.weight.new_zeros(-(-count // _NF4_BLOCK), dtype=torch.float32)
         self.absmax = nn.Parameter(absmax, requires_grad=False)
-        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute `x W^T + b`."""

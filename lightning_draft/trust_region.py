@@ -72,8 +72,7 @@ class FlowDPPO(Objective):
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         """Return the mean over the steps that are not masked, and 0 for the others."""
-        ratio = (batch.log_probs - batch.old_log_probs).exp()
-        return -(batch.advantages * ratio).masked_fill(self.clipped(batch), 0).mean()
+        return _masked_loss(batch, self.clipped(batch))
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
         """Return which steps are masked, bool `(S, B)`."""
@@ -106,8 +105,7 @@ class SampleDropout(Objective):
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         """Return the mean over all steps; dropped steps count as 0."""
-        ratio = (batch.log_probs - batch.old_log_probs).exp()
-        return -(batch.advantages * ratio).masked_fill(self.clipped(batch), 0).mean()
+        return _masked_loss(batch, self.clipped(batch))
 
     def clipped(self, batch: PolicyBatch) -> Tensor:
         """Return which steps are dropped, bool `(S, B)`."""
@@ -117,3 +115,9 @@ class SampleDropout(Objective):
 def _change(batch: PolicyBatch) -> MeanChange:
     assert batch.change is not None
     return batch.change
+
+
+def _masked_loss(batch: PolicyBatch, masked: Tensor) -> Tensor:
+    """Return `-mean_{t,i} A_i rho_{t,i}`, to which masked steps `(S, B)` contribute 0."""
+    ratio = (batch.log_probs - batch.old_log_probs).exp()
+    return -(batch.advantages * ratio).masked_fill(masked, 0).mean()

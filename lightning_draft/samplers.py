@@ -45,7 +45,11 @@ class Sampler(ABC):
         Raises:
             ConfigurationError: The sampler does not say what it is without noise.
         """
-        raise ConfigurationError(f"{type(self).__name__} has no method `deterministic`; use DDIM(eta=1) or FlowSDE")
+        name = type(self).__name__
+        raise ConfigurationError(
+            f"sampler={name} has no method `deterministic`, which gives the steps outside a window; write "
+            f"sampler=DDIM(eta=1), or FlowSDE for a rectified flow, or add the method to {name}"
+        )
 
     @abstractmethod
     def grid(self, schedule: Schedule) -> Grid:

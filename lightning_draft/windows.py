@@ -44,8 +44,9 @@ class StepWindow(ABC):
             ConfigurationError: There are fewer than `size` such steps.
         """
         if self.size > len(stochastic):
+            fix = f"write {len(stochastic)} or less" if stochastic else "use a sampler with noise, such as DDIM(eta=1)"
             raise ConfigurationError(
-                f"window.size={self.size} exceeds the {len(stochastic)} sampling steps that add noise; lower it"
+                f"window.size={self.size} exceeds the {len(stochastic)} sampling steps that add noise; {fix}"
             )
         first = self.start(number, len(stochastic) - self.size, seed)
         return list(stochastic[first : first + self.size])

@@ -179,12 +179,13 @@ class NoPlainForm(DDIM):
         (lambda: RandomWindow(3, first=2), "window.first=2 must be at least 3; window.size is 3"),
         (
             lambda: linear(window=SlidingWindow(4)).policy_of(0),
-            "window.size=4 exceeds the 3 sampling steps that add noise; lower it",
+            "window.size=4 exceeds the 3 sampling steps that add noise; write 3 or less",
         ),
         (
             lambda: linear(window=SlidingWindow(1), sampler=NoPlainForm(4, eta=1.0)).policy_of(0),
-            "NoPlainForm has no method `deterministic`",
+            r"sampler=NoPlainForm has no method `deterministic`, .*; write sampler=DDIM\(eta=1\)",
         ),
+        (lambda: SlidingWindow(1).steps(0, []), "window.size=1 exceeds the 0 sampling .* use a sampler with noise"),
     ],
 )
 def test_invalid_windows_are_configuration_errors(make: Callable[[], Any], message: str) -> None:

@@ -11,6 +11,15 @@ TOGETHER = "Options that do not go together"
 PLACES = "Places to write"
 
 
+_NOISY = """
+from lightning_draft import DDIM, Sampler
+class Noisy(DDIM):
+    deterministic = Sampler.deterministic
+    def __init__(self):
+        super().__init__(3, eta=1.0)
+"""
+
+
 def _checked(name: str, values: Iterable[Any]) -> list[Case]:
     return [
         python(
@@ -147,6 +156,19 @@ CASES: list[Case] = [
         TOGETHER,
         "--model PolicyGradientModule --model.sampler.eta 1 --model.advantage_estimator LeaveOneOut",
         "samples_per_prompt",
+    ),
+    built(
+        TOGETHER,
+        "--model PolicyGradientModule --model.sampler.eta 1 --model.window SlidingWindow --model.window.size 4",
+        "window.size=4 exceeds the",
+        "or less",
+    ),
+    built(
+        TOGETHER,
+        "--model PolicyGradientModule --model.sampler mine.Noisy --model.window SlidingWindow --model.window.size 1",
+        "sampler=Noisy has no method `deterministic`",
+        "write sampler=DDIM(eta=1)",
+        files={"mine.py": _NOISY},
     ),
     built(TOGETHER, "--conflict RewardConflict", "has only reward"),
     built(TOGETHER, "--trainer.callbacks EMAWeightAveraging", "copies the frozen weights", "write --ema AdapterEMA"),

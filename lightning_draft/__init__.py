@@ -11,6 +11,7 @@ from lightning_draft.models.families import FAMILIES
 if TYPE_CHECKING:
     from lightning_draft.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, PerPromptStatistics
     from lightning_draft.data import PromptDataModule
+    from lightning_draft.diversity import DiversityAware
     from lightning_draft.errors import ConfigurationError
     from lightning_draft.forward_objectives import AWM, RWR, DiffusionNFT, ForwardObjective
     from lightning_draft.gradient_matching import AdjointMatching, GradientMatching, NablaGFlowNet, VGGFlow
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_draft.guide.gradient import gradient_guidance, norm_matched_guidance
     from lightning_draft.guide.latent_reward import latent_reward
     from lightning_draft.guide.noise import dno, reno
+    from lightning_draft.kl_gate import KLGate, MovingReference
     from lightning_draft.methods.anchor import Anchor
     from lightning_draft.methods.base import RewardModule
     from lightning_draft.methods.draft import DraftModule
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "advantages": ("AdvantageEstimator", "GroupRelative", "LeaveOneOut", "PerPromptStatistics"),
     "data": ("PromptDataModule",),
+    "diversity": ("DiversityAware",),
     "errors": ("ConfigurationError",),
     "forward_objectives": ("AWM", "DiffusionNFT", "ForwardObjective", "RWR"),
     "gradient_matching": ("AdjointMatching", "GradientMatching", "NablaGFlowNet", "VGGFlow"),
@@ -62,6 +65,7 @@ _MODULES = {
     "guide.gradient": ("gradient_guidance", "norm_matched_guidance"),
     "guide.latent_reward": ("latent_reward",),
     "guide.noise": ("dno", "reno"),
+    "kl_gate": ("KLGate", "MovingReference"),
     "methods.anchor": ("Anchor",),
     "methods.base": ("RewardModule",),
     "methods.draft": ("DraftModule",),
@@ -100,6 +104,9 @@ __all__ = [
     "CRD",
     "DDIM",
     "DGPO",
+    "DiversityAware",
+    "KLGate",
+    "MovingReference",
     "PPO",
     "PRDP",
     "RWR",

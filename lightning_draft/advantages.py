@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, positive
+from lightning_draft.errors import ConfigurationError
 
 Rewards = Sequence[float]
 
@@ -58,6 +59,30 @@ class AdvantageEstimator(ABC):
         return dict(self._marked)
 
 
+class ImageAdvantages(AdvantageEstimator):
+    """Compute advantages from rewards and features of the images."""
+
+    min_group = 2
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
+        """Raise, because there are no images.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} needs the images of the samples; use from_features, or GroupRelative"
+        )
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Return what is compared of images `(B, 3, H, W)` in [0, 1], `(B, ...)`."""
+
+    @abstractmethod
+    def from_features(self, rewards: Tensor, features: Tensor, group: int) -> Tensor:
+        """Return advantages `(N,)` from rewards `(N,)` and features `(N, ...)`."""
+
+
 class GroupRelative(AdvantageEstimator):
     """`A_i = r_i - mean(r)` over the samples of the prompt, or `A_i = (r_i - mean(r)) / (std(r) + epsilon)` (GRPO).
 
@@ -74,10 +99,10 @@ class GroupRelative(AdvantageEstimator):
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
         """Subtract the mean of each group."""
-        centered = _centered(rewards, group)
+        values = centered(rewards, group)
         if self.divide_by_std:
-            centered = centered / (centered.square().mean(1, keepdim=True).sqrt() + self.epsilon)
-        return centered.flatten()
+            values = values / (values.square().mean(1, keepdim=True).sqrt() + self.epsilon)
+        return values.flatten()
 
 
 class LeaveOneOut(AdvantageEstimator):
@@ -87,7 +112,7 @@ class LeaveOneOut(AdvantageEstimator):
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:
         """Compute the equivalent expression `K / (K - 1) (r - mean)`."""
-        return (group / (group - 1) * _centered(rewards, group)).flatten()
+        return (group / (group - 1) * centered(rewards, group)).flatten()
 
 
 class PerPromptStatistics(AdvantageEstimator):
@@ -143,7 +168,7 @@ class PerPromptStatistics(AdvantageEstimator):
         self._rewards[prompt] = array("f", [*rewards, reward][-self.buffer_size :])
 
 
-def _centered(rewards: Tensor, group: int) -> Tensor:
+def centered(rewards: Tensor, group: int) -> Tensor:
     """Return `r - mean` by group, `(prompts, group)`; exactly 0 if all rewards of a group are equal."""
     groups = rewards.view(-1, group)
     shifted = groups - groups[:, :1]

@@ -39,8 +39,16 @@ def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
     several = [places for places in groups.values() if len(places) > 1]
     if not several:
         raise ConfigurationError("diversity needs two samples or more of one prompt; repeat the prompts")
+    return torch.stack([_mean_pair(pairwise_distances(samples[places])) for places in several]).mean()
+
+
+def pairwise_distances(samples: Tensor) -> Tensor:
+    """Return the distances of all pairs of images `(N, 3, H, W)` or features `(N, D)`, `(N, N)`, float64.
+
+    They are the root mean square difference of pixels, clamped to [0, 1], and `1 - cos`.
+    """
     distances = _image_distances if samples.dim() == 4 else _cosine_distances
-    return torch.stack([_mean_pair(distances(samples[places].float())) for places in several]).mean()
+    return distances(samples.float())
 
 
 def saturated_pixel_fraction(images: Tensor) -> Tensor:

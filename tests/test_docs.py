@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_draft
+from lightning_draft.kl_gate import KLGate
 from lightning_draft.methods.anchor import Anchor
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
@@ -68,13 +69,14 @@ def test_every_page_is_in_the_navigation():
 def module_of(page: str) -> RewardModule:
     """Build a module of the page's method with the options that add metrics."""
     reward = WeightedSum({"bright": WeightedReward(Brightness(), 1.0), "dark": WeightedReward(Brightness(), 1.0)})
+    gated: dict[str, object] = {"kl_weight": 0.1, "kl_gate": KLGate(), "eval_rewards": {"even": Brightness()}}
     if page == "direct_gradients":
         return DraftModule(LinearModel(), reward, DDIM(3), kl_weight=0.1, anchor=Anchor())
     if page == "gradient_matching":
         return GradientMatchingModule(LinearModel(), reward, DDIM(3, eta=1.0))
     if page == "forward_process":
-        return tiny_forward_process.linear(reward=reward, kl_weight=0.1)
-    options: dict[str, object] = {"objective": FlowDPPO(), "window": RandomWindow(2), "kl_weight": 0.1}
+        return tiny_forward_process.linear(reward=reward, **gated)
+    options: dict[str, object] = {"objective": FlowDPPO(), "window": RandomWindow(2), **gated}
     options["value_baseline"] = ValueBaseline()
     return tiny_policy_gradients.linear(reward=reward, **options)
 

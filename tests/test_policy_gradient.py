@@ -121,7 +121,7 @@ def test_kl_divergence_equals_that_of_gaussians() -> None:
     assert loss.item() == pytest.approx((logs["train/policy_loss"] + 0.5 * logs["train/kl"]).item())
     assert logs["train/loss"].item() == pytest.approx(loss.item())
     slope = torch.autograd.grad(loss, module.model.theta)[0]
-    module.kl_weight = 0.0
+    module.regularizer.weight = 0.0
     loss, plain = module.loss_and_logs(PROMPTS[:2], rollout, minibatch)
     assert plain["train/loss"] == logs["train/policy_loss"]
     assert not {"train/policy_loss", "train/kl"} & plain.keys()

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_draft.advantages  # noqa: F401 (its classes are known by their short names)
+import lightning_draft.diversity  # noqa: F401
 import lightning_draft.forward_objectives  # noqa: F401
 import lightning_draft.gradient_matching  # noqa: F401
 import lightning_draft.group_objectives  # noqa: F401

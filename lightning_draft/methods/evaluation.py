@@ -119,11 +119,18 @@ class EvaluationModule(L.LightningModule):
         with scoring(self.device):
             total, components = self.reward.breakdown(images, prompts)
         check_scores(total, len(prompts), self.reward)
+        evaluated = self.eval_scores(images, prompts, self.eval_reward_names)
+        return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
+
+    @torch.no_grad()
+    def eval_scores(self, images: Tensor, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the scores `(B,)` of images in [0, 1] by some of the evaluation rewards, given by name."""
         evaluated = {}
         for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True):
-            with scoring(self.device):
-                evaluated[name] = check_scores(reward(images, prompts), len(prompts), reward)
-        return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
+            if name in names:
+                with scoring(self.device):
+                    evaluated[name] = check_scores(reward(images, prompts), len(prompts), reward)
+        return evaluated
 
     @stop_iteration_is_error
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -17,8 +17,10 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.distributed import uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
+from lightning_draft.kl_gate import KLGate, MovingReference
 from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import check_complete_groups, check_dtype, check_gradient
+from lightning_draft.methods.kl_regularizer import KLRegularizer
 from lightning_draft.methods.old_policy import OldParameters, OldPolicy
 from lightning_draft.methods.rollout import Minibatch, Rollout, Trajectories, repeat_prompts, sample_noise, slices
 from lightning_draft.methods.rollout_module import RolloutModule
@@ -39,8 +41,9 @@ class ForwardProcessModule(RolloutModule):
 
         mean over times of L(x0_theta(x_t), x0_old(x_t), x_0, A) + kl_weight * mean |u_theta(x_t) - u_ref(x_t)|^2
 
-    with `u` the network's prediction. A training step uses one minibatch of the rollout, as in `PolicyGradientModule`.
-    Images are clamped to [0, 1] before their rewards are computed.
+    with `u` the network's prediction; the reference is the base model without `kl_reference`. A training step uses one
+    minibatch of the rollout, as in `PolicyGradientModule`. Images are clamped to [0, 1] before their rewards are
+    computed.
 
     Args:
         model: The diffusion model, with its trainable parameters.
@@ -56,6 +59,8 @@ class ForwardProcessModule(RolloutModule):
         old_policy: How the old policy, which samples rollouts, follows the trained parameters.
         kl_weight: Weight of the distance from the base model's predictions, at least 0; it costs one more network call
             per sample and time.
+        kl_gate: If given, only suspicious samples have this term, as in `PolicyGradientModule`.
+        kl_reference: If given, the reference of this term is replaced by the current model from time to time.
         times: `grid` chooses training times from the sampler's grid, `uniform` from the whole schedule, one in each of
             `num_times` equal parts.
         num_times: Number of training times of each sample; by default the sampler's number of steps. With `grid` they
@@ -90,6 +95,8 @@ class ForwardProcessModule(RolloutModule):
         inner_epochs: int = 1,
         old_policy: OldPolicy = OldPolicy(),  # noqa: B008 (frozen)
         kl_weight: float = 0.0,
+        kl_gate: KLGate | None = None,
+        kl_reference: MovingReference | None = None,
         times: TimeSpread = "grid",
         num_times: int | None = None,
         micro_batch_size: int | None = None,
@@ -113,9 +120,9 @@ class ForwardProcessModule(RolloutModule):
             timesteps_per_minibatch,
             False,
             checkpointing,
+            KLRegularizer(kl_weight, kl_gate, kl_reference),
         )
         self.old = OldParameters(old_policy)
-        self.kl_weight = at_least("kl_weight", kl_weight, 0)
         one_of("times", times, get_args(TimeSpread))
         self.times: TimeSpread = times
         self.num_times = self.sampler.num_steps if num_times is None else at_least("num_times", num_times, 1)
@@ -216,8 +223,9 @@ class ForwardProcessModule(RolloutModule):
             x = alpha * samples + sigma * self._noise(rollout.number, rows, epoch, index).to(samples)
             estimates = self._estimates(x, times[index], conditioning, moved)
             slope = x0_slope(alpha, sigma, self.model.prediction)
+            reference = estimates.pop("kl_reference", estimates.get("ref"))
             batch = ForwardBatch(samples, estimates.pop("current"), advantages, group, sigma, slope, **estimates)
-            outcomes.append(self._loss(batch))
+            outcomes.append(self._loss(batch, reference, None if rollout.kl_gate is None else rollout.kl_gate[rows]))
         losses, logs = zip(*outcomes, strict=True)
         return torch.stack(losses).mean(), {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
@@ -268,11 +276,15 @@ class ForwardProcessModule(RolloutModule):
         """Return the estimates of `x_0` of the current model, and of the old policy and the base model if needed."""
         found: dict[str, Tensor] = {}
         with torch.no_grad(), self.model.at_step(step_at(self._grid, t), len(self._grid)):
-            if self.objective.needs_reference or self.kl_weight > 0:
+            parameters, moving = self.trainable_parameters(), bool(self.regularizer.state.reference)
+            if self.objective.needs_reference or (self.regularizer.weight > 0 and not moving):
                 with self.model.base():
                     found["ref"] = self.model.denoise(x, t, conditioning)
+            if self.regularizer.weight > 0 and moving:
+                with self.regularizer.reference_model(self.model, parameters):
+                    found["kl_reference"] = self.model.denoise(x, t, conditioning)
             if self.objective.needs_old and moved:
-                with self.old.in_use(self.trainable_parameters()):
+                with self.old.in_use(parameters):
                     found["old"] = self.model.denoise(x, t, conditioning)
         found["current"] = self._denoise(x, t, conditioning)
         if self.objective.needs_old and not moved:
@@ -286,7 +298,9 @@ class ForwardProcessModule(RolloutModule):
 
         return self.recompute.call(self.model, denoise, x)
 
-    def _loss(self, batch: ForwardBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, batch: ForwardBatch, reference: Tensor | None, gate: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.objective(batch)
         logs = {"train/loss": loss, "train/denoising_error": batch.error(batch.estimate).mean()}
         if batch.old is not None:
@@ -294,8 +308,8 @@ class ForwardProcessModule(RolloutModule):
         clipped = self.objective.clipped(batch)
         if clipped is not None:
             logs["train/clip_fraction"] = clipped.float().mean()
-        if self.kl_weight > 0 and batch.ref is not None:
-            kl = batch.distance(batch.estimate, batch.ref).mean()
-            logs |= {"train/denoising_loss": loss, "train/kl": kl}
-            loss = logs["train/loss"] = loss + self.kl_weight * kl
+        if self.regularizer.weight > 0 and reference is not None:
+            kl = batch.distance(batch.estimate, reference)
+            logs |= {"train/denoising_loss": loss, "train/kl": kl.mean()}
+            loss = logs["train/loss"] = loss + self.regularizer.penalty(kl, gate)
         return loss, {name: value.detach() for name, value in logs.items()}

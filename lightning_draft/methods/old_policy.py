@@ -1,7 +1,7 @@
 """The old policy: a slowly moving copy of the trained parameters that samples rollouts."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,21 +68,26 @@ class OldParameters:
             copies = {name: value.lerp(self.values[name].to(value), decay) for name, value in copies.items()}
         self.values = copies
 
-    @contextmanager
-    def in_use(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Within this context, the parameters have the old values, if there are any; for calls without a graph.
+    def in_use(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+        """Return a context in which the parameters have the old values, if there are any."""
+        return parameters_replaced(parameters, self.values)
 
-        Autocast caches rounded copies of parameters by object identity, so it would use new values in this context, or
-        old values after it; its cache is therefore disabled in this context.
-        """
-        own = {name: parameter.data for name, parameter in parameters.items()}
-        keeps = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            for name, value in self.values.items():
-                parameters[name].data = value.to(own[name])
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(keeps)
-            for name, parameter in parameters.items():
-                parameter.data = own[name]
+
+@contextmanager
+def parameters_replaced(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context, the parameters have other values, given by name; for calls without a graph.
+
+    Autocast caches rounded copies of parameters by object identity, so it would use new values in this context, or old
+    values after it; its cache is therefore disabled in this context.
+    """
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        for name, value in values.items():
+            parameters[name].data = value.to(own[name])
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
+        for name, parameter in parameters.items():
+            parameter.data = own[name]

@@ -4,8 +4,9 @@ Shapes: `T` sampling steps, `S` of them stochastic, `N` samples.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
 
     Args:
         log_probs: `(S, B)`.
-        kl: Mean KL divergence from the base model, a scalar, if it was computed.
+        kl: KL divergences from the reference, `(S, B)`, if they were computed.
         change: The change of the steps' means since the rollout, if the old means were given.
     """
 
@@ -93,7 +94,7 @@ class Policy:
         prompts: Sequence[str],
         latents: Tensor,
         steps: Sequence[int],
-        with_kl: bool = False,
+        reference: AbstractContextManager[Any] | None = None,
         old_means: Tensor | None = None,
         recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
     ) -> Evaluation:
@@ -103,7 +104,7 @@ class Policy:
             prompts: `B` prompts.
             latents: `(T + 1, B, ...)`.
             steps: `S` stochastic steps.
-            with_kl: Whether to compute the mean KL divergence from the base model.
+            reference: A context in which the model is the reference, to compute the divergence from it.
             old_means: Means of the steps at the rollout, `(S, B, ...)`, to compute how far they have moved.
             recompute: Activations that the backward pass recomputes.
         """
@@ -115,14 +116,14 @@ class Policy:
         elements = latents[0, 0].numel()
         reduced = self.reduce(torch.stack(log_probs), elements)
         change = None if old_means is None else self._change(transitions, old_means, steps)
-        if not with_kl:
+        if reference is None:
             return Evaluation(reduced, change=change)
-        with torch.no_grad(), self.model.base():
-            base = list(chain.transitions_at(latents, steps))
-        kl = torch.stack([ours.kl(theirs) for ours, theirs in zip(transitions, base, strict=True)])
+        with torch.no_grad(), reference:
+            others = list(chain.transitions_at(latents, steps))
+        kl = torch.stack([ours.kl(theirs) for ours, theirs in zip(transitions, others, strict=True)])
         if self.kl_per_time:
             kl = kl * self._lengths(steps).to(kl)
-        return Evaluation(reduced, self.reduce(kl, elements).mean(), change)
+        return Evaluation(reduced, self.reduce(kl, elements), change)
 
     @torch.no_grad()
     def log_probs(self, prompts: Sequence[str], latents: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
-from lightning_draft.arguments import at_least
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.kl_gate import KLGate, MovingReference
 from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import check_dtype, check_gradient, check_sampler, check_stochastic
+from lightning_draft.methods.kl_regularizer import KLRegularizer
 from lightning_draft.methods.policy import Policy
 from lightning_draft.methods.rollout import LogProbGradients, Minibatch, Rollout, Trajectories, repeat_prompts
 from lightning_draft.methods.rollout_module import RolloutModule
@@ -38,7 +39,7 @@ class PolicyGradientModule(RolloutModule):
     Trainer's `accumulate_grad_batches` is the number of minibatches per optimizer step, usually that of a whole
     rollout. With an objective `L` of the log-probabilities of the rollout, the loss is
 
-        L(log p_theta(x_{t-1} | x_t)) + kl_weight * mean KL(p_theta || p_base).
+        L(log p_theta(x_{t-1} | x_t)) + kl_weight * mean KL(p_theta || p_ref),  p_ref = p_base without `kl_reference`.
 
     Images are clamped to [0, 1] before their rewards are computed. Steps without noise are not trained.
 
@@ -56,6 +57,9 @@ class PolicyGradientModule(RolloutModule):
         inner_epochs: Number of epochs on each rollout.
         kl_weight: Weight of the KL divergence of each step from that of the base model, at least 0, with the reduction
             of the objective's log-probabilities; it costs one more network call per step.
+        kl_gate: If given, only suspicious samples have a KL term: those that the trained reward ranks higher than the
+            evaluation rewards do, which are then computed on every sample.
+        kl_reference: If given, the reference of the KL term is replaced by the current model from time to time.
         kl_per_time: Whether the divergence of each step is multiplied by the step's length `t - s`, as in Flow-GRPO's
             code, which divides the squared distance of the means by `2 sigma_t^2` instead of `2 sigma_t^2 (t - s)`.
         micro_batch_size: Number of samples that are generated and trained on at a time; by default all. It does not
@@ -93,6 +97,8 @@ class PolicyGradientModule(RolloutModule):
         samples_per_prompt: int = 1,
         inner_epochs: int = 1,
         kl_weight: float = 0.0,
+        kl_gate: KLGate | None = None,
+        kl_reference: MovingReference | None = None,
         kl_per_time: bool = False,
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
@@ -119,9 +125,9 @@ class PolicyGradientModule(RolloutModule):
             timesteps_per_minibatch,
             share_start_noise,
             checkpointing,
+            KLRegularizer(kl_weight, kl_gate, kl_reference),
         )
         self.window, self.value_baseline = window, value_baseline
-        self.kl_weight = at_least("kl_weight", kl_weight, 0)
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, kl_per_time)
 
     def strategies(self) -> dict[str, object]:
@@ -246,7 +252,10 @@ class PolicyGradientModule(RolloutModule):
         policy, latents = self.policy_of(rollout.number), rollout.latents[:, minibatch.samples]
         steps = policy.steps[minibatch.steps]
         old_means = None if rollout.old_means is None else rollout.old_means[minibatch.steps, minibatch.samples]
-        log_probs, kl, change = policy.evaluate(some, latents, steps, self.kl_weight > 0, old_means, self.recompute)
+        reference = None
+        if self.regularizer.weight > 0:
+            reference = self.regularizer.reference_model(self.model, self.trainable_parameters())
+        log_probs, kl, change = policy.evaluate(some, latents, steps, reference, old_means, self.recompute)
         batch = self._policy_batch(log_probs, rollout, minibatch.samples, minibatch.steps)
         batch = replace(batch, change=change)
         if gradients is None:
@@ -265,9 +274,10 @@ class PolicyGradientModule(RolloutModule):
             logs["train/old_kl"] = change.kl.detach().mean()
         if kl is None:
             return loss, logs
-        divergence = kl.detach()
-        logs |= {"train/loss": policy_loss + self.kl_weight * divergence, "train/policy_loss": policy_loss}
-        return loss + self.kl_weight * kl, {**logs, "train/kl": divergence}
+        gate = None if rollout.kl_gate is None else rollout.kl_gate[minibatch.samples]
+        penalty = self.regularizer.penalty(kl, gate)
+        logs |= {"train/loss": policy_loss + penalty.detach(), "train/policy_loss": policy_loss}
+        return loss + penalty, {**logs, "train/kl": kl.detach().mean()}
 
     def log_prob_gradients(self, prompts: Sequence[str], rollout: Rollout, moved: bool = True) -> LogProbGradients:
         """Return the objective's gradient with respect to all log-probabilities of a rollout, without a network graph.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_draft.distributed import world_size
 from lightning_draft.models.base import DiffusionModel
+from lightning_draft.seeds import derive_seed
 
 
 class Trajectories(NamedTuple):
@@ -27,6 +28,20 @@ class Trajectories(NamedTuple):
     latents: Tensor
     log_probs: Tensor
     means: Tensor | None = None
+
+
+class SampleScores(NamedTuple):
+    """Scores of some samples.
+
+    Args:
+        rewards: `(B,)`.
+        components: Those of the reward's components by name.
+        evaluated: Those of the evaluation rewards that training needs, by name.
+    """
+
+    rewards: Tensor
+    components: dict[str, Tensor]
+    evaluated: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class Rollout:
         ref_log_probs: As `log_probs`, under the base model, if the objective needs them.
         old_means: Means of the stochastic steps, `(S, N, ...)`, if the objective needs them.
         step_advantages: Advantages of the stochastic steps, `(S, N)`, if they differ from those of the samples.
+        kl_gate: Which samples have a KL term, bool `(N,)`; `None` for all.
     """
 
     number: int
@@ -59,6 +75,7 @@ class Rollout:
     ref_log_probs: Tensor | None = None
     old_means: Tensor | None = None
     step_advantages: Tensor | None = None
+    kl_gate: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the rollout on a device; it is copied only if it is on another device."""
@@ -193,6 +210,15 @@ class RolloutBuffer:
         )
 
 
+def concatenate(scores: Sequence[SampleScores]) -> SampleScores:
+    """Return the scores of all samples from those of parts."""
+    components, evaluated = (
+        {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
+        for parts in ([each.components for each in scores], [each.evaluated for each in scores])
+    )
+    return SampleScores(torch.cat([each.rewards for each in scores]), components, evaluated)
+
+
 def minibatches(
     samples: int, steps: int, micro_batch_size: int | None, timesteps_per_minibatch: int | None
 ) -> list[Minibatch]:
@@ -255,3 +281,12 @@ def sample_noise(
 def repeat_prompts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
     """Repeat every prompt `samples_per_prompt` times in a row."""
     return [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+
+
+def rollout_seeds(seed: int, number: int, rank: int, samples: int, group: int) -> tuple[list[int], list[int]]:
+    """Return the seed of each sample of rollout `number`, and that of the starting noise its prompt can share."""
+    own = [derive_seed(seed, number, rank, i) for i in range(samples)]
+    return own, [derive_seed(seed, number, rank, i // group, _START) for i in range(samples)]
+
+
+_START = 1  # distinguishes the shared starting noise of a prompt from the noise of its samples

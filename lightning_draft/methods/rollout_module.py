@@ -1,7 +1,7 @@
 """Base class of methods that train on rollouts: rewards, advantages, minibatches, the rollout buffer, checkpoints."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,32 +10,33 @@ from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator
 from lightning_draft.arguments import at_least
-from lightning_draft.distributed import all_gather_objects
+from lightning_draft.distributed import all_gather_objects, uses_deepspeed, uses_fsdp
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods import checks
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.checkpointing import Checkpointing, check_checkpointing, recomputed
+from lightning_draft.methods.kl_regularizer import KLRegularizer
 from lightning_draft.methods.rollout import (
     Minibatch,
     Rollout,
     RolloutBuffer,
+    SampleScores,
     Trajectories,
+    concatenate,
     minibatches,
     repeat_prompts,
+    rollout_seeds,
     slices,
     summarize,
 )
+from lightning_draft.methods.rollout_advantages import rollout_advantages
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import RolloutObjective
-from lightning_draft.preferences import PreferenceAdvantages
 from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rewards.inputs import check_finite
-from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
-
-_START = 1  # distinguishes the shared starting noise of a prompt from the noise of its samples
 
 
 class RolloutModule(RewardModule, ABC):
@@ -61,6 +62,7 @@ class RolloutModule(RewardModule, ABC):
         timesteps_per_minibatch: Number of timesteps that are trained on at a time; by default all.
         share_start_noise: Whether the samples of a prompt start from the same noise.
         checkpointing: Activations that the backward pass recomputes.
+        regularizer: The KL term.
 
     Attributes:
         buffer: The current rollout and the position in it.
@@ -86,6 +88,7 @@ class RolloutModule(RewardModule, ABC):
         timesteps_per_minibatch: int | None,
         share_start_noise: bool,
         checkpointing: Checkpointing,
+        regularizer: KLRegularizer,
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         self.objective = objective
@@ -99,6 +102,7 @@ class RolloutModule(RewardModule, ABC):
         self.timesteps_per_minibatch = timesteps_per_minibatch
         self.share_start_noise = share_start_noise
         self.checkpointing = check_checkpointing(checkpointing)
+        self.regularizer = regularizer
         self.buffer = RolloutBuffer()
 
     @abstractmethod
@@ -142,6 +146,7 @@ class RolloutModule(RewardModule, ABC):
             self.buffer.drop_rollout()
             if self.trainer.global_step == 0:
                 self.buffer.reset()
+                self.regularizer.load_state_dict({})
 
     def strategies(self) -> dict[str, object]:
         """Return the strategies of the run, including the advantage estimator."""
@@ -156,6 +161,7 @@ class RolloutModule(RewardModule, ABC):
         super().check_configuration()
         checks.check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
         checks.check_comparisons(self.reward, self.advantage_estimator)
+        self.regularizer.check(self.eval_reward_names, uses_fsdp(self._trainer) or uses_deepspeed(self._trainer))
         if (data := self.prompt_data) is not None:
             self.check_accumulation(data.batch_size)
             samples = data.batch_size * self.samples_per_prompt
@@ -189,6 +195,7 @@ class RolloutModule(RewardModule, ABC):
         loss, logs = self.minibatch_loss(prompts, rollout, minibatch)
         self.buffer.advance(self.training_steps_per_batch(len(prompts)))
         scalars: dict[str, Any] = {**self.buffer.averages(logs, minibatch.fraction, step), **rollout.summary}
+        self.regularizer.observe(scalars.get("train/kl"))
         self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
         self.log_dict(scalars, batch_size=len(prompts))
         # Lightning averages over the minibatches of an optimizer step; each is weighted by its fraction.
@@ -203,27 +210,36 @@ class RolloutModule(RewardModule, ABC):
             number: Number of the rollout in the run; noise depends only on it, the seed, the process and the sample.
             step: Number of finished optimizer steps.
         """
+        self.regularizer.start_rollout(self.trainable_parameters())
         every = repeat_prompts(prompts, self.samples_per_prompt)
-        seeds = [derive_seed(self.seed, number, self.global_rank, i) for i in range(len(every))]
-        groups = [i // self.samples_per_prompt for i in range(len(every))]
-        starts = [derive_seed(self.seed, number, self.global_rank, i, _START) for i in groups]
+        seeds, starts = rollout_seeds(self.seed, number, self.global_rank, len(every), self.samples_per_prompt)
         with self._random_state(derive_seed(self.seed, number, self.global_rank)):
             latents, log_probs, means = self.sample_rollout(
                 every, seeds, starts if self.share_start_noise else None, number
             )
             parts = slices(len(every), self.micro_batch_size)
-            scores = [self.score_samples(latents[-1, some], every[some]) for some in parts]
-        rewards = torch.cat([total for total, _ in scores])
-        advantages = self.advantages(rewards, every, latents[-1])
-        components = {name: torch.cat([each[name] for _, each in scores]) for name in scores[0][1]}
-        self.update_statistics(components)
-        summary = summarize(rewards, advantages, self.samples_per_prompt)
-        summary |= {f"train/reward/{name}": float(values.mean()) for name, values in components.items()}
+            scores = concatenate([self.score_samples(latents[-1, some], every[some]) for some in parts])
+        rewards = scores.rewards
+        advantages = rollout_advantages(
+            self.advantage_estimator,
+            self.reward,
+            rewards,
+            every,
+            self.samples_per_prompt,
+            self.global_rank,
+            lambda: self.decode_parts(latents[-1]),
+        )
+        self.update_statistics(scores.components)
+        gate, logs = self.regularizer.select(rewards, scores.evaluated, self.global_rank)
+        summary = {**summarize(rewards, advantages, self.samples_per_prompt), **logs}
+        summary |= {f"train/reward/{name}": float(values.mean()) for name, values in scores.components.items()}
         names = [str(prompt) for prompt in every]
-        return Rollout(number, step, names, latents, log_probs, rewards, advantages, summary, old_means=means)
+        return Rollout(
+            number, step, names, latents, log_probs, rewards, advantages, summary, old_means=means, kl_gate=gate
+        )
 
-    def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scores `(B,)` of samples `(B, ...)`, and those of the reward's components.
+    def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> SampleScores:
+        """Return the scores of samples `(B, ...)`.
 
         Raises:
             NonFiniteScoreError: A score is not finite.
@@ -231,33 +247,18 @@ class RolloutModule(RewardModule, ABC):
         self.reward_queries += len(prompts)
         images = self.model.decode(latents).float().clamp(0, 1)
         total, components = self.reward.breakdown(images, prompts)
-        scores = check_scores(total, len(prompts), self.reward)
-        return check_finite(scores, images, prompts, self.reward).float(), components
+        scores = check_finite(check_scores(total, len(prompts), self.reward), images, prompts, self.reward).float()
+        names = self.regularizer.gate_rewards(self.eval_reward_names)
+        return SampleScores(scores, components, self.eval_scores(images, prompts, names))
 
-    def advantages(self, rewards: Tensor, prompts: Sequence[str], latents: Tensor) -> Tensor:
-        """Return this process's advantages `(B,)`, from an estimator that receives the rewards of all processes.
-
-        If the reward is a `PairwiseReward` and the estimator uses preferences, the images of each prompt are compared.
-
-        Args:
-            rewards: `(B,)`.
-            prompts: `B` prompts.
-            latents: The samples, `(B, ...)`.
-        """
-        estimator, group = self.advantage_estimator, self.samples_per_prompt
-        if isinstance(estimator, PreferenceAdvantages) and isinstance(self.reward, PairwiseReward):
-            parts = slices(len(latents), self.micro_batch_size)
-            images = torch.cat([self.model.decode(latents[some]).cpu() for some in parts])
-            return estimator.from_preferences(self.reward.preferences(images, prompts, group)).to(rewards)
-        gathered = all_gather_objects((rewards.cpu(), [str(prompt) for prompt in prompts]))
-        names = [name for _, prompts in gathered for name in prompts]
-        advantages = estimator(torch.cat([rewards for rewards, _ in gathered]), names, group)
-        start = sum(len(prompts) for _, prompts in gathered[: self.global_rank])
-        return advantages[start : start + len(prompts)].to(rewards)
+    def decode_parts(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the images of samples `(B, ...)`, clamped to [0, 1], `micro_batch_size` at a time."""
+        for some in slices(len(latents), self.micro_batch_size):
+            yield self.model.decode(latents[some]).float().clamp(0, 1)
 
     def extra_state(self) -> dict[str, Any]:
         """Return the training state besides parameters, including `rollout`, the position in the rollout."""
-        return {**super().extra_state(), "rollout": self.buffer.extra_state()}
+        return {**super().extra_state(), "rollout": self.buffer.extra_state(), "kl": self.regularizer.state}
 
     def mark_step(self) -> None:
         """Mark the state after the last optimizer step, including that of the advantage estimator."""
@@ -269,12 +270,15 @@ class RolloutModule(RewardModule, ABC):
         super().on_save_checkpoint(checkpoint)
         estimator = self.advantage_estimator
         checkpoint["advantage_estimator"] = estimator.marked_state() if self.is_within_step else estimator.state_dict()
-        checkpoint["rollouts"] = all_gather_objects(RolloutBuffer.state_dict(self.last_step_state()["rollout"]))
+        state = self.last_step_state()
+        checkpoint["rollouts"] = all_gather_objects(RolloutBuffer.state_dict(state["rollout"]))
+        checkpoint["kl"] = self.regularizer.state_dict(state["kl"])
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the rollout that is still needed; with another number of processes it is collected again."""
         super().on_load_checkpoint(checkpoint)
         self.advantage_estimator.load_state_dict(checkpoint.get("advantage_estimator", {}))
+        self.regularizer.load_state_dict(checkpoint.get("kl", {}))
         if "rollouts" in checkpoint:  # not of a method without rollouts
             self.buffer.restore(checkpoint["rollouts"], self.global_rank)
 

@@ -40,6 +40,7 @@ POLICIES = {
     "sample_dropout": ("SampleDropout", "PerPromptStatistics"),
     "pref_grpo": ("PPO", "WinRate"),
     "prdp_preferences": ("PRDP", "BradleyTerry"),
+    "gardo": ("PPO", "DiversityAware"),
 }
 WINDOWS = {"mix_grpo": "SlidingWindow", "flow_grpo_fast": "RandomWindow"}
 FORWARD = {
@@ -124,8 +125,12 @@ def test_shipped_config_runs(command: Callable, name: str, pipeline: Callable, t
         models |= {"model.timesteps_per_minibatch": "null", "model.samples_per_prompt": 2}
     if name in EMOJI:
         models |= {"data.prompts": "animals", "data.val_prompts": "null", "model.eval_rewards": "null"}
+    if name in ("guard", "gardo", "sd3_gardo"):
+        models["model.eval_rewards"] = '{"judge": {"class_path": "Brightness"}}'
     if name == "guard":
-        models |= {"model.eval_rewards": '{"judge": {"class_path": "Brightness"}}', "guard.max_prompts": 1}
+        models["guard.max_prompts"] = 1
+    if _class(arguments.get("advantage_estimator", "")) == "DiversityAware":
+        models["model.advantage_estimator.pretrained"] = tiny_clip
     if name not in EMOJI:
         models["model.sampler.num_steps"] = 10
     writes = name == "guard"
@@ -207,6 +212,8 @@ def test_method_configs_differ_only_in_the_method() -> None:
     method = (
         "truncation",
         "kl_weight",
+        "kl_gate",
+        "kl_reference",
         "anchor",
         "objective",
         "advantage_estimator",

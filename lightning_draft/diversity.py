@@ -35,7 +35,7 @@ class DiversityAware(ImageAdvantages):
 
     def from_features(self, rewards: Tensor, features: Tensor, group: int) -> Tensor:
         """Compare the features of each prompt."""
-        distances = torch.stack([_nearest(some) for some in features.unflatten(0, (-1, group))]).to(rewards)
+        distances = torch.stack([_nearest(some) for some in features.view(-1, group, *features.shape[1:])]).to(rewards)
         mean = distances.mean(1, keepdim=True)
         factors = torch.where(mean > 0, distances / mean, 1.0)
         values = centered(rewards, group)

@@ -1,7 +1,7 @@
 """Distill the shipped model to 4 steps, then to 2, by progressive distillation (https://arxiv.org/abs/2202.00512).
 
     python -m examples.emoji_model.few_step --num-steps 4
-    python -m examples.emoji_model.few_step --num-steps 2 --teacher runs/emoji_few_step/4
+    python -m examples.emoji_model.few_step --num-steps 2 --teacher runs/emoji_few_step/4 --substeps 2
 
 One step of the student reproduces several DDIM steps of the teacher. On a variance-preserving schedule with
 `alpha = cos(phi)` and `sigma = sin(phi)`, a DDIM step of v-prediction is a rotation,

@@ -3,8 +3,8 @@
     python -m examples.equal_seconds few_steps
     python -m examples.equal_seconds length_50 --seeds 3
 
-`few_steps` needs the models of `python -m examples.emoji_model.few_step` with `--num-steps 4`, then 2; comparisons with
-the clean images of the captions need `python -m examples.emoji_model.data`. The time of evaluations is not counted.
+`few_steps` needs both models of `python -m examples.emoji_model.few_step`; comparisons with the clean images of the
+captions need `python -m examples.emoji_model.data`. The time of evaluations is not counted.
 `OUT/NAME.jsonl` has one line per finished run, and a second call continues there; `OUT/NAME.md` has means and standard
 errors over the seeds, `OUT/NAME.png` the curves.
 """

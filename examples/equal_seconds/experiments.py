@@ -1,22 +1,34 @@
 """What is compared: each experiment is a task and settings that train on it for the same CPU seconds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
+from lightning_draft.models import Guidance
 from lightning_draft.rewards import CleanFraction, CLIPClassification, ImageQuality, Reward
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, ReFL, Truncation
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A truncation of a chain of `num_steps` steps of a model, and a learning rate."""
+    """A truncation of a chain of `num_steps` steps of a model, a learning rate, and options of the model.
+
+    Args:
+        truncation: The truncation.
+        num_steps: Sampling steps.
+        model: Shipped name or folder of the model.
+        lr: Learning rate.
+        guidance: Guidance in training.
+        merge: The option `lora.merge` in training.
+    """
 
     truncation: Truncation
     num_steps: int
     model: str = "emoji64"
     lr: float = 1e-3
+    guidance: Guidance = Guidance(1.0)
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,9 @@ class Experiment:
         settings: The settings by label.
         seconds: CPU seconds of a run.
         batch_size: Prompts of a training step.
+        fractions: Parts of the seconds after which a run evaluates.
+        exact_chain: Whether evaluation images are generated in exact mode, with guidance in all steps; the rewards of
+            images of the setting's own chain then have columns of their own.
     """
 
     question: str
@@ -45,6 +60,8 @@ class Experiment:
     settings: dict[str, Setting]
     seconds: float = 48
     batch_size: int = 8
+    fractions: tuple[float, ...] = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    exact_chain: bool = False
 
 
 QUALITY = Task(
@@ -75,6 +92,18 @@ def by_length(num_steps: int, *, lr: float = 1e-3) -> dict[str, Setting]:
     return {**fixed, "random K": Setting(RandomK(), num_steps, lr=lr), "DRTune": drtune}
 
 
+def fast_modes() -> dict[str, Setting]:
+    """Return DRaFT-1 through 20 steps with guidance, in exact mode and with each option of fast mode."""
+    exact = Setting(LastK(1), 20, guidance=Guidance(2.0))
+    interval = replace(exact, guidance=replace(exact.guidance, interval=(0.0, 0.5)))
+    return {
+        "exact": exact,
+        "lora.merge": replace(exact, merge=True),
+        "guidance.interval [0, 0.5]": interval,
+        "both": replace(interval, merge=True),
+    }
+
+
 def experiments(students: Path) -> dict[str, Experiment]:
     """Return the experiments by name; `students` has the results of `examples.emoji_model.few_step`."""
     few = {f"{n}-step model, full": Setting(Full(), n, str(students / str(n))) for n in (2, 4)}
@@ -93,6 +122,14 @@ def experiments(students: Path) -> dict[str, Experiment]:
         ),
         "collapse_25": Experiment(
             "Which truncation survives a learning rate ten times too large?", QUALITY, by_length(25, lr=1e-2), 48, 4
+        ),
+        "fast": Experiment(
+            "What does fast mode cost in reward, and what does it gain?",
+            QUALITY,
+            fast_modes(),
+            96,
+            fractions=(0.0, 1 / 2, 1.0),
+            exact_chain=True,
         ),
         "small_batch": Experiment("Does DRaFT-LV help where a step has one prompt?", QUALITY, small, batch_size=1),
     }

@@ -1,10 +1,14 @@
 """Train one setting for the given CPU seconds, and evaluate it on the way."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from examples.before_after import ordered
 from examples.equal_seconds.experiments import Experiment, Setting
@@ -12,26 +16,32 @@ from examples.trainer import without_files
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.metrics import within_prompt_diversity
-from lightning_draft.models import Guidance, LoRA, StableDiffusion
+from lightning_draft.models import LoRA, StableDiffusion
 from lightning_draft.rewards import Reward
 from lightning_draft.samplers import DDIM
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "time_emb_proj")
-FRACTIONS = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Rows = list[dict[str, float]]
 
 
 class Curve(L.Callback):
     """Evaluate when fractions of the CPU seconds are used, and stop at the last.
 
+    Args:
+        experiment: The experiment, with the fractions.
+        seconds: CPU seconds of the run.
+        rewards: Rewards by name.
+        prompts: Evaluation prompts, each of two images.
+
     Attributes:
         evaluations: One row per milestone: seconds and steps so far, mean scores, and diversity within a prompt.
         curve: One row per step: seconds so far, and the gradient norm before clipping.
     """
 
-    def __init__(self, seconds: float, rewards: dict[str, Reward], prompts: list[str]) -> None:
-        self.rewards, self.prompts = rewards, prompts
-        self.milestones = [fraction * seconds for fraction in FRACTIONS]
+    def __init__(self, experiment: Experiment, seconds: float, rewards: dict[str, Reward], prompts: list[str]) -> None:
+        self.rewards, self.exact_chain = rewards, experiment.exact_chain
+        self.prompts = [prompt for prompt in prompts for _ in range(2)]
+        self.milestones = [fraction * seconds for fraction in experiment.fractions]
         self.evaluations: Rows = []
         self.curve: Rows = []
         self._used, self._start = 0.0, 0.0
@@ -60,19 +70,40 @@ class Curve(L.Callback):
         if not self.milestones or self._used < self.milestones[0]:
             return
         self.milestones = [each for each in self.milestones if each > self._used]
-        prompts = [prompt for prompt in self.prompts for _ in range(2)]
-        images = torch.cat([module.generate(prompts[i : i + 40], seed=10_000 + i) for i in range(0, len(prompts), 40)])
-        images = images.clamp(0, 1)
-        scores = {name: reward(images, prompts).mean().item() for name, reward in self.rewards.items()}
-        diversity = within_prompt_diversity(images, prompts).item()
-        self.evaluations.append({"seconds": self._used, "steps": trainer.global_step, **scores, "diversity": diversity})
+        row: dict[str, float] = {"seconds": self._used, "steps": trainer.global_step}
+        with exact_mode(module.model) if self.exact_chain else nullcontext():
+            images = self._images(module)
+        row |= self._scores(self.rewards, images)
+        row["diversity"] = within_prompt_diversity(images, self.prompts).item()
+        if self.exact_chain:
+            trained = {f"{name}, own chain": self.rewards[name] for name in ("reward", "evaluation")}
+            row |= self._scores(trained, self._images(module))
+        self.evaluations.append(row)
+
+    def _images(self, module: DraftModule) -> Tensor:
+        parts = [module.generate(self.prompts[i : i + 40], seed=10_000 + i) for i in range(0, len(self.prompts), 40)]
+        return torch.cat(parts).clamp(0, 1)
+
+    def _scores(self, rewards: dict[str, Reward], images: Tensor) -> dict[str, float]:
+        return {name: reward(images, self.prompts).mean().item() for name, reward in rewards.items()}
+
+
+@contextmanager
+def exact_mode(model: Any) -> Iterator[None]:
+    """Within this context, the model uses guidance in all steps and does not merge its adapters."""
+    guidance, lora = model.guidance, model.lora
+    try:
+        model.guidance, model.lora = replace(guidance, interval=(0.0, 1.0)), replace(lora, merge=False)
+        yield
+    finally:
+        model.guidance, model.lora = guidance, lora
 
 
 def module_of(setting: Setting, reward: Reward, seed: int) -> DraftModule:
     """Return the module that trains a setting; the adapters are those of the quickstart."""
-    lora = LoRA(rank=8, target_modules=LAYERS, seed=seed)
+    lora = LoRA(rank=8, target_modules=LAYERS, seed=seed, merge=setting.merge)
     return DraftModule(
-        model=StableDiffusion(setting.model, lora=lora, guidance=Guidance(1.0)),
+        model=StableDiffusion(setting.model, lora=lora, guidance=setting.guidance),
         reward=reward,
         sampler=DDIM(setting.num_steps),
         truncation=setting.truncation,
@@ -87,7 +118,7 @@ def train(
     L.seed_everything(seed, verbose=False)
     task = experiment.task
     rewards = {"reward": task.reward(), **task.evaluation(), **truths}
-    curve = Curve(seconds, rewards, ordered(f"{task.prompts}_eval")[:prompts])
+    curve = Curve(experiment, seconds, rewards, ordered(f"{task.prompts}_eval")[:prompts])
     trainer = without_files(curve, max_steps=-1, accelerator="cpu")
     trainer.fit(
         module_of(setting, task.reward(), seed), PromptDataModule(task.prompts, batch_size=experiment.batch_size)

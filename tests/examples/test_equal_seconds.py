@@ -36,9 +36,9 @@ def test_a_run_evaluates_before_and_after_its_seconds_and_is_not_repeated(
     short = dataclasses.replace(
         known["small_batch"],
         settings={"DRaFT-1": dataclasses.replace(known["small_batch"].settings["DRaFT-1"], num_steps=2)},
+        fractions=(0.0, 1.0),
     )
     monkeypatch.setattr(command, "experiments", lambda students: {"small_batch": short})
-    monkeypatch.setattr(measure, "FRACTIONS", (0.0, 1.0))
     options = ["x", "small_batch", "--out", str(tmp_path), "--seconds", "0.01", "--seeds", "1", "--prompts", "2"]
     monkeypatch.setattr("sys.argv", options)
     command.main()
@@ -48,6 +48,18 @@ def test_a_run_evaluates_before_and_after_its_seconds_and_is_not_repeated(
     assert found["evaluations"][1]["reward"] != found["evaluations"][0]["reward"]
     assert capsys.readouterr().out.count("seed 0") == 1
     assert (tmp_path / "small_batch.png").exists()
+
+
+def test_fast_settings_are_evaluated_in_exact_mode_and_by_their_own_chain() -> None:
+    known = experiments.experiments(Path())["fast"]
+    short = dataclasses.replace(known, fractions=(0.0,), batch_size=1)
+    rows = []
+    for label in ("exact", "both"):
+        setting = dataclasses.replace(known.settings[label], num_steps=2)
+        rows += measure.train(short, setting, 0, {}, seconds=0.0, prompts=1).evaluations
+    exact, both = rows
+    assert exact["reward"] == exact["reward, own chain"] == pytest.approx(both["reward"], rel=1e-3)
+    assert both["reward, own chain"] != pytest.approx(both["reward"], rel=1e-3)
 
 
 def test_the_leaderboard_has_every_method_config_of_the_shipped_model() -> None:

@@ -128,7 +128,7 @@ def experiments(students: Path) -> dict[str, Experiment]:
             QUALITY,
             fast_modes(),
             96,
-            fractions=(0.0, 1 / 2, 1.0),
+            fractions=(0.0, 1.0),
             exact_chain=True,
         ),
         "small_batch": Experiment("Does DRaFT-LV help where a step has one prompt?", QUALITY, small, batch_size=1),

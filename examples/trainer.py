@@ -5,11 +5,11 @@ from typing import Any
 import lightning as L
 
 
-def without_files(callback: L.Callback | None = None, **options: Any) -> L.Trainer:
+def without_files(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     """Return a Trainer on one device that writes no files and prints no progress, for any number of epochs."""
     defaults = {"max_epochs": -1, "gradient_clip_val": 1.0, "limit_val_batches": 0, "accelerator": "auto", "devices": 1}
     return L.Trainer(
-        callbacks=[] if callback is None else [callback],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

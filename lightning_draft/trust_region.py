@@ -10,7 +10,7 @@ from lightning_draft.objectives import PPO, MeanChange, Objective, PolicyBatch, 
 
 
 class GRPOGuard(PPO):
-    """PPO with a ratio whose mean is 1 at every step, and whose spread does not depend on the step's noise.
+    """PPO with a log-ratio whose mean is 0 at every step, and whose spread does not depend on `std`.
 
         log rho' = std (log rho + |mu - mu_old|^2 / (2 std^2)) = z . (mu - mu_old),  x = mu_old + std z
         L = mean_{t,i} max(-A_i rho', -A_i clip(rho', 1 - clip, 1 + clip)) / (t - s)
@@ -85,7 +85,7 @@ class SampleDropout(Objective):
 
         L = -mean_{t,i} [|rho_{t,i} - 1| <= max_change] A_i rho_{t,i}
 
-    The variance of the gradient is then bounded, because that of `rho` grows with its distance from 1.
+    The remaining ratios are at most `1 + max_change`, which bounds the variance of the gradient.
 
     Args:
         max_change: Largest distance of the ratio from 1, positive.

@@ -21,6 +21,7 @@ from examples.equal_seconds.experiments import experiments, truths
 from examples.equal_seconds.measure import train
 from examples.equal_seconds.report import plot, table
 from examples.method_table.runs import RunFile
+from lightning_draft.models import Guidance
 
 
 def parse() -> argparse.Namespace:
@@ -47,13 +48,16 @@ def main() -> None:
     experiment = experiments(arguments.students)[arguments.experiment]
     seconds = arguments.seconds or experiment.seconds
     file = RunFile(arguments.out / f"{arguments.experiment}.jsonl")
-    start = time.time()
+    start, untrained = time.time(), dict[tuple[str, int, Guidance], dict[str, float]]()
     for seed in range(arguments.seeds):
         for order, (label, setting) in enumerate(experiment.settings.items()):
             identity = {"setting": label, "seed": seed, "seconds": seconds, "order": order}
             if (arguments.settings and label not in arguments.settings) or file.find(**identity):
                 continue
-            curve = train(experiment, setting, seed, truths(arguments.clean_images), seconds, arguments.prompts)
+            chain = setting.model, setting.num_steps, setting.guidance
+            scores = truths(arguments.clean_images)
+            curve = train(experiment, setting, seed, scores, seconds, arguments.prompts, untrained.get(chain))
+            untrained[chain] = curve.evaluations[0]
             run = file.add({**identity, "evaluations": curve.evaluations, "curve": curve.curve})
             print(f"{time.time() - start:.0f} s  {label}  seed {seed}  {run['evaluations'][-1]}", flush=True)
     runs = [run for run in file.all() if run["seconds"] == seconds]

@@ -12,7 +12,7 @@ from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK
 
 @dataclass(frozen=True)
 class Setting:
-    """A truncation of a chain of `num_steps` steps of a model, a learning rate, and options of the model.
+    """A truncation of a chain of `num_steps` steps of a model, a learning rate, and options of model and training.
 
     Args:
         truncation: The truncation.
@@ -21,6 +21,8 @@ class Setting:
         lr: Learning rate.
         guidance: Guidance in training.
         merge: The option `lora.merge` in training.
+        clip: The norm to which gradients are clipped.
+        skip: Whether `GradientNormMonitor` skips steps whose gradient norm explodes.
     """
 
     truncation: Truncation
@@ -29,6 +31,8 @@ class Setting:
     lr: float = 1e-3
     guidance: Guidance = Guidance(1.0)
     merge: bool = False
+    clip: float | None = 1.0
+    skip: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Experiment:
     settings: dict[str, Setting]
     seconds: float = 48
     batch_size: int = 8
-    fractions: tuple[float, ...] = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    fractions: tuple[float, ...] = (1 / 3, 1.0)
     exact_chain: bool = False
 
 
@@ -104,6 +108,11 @@ def fast_modes() -> dict[str, Setting]:
     }
 
 
+def by_rate(*rates: float) -> dict[str, Setting]:
+    """Return the quickstart's `Full` of 5 steps at several learning rates."""
+    return {f"lr = {rate:g}": Setting(Full(), 5, lr=rate) for rate in rates}
+
+
 def experiments(students: Path) -> dict[str, Experiment]:
     """Return the experiments by name; `students` has the results of `examples.emoji_model.few_step`."""
     few = {f"{n}-step model, full": Setting(Full(), n, str(students / str(n))) for n in (2, 4)}
@@ -112,6 +121,10 @@ def experiments(students: Path) -> dict[str, Experiment]:
         "base, 10 steps, DRaFT-1": Setting(LastK(1), 10),
         "base, 10 steps, full": Setting(Full(), 10),
     }
+    large = by_length(25, lr=1e-2)
+    del large["K = 10"]
+    large["K = 25, not clipped"] = Setting(Full(), 25, lr=1e-2, clip=None)
+    large["K = 25, explosions skipped"] = Setting(Full(), 25, lr=1e-2, clip=None, skip=True)
     small = {"DRaFT-1": Setting(LastK(1), 10), "DRaFT-LV": Setting(LowVariance(2), 10), "ReFL": Setting(ReFL(4), 10)}
     return {
         "few_steps": Experiment("Is a few-step model cheaper to train through its whole chain?", QUALITY, few | base),
@@ -121,15 +134,16 @@ def experiments(students: Path) -> dict[str, Experiment]:
             "Do early steps need a gradient where the reward depends on the layout?", COMPOSITIONS, by_length(25), 96, 4
         ),
         "collapse_25": Experiment(
-            "Which truncation survives a learning rate ten times too large?", QUALITY, by_length(25, lr=1e-2), 48, 4
+            "Which truncation survives a learning rate ten times too large?", QUALITY, large, 48, 4
         ),
         "fast": Experiment(
             "What does fast mode cost in reward, and what does it gain?",
             QUALITY,
             fast_modes(),
             96,
-            fractions=(0.0, 1.0),
+            fractions=(1.0,),
             exact_chain=True,
         ),
+        "rates": Experiment("Which learning rate?", QUALITY, by_rate(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
         "small_batch": Experiment("Does DRaFT-LV help where a step has one prompt?", QUALITY, small, batch_size=1),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from examples.before_after import ordered
 from examples.equal_seconds.experiments import Experiment, Setting
 from examples.trainer import without_files
+from lightning_draft.callbacks import GradientNormMonitor
 from lightning_draft.data import PromptDataModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.metrics import within_prompt_diversity
@@ -32,23 +33,33 @@ class Curve(L.Callback):
         seconds: CPU seconds of the run.
         rewards: Rewards by name.
         prompts: Evaluation prompts, each of two images.
+        start: The scores before the first step; by default they are computed.
 
     Attributes:
-        evaluations: One row per milestone: seconds and steps so far, mean scores, and diversity within a prompt.
+        evaluations: The model before the first step, then one row per milestone: seconds and steps so far, mean
+            scores, and diversity within a prompt.
         curve: One row per step: seconds so far, and the gradient norm before clipping.
     """
 
-    def __init__(self, experiment: Experiment, seconds: float, rewards: dict[str, Reward], prompts: list[str]) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        seconds: float,
+        rewards: dict[str, Reward],
+        prompts: list[str],
+        start: dict[str, float] | None,
+    ) -> None:
         self.rewards, self.exact_chain = rewards, experiment.exact_chain
         self.prompts = [prompt for prompt in prompts for _ in range(2)]
         self.milestones = [fraction * seconds for fraction in experiment.fractions]
-        self.evaluations: Rows = []
+        self.evaluations: Rows = [] if start is None else [start]
         self.curve: Rows = []
         self._used, self._start = 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Evaluate the model before the first step."""
-        self._evaluate(trainer, pl_module)
+        """Evaluate the model before the first step, unless its scores were given."""
+        if not self.evaluations:
+            self._evaluate(trainer, pl_module)
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -62,14 +73,13 @@ class Curve(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Stop the clock, and evaluate at a milestone."""
         self._used += time.process_time() - self._start
-        self._evaluate(trainer, pl_module)
+        if self._used >= self.milestones[0]:
+            self.milestones = [each for each in self.milestones if each > self._used]
+            self._evaluate(trainer, pl_module)
         trainer.should_stop = not self.milestones
 
     @torch.no_grad()
     def _evaluate(self, trainer: L.Trainer, module: DraftModule) -> None:
-        if not self.milestones or self._used < self.milestones[0]:
-            return
-        self.milestones = [each for each in self.milestones if each > self._used]
         row: dict[str, float] = {"seconds": self._used, "steps": trainer.global_step}
         with exact_mode(module.model) if self.exact_chain else nullcontext():
             images = self._images(module)
@@ -108,19 +118,29 @@ def module_of(setting: Setting, reward: Reward, seed: int) -> DraftModule:
         sampler=DDIM(setting.num_steps),
         truncation=setting.truncation,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=setting.lr),
+        seed=seed,
     )
 
 
 def train(
-    experiment: Experiment, setting: Setting, seed: int, truths: dict[str, Reward], seconds: float, prompts: int
+    experiment: Experiment,
+    setting: Setting,
+    seed: int,
+    truths: dict[str, Reward],
+    seconds: float,
+    prompts: int,
+    start: dict[str, float] | None = None,
 ) -> Curve:
-    """Train a setting for `seconds`, evaluating on the first `prompts` evaluation prompts; return what was recorded."""
+    """Train a setting for `seconds`, evaluating on the first `prompts` evaluation prompts; return what was recorded.
+
+    `start` has the scores of the untrained model, which are the same for every seed; by default they are computed.
+    """
     L.seed_everything(seed, verbose=False)
     task = experiment.task
     rewards = {"reward": task.reward(), **task.evaluation(), **truths}
-    curve = Curve(experiment, seconds, rewards, ordered(f"{task.prompts}_eval")[:prompts])
-    trainer = without_files(curve, max_steps=-1, accelerator="cpu")
-    trainer.fit(
-        module_of(setting, task.reward(), seed), PromptDataModule(task.prompts, batch_size=experiment.batch_size)
-    )
+    curve = Curve(experiment, seconds, rewards, ordered(f"{task.prompts}_eval")[:prompts], start)
+    monitors = [GradientNormMonitor("skip")] if setting.skip else []
+    trainer = without_files(curve, *monitors, max_steps=-1, accelerator="cpu", gradient_clip_val=setting.clip)
+    data = PromptDataModule(task.prompts, batch_size=experiment.batch_size, seed=seed)
+    trainer.fit(module_of(setting, task.reward(), seed), data)
     return curve

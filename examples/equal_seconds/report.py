@@ -31,6 +31,12 @@ def growth(runs: list[Run], label: str) -> str:
     return " → ".join(f"{value:.3g}" for value in found[:2]) + f"; {found[2]:.3g}"
 
 
+def change(values: Tensor) -> str:
+    """Return the first and last of values `(seeds, milestones)`, with the standard error if there are several seeds."""
+    mean, error = mean_and_error(values[:, -1])
+    return f"{values[:, 0].mean():.2f} → {mean:.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
+
+
 def table(runs: list[Run]) -> str:
     """Return the first and last evaluation of each setting as markdown, with standard errors over the seeds."""
     columns = list(runs[0]["evaluations"][0])[2:]
@@ -38,10 +44,7 @@ def table(runs: list[Run]) -> str:
     lines.append("|---" * (3 + len(columns)) + "|")
     for label in labels(runs):
         values = evaluations(runs, label)
-        cells = [
-            "{:.2f} → {:.2f} ± {:.2f}".format(values[:, 0, k].mean(), *mean_and_error(values[:, -1, k]))
-            for k in range(2, 2 + len(columns))
-        ]
+        cells = [change(values[:, :, k]) for k in range(2, 2 + len(columns))]
         lines.append(
             f"| {label} | {values[:, -1, 1].mean():.0f} | " + " | ".join(cells) + f" | {growth(runs, label)} |"
         )
@@ -49,18 +52,19 @@ def table(runs: list[Run]) -> str:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Plot trained and evaluation reward by CPU seconds, and the gradient norm by step."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
+    """Plot rewards and PSNR by CPU seconds, with standard errors over the seeds, and the gradient norm by step."""
     columns = list(runs[0]["evaluations"][0])
+    shown = [name for name in ("reward", "evaluation", "PSNR") if name in columns]
+    figure = Figure(figsize=(4.3 * (len(shown) + 1), 3.8), layout="constrained")
+    *axes, gradients = figure.subplots(1, len(shown) + 1)
     for label in labels(runs):
         values = evaluations(runs, label)
-        for axis, name in zip(axes[:2], ("reward", "evaluation"), strict=True):
+        for axis, name in zip(axes, shown, strict=True):
             score = values[..., columns.index(name)]
             error = score.std(0) / len(score) ** 0.5 if len(score) > 1 else None
             axis.errorbar(values[..., 0].mean(0), score.mean(0), error, marker=".", label=label)
             axis.set(xlabel="CPU seconds of training", ylabel=name)
-        axes[2].semilogy(norms(runs, label)[0], label=label)
-    axes[2].set(xlabel="training step (seed 0)", ylabel="gradient norm")
+        gradients.semilogy(norms(runs, label)[0], label=label)
+    gradients.set(xlabel="training step (seed 0)", ylabel="gradient norm")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)

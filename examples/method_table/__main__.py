@@ -1,205 +1,164 @@
-"""Compare all methods on the same model, rewards, prompts and seeds.
+"""Compare all methods on the shipped model at equal CPU seconds: the table of methods, with the time to reward.
 
     python -m examples.method_table
+    python -m examples.method_table --configs draft_k nft --seeds 1
     python -m examples.method_table --report
 
-Cost is counted in network passes: a pass is one forward or one backward pass of the denoiser over one latent, and
-recomputation counts. All methods with a differentiable reward have the same budget; policy gradients and the forward
-process have four times as much. Tuning is the same for every method and uses the trained reward: three learning rates
-and, if a method has its own parameter (such as the clip of PPO or beta of PRDP), three values of it are run for a
-quarter of the budget. The best settings of the two best learning rates are run at full length on another seed, and the
-better one is used. Every run is written to `OUT/runs.jsonl` when it ends, so that an interrupted table continues where
-it stopped, and `--methods`, `--tasks` and `--seeds` split the work between processes. The table goes to
-`OUT/methods.md`, the curves to `OUT/methods-*.png`.
+A method is a config of `configs/` on the shipped model and its quality reward, `emoji64-judge`. Optuna tunes the
+learning rate of each, and its own parameter if it has one, for `--tuning-seconds` in total: trials of a third of
+them, pruned by the median, scored by `emoji64-judge-eval` on training captions and noise that is used for nothing else,
+with a penalty if under 95 % of the images show the emoji of their caption.
+Then each seed trains for `--seconds`, and is evaluated on `emoji64_eval` with 10 deterministic steps. Seconds are CPU
+seconds of one thread; evaluations are not counted. A method is compared at equal seconds, reward queries and network
+passes, and by the cost until the evaluation reaches `--level` with at least 95 % of the images recognized.
+
+`OUT/runs.jsonl` has one line per finished run, `OUT/tuning.log` all trials, and a second call continues there;
+several processes may share the work by `--configs`. `OUT/methods.md` has the tables, `OUT/methods.png` the curves.
+Comparisons with the clean images of the captions need `python -m examples.emoji_model.data`.
 """
 
 import argparse
 import logging
+import subprocess
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from benchmarks.memory import MIB
+import torch
+
+from examples.before_after import ordered
 from examples.method_table import report
-from examples.method_table.measure import Evaluation, Meter
-from examples.method_table.methods import METHODS, TASKS, Setting, Trial
+from examples.method_table.measure import Evaluation, Meter, Row, Stop, never, objective, rewards
+from examples.method_table.methods import CONFIGS, LR, OWN, build, shipped_configs, written
 from examples.method_table.runs import Run, RunFile
+from examples.method_table.tuning import Options, Report, around, tune
 from examples.trainer import without_files
-from lightning_draft.data import PromptDataModule
-from lightning_draft.plan import Tracker
-from lightning_draft.prompt_sources import read_prompts
-from lightning_draft.rewards import Prompt
+from lightning_draft.models import PipelineModel
 
-SHORT, FINAL = 1000, 1001
-"""Seeds of the short and of the long tuning runs; training seeds are below them."""
+FRACTIONS = (1 / 4, 1 / 2, 1.0)
+TRIALS = 3
+"""Trials of full length that fit into the seconds of tuning."""
 
 
 class Table:
-    """All runs, stored in one file.
+    """All runs, stored in one folder.
 
     Args:
-        setting: Settings that all methods share.
-        out: Folder of `runs.jsonl` and of the results.
-        budget: Network passes per run.
-        evaluation: Number of evaluation prompts, evenly spread over the list, and images per prompt.
+        out: Folder of the runs, the trials and the results.
+        seconds: CPU seconds of a run.
+        tuning_seconds: CPU seconds of all trials of a method together.
+        clean_images: File of the clean images of the captions.
+        prompts: Evaluation prompts.
     """
 
-    def __init__(self, setting: Setting, out: Path, budget: int, evaluation: tuple[int, int]) -> None:
-        self.setting, self.out, self.budget, self.evaluated = setting, out, budget, evaluation
-        self.kept = RunFile(out / "runs.jsonl")
+    def __init__(self, out: Path, seconds: float, tuning_seconds: float, clean_images: Path, prompts: int = 20) -> None:
+        self.out, self.seconds, self.tuning_seconds = out, seconds, tuning_seconds
+        self.file = RunFile(out / "runs.jsonl")
+        scores = rewards(clean_images)
+        self._final = Evaluation(scores, ordered("emoji64_eval")[:prompts], 2, seed=10_000)
+        self._tuning = Evaluation(scores, ordered("emoji64")[: -(-prompts // 2)], 2, seed=20_000)
+        self._untrained: dict[Evaluation, Row] = {}
 
-    def base(self, task: str) -> dict[str, float]:
-        """Return the scores of the base model."""
-        kept = self.kept.find(task=task, method="base")
+    def tuned(self, config: str) -> Options:
+        """Return the tuned options of a config."""
+        options = {LR: written(config, LR)}
+        ranges = dict[str, tuple[float, float]]()
+        if config in OWN:
+            own = OWN[config]
+            options[own.option] = written(config, own.option)
+            ranges[own.option] = (own.low, own.high)
+
+        def trial(options: Options, stop: Report) -> float:
+            seconds = self.tuning_seconds / TRIALS
+
+            def pruned(scores: Row, milestone: int) -> bool:
+                return stop(objective(scores), milestone)
+
+            meter = self._train(config, 1000, options, seconds, self._tuning, pruned)
+            print(f"{config}, trial {options}: {meter.evaluations[-1]['evaluation']:.3f}", flush=True)
+            return meter.cpu_seconds
+
+        space = around(options, ranges)
+        return tune(self.out / "tuning.log", config, options, space, self.tuning_seconds, trial)
+
+    def run(self, config: str, seed: int) -> Run:
+        """Tune and train, or return the run if it is in the file."""
+        kept = self.file.find(config=config, seed=seed, limit=self.seconds)
         if kept is None:
-            module = METHODS[TASKS[task].methods[0]].build(self.setting, task, Trial(1e-3, 1.0), seed=0)
-            evaluation = self._evaluation(task)
-            images, _ = evaluation.images(module)
-            kept = self.kept.add({"task": task, "method": "base", "scores": evaluation.scores(module, images)})
-        return dict(kept["scores"])
-
-    def tuned(self, task: str, method: str, lrs: Sequence[float] | None) -> Trial:
-        """Return the tuned setting: the better of two full runs, the best two learning rates of the short runs.
-
-        A task may reuse the setting of another task.
-        """
-        task = TASKS[task].tuned_on or task
-
-        def ranked(trials: Sequence[Trial], seed: int, fraction: float) -> list[Trial]:
-            rewards = {trial: report.last(self.run(task, method, trial, seed, fraction)) for trial in trials}
-            return sorted(trials, key=lambda trial: -rewards[trial])
-
-        short = ranked(METHODS[method].trials(lrs), SHORT, 0.25)
-        winners = {trial.lr: trial for trial in reversed(short)}
-        finalists = [trial for trial in short if trial in winners.values()][:2]
-        return ranked(finalists, FINAL, 1.0)[0]
-
-    def run(self, task: str, method: str, trial: Trial, seed: int, fraction: float = 1.0) -> Run:
-        """Train, or return the run if it is in the file."""
-        kept = self.kept.find(task=task, method=method, **asdict(trial), seed=seed)
-        if kept is None:
-            budget = fraction * self.budget * METHODS[method].budget * TASKS[task].budget
-            kept = self.kept.add(self._train(task, method, trial, seed, round(budget)))
-            last = kept["evaluations"][-1]
-            print(
-                f"{task}, {method}, {METHODS[method].label(trial)}, seed {seed}: "
-                f"reward {kept['start']:.4g} -> {last['reward']:.4g} "
-                f"with {last['queries']} queries, {last['passes']} passes, {last['seconds']:.0f} s",
-                flush=True,
-            )
+            options = self.tuned(config)
+            meter = self._train(config, seed, options, self.seconds, self._final)
+            identity = {"config": config, "seed": seed, "limit": self.seconds, "options": options}
+            when = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+            kept = self.file.add({**identity, **when, "evaluations": meter.evaluations, "curve": meter.curve})
+            print(config, seed, options, kept["evaluations"][-1], flush=True)
         return kept
 
-    def runs(self, tasks: Sequence[str]) -> list[Run]:
-        """Return the stored runs with the tuned settings, in the order of the table."""
-        every = [run for run in self.kept.all() if run["method"] != "base"]
-        finals = sorted((run for run in every if run["seed"] == FINAL), key=report.last)
-        best = {(run["task"], run["method"]): (run["lr"], run["own"]) for run in finals}
+    def runs(self) -> list[Run]:
+        """Return the stored runs of the same length."""
+        return [run for run in self.file.all() if run["limit"] == self.seconds]
 
-        def chosen(run: Run) -> bool:
-            source = TASKS[run["task"]].tuned_on or run["task"]
-            return run["seed"] < SHORT and best.get((source, run["method"])) == (run["lr"], run["own"])
-
-        def place(run: Run) -> tuple[int, int, int]:
-            return list(TASKS).index(run["task"]), list(METHODS).index(run["method"]), run["seed"]
-
-        return sorted((run for run in every if run["task"] in tasks and chosen(run)), key=place)
-
-    def _train(self, task: str, method: str, trial: Trial, seed: int, budget: int) -> dict[str, Any]:
-        start = self.base(task)
-        module = METHODS[method].build(self.setting, task, trial, seed)
-        evaluation = self._evaluation(task)
-        with module.model.base():
-            images, _ = evaluation.images(module)
-        meter = Meter(budget, lambda: evaluation.scores(module, images))
-        without_files(meter, max_steps=-1).fit(module, self._prompts(task, method, seed))
-        identity = {"task": task, "method": method, **asdict(trial), "seed": seed, "start": start["reward"]}
-        spent = {"peak_mib": self._peak(task, method, trial)} if seed == 0 else {}
-        return {**identity, **spent, "evaluations": meter.evaluations, "curve": meter.curve}
-
-    def _read(self, task: str) -> list[Prompt]:
-        return read_prompts(self.setting.many if TASKS[task].many else self.setting.prompts)
-
-    def _evaluation(self, task: str) -> Evaluation:
-        number, images_per_prompt = self.evaluated
-        prompts = self._read(task)
-        return Evaluation(prompts[:: max(1, len(prompts) // number)][:number], images_per_prompt)
-
-    def _prompts(self, task: str, method: str, seed: int) -> PromptDataModule:
-        return PromptDataModule(self._read(task), val_size=0, batch_size=METHODS[method].batch_size, seed=seed)
-
-    def _peak(self, task: str, method: str, trial: Trial) -> float:
-        """Return the peak of live tensor memory of one training step in MiB, beyond what existed before it."""
-        module = METHODS[method].build(self.setting, task, trial, 0)
-        with Tracker() as live:
-            without_files(max_steps=1).fit(module, self._prompts(task, method, 0))
-        return live.peak / MIB
+    def _train(
+        self,
+        config: str,
+        seed: int,
+        options: Options,
+        seconds: float,
+        evaluation: Evaluation,
+        stop: Stop = never,
+    ) -> Meter:
+        module, data, trainer = build(config, seed, [f"--{name}={value!r}" for name, value in options.items()])
+        assert isinstance(module.model, PipelineModel)
+        if evaluation not in self._untrained:
+            self._untrained[evaluation] = evaluation(module.model)
+        milestones = [fraction * seconds for fraction in FRACTIONS]
+        meter = Meter(milestones, evaluation, self._untrained[evaluation], stop)
+        without_files(meter, max_steps=-1, accelerator="cpu", **trainer).fit(module, data)
+        return meter
 
 
-def write(table: Table, tasks: Sequence[str]) -> str:
-    """Write the table and the curves of the stored runs with tuned settings; return the table."""
-    runs = table.runs(tasks)
-    found = {run["task"] for run in runs}
-    page = report.table(runs, {task: table.base(task) for task in found}) + "\n" + report.efficiency(runs)
+def commit() -> str:
+    """Return the commit of the checkout, or `unknown`."""
+    command = ["git", "-C", str(CONFIGS), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def write(table: Table, level: float) -> str:
+    """Write the tables and the curves of the stored runs; return the tables."""
+    runs = table.runs()
+    page = report.page(runs, level, table.seconds, table.tuning_seconds)
     (table.out / "methods.md").write_text(page)
-    report.plot(runs, table.out)
+    report.plot(runs, table.out / "methods.png")
     return page
 
 
-def main() -> None:
-    """Run what is missing, then write table and curves."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--budget", type=int, default=8_000, help="network passes per run")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--lrs", nargs="+", type=float, help="learning rates to tune over; by default those of each method"
-    )
-    parser.add_argument("--model", default="tests/assets/emoji32")
-    parser.add_argument("--clip", default="tests/assets/emoji32-clip")
-    parser.add_argument("--sampling-steps", type=int, default=5)
-    parser.add_argument(
-        "--prompts", default="tests/assets/prompts/emoji32_names.csv", help="prompt list with a column `caption`"
-    )
-    parser.add_argument(
-        "--training-images",
-        type=Path,
-        default=Path("runs/emoji/emoji32.npz"),
-        help="training images, for the nearest-image accuracy",
-    )
-    parser.add_argument(
-        "--many", default="tests/assets/prompts/emoji32_all_names.csv", help="prompt list of the task `many`"
-    )
-    parser.add_argument(
-        "--captions", default="tests/assets/prompts/emoji32.txt", help="candidate captions of the reward"
-    )
-    parser.add_argument("--evaluated", type=int, default=46, help="number of evaluation prompts")
-    parser.add_argument("--images-per-prompt", type=int, default=3, help="evaluation images per prompt")
-    parser.add_argument(
-        "--report", action="store_true", help="write table and plots from the stored runs without training"
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--configs", nargs="+", choices=shipped_configs(), default=shipped_configs(), metavar="CONFIG")
+    parser.add_argument("--out", type=Path, default=Path("runs/method_table"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of a run")
+    parser.add_argument("--tuning-seconds", type=float, default=120, help="CPU seconds of all trials of a method")
+    parser.add_argument("--level", type=float, default=-0.5, help="mean log p(clean) of emoji64-judge-eval")
+    parser.add_argument("--prompts", type=int, default=20, help="evaluation prompts, two images each")
+    parser.add_argument("--clean-images", type=Path, default=Path("runs/emoji/emoji64.npz"))
+    parser.add_argument("--report", action="store_true", help="write tables and curves of the stored runs only")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Run what is missing, then write tables and curves."""
+    arguments = parse()
+    torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*(many workers|eval mode|treespec).*")
-    setting = Setting(
-        arguments.model,
-        arguments.clip,
-        arguments.prompts,
-        arguments.many,
-        arguments.captions,
-        arguments.sampling_steps,
-        str(arguments.training_images) if arguments.training_images.exists() else None,
-    )
-    table = Table(setting, arguments.out, arguments.budget, (arguments.evaluated, arguments.images_per_prompt))
-    for seed in [] if arguments.report else arguments.seeds:
-        for task in arguments.tasks:
-            for method in TASKS[task].methods:
-                if method in arguments.methods:
-                    table.run(task, method, table.tuned(task, method, arguments.lrs), seed)
-    print(write(table, arguments.tasks))
+    warnings.filterwarnings("ignore", ".*(eval mode at the start|many workers|treespec|instantiate_classes).*")
+    seconds, tuning, images = arguments.seconds, arguments.tuning_seconds, arguments.clean_images
+    table = Table(arguments.out, seconds, tuning, images, arguments.prompts)
+    for seed in range(0 if arguments.report else arguments.seeds):
+        for config in arguments.configs:
+            table.run(config, seed)
+    print(write(table, arguments.level))
 
 
 if __name__ == "__main__":

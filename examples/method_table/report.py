@@ -7,23 +7,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from examples.method_table.measure import is_valid
 from examples.method_table.runs import Run
 
-BEST = ("reward", "nearest")
-AXES = {"queries": "reward queries", "forwards": "network forwards", "seconds": "seconds of training"}
+COSTS = {"seconds": "CPU seconds", "queries": "reward queries", "passes": "network passes"}
 
 
-def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """Group runs by (task, method), in order of appearance."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs by config, in order of appearance."""
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run["task"], run["method"]), []).append(run)
+        groups.setdefault(run["config"], []).append(run)
     return groups
-
-
-def last(run: Run) -> float:
-    """Return the reward at the last evaluation of a run."""
-    return float(run["evaluations"][-1]["reward"])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -35,169 +30,124 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def table(runs: Sequence[Run], base: dict[str, dict[str, float]]) -> str:
-    """Return Markdown: one section per task, one row per method; means over seeds and standard errors of the reward."""
-    lines: list[str] = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        start = base[task]
-        others = [name for name in start if name not in ("reward", "diversity", "drift")]
-        head = [
-            "method",
-            "lr",
-            "own",
-            "steps",
-            "passes",
-            "queries",
-            "seconds",
-            "reward",
-            *others,
-            "diversity",
-            "drift",
-            "MiB",
-        ]
-        lines += [f"### {task}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        cells = ["base", *[""] * 6, *(_short(start[key]) for key in ("reward", *others, "diversity")), "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-        for (name, method), group in grouped(runs).items():
-            if name == task:
-                lines.append(_row(method, group, others))
-        lines.append("")
-    return "\n".join(lines)
+def to_reach(run: Run, level: float, key: str = "seconds") -> float:
+    """Return the cost at which the evaluation first reaches `level`, by linear interpolation between milestones.
 
-
-def to_reach(run: Run, level: float, key: str = "queries") -> float:
-    """Return the cost at which the evaluated reward first reaches `level`, by linear interpolation between milestones.
-
-    Infinite if it never does. `run["start"]` is the reward of the base model, at cost 0.
+    Infinite if it never does, or only with images that no longer show the caption.
     """
-    before = (0.0, run["start"])
+    before = run["evaluations"][0]
     for row in run["evaluations"]:
-        here = (row[key], row["reward"])
-        if here[1] >= level:
-            rise = here[1] - before[1]
-            fraction = 1.0 if rise <= 0 else max(0.0, (level - before[1]) / rise)
-            return before[0] + fraction * (here[0] - before[0])
-        before = here
+        if row["evaluation"] >= level and is_valid(row):
+            rise = row["evaluation"] - before["evaluation"]
+            fraction = 1.0 if rise <= 0 else max(0.0, (level - before["evaluation"]) / rise)
+            return float(before[key] + fraction * (row[key] - before[key]))
+        before = row
     return math.inf
 
 
-def efficiency(runs: Sequence[Run], fraction: float = 0.5, window: int = 10, rival: str = "PPO") -> str:
-    """Return Markdown, one row per method: the cost of learning.
-
-    - medians over seeds of queries, passes and steps to reach `fraction` of the best method's gain on the evaluation;
-    - the total queries of the `rival`, divided by those that the method needs to reach the rival's mean final reward;
-    - medians of the norm of the gradient over the first `window` steps, before clipping, and of the training reward
-      after as many optimization steps as the shortest run has, a mean over `window` steps;
-    - the best mean over seeds at any milestone, of the reward and of the nearest-image accuracy; biased upward, as a
-      maximum of noisy values.
-    """
-    lines: list[str] = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
-        start = next(iter(groups.values()))[0]["start"]
-        level = start + fraction * (max(_mean_last(group) for group in groups.values()) - start)
-        steps = min(len(run["curve"]) for group in groups.values() for run in group)
-        head = [
-            "method",
-            f"queries to {level:.3g}",
-            "passes to it",
-            "steps to it",
-            f"{rival}'s queries / own to its end",
-        ]
-        head += ["first gradient norm", f"reward at step {steps}", "best reward", "best nearest"]
-        lines += [f"### {task}: cost of learning", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for method, group in groups.items():
-            reached = [_median([to_reach(run, level, key) for run in group]) for key in ("queries", "passes", "steps")]
-            norm = _median([row["gradient_norm"] for run in group for row in run["curve"][:window]])
-            late = _median([_mean(run["curve"][max(0, steps - window) : steps], "reward") for run in group])
-            cells = [method, *("not reached" if math.isinf(x) else f"{x:.0f}" for x in reached)]
-            cells += [_advantage(group, groups.get(rival, [])), _short(norm), _short(late)]
-            cells += [_short(best(group, key)) if key in group[0]["evaluations"][0] else "" for key in BEST]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+def at(run: Run, spent: float, key: str) -> float:
+    """Return the evaluation after a cost, by linear interpolation between milestones; NaN if less was spent."""
+    rows = run["evaluations"]
+    for before, row in zip(rows, rows[1:], strict=False):
+        if row[key] >= spent:
+            fraction = (spent - before[key]) / (row[key] - before[key])
+            return float(before["evaluation"] + fraction * (row["evaluation"] - before["evaluation"]))
+    return math.nan
 
 
-def best(group: Sequence[Run], key: str) -> float:
-    """Return the greatest mean over seeds at any milestone."""
-    return max(mean_and_error([row[key] for row in rows])[0] for rows in zip(*_evaluations(group), strict=False))
-
-
-def _advantage(group: Sequence[Run], rivals: Sequence[Run]) -> str:
-    """Return the rivals' total queries divided by the queries needed to reach their final reward."""
-    if not rivals:
-        return ""
-    spent = _median([run["evaluations"][-1]["queries"] for run in rivals])
-    needed = _median([to_reach(run, _mean_last(rivals)) for run in group])
-    return "not reached" if math.isinf(needed) else f"{spent / needed:.1f}"
-
-
-def _mean_last(group: Sequence[Run]) -> float:
-    return mean_and_error([last(run) for run in group])[0]
-
-
-def _evaluations(group: Sequence[Run]) -> list[list[dict[str, float]]]:
-    return [run["evaluations"] for run in group]
-
-
-def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write one PNG per task: evaluated reward against queries, network forwards and seconds."""
-    files = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        figure = Figure(figsize=(15, 5), layout="constrained")
-        panels = figure.subplots(1, len(AXES), sharey=True)
-        groups = {method: group for (name, method), group in grouped(runs).items() if name == task}
-        for place, (method, group) in enumerate(groups.items()):
-            for axes, key in zip(panels, AXES, strict=True):
-                _curve(axes, method, group, key, "-" if place < 10 else "--")
-        for axes, label in zip(panels, AXES.values(), strict=True):
-            axes.set_xscale("log")
-            axes.set_xlabel(label)
-            axes.grid(alpha=0.3)
-        panels[0].set_ylabel(f"{task}: reward on fresh noise")
-        panels[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        files.append(folder / f"methods-{task}.png")
-        figure.savefig(files[-1], dpi=100)
-    return files
-
-
-def _curve(axes: Any, method: str, group: list[Run], key: str, line: str) -> None:
-    """Plot the mean over seeds at each milestone, with error bars of one standard error."""
-    milestones = list(zip(*_evaluations(group), strict=False))
-    spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
-    means, errors = zip(*(mean_and_error([row["reward"] for row in rows]) for rows in milestones), strict=True)
-    axes.errorbar(
-        spent, means, [0 if math.isnan(e) else e for e in errors], marker=".", capsize=2, linestyle=line, label=method
+def page(runs: Sequence[Run], level: float, seconds: float, tuning_seconds: float) -> str:
+    """Return both tables with their headings as Markdown."""
+    groups = grouped(runs)
+    commits = ", ".join(sorted({f"{run['commit']} ({run['date']})" for run in runs}))
+    head = (
+        f"{seconds:g} CPU seconds of one thread a run, tuned for {tuning_seconds:g}; commit {commits}. Means over the "
+        f"seeds, ± standard error.\n\n### Time to reward\n\n"
     )
+    return f"{head}{leaderboard(groups, level)}\n### At equal cost\n\n{results(groups)}"
 
 
-def _row(method: str, group: list[Run], others: Sequence[str]) -> str:
-    ends = [run["evaluations"][-1] for run in group]
+def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
+    """Return the cost until the evaluation reaches `level`, one row per config, fastest first; the others by score."""
+    rows = []
+    for config, group in groups.items():
+        reached = {key: [to_reach(run, level, key) for run in group] for key in COSTS}
+        number = sum(map(math.isfinite, reached["seconds"]))
+        score = _mean(group, "evaluation")
+        if number == len(group):
+            order = mean_and_error(reached["seconds"])[0]
+            others = [mean_and_error(reached[key])[0] for key in ("queries", "passes")]
+            cells = [_cell(reached["seconds"], 1), *(f"{value:,.0f}" for value in others)]
+        else:
+            order = 1e6 - score
+            cells = ["not reached", "", ""]
+        tuned = ", ".join(f"{name.split('.')[-1]} {value:.2g}" for name, value in group[0]["options"].items())
+        rows.append((order, _line([config, tuned, f"{number} of {len(group)}", *cells])))
+    head = ["config", "tuned", f"seeds at {level:g}", *(f"{name} to it" for name in COSTS.values())]
+    return _line(head) + "|---" * len(head) + "|\n" + "".join(line for _, line in sorted(rows))
 
-    def mean(key: str) -> float:
-        return mean_and_error([row[key] for row in ends])[0]
 
-    reward, error = mean_and_error([row["reward"] for row in ends])
-    peak = next((run["peak_mib"] for run in group if "peak_mib" in run), None)
-    cells = [
-        method,
-        f"{group[0]['lr']:g}",
-        "" if group[0]["own"] is None else f"{group[0]['own']:g}",
-        *(f"{mean(key):.0f}" for key in ("steps", "passes", "queries", "seconds")),
-        _short(reward) + ("" if math.isnan(error) else f" ± {error:.2g}"),
-        *(_short(mean(key)) for key in (*others, "diversity", "drift")),
-        "" if peak is None else f"{peak:.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def results(groups: dict[str, list[Run]]) -> str:
+    """Return what each config reached: at the median cost of all configs, and every score at the end; best first."""
+    every = [group[0]["evaluations"][-1] for group in groups.values()]
+    common = {key: sorted(row[key] for row in every)[len(every) // 2] for key in ("queries", "passes")}
+    names = [name for name in every[0] if name not in (*COSTS, "steps", "evaluation")]
+    head = ["config", "steps", "queries", "passes", "evaluation", *names]
+    head += [f"evaluation at {value:,.0f} {key}" for key, value in common.items()]
+    head += ["gradient norm: first → last"]
+    lines = []
+    for config, group in sorted(groups.items(), key=lambda item: -_mean(item[1], "evaluation")):
+        ends = [run["evaluations"][-1] for run in group]
+        cells = [config, *(f"{_mean(group, key):,.0f}" for key in ("steps", "queries", "passes"))]
+        cells += [_cell([row[name] for row in ends]) for name in ("evaluation", *names)]
+        cells += [_cell([at(run, value, key) for run in group]) for key, value in common.items()]
+        lines.append(_line([*cells, _growth(group)]))
+    return _line(head) + "|---" * len(head) + "|\n" + "".join(lines)
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Plot the evaluation against each cost; error bars are one standard error over the seeds."""
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    panels = figure.subplots(1, len(COSTS), sharey=True)
+    for place, (config, group) in enumerate(grouped(runs).items()):
+        for axes, key in zip(panels, COSTS, strict=True):
+            _curve(axes, config, group, key, ("-", "--", ":", "-.")[place // 10 % 4])
+    for axes, label in zip(panels, COSTS.values(), strict=True):
+        axes.set_xscale("symlog", linthresh=1 if label == COSTS["seconds"] else 10)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("evaluation: mean log p(clean) of emoji64-judge-eval")
+    panels[-1].legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=100)
+
+
+def _curve(axes: Any, label: str, group: list[Run], key: str, line: str) -> None:
+    milestones = list(zip(*(run["evaluations"] for run in group), strict=False))
+    spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
+    means, errors = zip(*(mean_and_error([row["evaluation"] for row in rows]) for rows in milestones), strict=True)
+    bars = [0 if math.isnan(error) else error for error in errors]
+    axes.errorbar(spent, means, bars, marker=".", capsize=2, linestyle=line, label=label)
+
+
+def _growth(group: Sequence[Run]) -> str:
+    norms = [[row["gradient_norm"] for row in run["curve"]] for run in group]
+    first, last = ([_median(part) for part in parts] for parts in ([n[:5] for n in norms], [n[-5:] for n in norms]))
+    return f"{sum(first) / len(first):.3g} → {sum(last) / len(last):.3g}"
+
+
+def _mean(group: Sequence[Run], key: str) -> float:
+    return mean_and_error([run["evaluations"][-1][key] for run in group])[0]
+
+
+def _cell(values: Sequence[float], digits: int = 2) -> str:
+    mean, error = mean_and_error(values)
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2] if values else math.nan
-
-
-def _mean(rows: Sequence[dict[str, float]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows) if rows else math.nan
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"

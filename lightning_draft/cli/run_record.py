@@ -166,7 +166,8 @@ class RunRecord(Callback):
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the old and new value of each option that differs, by its full name.
 
-    An option that the old configuration lacks, as one of an older release does, is the same if it is now off.
+    An option that the old configuration lacks, as one written by an older release may, counts as equal if it is now
+    off.
     """
     before, after = flatten(old), flatten(new)
     before |= {key: value for key, value in after.items() if key not in before and (value is None or value is False)}

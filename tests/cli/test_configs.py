@@ -13,6 +13,7 @@ NAMES = shipped.names()
 EMOJI = [name for name in NAMES if "pretrained: emoji" in shipped.locate(name).read_text(encoding="utf-8")]
 METHODS = {
     "draft": "Full",
+    "draft_1": "LastK",
     "draft_k": "LastK",
     "draft_lv": "LowVariance",
     "draft_plus": "LastK",

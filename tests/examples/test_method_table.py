@@ -1,172 +1,217 @@
-"""The method table: counts, conclusions, and continuation after an interruption."""
+"""The method table: tuning, seeds, costs, conclusions, and continuation after an interruption."""
 
 import math
 import multiprocessing
-import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from examples.method_table import __main__ as command
-from examples.method_table import methods, report
-from examples.method_table.measure import Evaluation
+from examples.method_table import measure, methods, report
 from examples.method_table.runs import Run, RunFile
-from lightning_draft.advantages import AdvantageEstimator
+from examples.method_table.tuning import Options, Report, around, tune
 from lightning_draft.forward_objectives import ForwardObjective
 from lightning_draft.gradient_matching import GradientMatching
 from lightning_draft.objectives import Objective
-from lightning_draft.rewards import Prompt
-from lightning_draft.samplers import DDIM
-from lightning_draft.testing import LinearModel, LinearReward
 from lightning_draft.truncation import Truncation
 from lightning_draft.windows import StepWindow
 
-STEPS = 3
-BUDGET = 100
-NAMES = ("cat", "dog", "bed", "ant")
-PASSES = {
-    "DRaFT": (2 * STEPS, STEPS),
-    "DRaFT-1": (STEPS, 1),
-    "DRaFT-LV": (STEPS + 2, 1 + 2),
-    "REINFORCE": (STEPS + STEPS, STEPS),
-    "MixGRPO": (STEPS + 2, 2),
-    "DiffusionNFT": (STEPS + STEPS, STEPS),
-    "VGG-Flow": (STEPS + 4 * 3, 3),
-}
-"""Forward and backward passes a sample in one training step."""
+
+def words(value: Any) -> set[str]:
+    """Return all texts in a nested config."""
+    if isinstance(value, dict):
+        return set().union(*map(words, value.values()))
+    return {value} if isinstance(value, str) else set()
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    file = tmp_path / "prompts.csv"
-    file.write_text("prompt,caption\n" + "".join(f"{name},a {name}\n" for name in NAMES))
-    return file
+def test_table_covers_every_strategy() -> None:
+    from lightning_draft.cli.hints import subclasses
+
+    bases = (Truncation, GradientMatching, Objective, ForwardObjective, StepWindow)
+    known = {kind.__name__ for kind in subclasses(bases) if kind.__module__.startswith("lightning_draft.")}
+    texts = [(methods.CONFIGS / f"{name}.yaml").read_text() for name in methods.shipped_configs()]
+    assert known <= set().union(*(words(yaml.safe_load(text)) for text in texts))
 
 
-@pytest.fixture
-def captions(tmp_path: Path) -> Path:
-    file = tmp_path / "captions.txt"
-    file.write_text("".join(f"a {name}\n" for name in NAMES))
-    return file
+def test_table_has_the_methods_and_not_the_other_tasks() -> None:
+    names = {*methods.shipped_configs()}
+    assert {"draft", "draft_k", "draft_lv", "refl", "drtune", "alignprop", "reinforce", "ppo", "loop", "prdp"} <= names
+    assert not {"quickstart", "compositions", "guard", "sd15_clip"} & names
 
 
-@pytest.fixture
-def setting(tiny_sd: Path, tiny_clip: Path, prompts: Path, captions: Path) -> methods.Setting:
-    return methods.Setting(str(tiny_sd), str(tiny_clip), str(prompts), str(prompts), str(captions), STEPS)
+@pytest.mark.parametrize("config", list(methods.OWN))
+def test_ranges_of_own_parameters_contain_the_value_of_the_config(config: str) -> None:
+    own = methods.OWN[config]
+    assert own.low <= methods.written(config, own.option) <= own.high
 
 
-@pytest.fixture
-def run(
-    tiny_sd: Path,
-    tiny_clip: Path,
-    prompts: Path,
-    captions: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., Path]:
-    def start(*words: str, budget: int = 1, lrs: str = "1e-3", steps: int = STEPS) -> Path:
-        options = {
-            "out": tmp_path,
-            "model": tiny_sd,
-            "clip": tiny_clip,
-            "budget": budget,
-            "sampling-steps": steps,
-            "prompts": prompts,
-            "captions": captions,
-            "training-images": tmp_path / "none",
-            "many": prompts,
-            "evaluated": 2,
-            "images-per-prompt": 2,
-            "seeds": 0,
-            "lrs": lrs,
-        }
-        arguments = [text for key, value in options.items() for text in (f"--{key}", *str(value).split())]
-        monkeypatch.setattr(sys, "argv", ["method_table", *arguments, *words])
-        command.main()
-        return tmp_path
-
-    return start
+def peak(options: Options) -> float:
+    return -(math.log10(options["lr"] / 0.01) ** 2)
 
 
-@pytest.mark.parametrize("method", list(PASSES))
-def test_passes_of_one_step_equal_the_expected_cost(method: str, setting: methods.Setting, tmp_path: Path) -> None:
-    """The expected cost: a forward pass per step, another if it is recomputed, and a backward pass."""
-    table = command.Table(setting, tmp_path, budget=1, evaluation=(2, 2))
-    result = table.run("recognized", method, methods.METHODS[method].trials()[0], seed=0)
-    samples = 8 if method in {**methods.DIRECT, **methods.MATCHING} else 16
-    queries = {"DRaFT-LV": 3, "VGG-Flow": 1 + 3}.get(method, 1)
-    assert len(result["curve"]) == len(result["evaluations"]) == 1
-    forwards, backwards = PASSES[method]
-    assert result["evaluations"][0]["forwards"] == forwards * samples
-    assert result["evaluations"][0]["passes"] == (forwards + backwards) * samples
-    assert result["evaluations"][0]["queries"] == samples * queries
-    assert result["peak_mib"] > 0
+def test_tuning_returns_the_best_trial_and_uses_its_seconds(tmp_path: Path) -> None:
+    tried: list[Options] = []
+
+    def run(options: Options, report: Report) -> float:
+        tried.append(options)
+        for milestone in range(3):
+            if report(peak(options), milestone):
+                return 1.0
+        return 3.0
+
+    first = {"lr": 0.001}
+    best = tune(tmp_path / "tuning.log", "method", first, around(first, {"lr": (1e-4, 1.0)}), 30, run)
+    assert tried[0] == first
+    assert 10 <= len(tried) <= 30
+    assert best == max(tried, key=peak)
+    assert peak(best) > peak(first)
+    tune(tmp_path / "tuning.log", "method", first, around(first, {}), 30, run)
+    assert tried[-1] != first, "a finished study was started again"
 
 
-def test_learning_rate_is_tuned_on_separate_seeds(run: Callable[..., Path]) -> None:
-    out = run("--tasks", "recognized", "--methods", "DRaFT-1", budget=BUDGET, lrs="1e-9 1e-3 3e-2")
-    heat = {lr: end(out, lr=lr, seed=command.SHORT) for lr in (1e-9, 1e-3, 3e-2)}
-    finalists = sorted(heat, key=lambda lr: heat[lr]["reward"])[1:]
-    finals = {lr: end(out, lr=lr, seed=command.FINAL) for lr in finalists}
-    assert sum(run.get("seed") == command.FINAL for run in RunFile(out / "runs.jsonl").all()) == 2
-    best = max(finals, key=lambda lr: finals[lr]["reward"])
-    assert f"| DRaFT-1 | {best:g} |" in (out / "methods.md").read_text()
-    assert end(out, lr=best, seed=0)["passes"] == finals[best]["passes"] >= BUDGET > heat[best]["passes"]
+def test_tuning_ends_trials_below_the_median_early(tmp_path: Path) -> None:
+    milestones: list[int] = []
+
+    def run(options: Options, report: Report) -> float:
+        score = 1.0 if not milestones else -1.0
+        for milestone in range(3):
+            milestones.append(milestone)
+            if report(score, milestone):
+                break
+        return 1.0
+
+    first = {"lr": 0.001}
+    assert tune(tmp_path / "tuning.log", "method", first, around(first, {}), 3, run) == first
+    assert milestones == [0, 1, 2, 0, 0]
 
 
-def find(out: Path, **identity: object) -> Run:
-    run = RunFile(out / "runs.jsonl").find(task="recognized", **identity)
-    assert run is not None, identity
-    return run
+def test_tuning_returns_the_first_options_if_no_score_is_finite(tmp_path: Path) -> None:
+    def run(options: Options, report: Report) -> float:
+        report(math.nan, 0)
+        return 1.0
+
+    first = {"lr": 0.001}
+    assert tune(tmp_path / "tuning.log", "method", first, around(first, {}), 2, run) == first
 
 
-def end(out: Path, **identity: object) -> dict[str, float]:
-    return find(out, method="DRaFT-1", **identity)["evaluations"][-1]
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> command.Table:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "FRACTIONS", (1.0,))
+        table = command.Table(tmp_path_factory.mktemp("table"), 0.01, 0.01, Path("none"), prompts=2)
+        for seed in (0, 1):
+            table.run("draft_k", seed)
+    return table
 
 
-def test_an_interrupted_table_continues_without_repeating_runs(run: Callable[..., Path], tmp_path: Path) -> None:
-    row = {
-        "steps": 7,
-        "forwards": 6,
-        "passes": 9,
-        "queries": 5,
-        "seconds": 1.0,
-        "reward": -0.5,
-        "diversity": 0.1,
-        "drift": 0.2,
-    }
-    row |= {"retrieval": 0.25, "jpeg": -1.0, "sharpness": 0.1}
-    kept = {"task": "recognized", "method": "DRaFT-1", "lr": 1e-3, "own": None, "start": -1.0, "peak_mib": 3.0}
-    curve = [{"reward": -0.7, "gradient_norm": 2.5}]
-    for seed in (0, command.SHORT, command.FINAL):
-        RunFile(tmp_path / "runs.jsonl").add({**kept, "seed": seed, "evaluations": [row], "curve": curve})
-    run("--tasks", "recognized", "--methods", "DRaFT-1", "DRaFT-LV")
-    lines = (tmp_path / "methods.md").read_text().splitlines()
-    assert any(line.startswith("| DRaFT-1 | 0.001 |  | 7 | 9 | 5 | 1 | -0.5 |") for line in lines)
-    assert any(line.startswith("| DRaFT-LV | 0.001 |  | 1 |") for line in lines)
-    assert any(line.startswith("| DRaFT-1 | 2 | 4 | 4 |  | 2.5 | -0.7 |") for line in lines)
-    assert (tmp_path / "methods-recognized.png").stat().st_size > 0
+def test_a_run_is_tuned_evaluated_and_costed(table: command.Table) -> None:
+    run, other = table.runs()
+    assert [row["steps"] for row in run["evaluations"]] == [0, 1]
+    assert run["evaluations"][1]["queries"] == 8
+    assert run["evaluations"][1]["passes"] == 8 * (10 + 2 * 5)  # five steps are recomputed and have a backward pass
+    assert run["evaluations"][0]["drift"] == 0 < run["evaluations"][1]["drift"]
+    assert run["options"] == other["options"] == {methods.LR: methods.written("draft_k", methods.LR)}
+    assert table.file.find(config="draft_k", seed=0) == table.run("draft_k", 0)
 
 
-def add_runs(file: Path, method: str, number: int) -> None:
+def test_seeds_train_with_different_noise_and_prompts(table: command.Table) -> None:
+    run, other = table.runs()
+    assert run["evaluations"][0] == other["evaluations"][0]
+    assert run["curve"][0]["gradient_norm"] != other["curve"][0]["gradient_norm"]
+
+
+def test_tuning_uses_other_prompts_and_noise_than_the_evaluation(table: command.Table) -> None:
+    assert table._tuning.seed != table._final.seed
+    assert not {*table._tuning.prompts} & {*table._final.prompts}
+
+
+def test_evaluation_is_reproducible(table: command.Table) -> None:
+    model = methods.build("draft_k", 0, [])[0].model
+    first = table._final(model)
+    torch.randn(3)
+    assert table._final(model) == first
+    assert first["drift"] == 0
+
+
+def rows(*values: tuple[float, float]) -> list[dict[str, float]]:
+    return [
+        {"seconds": c, "queries": 10 * c, "passes": 100 * c, "steps": c, "evaluation": e, "reward": e}
+        for c, e in values
+    ]
+
+
+def a_run(config: str, seed: int, *values: tuple[float, float]) -> Run:
+    curve = [{"seconds": 0.0, "gradient_norm": 2.0}]
+    when = {"commit": "abc", "date": "2026-01-01", "options": {methods.LR: 0.001}}
+    return {"config": config, "seed": seed, "evaluations": rows((0, -1.0), *values), "curve": curve, **when}
+
+
+def test_the_fastest_method_is_first_and_missed_levels_are_stated(tmp_path: Path) -> None:
+    runs = [
+        a_run("slow", 0, (60, -0.5)),
+        a_run("slow", 1, (70, -0.5)),
+        a_run("never", 0, (99, -0.9)),
+        a_run("fast", 0, (10, 0.0)),
+    ]
+    lines = [line.split(" | ") for line in report.leaderboard(report.grouped(runs), -0.5).splitlines()[2:]]
+    assert [line[0] for line in lines] == ["| fast", "| slow", "| never"]
+    assert lines[0][3:] == ["5.0", "50", "500 |"]
+    assert lines[1][1:] == ["lr 0.001", "2 of 2", "65.0 ± 5.0", "650", "6,500 |"]
+    assert lines[2][2:4] == ["0 of 1", "not reached"]
+    report.plot(runs, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 0
+
+
+def test_methods_are_compared_at_equal_queries_and_passes() -> None:
+    runs = [a_run("a", 0, (10, -0.5)), a_run("b", 0, (20, 0.0)), a_run("c", 0, (30, -0.9))]
+    table = [line.split(" | ") for line in report.results(report.grouped(runs)).splitlines()]
+    assert table[0][6:8] == ["evaluation at 200 queries", "evaluation at 2,000 passes"]
+    assert {line[0]: line[6] for line in table[2:]} == {"| b": "0.00", "| a": "", "| c": "-0.93"}
+
+
+@pytest.mark.parametrize(
+    ("level", "seconds"), [(-1.0, 0), (-0.75, 50), (0.0, 400 / 3), (0.5, 500 / 3), (1.1, math.inf)]
+)
+def test_cost_to_a_level_is_interpolated(level: float, seconds: float) -> None:
+    run = {"evaluations": rows((0, -1.0), (100, -0.5), (200, 1.0), (400, 0.5))}
+    assert report.to_reach(run, level) == pytest.approx(seconds)
+
+
+def test_a_level_is_not_reached_by_images_that_do_not_show_the_caption() -> None:
+    found = rows((0, -1.0), (100, 0.0), (200, 0.5))
+    for row, recognized in zip(found, (1.0, 0.94, 0.95), strict=True):
+        row["recognized"] = recognized
+    assert report.to_reach({"evaluations": found}, -0.5) == 100
+    assert measure.objective(found[1]) == pytest.approx(-0.1)
+    assert measure.objective(found[2]) == 0.5
+
+
+def test_standard_error_equals_torch() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    mean, error = report.mean_and_error(values.tolist())
+    assert mean == pytest.approx(values.mean().item())
+    assert error == pytest.approx((values.std() / 3**0.5).item())
+
+
+def add_runs(file: Path, config: str, number: int) -> None:
     for seed in range(number):
-        RunFile(file).add({"task": "t", "method": method, "seed": seed, "curve": [{"steps": 1, "reward": seed / 3}]})
+        RunFile(file).add({"config": config, "seed": seed, "curve": [{"steps": 1, "reward": seed / 3}]})
 
 
 def test_two_processes_can_append_runs_to_the_same_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "runs.jsonl"
     start = multiprocessing.get_context("fork").Process
-    processes = [start(target=add_runs, args=(file, method, 20)) for method in ("b", "a")]
+    processes = [start(target=add_runs, args=(file, config, 20)) for config in ("b", "a")]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
     runs = RunFile(file).all()
-    assert [run["method"] for run in runs] == ["a"] * 20 + ["b"] * 20
+    assert [run["config"] for run in runs] == ["a"] * 20 + ["b"] * 20
     assert {run["seed"] for run in runs} == set(range(20))
     assert file.read_text().splitlines() == sorted(file.read_text().splitlines())
     assert [path.name for path in file.parent.iterdir()] == ["runs.jsonl"]
@@ -174,109 +219,11 @@ def test_two_processes_can_append_runs_to_the_same_file(tmp_path: Path) -> None:
 
 def test_stored_run_is_read_in_single_precision(tmp_path: Path) -> None:
     rewards = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    rows = [{"steps": step, "reward": reward} for step, reward in enumerate(rewards.tolist())]
+    curve = [{"steps": step, "reward": reward} for step, reward in enumerate(rewards.tolist())]
     runs = RunFile(tmp_path / "runs.jsonl")
-    added = runs.add({"task": "t", "lr": 1 / 3, "own": None, "curve": rows})
+    added = runs.add({"config": "t", "limit": 1 / 3, "curve": curve})
     assert runs.all() == [added]
-    assert runs.find(own=None, lr=1 / 3) == added
-    assert runs.find(own=1.0) is None
+    assert runs.find(limit=1 / 3) == added
+    assert runs.find(limit=1.0) is None
     assert torch.equal(torch.tensor([row["reward"] for row in added["curve"]]), rewards)
     assert [row["steps"] for row in added["curve"]] == list(range(50))
-
-
-def test_published_table_equals_the_table_of_the_published_runs(tmp_path: Path) -> None:
-    published = Path(command.__file__).parents[1] / "results" / "methods"
-    (tmp_path / "runs.jsonl").write_text((published / "runs.jsonl").read_text())
-    setting = methods.Setting("m", "c", "animals", "animals", "animals", STEPS)
-    command.write(command.Table(setting, tmp_path, 1, (2, 2)), list(methods.TASKS))
-    assert (tmp_path / "methods.md").read_text() == (published / "methods.md").read_text()
-
-
-def test_table_covers_every_strategy() -> None:
-    from lightning_draft.cli.hints import subclasses
-
-    bases = (Truncation, GradientMatching, Objective, ForwardObjective, AdvantageEstimator, StepWindow)
-    known = {kind for kind in subclasses(bases) if kind.__module__.startswith("lightning_draft.")}
-    used = set()
-    for method in methods.METHODS.values():
-        trial = method.trials()[0]
-        module = method.module(trial.own, model=LinearModel(), reward=LinearReward(), sampler=DDIM(4, eta=1.0))
-        parts = [*module.strategies().values(), module.method, getattr(module, "truncation", None)]
-        used |= {type(part) for part in parts}
-    assert known <= used
-    assert set(methods.TASKS["recognized"].methods) == set(methods.METHODS)
-    assert set(methods.TASKS["jpeg"].methods) == {*methods.POLICY, *methods.FORWARD}
-
-
-def test_method_parameter_is_tuned_with_the_learning_rate(run: Callable[..., Path]) -> None:
-    """PRDP's squared error is 1/beta^2 of that of the reward at the start, so that the used value can be checked."""
-    out = run("--tasks", "recognized", "many", "--methods", "PRDP", lrs="1e-3 1e-2", steps=2)
-    found = [run for run in RunFile(out / "runs.jsonl").all() if run["method"] == "PRDP"]
-    tried = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.SHORT}
-    final = {(each["lr"], each["own"]): each for each in found if each["seed"] == command.FINAL}
-    assert set(tried) == {(lr, beta) for lr in (1e-3, 1e-2) for beta in methods.METHODS["PRDP"].values}
-    norms = {beta: tried[1e-3, beta]["curve"][0]["gradient_norm"] for beta in methods.METHODS["PRDP"].values}
-    assert norms[0.001] == pytest.approx(100 * norms[0.1], rel=1e-3)
-    best = max(final, key=lambda trial: final[trial]["evaluations"][-1]["reward"])
-    trained = {each["task"]: (each["lr"], each["own"]) for each in found if each["seed"] == 0}
-    assert trained == {"recognized": best, "many": best}
-
-
-def test_finalists_differ_in_their_learning_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    reached = {(1e-3, 0.03): 1, (1e-3, 0.1): 2, (1e-2, 0.03): 5, (1e-2, 0.1): 4, (3e-3, 0.03): 3, (3e-3, 0.1): 0}
-    raced = []
-
-    def run(self: command.Table, task: str, method: str, trial: methods.Trial, seed: int, share: float) -> Run:
-        if seed == command.FINAL:
-            raced.append((trial.lr, trial.own))
-            return {"evaluations": [{"reward": -trial.lr}]}
-        return {"evaluations": [{"reward": reached.get((trial.lr, trial.own), -1)}]}
-
-    monkeypatch.setattr(command.Table, "run", run)
-    setting = methods.Setting("m", "c", "animals", "animals", "animals", STEPS)
-    chosen = command.Table(setting, tmp_path, 1, (2, 2)).tuned("recognized", "PPO", None)
-    assert raced == [(1e-2, 0.03), (3e-3, 0.03)]
-    assert chosen == methods.Trial(3e-3, 0.03)
-
-
-def test_queries_are_compared_between_methods() -> None:
-    def run(method: str, *rows: tuple[int, float]) -> Run:
-        evaluations = [{"queries": q, "passes": q, "steps": q, "reward": reward} for q, reward in rows]
-        curve = [{"reward": 0.0, "gradient_norm": 1.0}]
-        return {"task": "t", "method": method, "start": -1.0, "evaluations": evaluations, "curve": curve}
-
-    runs = [run("PPO", (400, -0.2), (800, -0.5)), run("DRaFT", (40, -0.5), (80, 0.0)), run("PRDP", (800, -0.6))]
-    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in report.efficiency(runs).splitlines() if "|" in line}
-    assert rows["DRaFT"][4] == "20.0"
-    assert rows["PRDP"][4] == "not reached"
-    assert rows["PPO"][7] == "-0.2"
-
-
-@pytest.mark.parametrize(("level", "queries"), [(-1.0, 0), (-0.75, 50), (0.0, 150), (0.5, 175), (1.1, math.inf)])
-def test_queries_to_a_level_are_interpolated(level: float, queries: float) -> None:
-    rows = [{"queries": 100, "reward": -0.5}, {"queries": 200, "reward": 1.0}, {"queries": 400, "reward": 0.5}]
-    reached = report.to_reach({"start": -1.0, "evaluations": rows}, level)
-    assert reached == pytest.approx({0.0: 100 + 100 / 3, 0.5: 100 + 200 / 3}.get(level, queries))
-
-
-def test_standard_error_equals_numpy() -> None:
-    values = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    mean, error = report.mean_and_error(values.tolist())
-    assert mean == pytest.approx(values.mean().item())
-    assert error == pytest.approx((values.std() / 3**0.5).item())
-
-
-def test_evaluation_is_reproducible(tiny_sd: Path, tiny_clip: Path) -> None:
-    setting = methods.Setting(str(tiny_sd), str(tiny_clip), "animals", "animals", "animals", STEPS)
-    module = methods.METHODS["DRaFT-1"].build(setting, "recognized", methods.Trial(1e-3), 0)
-    prompts = [Prompt("cat", {"caption": "a cat"}), Prompt("bed", {"caption": "a bed"})]
-    evaluation = Evaluation(prompts, images_per_prompt=2)
-    images, prompts = evaluation.images(module)
-    first = evaluation.scores(module, images)
-    torch.randn(3)
-    assert evaluation.scores(module, images) == first
-    assert first["drift"] == 0
-    assert prompts == ["cat", "cat", "bed", "bed"]
-    pairs = (images[0] - images[1], images[2] - images[3])
-    expected = torch.stack([pair.square().mean().sqrt() for pair in pairs]).mean().item()
-    assert first["diversity"] == pytest.approx(expected, rel=1e-4)

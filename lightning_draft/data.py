@@ -16,6 +16,7 @@ from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.prompt_table import PromptTable
 
 DEFAULT_VAL_SIZE = 8
+_HELD_OUT = 0  # does not depend on the run's seed, so that runs with different seeds can be compared
 
 
 class PromptLoader:
@@ -148,11 +149,11 @@ class PromptDataModule(L.LightningDataModule):
         val_prompts: Held-out prompts in the same forms; by default `val_size` prompts are held out of `prompts`.
         batch_size: Prompts per process and training step.
         val_batch_size: Prompts per process and validation batch; by default `batch_size`.
-        val_size: Number of prompts to hold out, chosen by the seed, if `val_prompts` is not given; 0 for none. By
-            default 8, or half of the prompts if there are fewer than 16.
+        val_size: Number of prompts to hold out if `val_prompts` is not given, the same ones for each seed; 0 for
+            none. By default 8, or half of the prompts if there are fewer than 16.
         column: The prompt's column in files and data sets that have columns.
         split: The split of a data set.
-        seed: Seed of the order and of the choice of held-out prompts.
+        seed: Seed of the order; by default 0, and on the command line that of `seed_everything`.
 
     Raises:
         ConfigurationError: There are no prompts, or an argument is not valid.
@@ -167,17 +168,17 @@ class PromptDataModule(L.LightningDataModule):
         val_size: int | None = None,
         column: str = "prompt",
         split: str = "train",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = at_least("batch_size", batch_size, 1)
         self.val_batch_size = batch_size if val_batch_size is None else at_least("val_batch_size", val_batch_size, 1)
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
         self._loader: PromptLoader | None = None
         everything = _read("prompts", prompts, column, split)
         if val_prompts is None:
             size = _default_val_size(everything) if val_size is None else val_size
-            self.train_prompts, self.val_prompts = hold_out(everything, size, seed)
+            self.train_prompts, self.val_prompts = hold_out(everything, size, _HELD_OUT)
         else:
             self.train_prompts, self.val_prompts = everything, _read("val_prompts", val_prompts, column, split)
 

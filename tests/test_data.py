@@ -91,7 +91,7 @@ def test_each_fixed_prompt_is_used_once_by_one_process() -> None:
 
 def test_data_module_gives_training_and_validation_batches() -> None:
     data = PromptDataModule([str(prompt) for prompt in PROMPTS], val_size=4, batch_size=3, seed=1)
-    assert (data.train_prompts, data.val_prompts) == hold_out(PROMPTS, 4, 1)
+    assert (data.train_prompts, data.val_prompts) == hold_out(PROMPTS, 4, 0)  # the same for each seed
     assert next(iter(data.train_dataloader())) == PromptLoader(data.train_prompts, 3, seed=1).batch(0)
     assert list(data.val_dataloader()) == [data.val_prompts[:3], data.val_prompts[3:]]
     given = PromptDataModule(["a", "b"], val_prompts=["c"], val_batch_size=2)

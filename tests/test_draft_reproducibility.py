@@ -38,6 +38,16 @@ def test_step_depends_only_on_seed_and_position(tmp_path: Path) -> None:
     assert len(set(rewards(0, 1))) == 3
 
 
+def test_noise_of_validation_does_not_depend_on_the_seed(tmp_path: Path) -> None:
+    images = []
+    for seed in (0, 1):
+        module = linear(sampler=DDIM(4, eta=1.0), seed=seed)
+        trainer_of(tmp_path, limit_val_batches=None).validate(module, data(), verbose=False)
+        assert module.validation is not None
+        images.append(module.validation.images["fine-tuned"])
+    assert torch.equal(*images)
+
+
 def test_generate_uses_its_seed() -> None:
     module = linear(sampler=DDIM(4, eta=1.0))
     images = module.generate(PROMPTS, seed=5)

@@ -35,6 +35,7 @@ from lightning_draft.cli.process import (
 )
 from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord, without_enums
+from lightning_draft.cli.run_seeds import HELP, chosen_at_random, fill_seeds, saved_options
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers
 from lightning_draft.cli.tensorboard import RunLogger
 from lightning_draft.cli.text_embedding import embed_prompts
@@ -84,7 +85,6 @@ class DraftCLI(LightningCLI):
                     save_config_callback=None,
                     trainer_class=RunTrainer,
                     trainer_defaults=TRAINER_DEFAULTS,
-                    seed_everything_default=0,
                     parser_kwargs={
                         "prog": "lightning-draft",
                         "parser_mode": "omegaconf",
@@ -109,6 +109,10 @@ class DraftCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "verbose"},
         }
         return {self.command: options[self.command]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed of the run."""
+        parser.add_argument("--seed_everything", type=bool | int, default=0, help=HELP)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name, how it resumes, and one option for each callback."""
@@ -142,6 +146,13 @@ class DraftCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing, so that options saved in a checkpoint never override the given ones."""
 
+    def _set_seed(self) -> None:
+        """Seed Python, numpy and torch."""
+        config = self.config[self.command]
+        if config["seed_everything"] is True:
+            config["seed_everything"] = chosen_at_random()
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Check values, and choose the run's folder and checkpoint before anything is loaded."""
         config = self.config[self.command]
@@ -156,6 +167,9 @@ class DraftCLI(LightningCLI):
         check_groups(config["model"], "model")
         root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT).expanduser()
         self.run = self._choose_folder(root, configs)
+        saved = saved_options(self.run.checkpoint)
+        for options in (config, self._as_written):
+            fill_seeds(options, saved)
         config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
         place_loggers(config["trainer"]["logger"], self.run.path, root)
         embed_prompts(config)

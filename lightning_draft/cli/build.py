@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning_draft.cli import messages
 from lightning_draft.cli.app import DraftCLI
 from lightning_draft.cli.option_checks import check_options
+from lightning_draft.cli.run_seeds import fill_seeds
 
 
 class BuildCLI(DraftCLI):
@@ -15,6 +16,7 @@ class BuildCLI(DraftCLI):
     def before_instantiate_classes(self) -> None:
         """Check values."""
         config = self.config[self.command]
+        fill_seeds(config, {})
         self._as_written = config.clone()
         check_options(messages.flatten(config.as_dict()))
         config["trainer"]["logger"] = False

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 
 from lightning_draft.callbacks.ema import check_averaging
 from lightning_draft.cli import hints
+from lightning_draft.cli.run_seeds import MAX_SEED
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.redaction import HIDDEN
 
-_MAX_SEED = 2**32 - 1
 _MAX_DEVICES = 64
 _MAX_BATCH = 2**16
 _DEVICES = r"auto|-1|[1-9]\d*|\d+(,\d+)+|\d+,"
@@ -125,8 +125,8 @@ CHECKS = (
     OptionCheck("trainer.num_nodes", lambda n: n >= 1, "must be at least 1", "write 1"),
     OptionCheck(
         "seed_everything",
-        lambda n: isinstance(n, bool) or 0 <= n <= _MAX_SEED,
-        f"must be between 0 and {_MAX_SEED}",
+        lambda n: isinstance(n, bool) or 0 <= n <= MAX_SEED,
+        f"must be between 0 and {MAX_SEED}",
         "write 0",
     ),
     OptionCheck(

@@ -36,6 +36,7 @@ Run
   --name NAME           write to runs/NAME; by default the config's name; a second run writes to runs/NAME-2
   --ckpt_path PATH|last continue from a checkpoint, a run's folder, or the newest run of this name
   --resume auto         continue from the checkpoint in runs/NAME if there is one, else start a new run (for clusters)
+  --seed_everything N   the seed of noise, prompt order and adapters, by default 0; see --help_all
   --print_config        print the whole configuration and stop
 
 Options of classes

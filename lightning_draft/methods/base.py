@@ -49,7 +49,8 @@ class RewardModule(EvaluationModule, ABC):
         optimizer: Called with the trainable parameters.
         lr_scheduler: Called with the optimizer; it steps once per optimizer step, `ReduceLROnPlateau` once per
             validation.
-        seed: Seed of the starting noise and of all random choices of the method, in `0..2^63 - 1`.
+        seed: Seed of the starting noise and of all random choices of the method, in `0..2^63 - 1`;
+            by default 0, and on the command line that of `seed_everything`.
 
     Attributes:
         reward_queries: Number of images that the reward has scored in training.
@@ -71,7 +72,7 @@ class RewardModule(EvaluationModule, ABC):
         eval_rewards: dict[str, Reward] | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=4e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, seed)
         self.optimizer = optimizer

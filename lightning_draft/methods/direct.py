@@ -52,7 +52,7 @@ class DirectModule(RewardModule, ABC):
         eval_rewards: dict[str, Reward] | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
-        seed: int,
+        seed: int | None,
         checkpointing: Checkpointing,
         micro_batch_size: int | None,
     ) -> None:

@@ -61,7 +61,8 @@ class DraftModule(DirectModule):
             decoder or the reward's network follows. With one such step it costs one more network call.
         micro_batch_size: Number of samples for which a graph is built at a time; by default the whole batch. Memory is
             proportional to it, and activations are recomputed.
-        seed: Seed of the starting noise and of the truncation's random choices, in `0..2^63 - 1`.
+        seed: Seed of the starting noise and of the truncation's random choices, in `0..2^63 - 1`;
+            by default 0, and on the command line that of `seed_everything`.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -81,7 +82,7 @@ class DraftModule(DirectModule):
         anchor: Anchor | None = None,
         checkpointing: Checkpointing = "auto",
         micro_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed, checkpointing, micro_batch_size
@@ -90,7 +91,7 @@ class DraftModule(DirectModule):
         self.loss = Maximize() if loss is None else loss
         self.kl_weight = at_least("kl_weight", kl_weight, 0)
         self.anchor = anchor
-        self.base_samples = BaseSamples(model, self.sampler, seed)
+        self.base_samples = BaseSamples(model, self.sampler, self.seed)
 
     def gradient_steps(self) -> int:
         """Return the largest number of steps of a chain with gradient."""

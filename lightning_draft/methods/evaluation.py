@@ -20,6 +20,7 @@ from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.samplers import DDIM, Sampler
 from lightning_draft.seeds import check_seed, derive_seed, scoring, seeded
 
+_VALIDATION = 0  # does not depend on the module's seed, so that runs with different seeds can be compared
 _STEP_NOISE = 1  # makes the noise of a sampler's steps differ from the starting noise of the same seed
 
 
@@ -33,7 +34,8 @@ class EvaluationModule(L.LightningModule):
         reward: The reward that `val/reward` reports.
         sampler: The sampler; `DDIM(50)` by default.
         eval_rewards: Further rewards by name.
-        seed: Seed of the starting noise, in `0..2^63 - 1`.
+        seed: Seed of the noise of training and, by default, of `generate`, in `0..2^63 - 1`; `None` is 0. The noise of
+            validation does not depend on it.
 
     Attributes:
         validation: Paired scores and first images of this process's last validation, of the first data loader;
@@ -49,7 +51,7 @@ class EvaluationModule(L.LightningModule):
         reward: Reward,
         sampler: Sampler | None,
         eval_rewards: dict[str, Reward] | None,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,7 +66,7 @@ class EvaluationModule(L.LightningModule):
         self.eval_reward_names = [check_name(name) for name in eval_rewards]
         self.eval_rewards = nn.ModuleList(_frozen(other) for other in eval_rewards.values())
         self.sampler = DDIM(50) if sampler is None else sampler
-        self.seed = check_seed(seed)
+        self.seed = 0 if seed is None else check_seed(seed)
         self.strict_loading = False
         self._base_scores: dict[tuple[Any, ...], tuple[dict[str, Tensor], Tensor]] = {}
         self.validation: ValidationRecord | None = None
@@ -139,7 +141,7 @@ class EvaluationModule(L.LightningModule):
         Log keys of the first data loader start with `val/`, those of further loaders with `val_1/`, `val_2/` and so on.
         """
         prompts = to_prompts(batch)
-        seed = derive_seed(self.seed, dataloader_idx, batch_idx, self.global_rank)
+        seed = derive_seed(_VALIDATION, dataloader_idx, batch_idx, self.global_rank)
         images = self.generate(prompts, seed=seed)
         scores = self.score(images, prompts)
         is_first = dataloader_idx == batch_idx == 0

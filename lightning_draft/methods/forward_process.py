@@ -69,7 +69,8 @@ class ForwardProcessModule(RolloutModule):
             that compare the samples of a prompt need complete groups.
         timesteps_per_minibatch: Number of training times of a training step; by default all.
         checkpointing: What the backward pass recomputes, as in `PolicyGradientModule`.
-        seed: Seed of all noise and of the training times, in `0..2^63 - 1`.
+        seed: Seed of all noise and of the training times, in `0..2^63 - 1`;
+            by default 0, and on the command line that of `seed_everything`.
 
     Attributes:
         objective: The denoising loss.
@@ -102,7 +103,7 @@ class ForwardProcessModule(RolloutModule):
         micro_batch_size: int | None = None,
         timesteps_per_minibatch: int | None = None,
         checkpointing: Checkpointing = "auto",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             model,

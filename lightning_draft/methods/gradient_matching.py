@@ -50,7 +50,8 @@ class GradientMatchingModule(DirectModule):
         checkpointing: What the backward pass recomputes: the network call of each `step`, each `block` inside the
             network, `both` or `none`; `auto` is `step` if more than one step is trained, else `none`.
         micro_batch_size: Number of samples for which a graph is built at a time; by default the whole batch.
-        seed: Seed of all noise and of the choice of steps, in `0..2^63 - 1`.
+        seed: Seed of all noise and of the choice of steps, in `0..2^63 - 1`;
+            by default 0, and on the command line that of `seed_everything`.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -68,7 +69,7 @@ class GradientMatchingModule(DirectModule):
         trained_steps: int | None = None,
         checkpointing: Checkpointing = "auto",
         micro_batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         sampler = DDIM(50, eta=1.0) if sampler is None else sampler
         super().__init__(

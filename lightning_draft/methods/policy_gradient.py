@@ -72,7 +72,8 @@ class PolicyGradientModule(RolloutModule):
         share_start_noise: Whether the samples of a prompt start from the same noise.
         checkpointing: What the backward pass recomputes: each `step`, each `block` inside the network, `both` or
             `none`; `auto` is `step` if a minibatch has several timesteps, so that one step is stored at a time.
-        seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`.
+        seed: Seed of the starting noise and of the sampler's noise, in `0..2^63 - 1`;
+            by default 0, and on the command line that of `seed_everything`.
 
     Attributes:
         objective: The loss of log-probabilities.
@@ -106,7 +107,7 @@ class PolicyGradientModule(RolloutModule):
         value_baseline: ValueBaseline | None = None,
         share_start_noise: bool = False,
         checkpointing: Checkpointing = "auto",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         sampler = DDIM(50, eta=1.0) if sampler is None else sampler
         super().__init__(

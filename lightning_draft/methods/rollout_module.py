@@ -79,7 +79,7 @@ class RolloutModule(RewardModule, ABC):
         eval_rewards: dict[str, Reward] | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
-        seed: int,
+        seed: int | None,
         objective: RolloutObjective,
         advantage_estimator: AdvantageEstimator,
         samples_per_prompt: int,

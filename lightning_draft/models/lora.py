@@ -34,7 +34,8 @@ class LoRA:
         rank: Rank of the update, at least 1; by default 8, or that of `init`.
         alpha: The update is scaled by `alpha / rank`; by default `rank`, a scale of 1.
         target_modules: Layers, by the end of their names; by default the projections of the model's attention.
-        seed: Seed of the initial values of `A`; by default torch's global generator is used.
+        seed: Seed of the initial values of `A`; by default torch's global generator is used, and on the
+            command line the seed is that of `seed_everything`.
         init: A LoRA file from which training starts; its layers are adapted. With a lower rank than that of the file,
             the closest update of this rank is used, and the relative error is printed. Its updates of text
             encoders are added to their frozen weights, and are written to exported files.

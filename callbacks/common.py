@@ -15,6 +15,7 @@ from lightning_draft.callbacks.random_state import get_random_state, set_random_
 from lightning_draft.data import PromptDataModule
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.rewards.samples import Samples
 
 
 def run_folder(trainer: L.Trainer, dirpath: str | None, name: str) -> Path:
@@ -75,18 +76,18 @@ class FixedSamples:
     seed: int
     batch_size: int | None = None
 
-    def generate(self, module: RewardModule) -> Tensor:
-        """Generate images `(N, 3, H, W)`, on the CPU."""
+    def generate(self, module: RewardModule) -> Samples:
+        """Generate `N` latents and images, on the CPU."""
         noise = module.model.noise(len(self.prompts), torch.Generator().manual_seed(self.seed))
-        images = [
-            module.generate(self.prompts[some], noise=noise[some], seed=self.seed + some.start)
+        parts = [
+            module.generate_samples(self.prompts[some], noise=noise[some], seed=self.seed + some.start)
             for some in self._batches()
         ]
-        return torch.cat(images).float().cpu()
+        return Samples.concatenate(parts)
 
-    def score(self, module: RewardModule, images: Tensor) -> dict[str, Tensor]:
-        """Compute the scores `(N,)` of images `(N, 3, H, W)` by name, on the CPU."""
-        scores = [module.score(images[some].to(module.device), self.prompts[some]) for some in self._batches()]
+    def score(self, module: RewardModule, samples: Samples) -> dict[str, Tensor]:
+        """Compute the scores `(N,)` of `N` samples by name, on the CPU."""
+        scores = [module.score(samples[some].to(module.device), self.prompts[some]) for some in self._batches()]
         return {name: torch.cat([each[name] for each in scores]).float().cpu() for name in scores[0]}
 
     def _batches(self) -> list[slice]:

@@ -66,23 +66,23 @@ class Evaluator:
     def evaluate_base(self, trainer: L.Trainer, module: RewardModule) -> None:
         """Generate and evaluate images of the base model; a resumed run uses the values in its checkpoint."""
         with sampling(trainer, module), module.model.base():
-            images = self.samples.generate(module)
-            scores = {} if self._base_state else self.samples.score(module, images)
-        self._base_images = images
+            samples = self.samples.generate(module)
+            scores = {} if self._base_state else self.samples.score(module, samples)
+        self._base_images = samples.content
         if self._base_state:
             self.base, self.scales = Evaluation(**self._base_state["base"]), self._base_state["scales"]
             return
         scales = {name: float(scores[name].std(correction=0)) or 1.0 for name in self.eval_rewards}
         self.scales = trainer.strategy.broadcast(scales)
-        self.base = trainer.strategy.broadcast(self._evaluation(images, scores))
+        self.base = trainer.strategy.broadcast(self._evaluation(samples.content, scores))
         self._base_state = {"base": asdict(self.base), "scales": self.scales}
 
     def evaluate(self, trainer: L.Trainer, module: RewardModule) -> Evaluation:
         """Evaluate the current model; all processes receive the result of process 0."""
         with sampling(trainer, module):
-            images = self.samples.generate(module)
-            scores = self.samples.score(module, images)
-        return trainer.strategy.broadcast(self._evaluation(images, scores))
+            samples = self.samples.generate(module)
+            scores = self.samples.score(module, samples)
+        return trainer.strategy.broadcast(self._evaluation(samples.content, scores))
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the evaluation of the base model, if there is one."""

@@ -28,10 +28,10 @@ class RewardConflict(Callback):
     """Log the cosine similarity of the gradients of each pair of rewards with respect to images of the current prompts.
 
     The compared rewards are the differentiable components of the trained `WeightedSum` with a weight other than 0, or
-    the trained reward itself as `reward`, and the differentiable evaluation rewards as `eval_rewards.<name>`. The
-    gradient of a component with a negative weight is negated. The log keys, averaged over the images, are
-    `conflict/cosine/<a>/<b>`, in [-1, 1], negative if raising one reward lowers the other, and `conflict/norm/<a>`, the
-    norm of the gradient of the score of one image, without the weight.
+    the trained reward itself as `reward`, and the differentiable evaluation rewards as `eval_rewards.<name>`; rewards
+    of latents are left out. The gradient of a component with a negative weight is negated. The log keys, averaged over
+    the images, are `conflict/cosine/<a>/<b>`, in [-1, 1], negative if raising one reward lowers the other, and
+    `conflict/norm/<a>`, the norm of the gradient of the score of one image, without the weight.
 
     Note:
         A measurement costs one generation of images and one backward pass of each reward. Training gives bitwise the
@@ -63,7 +63,7 @@ class RewardConflict(Callback):
         names = list(signed_rewards(reward_module(pl_module, self)))
         if len(names) < 2:
             raise ConfigurationError(
-                f"RewardConflict needs at least two differentiable rewards to compare, and the module has "
+                f"RewardConflict needs at least two differentiable rewards of images to compare, and the module has "
                 f"{f'only {names[0]}' if names else 'none'}; train on a WeightedSum, or add rewards to the module's "
                 "eval_rewards"
             )
@@ -98,7 +98,10 @@ class RewardConflict(Callback):
 
 
 def signed_rewards(module: RewardModule) -> dict[str, tuple[Reward, float]]:
-    """Return the differentiable rewards that a module trains on or evaluates, with their weights; 1 for evaluation."""
+    """Return the differentiable rewards of images that a module trains on or evaluates, with their weights.
+
+    The weight of evaluation rewards is 1.
+    """
     reward = module.reward
     if isinstance(reward, WeightedSum):
         found = {name: (component, reward.weights[name]) for name, component in reward.components().items()}
@@ -106,7 +109,11 @@ def signed_rewards(module: RewardModule) -> dict[str, tuple[Reward, float]]:
         found = {"reward": (reward, 1.0)}
     evaluated = zip(module.eval_reward_names, cast(Iterable[Reward], module.eval_rewards), strict=True)
     found |= {f"eval_rewards.{name}": (other, 1.0) for name, other in evaluated}
-    return {name: (each, weight) for name, (each, weight) in found.items() if each.differentiable and weight != 0}
+    return {
+        name: (each, weight)
+        for name, (each, weight) in found.items()
+        if each.differentiable and not each.uses_latents and weight != 0
+    }
 
 
 def _gradient(reward: Reward, weight: float, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -14,6 +14,7 @@ from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.image_grid import comparison, log_image
 from lightning_draft.files import atomic_path, remove_partial_files
+from lightning_draft.rewards.samples import Samples
 
 
 class SampleLogger(Callback):
@@ -69,7 +70,7 @@ class SampleLogger(Callback):
         self.to_files = to_files
         self.dirpath = dirpath
         self._samples = FixedSamples([], seed)
-        self._base: Tensor | None = None
+        self._base: Samples | None = None
         self._base_scores: dict[str, Tensor] | None = None
         self._last_step = -1
         self._reported = False
@@ -123,7 +124,7 @@ class SampleLogger(Callback):
                 tuned = self._samples.generate(module)
                 scores = self._samples.score(module, tuned)
         if trainer.is_global_zero:
-            images = {"base": self._base, "fine-tuned": tuned}
+            images = {"base": self._base.content, "fine-tuned": tuned.content}
             self._log(trainer, step, images, {"base": self._base_scores, "fine-tuned": scores})
         self._last_step = step
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_draft.group_objectives import CRD, DGPO, OnlineDPO
     from lightning_draft.guide.best_of_n import best_of_n
     from lightning_draft.guide.gradient import gradient_guidance, norm_matched_guidance
-    from lightning_draft.guide.latent_reward import latent_reward
+    from lightning_draft.guide.latent_score import latent_score
     from lightning_draft.guide.noise import dno, reno
     from lightning_draft.kl_gate import KLGate, MovingReference
     from lightning_draft.methods.anchor import Anchor
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_draft.prompt import Prompt
     from lightning_draft.rewards.base import Reward
     from lightning_draft.rewards.combine import WeightedReward, WeightedSum
+    from lightning_draft.rewards.latent import LatentReward
     from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE, Sampler
     from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
     from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
@@ -63,7 +64,7 @@ _MODULES = {
     "group_objectives": ("CRD", "DGPO", "OnlineDPO"),
     "guide.best_of_n": ("best_of_n",),
     "guide.gradient": ("gradient_guidance", "norm_matched_guidance"),
-    "guide.latent_reward": ("latent_reward",),
+    "guide.latent_score": ("latent_score",),
     "guide.noise": ("dno", "reno"),
     "kl_gate": ("KLGate", "MovingReference"),
     "methods.anchor": ("Anchor",),
@@ -88,6 +89,7 @@ _MODULES = {
     "prompt": ("Prompt",),
     "rewards.base": ("Reward",),
     "rewards.combine": ("WeightedReward", "WeightedSum"),
+    "rewards.latent": ("LatentReward",),
     "samplers": ("DDIM", "DPMSolverPlusPlus", "FlowEuler", "FlowSDE", "Sampler"),
     "stochastic_flow": ("DanceSDE", "FlowCPS"),
     "surrogates": ("DirectAlign", "FlowBPBridge", "FlowBPLagrange", "LeapAlign"),
@@ -137,6 +139,7 @@ __all__ = [
     "GroupRelative",
     "Guidance",
     "LastK",
+    "LatentReward",
     "LeapAlign",
     "LeaveOneOut",
     "LoRA",
@@ -174,7 +177,7 @@ __all__ = [
     "convert_lora",
     "dno",
     "gradient_guidance",
-    "latent_reward",
+    "latent_score",
     "lora_info",
     "merge_lora",
     "mix_loras",

@@ -9,10 +9,11 @@ from torch import Tensor
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed, scoring
 
-Score = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
+Score = Callable[[Samples, Sequence[str]], Mapping[str, Tensor]]
 
 Sample = Callable[[SamplingChain, Tensor, Sequence[str]], Tensor]
 """Called with a chain, starting noise `(B, ...)` and `B` prompts; returns clean latents `(B, ...)`."""
@@ -30,6 +31,23 @@ def generate(
 ) -> Tensor:
     """Return images `(N, 3, H, W)` on the CPU, from noise that depends only on the seed.
 
+    The arguments are those of `generate_samples`.
+    """
+    return generate_samples(model, sampler, prompts, seed, scale, batch_size, method).content
+
+
+@torch.no_grad()
+def generate_samples(
+    model: PipelineModel,
+    sampler: Sampler,
+    prompts: Sequence[str],
+    seed: int,
+    scale: float = 1.0,
+    batch_size: int = 8,
+    method: Sample | None = None,
+) -> Samples:
+    """Return `N` latents and images on the CPU, from noise that depends only on the seed.
+
     Args:
         model: The model.
         sampler: The sampler.
@@ -45,32 +63,32 @@ def generate(
     noise = model.noise(len(prompts), torch.Generator().manual_seed(seed))
     method = method or _sample
     with nullcontext() if model.lora is None else model.adapter_scale(scale):
-        images = _generate(model, sampler, prompts, seed, noise, batch_size, method)
-    if not images.isfinite().all():
+        samples = _generate(model, sampler, prompts, seed, noise, batch_size, method)
+    if not samples.content.isfinite().all():
         raise ConfigurationError(
             f"scale={scale:g} gives images with values that are not finite; write a scale such as 1, or dtype float32"
         )
-    return images
+    return samples
 
 
 @torch.no_grad()
-def score_images(
-    score: Score, images: Tensor, prompts: Sequence[str], device: torch.device, batch_size: int = 8
+def score_samples(
+    score: Score, samples: Samples, prompts: Sequence[str], device: torch.device, batch_size: int = 8
 ) -> dict[str, Tensor]:
-    """Return scores `(N,)` on the CPU by name, of images `(N, 3, H, W)` clamped to [0, 1].
+    """Return scores `(N,)` on the CPU by name, of samples with images clamped to [0, 1].
 
     Args:
-        score: Called with images and their prompts.
-        images: The images.
+        score: Called with samples and their prompts.
+        samples: The samples.
         prompts: `N` prompts.
         device: The device of the rewards.
-        batch_size: Number of images scored at a time.
+        batch_size: Number of samples scored at a time.
     """
     slices = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     parts = []
     for some in slices:
         with scoring(device):
-            parts.append(score(images[some].clamp(0, 1).to(device), prompts[some]))
+            parts.append(score(samples[some].clamped().to(device), prompts[some]))
     return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
 
 
@@ -82,14 +100,15 @@ def _generate(
     noise: Tensor,
     batch_size: int,
     method: Sample,
-) -> Tensor:
-    images = []
+) -> Samples:
+    parts = []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
         torch.manual_seed(derive_seed(seed, start))  # else the noise of the steps repeats the starting noise
         chain = SamplingChain(model, sampler, model.encode(some))
-        images.append(model.decode(method(chain, noise[start : start + batch_size], some)).cpu())
-    return torch.cat(images).float()
+        latents = method(chain, noise[start : start + batch_size], some)
+        parts.append(Samples.concatenate([Samples(latents, model.decode(latents))]))
+    return Samples.concatenate(parts)
 
 
 def _sample(chain: SamplingChain, noise: Tensor, prompts: Sequence[str]) -> Tensor:

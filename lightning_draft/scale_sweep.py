@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
-from lightning_draft.image_generation import Score, generate, score_images
+from lightning_draft.image_generation import Score, generate_samples, score_samples
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import Sampler
 
 
@@ -72,19 +72,22 @@ def sweep(
         sampler: The sampler.
         prompts: Prompts.
         scales: The weights are `theta_0 + scale dW`.
-        score: Called with images `(B, 3, H, W)` in [0, 1] and `B` prompts; returns scores `(B,)` by name.
+        score: Called with `B` samples, whose images are in [0, 1], and `B` prompts; returns scores `(B,)` by name.
         evaluation: Names of the scores that were not trained on; the first one determines the best scale.
         seeds: Seeds of the starting noise; each prompt is sampled once for each seed.
         batch_size: Number of images generated at a time.
     """
     everything = [prompt for _ in seeds for prompt in prompts]
-    images = {
-        scale: torch.cat([generate(model, sampler, prompts, seed, scale, batch_size) for seed in seeds])
+    samples = {
+        scale: Samples.concatenate(
+            [generate_samples(model, sampler, prompts, seed, scale, batch_size) for seed in seeds]
+        )
         for scale in dict.fromkeys(scales)
     }
     scores = {}
     if score is not None:
-        scores = {s: score_images(score, x, everything, model.device, batch_size) for s, x in images.items()}
+        scores = {s: score_samples(score, x, everything, model.device, batch_size) for s, x in samples.items()}
+    images = {scale: each.content for scale, each in samples.items()}
     return ScaleSweep(everything, images, scores, evaluation)
 
 

@@ -16,6 +16,7 @@ from lightning_draft.image_files import UnreadableImageError, image_size, list_i
 from lightning_draft.image_prompts import PromptSource, find_prompts
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.inputs import NonFiniteScoreError, from_pil
+from lightning_draft.rewards.latent import describe_no_latents
 from lightning_draft.score_table import ScoredImage, ScoreTable, modification_time
 from lightning_draft.seeds import scoring
 
@@ -63,6 +64,9 @@ def score_folder(
     one_of("unreadable", unreadable, ("stop", "skip"))
     if not rewards:
         raise ConfigurationError("there are no rewards; give at least one, such as AestheticScore")
+    for name, reward in rewards.items():
+        if reward.uses_latents:
+            raise ConfigurationError(f"reward {name!r}: {describe_no_latents(reward)}")
     root, target = Path(folder), _device(device)
     sizes = _sizes(root, list_images(root), unreadable)
     texts = find_prompts(root, list(sizes), prompts)

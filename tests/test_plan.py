@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch import nn
 
 from lightning_draft.cli import plan as command
 from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct
@@ -18,6 +19,7 @@ from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, StableDiffusionXL, ZImage
 from lightning_draft.models.pixels import PixelDiffusion
 from lightning_draft.plan import StepPlan, Tracker, plan_step
+from lightning_draft.rewards import LatentNetwork, Reward
 from lightning_draft.rewards.clip import CLIPScore
 from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.rewards.service import HTTPReward
@@ -85,6 +87,21 @@ def test_plan_without_weights_equals_the_count_of_the_real_step(small_sd: Path, 
     assert without == real
     assert real.live > 0
     assert real.total_flops > 0
+
+
+def test_plan_of_a_reward_of_latents_has_no_decoder(small_sd: Path) -> None:
+    def build(reward: Reward) -> DraftModule:
+        return DraftModule(StableDiffusion(str(small_sd), guidance=Guidance(1.0)), reward, DDIM(2), LastK(1))
+
+    def scorer() -> LatentNetwork:
+        return LatentNetwork(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(288, 1)))
+
+    without, real = (planned(lambda: build(scorer()), weights) for weights in (False, True))
+    decoded = planned(lambda: build(ColorTarget()), weights=False)
+    assert without == real
+    assert "autoencoder" not in without.calls
+    assert decoded.calls["autoencoder"] > 0
+    assert without.total_flops < decoded.total_flops
 
 
 def peak(module: DraftModule) -> int:

@@ -28,6 +28,7 @@ from lightning_draft.models.lora_base import open_base
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import DDIM, FlowEuler, Sampler
 
 BATCH = 8
@@ -53,9 +54,9 @@ class Generation:
     evaluation: Sequence[str]
     lora: Path | None = None
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the scores `(B,)` of images `(B, 3, H, W)` by the name of the reward."""
-        return {name: reward(images, prompts) for name, reward in self.rewards.items()}
+    def score(self, samples: Samples, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the scores `(B,)` of `B` samples by the name of the reward."""
+        return {name: reward(samples, prompts) for name, reward in self.rewards.items()}
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:

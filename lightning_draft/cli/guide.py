@@ -13,7 +13,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.guide.comparison import GuidedImages, as_sample, run_method, summary, write_csv, write_json
 from lightning_draft.guide.methods import METHODS, Method, parse_method
-from lightning_draft.image_generation import generate
+from lightning_draft.image_generation import generate_samples
 from lightning_draft.methods.checks import check_reward
 from lightning_draft.rewards.base import Reward
 
@@ -88,14 +88,14 @@ def _usable(methods: Sequence[Method], reward: Reward) -> list[Method]:
 def _calibrate(reward: Reward, generation: Generation, seed: int) -> None:
     """Compute the reward's statistics from images of the base model."""
     prompts = generation.prompts
-    images = generate(generation.model, generation.sampler, prompts, seed, 0.0, BATCH)
-    reward.update_statistics(reward.breakdown(images.clamp(0, 1).to(generation.model.device), prompts)[1])
+    samples = generate_samples(generation.model, generation.sampler, prompts, seed, 0.0, BATCH)
+    reward.update_statistics(reward.breakdown(samples.clamped().to(generation.model.device), prompts)[1])
 
 
 def _check_gradient(reward: Reward, base: GuidedImages, generation: Generation) -> None:
     """Raise if the gradient of the reward is missing, zero or not finite at the first image of the base model."""
     with torch.enable_grad():
-        check_reward(reward, base.images[:1].to(generation.model.device), generation.prompts[:1])
+        check_reward(reward, base.samples[:1].to(generation.model.device), generation.prompts[:1])
 
 
 def _line(results: dict[str, GuidedImages], label: str) -> str:
@@ -114,7 +114,7 @@ def _write(results: dict[str, GuidedImages], reward: str, generation: Generation
     """Write the image grid, the table of all images, and the summary."""
     grid = comparison(
         captions(generation.prompts, options.seed),
-        {label: found.images for label, found in results.items()},
+        {label: found.samples.content for label, found in results.items()},
         {label: found.scores[reward] for label, found in results.items()},
         min_size=_MIN_SIZE,
         per_row=max(1, _PANEL_IMAGES // len(results)),

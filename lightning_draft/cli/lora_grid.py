@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lightning_draft.cli.generation import BATCH, captions, default_sampler, prompts_of, write_comparison
 from lightning_draft.cli.score import build_rewards
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.image_generation import generate, score_images
+from lightning_draft.image_generation import generate_samples, score_samples
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import Sampler
 
 
@@ -70,11 +70,12 @@ def write_grid(shown: Sequence[Shown], output: Path, content: GridContent, optio
     every = prompts * len(options.seed)
     images, scores = {}, {}
     for each in shown:
-        images[each.label] = _images(each, default_sampler(each.model, options.steps), prompts, options)
+        samples = _samples(each, default_sampler(each.model, options.steps), prompts, options)
+        images[each.label] = samples.content
         if rewards:
-            scores[each.label] = score_images(
+            scores[each.label] = score_samples(
                 lambda x, p: {name: reward(x, p) for name, reward in rewards.items()},
-                images[each.label],
+                samples,
                 every,
                 torch.device(options.device),
                 BATCH,
@@ -82,11 +83,11 @@ def write_grid(shown: Sequence[Shown], output: Path, content: GridContent, optio
     write_comparison(output, captions(prompts, options.seed), images, scores)
 
 
-def _images(shown: Shown, sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace) -> Tensor:
+def _samples(shown: Shown, sampler: Sampler, prompts: Sequence[str], options: argparse.Namespace) -> Samples:
     model = shown.model.eval().to(options.device)
     if shown.lora is not None:
         model.load_lora(shown.lora)
-    made = [generate(model, sampler, prompts, seed, shown.scale, BATCH) for seed in options.seed]
+    made = [generate_samples(model, sampler, prompts, seed, shown.scale, BATCH) for seed in options.seed]
     if shown.lora is not None:
         model.unload_lora()
-    return torch.cat(made)
+    return Samples.concatenate(made)

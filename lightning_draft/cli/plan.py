@@ -156,7 +156,8 @@ def _title(module: Any, batch_size: int) -> str:
 def _alternatives(args: Sequence[str], run: _Run) -> Iterator[str]:
     """Yield a line for each option that lowers the peak."""
     found = False
-    for option in distinct(ALTERNATIVES, run.options):
+    decodes = "autoencoder" in run.plan.calls
+    for option in distinct([each for each in ALTERNATIVES if decodes or ".memory." not in each], run.options):
         try:
             other = _plan([*args, *option.split()])
         except ConfigurationError:

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import SamplingChain
-from lightning_draft.guide.latent_reward import LatentReward
+from lightning_draft.guide.latent_score import LatentScore
 
 
 @torch.no_grad()
-def best_of_n(chain: SamplingChain, noise: Tensor, reward: LatentReward, n: int = 8) -> Tensor:
+def best_of_n(chain: SamplingChain, noise: Tensor, reward: LatentScore, n: int = 8) -> Tensor:
     """Sample `n` times for each prompt and return the latents with the highest reward, `(B, ...)`.
 
         x* = x_0(eps_k),  k = argmax_i r(x_0(eps_i)),  eps_1 = noise,  eps_2, ..., eps_n ~ N(0, I)

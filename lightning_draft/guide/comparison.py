@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
 from lightning_draft.files import atomic_path
-from lightning_draft.guide.latent_reward import latent_reward
+from lightning_draft.guide.latent_score import latent_score
 from lightning_draft.guide.methods import Method
-from lightning_draft.image_generation import Sample, Score, generate, score_images
+from lightning_draft.image_generation import Sample, Score, generate_samples, score_samples
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.pass_counter import PassCounter
 from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import Sampler
 
 
@@ -29,7 +29,7 @@ class GuidedImages:
     """The images of one method.
 
     Args:
-        images: `(N, 3, H, W)` on the CPU.
+        samples: `N` latents and images, on the CPU.
         scores: By name of the reward, `(N,)`.
         forwards: Forward passes of the denoiser for each image; a call with both branches of classifier-free guidance
             is two.
@@ -37,7 +37,7 @@ class GuidedImages:
         seconds: Seconds for all images, without scoring.
     """
 
-    images: Tensor
+    samples: Samples
     scores: Mapping[str, Tensor]
     forwards: float
     backwards: float
@@ -67,7 +67,7 @@ def run_method(
         model: The model.
         sampler: The sampler.
         prompts: Prompts.
-        score: Called with images `(B, 3, H, W)` in [0, 1] and `B` prompts; returns scores `(B,)` by name.
+        score: Called with `B` samples, whose images are in [0, 1], and `B` prompts; returns scores `(B,)` by name.
         method: Samples latents from noise, as `as_sample` returns; by default the plain chain.
         scale: Scale of the model's adapters; 0 is the base model.
         seeds: Seeds of the starting noise; each prompt is sampled once for each seed.
@@ -75,10 +75,10 @@ def run_method(
     """
     with _counted(model) as passes:
         started = time.perf_counter()
-        images = [generate(model, sampler, prompts, seed, scale, batch_size, method) for seed in seeds]
+        parts = [generate_samples(model, sampler, prompts, seed, scale, batch_size, method) for seed in seeds]
         seconds = time.perf_counter() - started
-    everything = torch.cat(images)
-    scores = score_images(score, everything, [*prompts] * len(seeds), model.device, batch_size)
+    everything = Samples.concatenate(parts)
+    scores = score_samples(score, everything, [*prompts] * len(seeds), model.device, batch_size)
     count = len(everything)
     return GuidedImages(everything, scores, passes.forwards / count, passes.backwards / count, seconds)
 
@@ -89,7 +89,7 @@ def as_sample(method: Method, reward: Reward) -> Sample:
     def sample(chain: SamplingChain, noise: Tensor, prompts: Sequence[str]) -> Tensor:
         if method.through_chain and chain.num_steps > 1:
             chain = replace(chain, recompute=Recompute(steps=True))
-        score = latent_reward(chain.model, reward, prompts, clamp=not method.needs_gradient)
+        score = latent_score(chain.model, reward, prompts, clamp=not method.needs_gradient)
         return method.function(chain, noise, score, **method.arguments())
 
     return sample
@@ -104,7 +104,7 @@ def summary(results: Mapping[str, GuidedImages]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": label,
-                "images": len(found.images),
+                "images": len(found.samples),
                 "forwards_per_image": found.forwards,
                 "backwards_per_image": found.backwards,
                 "seconds": round(found.seconds, 2),

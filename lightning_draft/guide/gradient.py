@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least, finite, in_range
 from lightning_draft.chain import SamplingChain, State
-from lightning_draft.guide.latent_reward import LatentReward
+from lightning_draft.guide.latent_score import LatentScore
 
 
 @torch.no_grad()
 def gradient_guidance(
-    chain: SamplingChain, noise: Tensor, reward: LatentReward, scale: float = 1.0, min_alpha: float = 0.05
+    chain: SamplingChain, noise: Tensor, reward: LatentScore, scale: float = 1.0, min_alpha: float = 0.05
 ) -> Tensor:
     """Add the gradient of the reward of the predicted clean latent to the score function; return latents `(B, ...)`.
 
@@ -55,7 +55,7 @@ def gradient_guidance(
 
 @torch.no_grad()
 def norm_matched_guidance(
-    chain: SamplingChain, noise: Tensor, reward: LatentReward, scale: float = 0.1, inner_steps: int = 1
+    chain: SamplingChain, noise: Tensor, reward: LatentScore, scale: float = 0.1, inner_steps: int = 1
 ) -> Tensor:
     """Move each sampling step along the gradient by a fraction of the step's length; return latents `(B, ...)`.
 

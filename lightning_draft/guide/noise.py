@@ -11,7 +11,7 @@ from lightning_draft.arguments import at_least, positive
 from lightning_draft.chain import SamplingChain
 from lightning_draft.guide.best_of_n import where_better
 from lightning_draft.guide.gradient import sample_norms
-from lightning_draft.guide.latent_reward import LatentReward
+from lightning_draft.guide.latent_score import LatentScore
 from lightning_draft.methods.policy import stochastic_steps
 
 Prior = Callable[[Tensor], Tensor]
@@ -21,7 +21,7 @@ Prior = Callable[[Tensor], Tensor]
 def reno(
     chain: SamplingChain,
     noise: Tensor,
-    reward: LatentReward,
+    reward: LatentScore,
     iterations: int = 50,
     lr: float = 5.0,
     regularization: float = 0.01,
@@ -66,7 +66,7 @@ def reno(
 def dno(
     chain: SamplingChain,
     noise: Tensor,
-    reward: LatentReward,
+    reward: LatentScore,
     iterations: int = 50,
     lr: float = 0.01,
     regularization: float = 1.0,
@@ -152,7 +152,7 @@ def _block_log_probability(flat: Tensor, block: int) -> Tensor:
 
 def _ascend(
     sample: Callable[[Tensor], Tensor],
-    reward: LatentReward,
+    reward: LatentScore,
     prior: Prior,
     noises: Tensor,
     optimizer: Optimizer,

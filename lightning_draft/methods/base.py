@@ -224,9 +224,9 @@ class RewardModule(EvaluationModule, ABC):
         with self.trainer.precision_plugin.forward_context():
             for number in range(-(-_CALIBRATION_IMAGES // len(prompts))):
                 seed = derive_seed(self.seed, number, self.global_rank, _CALIBRATION_IMAGES)
-                images = self.generate(prompts, seed=seed)
                 with torch.no_grad():
-                    self.update_statistics(self.reward.breakdown(images.float(), prompts)[1])
+                    samples = self.decoded(self.generate_latents(prompts, seed=seed))
+                    self.update_statistics(self.reward.breakdown(samples, prompts)[1])
 
     def update_statistics(self, scores: Mapping[str, Tensor]) -> None:
         """Update the reward's running statistics with the scores of training images of all processes.

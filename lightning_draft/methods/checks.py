@@ -17,6 +17,7 @@ from lightning_draft.objectives import RolloutObjective
 from lightning_draft.preferences import PreferenceAdvantages
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.rewards.pairwise import PairwiseReward
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
 from lightning_draft.trained_steps import last_step_coefficient
@@ -103,22 +104,25 @@ def check_latents(latents: Tensor, truncation: Truncation) -> None:
         )
 
 
-def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
-    """Raise if the reward's score or its gradient with respect to the images is missing, zero or not finite.
+def check_reward(reward: Reward, samples: Samples, prompts: Sequence[str]) -> None:
+    """Raise if the reward's score or its gradient with respect to its input is missing, zero or not finite.
 
     Args:
         reward: The trained reward.
-        images: `(B, 3, H, W)`, from the decoder.
+        samples: Latents, and images if the reward scores images.
         prompts: `B` prompts.
     """
     name = type(reward).__name__
-    if not images.isfinite().all():
+    if samples.images is not None and not samples.images.isfinite().all():
         raise ConfigurationError(
             "the decoded images are not finite; use a wider dtype for the model (bfloat16 or float32)"
         )
-    images = images.detach().requires_grad_()
+    samples = samples.leaves()
+    used = {"images": samples.images if reward.uses_images else None}
+    used |= {"latents": samples.latents if reward.uses_latents else None}
+    inputs = {kind: tensor for kind, tensor in used.items() if tensor is not None}
     try:
-        scores = check_scores(reward(images, prompts), len(images), reward)
+        scores = check_scores(reward(samples, prompts), len(samples), reward)
     except RuntimeError as error:
         if "requires grad" not in str(error):
             raise
@@ -128,15 +132,16 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
             f"the reward {name} returned {scores[~scores.isfinite()][0].item()} for an image of {str(prompts[0])!r}; "
             "every score must be a finite number"
         )
-    gradient = torch.autograd.grad(scores.sum(), images, allow_unused=True)[0] if scores.requires_grad else None
-    if gradient is None:
+    found = torch.autograd.grad(scores.sum(), [*inputs.values()], allow_unused=True) if scores.requires_grad else ()
+    gradients = [each.flatten() for each in found if each is not None]
+    if not gradients:
         raise ConfigurationError(
             f"the reward {name} returned a score without a gradient although its attribute `differentiable` is True; "
             f"{_KEEP_GRADIENT}"
         )
     _check_gradient(
-        gradient,
-        f"the gradient of the reward {name} with respect to the images",
+        torch.cat(gradients),
+        f"the gradient of the reward {name} with respect to the {' and '.join(inputs)}",
         "look for a sqrt, a norm, a log or a division at 0 in the reward, and add a small number under it",
     )
 

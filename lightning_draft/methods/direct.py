@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,6 +19,20 @@ from lightning_draft.recompute import Recompute
 from lightning_draft.rewards.base import Reward, check_scores
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
+
+
+class Rewards(NamedTuple):
+    """The rewards of a batch.
+
+    Args:
+        scores: `(B,)`.
+        components: Scores of the reward's components by name, each `(B,)`.
+        pixels: Statistics of the images by log key, each `(B,)`; empty if no images were decoded.
+    """
+
+    scores: Tensor
+    components: dict[str, Tensor]
+    pixels: dict[str, Tensor]
 
 
 class DirectModule(RewardModule, ABC):
@@ -149,15 +163,14 @@ class DirectModule(RewardModule, ABC):
             probes=tuple(self.probes),
         )
 
-    def rewards(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return scores `(B,)`, those of the components, and the fraction of values outside [0, 1] of each image."""
+    def rewards(self, latents: Tensor, prompts: list[str]) -> Rewards:
+        """Decode latents if the reward scores images, and compute the rewards."""
 
-        def reward(latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        def reward(latents: Tensor, prompts: list[str]) -> Rewards:
             """Score one micro-batch."""
-            images = self.model.decode(latents).float()
-            total, components = self.reward.breakdown(images, prompts)
-            out_of_range = ((images < 0) | (images > 1)).float().flatten(1).mean(1)
-            return check_scores(total, len(prompts), self.reward), components, out_of_range
+            samples = self.decoded(latents)
+            total, components = self.reward.breakdown(samples, prompts)
+            return Rewards(check_scores(total, len(prompts), self.reward), components, out_of_range(samples.images))
 
         self.reward_queries += len(latents)
         size = self.micro_batch_size or len(latents)
@@ -167,6 +180,13 @@ class DirectModule(RewardModule, ABC):
             checkpoint(reward, latents[i : i + size], prompts[i : i + size], use_reentrant=False)
             for i in range(0, len(latents), size)
         ]
-        totals, components, out_of_range = zip(*results, strict=True)
-        joined = {name: torch.cat([scores[name] for scores in components]) for name in components[0]}
-        return torch.cat(totals), joined, torch.cat(out_of_range)
+        totals, *named = zip(*results, strict=True)
+        components, pixels = ({name: torch.cat([each[name] for each in parts]) for name in parts[0]} for parts in named)
+        return Rewards(torch.cat(totals), components, pixels)
+
+
+def out_of_range(images: Tensor | None) -> dict[str, Tensor]:
+    """Return the fraction of values outside [0, 1] of each image by log key; nothing without images."""
+    if images is None:
+        return {}
+    return {"train/out_of_range_fraction": ((images < 0) | (images > 1)).float().flatten(1).mean(1)}

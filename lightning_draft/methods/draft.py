@@ -99,7 +99,8 @@ class DraftModule(DirectModule):
 
     def recomputing_steps_lowers_the_peak(self) -> bool:
         """Return whether another step with gradient, a decoder or the reward's network follows a step."""
-        networks = (self.model.decoder, next(self.reward.parameters(), None))
+        decoder = self.model.decoder if self.reward.uses_images else None
+        networks = (decoder, next(self.reward.parameters(), None))
         return super().recomputing_steps_lowers_the_peak() or any(each is not None for each in networks)
 
     @property
@@ -142,11 +143,11 @@ class DraftModule(DirectModule):
                 latents = self.truncation(chain, self.model.noise(len(prompts)))
                 check_latents(latents, self.truncation)
                 with torch.no_grad():
-                    images = self.model.decode(latents).float()
+                    samples = self.decoded(latents)
                 prompts = list(prompts) * (len(latents) // len(prompts))
-                check_reward(self.reward, images, prompts)
+                check_reward(self.reward, samples, prompts)
                 if self.gradients_are_complete:
-                    rewards = self.rewards(latents, prompts)[0]
+                    rewards = self.rewards(latents, prompts).scores
                     check_gradient(rewards.sum(), self.trainable_parameters().values(), "reward")
                     check_loss(self.loss, rewards)
         finally:
@@ -165,14 +166,14 @@ class DraftModule(DirectModule):
         chain = self.chain(prompts, generator, drift)
         latents = self.truncation(chain, self.model.noise(len(prompts)))
         copies = len(latents) // len(prompts)
-        rewards, components, out_of_range = self.rewards(latents, list(prompts) * copies)
+        rewards, components, pixels = self.rewards(latents, list(prompts) * copies)
         self.update_statistics(components)
         # The losses of DRaFT-LV's copies are added; those of the batch are averaged.
         loss = self.loss(rewards).view(copies, -1).sum(0).mean() * _nan_unless_finite(rewards)
         logs = {
             "train/reward": rewards[: len(prompts)].mean(),
             **{f"train/reward/{name}": scores[: len(prompts)].mean() for name, scores in components.items()},
-            "train/out_of_range_fraction": out_of_range.mean(),
+            **{name: values.mean() for name, values in pixels.items()},
         }
         total = loss
         if drift is not None and drift.mean is not None:

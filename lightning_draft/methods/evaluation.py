@@ -1,8 +1,8 @@
 """Sampling, scoring and validation of a diffusion model on rewards, as a LightningModule."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from lightning_draft.methods.stop_iteration import stop_iteration_is_error
 from lightning_draft.methods.validation_record import KEPT_IMAGES, ValidationRecord
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward, check_name, check_scores
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import DDIM, Sampler
 from lightning_draft.seeds import check_seed, derive_seed, scoring, seeded
 
@@ -91,47 +92,70 @@ class EvaluationModule(L.LightningModule):
     @stop_iteration_is_error
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """Generate images, float32 `(B, 3, H, W)`, not clamped; the caller's random state is not changed.
+        """Generate images, float32 `(B, 3, H, W)`, not clamped; arguments are those of `generate_samples`."""
+        return self.generate_samples(prompts, noise, seed).content
+
+    @stop_iteration_is_error
+    @torch.no_grad()
+    def generate_samples(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Samples:
+        """Generate latents and images, not clamped; the caller's random state is not changed.
 
         Args:
             prompts: `B` prompts.
             noise: Starting latents `(B, ...)`; by default sampled with `seed`.
             seed: Seed of the starting noise and, separately, of a stochastic sampler's noise; by default the module's.
         """
+        latents = self.generate_latents(prompts, noise, seed)
+        return Samples(latents, self.model.decode(latents))
+
+    @stop_iteration_is_error
+    @torch.no_grad()
+    def generate_latents(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """Generate clean latents `(B, ...)`; arguments are those of `generate_samples`."""
         prompts = prompt_list(prompts)
         seed = self.seed if seed is None else seed
         with self._random_state(derive_seed(seed, _STEP_NOISE)):
             if noise is None:
                 noise = self.model.noise(len(prompts), torch.Generator().manual_seed(seed))
             chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
-            return self.model.decode(chain.advance(chain.start(noise)).x)
+            return chain.advance(chain.start(noise)).x
+
+    def decoded(self, latents: Tensor, names: Sequence[str] = ()) -> Samples:
+        """Return samples for the trained reward and the named evaluation rewards, with images if one scores images.
+
+        The images are not clamped.
+        """
+        named = zip(self.eval_reward_names, cast(Iterable[Reward], self.eval_rewards), strict=True)
+        rewards = [self.reward, *(reward for name, reward in named if name in names)]
+        decodes = any(reward.uses_images for reward in rewards)
+        return Samples(latents, self.model.decode(latents).float() if decodes else None)
 
     @stop_iteration_is_error
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(self, samples: Samples | Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return scores `(B,)` of images clamped to [0, 1]: `reward`, its components, and the evaluation rewards.
 
         Random numbers of the rewards are the same at each call.
 
         Args:
-            images: `(B, 3, H, W)`.
+            samples: From `generate_samples`; images `(B, 3, H, W)` are sufficient if no reward scores latents.
             prompts: `B` prompts.
         """
-        images = images.float().clamp(0, 1)
+        samples = (Samples(None, samples) if isinstance(samples, Tensor) else samples).clamped()
         with scoring(self.device):
-            total, components = self.reward.breakdown(images, prompts)
+            total, components = self.reward.breakdown(samples, prompts)
         check_scores(total, len(prompts), self.reward)
-        evaluated = self.eval_scores(images, prompts, self.eval_reward_names)
+        evaluated = self.eval_scores(samples, prompts, self.eval_reward_names)
         return {"reward": total, **{f"reward/{name}": value for name, value in components.items()}, **evaluated}
 
     @torch.no_grad()
-    def eval_scores(self, images: Tensor, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the scores `(B,)` of images in [0, 1] by some of the evaluation rewards, given by name."""
+    def eval_scores(self, samples: Samples, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the scores `(B,)` of samples with images in [0, 1] by some of the evaluation rewards, given by name."""
         evaluated = {}
         for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True):
             if name in names:
                 with scoring(self.device):
-                    evaluated[name] = check_scores(reward(images, prompts), len(prompts), reward)
+                    evaluated[name] = check_scores(reward(samples, prompts), len(prompts), reward)
         return evaluated
 
     @stop_iteration_is_error
@@ -142,12 +166,12 @@ class EvaluationModule(L.LightningModule):
         """
         prompts = to_prompts(batch)
         seed = derive_seed(_VALIDATION, dataloader_idx, batch_idx, self.global_rank)
-        images = self.generate(prompts, seed=seed)
-        scores = self.score(images, prompts)
+        samples = self.generate_samples(prompts, seed=seed)
+        scores = self.score(samples, prompts)
         is_first = dataloader_idx == batch_idx == 0
         base, base_images = self._score_base(prompts, seed, KEPT_IMAGES if is_first else 0)
         if is_first:
-            self.validation = ValidationRecord(prompts, images, base_images)
+            self.validation = ValidationRecord(prompts, samples.content, base_images)
         if dataloader_idx == 0 and self.validation is not None:
             self.validation.add(scores, base)
         prefix = f"val_{dataloader_idx}" if dataloader_idx else "val"
@@ -160,8 +184,8 @@ class EvaluationModule(L.LightningModule):
         key = (seed, *prompts)
         if key not in self._base_scores:
             with self.model.base():
-                images = self.generate(prompts, seed=seed)
-                self._base_scores[key] = self.score(images, prompts), images[:kept].cpu()
+                samples = self.generate_samples(prompts, seed=seed)
+                self._base_scores[key] = self.score(samples, prompts), samples.content[:kept].cpu()
         return self._base_scores[key]
 
     def clear_base_scores(self) -> None:

@@ -115,8 +115,8 @@ class GradientMatchingModule(DirectModule):
             chain = self.chain(prompts)
             noise = self.model.noise(len(prompts))
             with torch.no_grad():
-                images = self.model.decode(chain.advance(chain.start(noise)).x).float()
-            check_reward(self.reward, images, list(prompts))
+                samples = self.decoded(chain.advance(chain.start(noise)).x)
+            check_reward(self.reward, samples, list(prompts))
             estimate = chain.predict(State(noise, chain.num_steps - 1))
             if self.gradients_are_complete:
                 value = (estimate * torch.randn_like(estimate)).sum()
@@ -159,13 +159,13 @@ class GradientMatchingModule(DirectModule):
         noise = [self.model.noise(len(names)) for _ in range(chain.num_steps + 1)]
         with torch.no_grad():
             latents = torch.stack([noise[0], *(x for _, x in chain.sample_steps(noise[0], noise[1:]))])
-            scores, components, out_of_range = self.rewards(latents[-1], names)
-        check_finite(scores, self.model.decode(latents[-1, :1]), names, self.reward)
+            scores, components, pixels = self.rewards(latents[-1], names)
+        check_finite(scores, latents[-1], names, self.reward)
         self.update_statistics(components)
         logs = {
             "train/reward": scores.mean(),
             **{f"train/reward/{name}": values.mean() for name, values in components.items()},
-            "train/out_of_range_fraction": out_of_range.mean(),
+            **{name: values.mean() for name, values in pixels.items()},
         }
         return Trajectory(chain, latents, lambda x: self.reward_gradient(x, names)), logs
 
@@ -173,7 +173,7 @@ class GradientMatchingModule(DirectModule):
         """Return the gradient of each sample's reward with respect to its clean latent, `(B, ...)`."""
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
-            return torch.autograd.grad(self.rewards(latents, prompts)[0].sum(), latents)[0]
+            return torch.autograd.grad(self.rewards(latents, prompts).scores.sum(), latents)[0]
 
     def residual(self, trajectory: Trajectory, step: int) -> Residual:
         """Return the difference from the base model at a step of a trajectory, with a graph."""

@@ -245,11 +245,12 @@ class RolloutModule(RewardModule, ABC):
             NonFiniteScoreError: A score is not finite.
         """
         self.reward_queries += len(prompts)
-        images = self.model.decode(latents).float().clamp(0, 1)
-        total, components = self.reward.breakdown(images, prompts)
-        scores = check_finite(check_scores(total, len(prompts), self.reward), images, prompts, self.reward).float()
         names = self.regularizer.gate_rewards(self.eval_reward_names)
-        return SampleScores(scores, components, self.eval_scores(images, prompts, names))
+        samples = self.decoded(latents, names).clamped()
+        total, components = self.reward.breakdown(samples, prompts)
+        scores = check_scores(total, len(prompts), self.reward)
+        scores = check_finite(scores, samples.content, prompts, self.reward).float()
+        return SampleScores(scores, components, self.eval_scores(samples, prompts, names))
 
     def decode_parts(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the images of samples `(B, ...)`, clamped to [0, 1], `micro_batch_size` at a time."""

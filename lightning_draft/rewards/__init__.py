@@ -15,10 +15,12 @@ from lightning_draft.rewards.human import HumanVotes
 from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.inputs import NonFiniteScoreError
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
+from lightning_draft.rewards.latent import LatentNetwork, LatentReward
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.rewards.pickscore import PickScore
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
 from lightning_draft.rewards.robust import Augmented, Ensemble, Relative
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.rewards.service import HTTPReward
 from lightning_draft.rewards.vlm import VLMJudge
 from lightning_draft.rewards.vlm_client import ChatEndpoint
@@ -47,6 +49,8 @@ __all__ = [
     "JPEGIncompressibility",
     "JPEGRate",
     "JPEGSize",
+    "LatentNetwork",
+    "LatentReward",
     "NonFiniteScoreError",
     "ObjectAbsent",
     "ObjectCount",
@@ -58,6 +62,7 @@ __all__ = [
     "Relative",
     "Reward",
     "RewardServiceError",
+    "Samples",
     "ColorSaturation",
     "Sharpness",
     "Symmetry",

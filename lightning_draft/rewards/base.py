@@ -3,15 +3,13 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.inputs import check_finite, check_images, check_prompts, check_scores, to_device
-
-if TYPE_CHECKING:
-    from PIL import Image
+from lightning_draft.rewards.samples import Samples, Scorable
 
 __all__ = ["Reward", "check_name", "check_scores"]
 
@@ -25,9 +23,13 @@ class Reward(nn.Module, ABC):
     Attributes:
         differentiable: Whether a gradient flows from the score to the images. Direct methods such as DRaFT need one;
             policy gradients and evaluation accept any reward.
+        uses_images: Whether it scores decoded images; training decodes only if it does.
+        uses_latents: Whether it scores clean latents, as a `LatentReward` does; existing images have none.
     """
 
     differentiable: bool = True
+    uses_images: bool = True
+    uses_latents: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -42,11 +44,19 @@ class Reward(nn.Module, ABC):
             Scores `(B,)`, float32; integers and booleans are converted.
         """
 
-    def __call__(self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]) -> Tensor:
+    def inputs(self, samples: Scorable) -> Any:
+        """Return what `forward` receives: the images.
+
+        Raises:
+            ConfigurationError: They have another type, shape or range.
+        """
+        return check_images(samples.images if isinstance(samples, Samples) else samples)
+
+    def __call__(self, samples: Scorable, prompts: Sequence[str]) -> Tensor:
         """Check the input, compute the scores with `forward`, and check them.
 
         Args:
-            images: float `(B, 3, H, W)` in about [0, 1], or a list of `B` PIL images of one size.
+            samples: float images `(B, 3, H, W)` in about [0, 1], a list of `B` PIL images of one size, or `Samples`.
             prompts: `B` strings.
 
         Returns:
@@ -57,17 +67,15 @@ class Reward(nn.Module, ABC):
             NonFiniteScoreError: A score is NaN or infinite and no gradient is computed; the message names the prompts.
                 With a gradient such a score becomes NaN with a warning, and the training module handles the step.
         """
-        pixels = check_images(images)
-        texts = check_prompts(prompts, len(pixels))
-        scores: Tensor = super().__call__(pixels, texts)
-        scores = to_device(check_scores(scores, len(texts), self), pixels.device, self)
-        return check_finite(scores, pixels, texts, self)
+        inputs = self.inputs(samples)
+        texts = check_prompts(prompts, len(inputs))
+        scores: Tensor = super().__call__(inputs, texts)
+        scores = to_device(check_scores(scores, len(texts), self), inputs.device, self)
+        return check_finite(scores, inputs.content if isinstance(inputs, Samples) else inputs, texts, self)
 
-    def breakdown(
-        self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def breakdown(self, samples: Scorable, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the score `(B,)` and the scores of its components by name, each `(B,)`. Training logs them."""
-        return self(images, prompts), {}
+        return self(samples, prompts), {}
 
     @property
     def needs_calibration(self) -> bool:

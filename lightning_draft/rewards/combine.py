@@ -8,7 +8,7 @@ References:
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from lightning_draft.arguments import at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward, check_name, check_scores
-from lightning_draft.rewards.inputs import check_images, check_prompts
-
-if TYPE_CHECKING:
-    from PIL import Image
+from lightning_draft.rewards.inputs import check_prompts
+from lightning_draft.rewards.samples import Samples, Scorable
 
 Scored = tuple[Tensor, dict[str, Tensor]]
 
@@ -68,7 +66,7 @@ class WeightedSum(Reward):
     """`sum_i weight_i reward_i`.
 
     The breakdown contains the score of each component by name, without weight and threshold. The sum is differentiable
-    if every component with a weight other than 0 is differentiable.
+    if every component with a weight other than 0 is differentiable. Images are decoded if a component scores images.
 
     Args:
         rewards: Components by name. Names consist of letters, digits, `_` and `-`, and become log keys.
@@ -94,22 +92,29 @@ class WeightedSum(Reward):
         self.differentiable = all(
             component.reward.differentiable for component in rewards.values() if component.weight != 0
         )
+        self.uses_images = any(component.reward.uses_images for component in rewards.values())
+        self.uses_latents = any(component.reward.uses_latents for component in rewards.values())
         self._caps = {name: component.capped for name, component in rewards.items()}
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score `(B, 3, H, W)` to `(B,)`; components of weight 0 are not computed."""
-        active = [name for name, weight in self.weights.items() if weight != 0]
-        return self._total(images, self._scores(images, prompts, active))
+    def inputs(self, samples: Scorable) -> Samples:
+        """Return the samples, without images that no component scores; each component takes its input from them."""
+        samples = Samples.of(samples)
+        return samples if self.uses_images or samples.latents is None else Samples(samples.latents)
 
-    def breakdown(self, images: "Tensor | Sequence[Image.Image]", prompts: Sequence[str]) -> Scored:
+    def forward(self, samples: Samples, prompts: Sequence[str]) -> Tensor:  # type: ignore[override]
+        """Score `B` samples to `(B,)`; components of weight 0 are not computed."""
+        active = [name for name, weight in self.weights.items() if weight != 0]
+        return self._total(samples, self._scores(samples, prompts, active))
+
+    def breakdown(self, samples: Scorable, prompts: Sequence[str]) -> Scored:
         """Compute the sum `(B,)` and every component `(B,)` by name; nested components are `outer/inner`."""
-        images = check_images(images)
-        found = self._scores(images, check_prompts(prompts, len(images)), self.weights)
+        samples = self.inputs(samples)
+        found = self._scores(samples, check_prompts(prompts, len(samples)), self.weights)
         scores: dict[str, Tensor] = {}
         for name, (score, inner) in found.items():
             scores[name] = score
             scores.update({f"{name}/{key}": value for key, value in inner.items()})
-        return self._total(images, found), scores
+        return self._total(samples, found), scores
 
     def components(self) -> dict[str, Reward]:
         """Return the components by name."""
@@ -128,20 +133,20 @@ class WeightedSum(Reward):
                 {key.removeprefix(head): value for key, value in scores.items() if key.startswith(head)}
             )
 
-    def _scores(self, images: Tensor, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
+    def _scores(self, samples: Samples, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
         components = self.components()
-        return {name: self._score(name, components[name], images, prompts) for name in names}
+        return {name: self._score(name, components[name], samples, prompts) for name in names}
 
-    def _score(self, name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scored:
+    def _score(self, name: str, reward: Reward, samples: Samples, prompts: Sequence[str]) -> Scored:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] != 0):
             try:
-                score, inner = reward.breakdown(images, prompts)
-                return check_scores(score, len(images), reward), inner
+                score, inner = reward.breakdown(samples, prompts)
+                return check_scores(score, len(samples), reward), inner
             except ConfigurationError as error:
                 raise ConfigurationError(f"reward {name!r}: {error}") from error
 
-    def _total(self, images: Tensor, found: Mapping[str, Scored]) -> Tensor:
-        total = torch.zeros(len(images), device=images.device)
+    def _total(self, samples: Samples, found: Mapping[str, Scored]) -> Tensor:
+        total = torch.zeros(len(samples), device=samples.device)
         for name, (score, _) in found.items():
             if self.weights[name] != 0:
                 total = total + self.weights[name] * self._scaled(name, self._caps[name](score))
@@ -202,25 +207,36 @@ class ZScoreSum(WeightedSum):
 class GradientNormSum(WeightedSum):
     """`sum_i weight_i reward_i` with the gradient `sum_i weight_i c g_i / |g_i|`: components have equal gradient norms.
 
-    `g_i` is the gradient of the component's score with respect to one image, and `c` the mean of the norms `|g_i|`
-    over the components for this image, so that a sum of one component equals that component. A component whose gradient
-    is 0 contributes 0. Thresholds are applied after the norms are made equal, so that a component's contribution is 0
-    beyond its threshold. The value is the plain weighted sum, and the gradient is not the gradient of this value. Each
-    component's graph is freed before the next component runs.
+    `g_i` is the gradient of the component's score with respect to one image, or to its latent if the components score
+    latents, and `c` the mean of the norms `|g_i|` over the components for this image, so that a sum of one component
+    equals that component. A component whose gradient is 0 contributes 0. Thresholds are applied after the norms are
+    made equal, so that a component's contribution is 0 beyond its threshold. The value is the plain weighted sum, and
+    the gradient is not the gradient of this value. Each component's graph is freed before the next component runs.
 
     Args:
         rewards: Components by name, as in `WeightedSum`.
+
+    Raises:
+        ConfigurationError: As in `WeightedSum`, or some components score images and others latents.
     """
 
-    def _scores(self, images: Tensor, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
-        if not (torch.is_grad_enabled() and images.requires_grad):
-            return super()._scores(images, prompts, names)
-        x = images if images.dtype == torch.float64 else images.float()
+    def __init__(self, rewards: dict[str, WeightedReward]) -> None:
+        super().__init__(rewards)
+        if self.uses_images and self.uses_latents:
+            raise ConfigurationError(
+                "GradientNormSum compares gradients, and some of its rewards score images and others latents; write "
+                "WeightedSum or ZScoreSum, or use rewards of one kind"
+            )
+
+    def _scores(self, samples: Samples, prompts: Sequence[str], names: Iterable[str]) -> dict[str, Scored]:
+        if not (torch.is_grad_enabled() and samples.requires_grad):
+            return super()._scores(samples, prompts, names)
+        x = samples.content if samples.content.dtype == torch.float64 else samples.content.float()
         found: dict[str, Scored] = {}
         gradients: dict[str, Tensor] = {}
         for name in names:
             leaf = x.detach().requires_grad_()
-            score, inner = super()._scores(leaf, prompts, [name])[name]
+            score, inner = super()._scores(samples.with_content(leaf), prompts, [name])[name]
             if self.weights[name] != 0:
                 gradients[name] = image_gradient(score, leaf)
             found[name] = score.detach(), {key: value.detach() for key, value in inner.items()}
@@ -228,7 +244,7 @@ class GradientNormSum(WeightedSum):
         common = torch.stack(list(norms.values())).mean(0)
         for name, gradient in gradients.items():
             factor = torch.where(norms[name] > 0, common / norms[name], 0.0)
-            slope = factor.view(-1, 1, 1, 1) * gradient
+            slope = factor.view(-1, *[1] * (x.dim() - 1)) * gradient
             # The added term has value 0 and gradient `slope`, so that only the gradient of the score changes.
             found[name] = found[name][0] + (slope * (x - x.detach())).flatten(1).sum(1), found[name][1]
         return found
@@ -271,7 +287,7 @@ class RunningMoments:
 
 
 def image_gradient(scores: Tensor, images: Tensor) -> Tensor:
-    """Return the gradient `(B, 3, H, W)` of each image's score, 0 if there is none, and free the graph."""
+    """Return the gradient `(B, ...)` of each image's or latent's score, 0 if there is none, and free the graph."""
     if not scores.requires_grad:
         return torch.zeros_like(images)
     (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)

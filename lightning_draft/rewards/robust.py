@@ -19,6 +19,7 @@ from lightning_draft.prompt import Prompt, metadata_of
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.combine import Scored, WeightedReward, WeightedSum
 from lightning_draft.rewards.precision import full_precision
+from lightning_draft.rewards.samples import Samples
 
 _SMOOTHING = 1e-6
 
@@ -27,11 +28,19 @@ class WrappedReward(Reward):
     """A reward that is computed from one other reward; running statistics are those of the other reward.
 
     Args:
-        reward: The other reward.
+        reward: The other reward, of images.
+
+    Raises:
+        ConfigurationError: The other reward scores latents.
     """
 
     def __init__(self, reward: Reward) -> None:
         super().__init__()
+        if reward.uses_latents:
+            raise ConfigurationError(
+                f"{type(self).__name__} needs a reward of images, and reward={type(reward).__name__} scores latents; "
+                "choose a reward of images, such as CLIPScore"
+            )
         self.reward = reward
         self.differentiable = reward.differentiable
 
@@ -170,7 +179,7 @@ class Ensemble(WeightedSum):
         self.how = one_of("how", how, ("mean", "min", "mean_minus_std"))
         self.coefficient = at_least("coefficient", coefficient, 0.0)
 
-    def _total(self, images: Tensor, found: Mapping[str, Scored]) -> Tensor:
+    def _total(self, samples: Samples, found: Mapping[str, Scored]) -> Tensor:
         scores = torch.stack([score for score, _ in found.values()])
         if self.how == "min":
             return scores.amin(0)

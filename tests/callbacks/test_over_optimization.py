@@ -159,9 +159,11 @@ def test_low_diversity_is_over_optimization_only_below_min_diversity(run):
     class Collapsing(Scripted):
         """From step 2 on, all images of a prompt are equal."""
 
-        def generate(self, prompts, noise=None, seed=None):
-            images = super().generate(prompts, noise, seed)
-            return images if self.trainer.global_step < 2 or self.model._in_base else images[:1].expand_as(images)
+        def generate_samples(self, prompts, noise=None, seed=None):
+            samples = super().generate_samples(prompts, noise, seed)
+            if self.trainer.global_step < 2 or self.model._in_base:
+                return samples
+            return samples.with_content(samples.images[:1].expand_as(samples.images))
 
     script = scripted([0, 1, 2, 3], [5, 5, 5, 5]).script
     guard = OverOptimizationGuard("stop", min_diversity=0.5, **GUARD)

@@ -114,7 +114,9 @@ def build(name: str, tiny: Tiny) -> Reward:
 def test_list_covers_every_reward() -> None:
     classes = {name: getattr(rewards, name) for name in rewards.__all__ if inspect.isclass(getattr(rewards, name))}
     assert set(EVERY) == {
-        name for name, kind in classes.items() if issubclass(kind, Reward) and not inspect.isabstract(kind)
+        name
+        for name, kind in classes.items()
+        if issubclass(kind, Reward) and not inspect.isabstract(kind) and not kind.uses_latents
     }
 
 

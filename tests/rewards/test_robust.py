@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.image_generation import score_images
+from lightning_draft.image_generation import score_samples
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.rewards import (
     Augmented,
@@ -25,6 +25,7 @@ from lightning_draft.rewards import (
 )
 from lightning_draft.rewards.combine import WeightedReward, ZScoreSum
 from lightning_draft.rewards.robust import Augmentation
+from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import DDIM
 from lightning_draft.scoring import score_folder
 from lightning_draft.testing import LinearModel
@@ -184,7 +185,7 @@ def test_scores_outside_training_use_the_same_random_numbers(tmp_path: Path) -> 
     before = torch.get_rng_state()
     expected = module.score(images, prompts)
     single = module.score(images[1:2], prompts[:1])
-    batched = score_images(module.score, images, prompts, torch.device("cpu"), 2)
+    batched = score_samples(module.score, Samples(None, images), prompts, torch.device("cpu"), 2)
     files = [score_folder(tmp_path, rewards, batch_size=size, prompts="names") for size in (1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
     for name in rewards:

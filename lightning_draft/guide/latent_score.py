@@ -6,15 +6,14 @@ from torch import Tensor
 
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.samples import Samples
 
-LatentReward = Callable[[Tensor], Tensor]
+LatentScore = Callable[[Tensor], Tensor]
 """Called with clean latents `(B, ...)`; returns scores `(B,)`. The score of a sample depends only on that sample."""
 
 
-def latent_reward(
-    model: DiffusionModel, reward: Reward, prompts: Sequence[str], *, clamp: bool = False
-) -> LatentReward:
-    """Return the function `r(decode(x_0), prompts)` of the clean latents `x_0`.
+def latent_score(model: DiffusionModel, reward: Reward, prompts: Sequence[str], *, clamp: bool = False) -> LatentScore:
+    """Return the function `r(decode(x_0), prompts)` of the clean latents `x_0`; a `LatentReward` needs no decoder.
 
     Args:
         model: The model, whose decoder is used.
@@ -24,7 +23,7 @@ def latent_reward(
     """
 
     def score(latents: Tensor) -> Tensor:
-        images = model.decode(latents)
-        return reward(images.clamp(0, 1) if clamp else images, prompts)
+        samples = Samples(latents, model.decode(latents) if reward.uses_images else None)
+        return reward(samples.clamped() if clamp else samples, prompts)
 
     return score

@@ -75,9 +75,9 @@ def test_validation_clamps_images_and_training_does_not() -> None:
     module = linear(reward=Largest())
     images = torch.tensor([-1.0, 0.3, 4.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     assert module.score(images, PROMPTS[:3])["reward"].tolist() == pytest.approx([0, 0.3, 1])
-    rewards, _, out_of_range = module.rewards(images, PROMPTS[:3])
-    assert rewards.tolist() == pytest.approx([-1, 0.3, 4])
-    assert out_of_range.tolist() == [1, 0, 1]
+    rewards = module.rewards(images, PROMPTS[:3])
+    assert rewards.scores.tolist() == pytest.approx([-1, 0.3, 4])
+    assert rewards.pixels["train/out_of_range_fraction"].tolist() == [1, 0, 1]
 
 
 def test_gain_is_relative_to_the_current_base_model(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ def test_logged_metrics_of_a_rollout_equal_their_formulas() -> None:
         def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return torch.tensor([1.0, 3.0, 5.0, 5.0])
 
-        def breakdown(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-            assert 0 <= images.min() <= images.max() <= 1
-            return self(images, prompts), {"half": self(images, prompts) / 2}
+        def breakdown(self, samples: Any, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+            assert 0 <= samples.images.min() <= samples.images.max() <= 1
+            return self(samples, prompts), {"half": self(samples, prompts) / 2}
 
     rollout = linear(reward=Fixed(), advantage_estimator=GroupRelative()).collect_rollout(PROMPTS[:2])
     assert rollout.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2

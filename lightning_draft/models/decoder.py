@@ -1,7 +1,7 @@
-"""Decoding of latents into images, whole or in chunks."""
+"""Decoding of latents into images, whole, in chunks or by tiles."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_draft.arguments import at_least
+from lightning_draft.errors import ConfigurationError
 
 PIXELS = 2**18
 """Default number of pixels of the images that are decoded at a time."""
@@ -31,17 +32,35 @@ class Memory:
         checkpoint_decoder: Recompute the decoder's activations in the backward pass, chunk by chunk; by default if a
             batch has several chunks, because this lowers the peak. `block` also recomputes each block of the decoder
             separately, for any autoencoder: less memory, and one more pass of the decoder.
+        tile: Decode in overlapping tiles with sides of this many pixels, a multiple of 32, and recompute each tile in
+            the backward pass; larger images then need no more memory for the decoder. Images change, because each tile
+            is normalized by itself. Only for the autoencoders `AutoencoderKL` and `AutoencoderKLFlux2`.
         vae_dtype: Precision of the autoencoder's weights and activations, independent of the Trainer's precision; by
             default the model's `dtype`.
     """
 
     decode_chunk: int | None = None
     checkpoint_decoder: bool | Literal["block"] | None = None
+    tile: int | None = None
     vae_dtype: Precision | None = None
 
     def __post_init__(self) -> None:
         if self.decode_chunk is not None:
             at_least("memory.decode_chunk", self.decode_chunk, 1, "leave it out for a number that suits the image size")
+        if self.tile is not None and (self.tile <= 0 or self.tile % 32):
+            raise ConfigurationError(f"memory.tile={self.tile} must be a multiple of 32 pixels; write 512")
+
+    def check(self, vae: Any) -> None:
+        """Check that an autoencoder supports the options.
+
+        Raises:
+            ConfigurationError: Tiles are wanted, and it has none.
+        """
+        if self.tile is not None and not hasattr(vae, "tile_latent_min_size"):
+            raise ConfigurationError(
+                f"memory.tile={self.tile} needs an AutoencoderKL, and this model has a {type(vae).__name__}; write "
+                "memory.checkpoint_decoder=block instead"
+            )
 
     def chunk(self, image_size: tuple[int, int]) -> int:
         """Return the number of images of a height and width that are decoded at a time."""
@@ -49,7 +68,9 @@ class Memory:
         return self.decode_chunk or max(1, PIXELS // (height * width))
 
     def recomputes(self, chunks: int) -> bool:
-        """Return whether the backward pass recomputes the decoder for a batch of this many chunks."""
+        """Return whether the backward pass recomputes the decoder for this many chunks; tiles are recomputed singly."""
+        if self.tile is not None:
+            return False
         return chunks > 1 if self.checkpoint_decoder in (None, "block") else self.checkpoint_decoder is True
 
 
@@ -81,20 +102,43 @@ def decode(vae: Any, latents: Tensor, memory: Memory, image_size: tuple[int, int
 
 def _decode(vae: Any, latents: Tensor, memory: Memory, call: Decode) -> Tensor:
     dtype = next(vae.decoder.parameters()).dtype
-    blocks = _blocks_recomputed(vae.decoder) if memory.checkpoint_decoder == "block" else nullcontext()
+    parts = _recomputed_blocks(vae, memory) if memory.tile is None else _recomputed_tiles(vae, memory, memory.tile)
     autocast = torch.is_autocast_enabled(latents.device.type) and memory.vae_dtype is None
-    with torch.autocast(latents.device.type, enabled=autocast), blocks:
+    with torch.autocast(latents.device.type, enabled=autocast), parts:
         return call(vae, latents.to(dtype)).to(latents.dtype)
 
 
 @contextmanager
-def _blocks_recomputed(decoder: nn.Module) -> Iterator[None]:
-    """Within this context, each block of a network is recomputed in the backward pass.
+def _recomputed_tiles(vae: Any, memory: Memory, size: int) -> Iterator[None]:
+    """Within this context, an autoencoder decodes tiles, and each is recomputed in the backward pass."""
+    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    before = {name: getattr(vae, name) for name in names}
+    forward = vae.decoder.forward
+
+    def decode_tile(latents: Tensor) -> Tensor:
+        with _recomputed_blocks(vae, memory):
+            images: Tensor = forward(latents)
+        return images
+
+    try:
+        for name, value in zip(names, (True, size, size >> len(vae.config.block_out_channels) - 1), strict=True):
+            setattr(vae, name, value)
+        vae.decoder.forward = partial(_recomputed, decode_tile)
+        yield
+    finally:
+        vars(vae).update(before)
+        del vae.decoder.forward
+
+
+@contextmanager
+def _recomputed_blocks(vae: Any, memory: Memory) -> Iterator[None]:
+    """Within this context, each block of the decoder is recomputed in the backward pass, if the options say so.
 
     Blocks are the innermost elements of the network's lists, such as its residual blocks; autoencoders of diffusers
     recompute at most whole levels, and not all of them do.
     """
-    blocks = list(_innermost(decoder)) if torch.is_grad_enabled() else []
+    wanted = memory.checkpoint_decoder == "block" and torch.is_grad_enabled()
+    blocks = list(_innermost(vae.decoder)) if wanted else []
     try:
         for block in blocks:
             block.forward = partial(_recomputed, block.forward)

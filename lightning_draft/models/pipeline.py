@@ -99,6 +99,7 @@ class PipelineModel(AdaptedModel):
         self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
+        self.memory.check(self.vae)
         self._check_clip_skip()
         self.guidance = guidance.or_default(self._published_scale, self.family.embedded_guidance)
         self._latent_size = self.family.latents.size(self.vae, self.denoiser, height, width)

@@ -16,6 +16,7 @@ from lightning_draft.rewards.image_reward import ImageReward
 from lightning_draft.rewards.inputs import NonFiniteScoreError
 from lightning_draft.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility, JPEGRate, JPEGSize
 from lightning_draft.rewards.latent import LatentNetwork, LatentReward
+from lightning_draft.rewards.offloaded import Offloaded
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.rewards.pickscore import PickScore
 from lightning_draft.rewards.quality import CleanFraction, ImageQuality
@@ -55,6 +56,7 @@ __all__ = [
     "ObjectAbsent",
     "ObjectCount",
     "ObjectPresent",
+    "Offloaded",
     "PairwiseReward",
     "PickScore",
     "Prompt",

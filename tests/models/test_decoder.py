@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKLQwenImage
 from torch import Tensor
 
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import Memory
 from lightning_draft.models.decoder import Decode, decode
 from lightning_draft.models.latents import decode_frame, decode_image
@@ -74,3 +75,38 @@ def test_sampling_recomputes_nothing() -> None:
     with torch.no_grad():
         images = decode(vae, torch.zeros(1, 4, 4, 4), Memory(checkpoint_decoder="block"), (8, 8), decode_image)
     assert torch.equal(images, vae.decode(torch.zeros(1, 4, 4, 4)).sample.detach() / 2 + 0.5)
+
+
+@pytest.mark.parametrize("recomputed", [None, "block"])
+def test_recomputed_tiles_give_the_images_and_the_gradient_of_tiled_decoding(recomputed: Any) -> None:
+    """By diffusers' own method, which stores the activations of all tiles."""
+    torch.manual_seed(0)
+    vae = autoencoder(4, layers_per_block=3).requires_grad_(False).eval()
+    z = torch.randn(2, 4, 32, 48)
+
+    def measured(memory: Memory) -> tuple[int, Tensor, Tensor]:
+        latents = z.clone().requires_grad_()
+        with Tracker() as live:
+            images = decode(vae, latents, memory, (64, 96), decode_image)
+            gradient = torch.autograd.grad(images.square().sum(), latents)[0]
+        return live.peak, images.detach(), gradient
+
+    by_tile, *ours = measured(Memory(decode_chunk=1, tile=32, checkpoint_decoder=recomputed))
+    assert not vae.use_tiling
+    assert "forward" not in vars(vae.decoder)
+    whole, images, _ = measured(Memory(decode_chunk=1, checkpoint_decoder=True))
+    assert by_tile < (0.5 if recomputed is None else 0.4) * whole
+    assert not torch.allclose(ours[0], images, atol=1e-4)
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 16
+    stored, *theirs = measured(Memory(decode_chunk=1, checkpoint_decoder=False))
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+    assert stored > by_tile
+
+
+def test_tiles_that_are_not_possible_are_rejected() -> None:
+    with pytest.raises(ConfigurationError, match="memory.tile=100 must be a multiple of 32 pixels; write 512"):
+        Memory(tile=100)
+    with pytest.raises(ConfigurationError, match="memory.tile=64 needs an AutoencoderKL, .* AutoencoderDC; write"):
+        Memory(tile=64).check(deep_compression())

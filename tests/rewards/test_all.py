@@ -79,6 +79,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
     "ObjectAbsent": (lambda tiny: rewards.ObjectAbsent(tiny["owlv2"], "cat"), -torch.inf, 0),
     "ObjectCount": (lambda tiny: rewards.ObjectCount(tiny["owlvit"], "bird", 2), -196, 0),
     "ObjectPresent": (lambda tiny: rewards.ObjectPresent(tiny["yolos"], "cat"), -torch.inf, 0),
+    "Offloaded": (lambda tiny: rewards.Offloaded(rewards.Brightness(0.3)), -1, 0),
     "PickScore": (lambda tiny: rewards.PickScore(tiny["clip"], tiny["clip"]), -100, 100),
     "PythonFunction": (
         lambda tiny: rewards.PythonFunction(lambda images, _: images.mean((1, 2, 3)) / 255, "numpy"),
@@ -99,6 +100,7 @@ EVERY: dict[str, tuple[Build, float, float]] = {
 }
 BLACK_BOXES = {
     *("CaptionRetrieval", "CleanFraction", "DetectedCount", "HTTPReward", "HumanVotes", "JPEGSize", "PythonFunction"),
+    "Offloaded",
     "VLMJudge",
 }
 DIFFERENTIABLE = sorted(set(EVERY) - BLACK_BOXES)

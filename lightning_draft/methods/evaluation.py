@@ -150,7 +150,7 @@ class EvaluationModule(L.LightningModule):
 
     @torch.no_grad()
     def eval_scores(self, samples: Samples, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the scores `(B,)` of samples with images in [0, 1] by some of the evaluation rewards, given by name."""
+        """Return the scores `(B,)` of samples, with images in [0, 1], by some of the evaluation rewards."""
         evaluated = {}
         for name, reward in zip(self.eval_reward_names, self.eval_rewards, strict=True):
             if name in names:

@@ -113,7 +113,12 @@ def disagreement(trained: Tensor, evaluated: Sequence[Tensor]) -> Tensor:
 
 def suspicious(values: Tensor, fraction: float) -> Tensor:
     """Return which of the `U_i`, `(N,)`, exceed the quantile `1 - fraction` of those that are at least 0."""
-    return values > torch.quantile(values[values >= 0], 1 - fraction)
+    return values > torch.nanquantile(nonnegative(values), 1 - fraction)
+
+
+def nonnegative(values: Tensor) -> Tensor:
+    """Return the values, and NaN in the place of those below 0."""
+    return values.masked_fill(values < 0, torch.nan)
 
 
 def _wins(rewards: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.anchor import Anchor, BaseSamples, denoising_error
+from lightning_draft.models import Guidance, StableDiffusion
 from lightning_draft.models.base import Prediction
+from lightning_draft.prompt import NEGATIVE_COLUMN, Prompt
 from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.schedules import RectifiedFlow
 from lightning_draft.testing import LinearModel
@@ -55,6 +57,25 @@ def test_samples_are_those_of_the_base_model_and_generated_once() -> None:
     fresh = BaseSamples(LinearModel(0.1), DDIM(4), seed=3)
     assert torch.equal(fresh(PROMPTS[1:2]), first[1:])
     assert not torch.equal(BaseSamples(model, DDIM(4), seed=4)(PROMPTS[:2]), first)
+
+
+def test_samples_depend_on_the_negative_prompt_of_their_prompt(tiny_sd: Path) -> None:
+    model = StableDiffusion(str(tiny_sd), guidance=Guidance(3.0))
+    plain, own = Prompt("a cat"), Prompt("a cat", {NEGATIVE_COLUMN: "a red dog"})
+    found = BaseSamples(model, DDIM(2), seed=3)([plain, own, plain])
+    for prompt, sample in zip((plain, own, plain), found, strict=True):
+        assert torch.equal(BaseSamples(model, DDIM(2), seed=3)([prompt])[0], sample)
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_samples_are_generated_again_for_another_sampler(tmp_path: Path) -> None:
+    """In a second `fit`, as the scores of the base model are."""
+    module = linear(anchor=Anchor(0.5))
+    for sampler in (DDIM(4), DDIM(7)):
+        module.sampler = sampler
+        trainer_of(tmp_path, max_steps=1).fit(module, data())
+        expected = BaseSamples(module.model, sampler, module.seed)(PROMPTS[:2])
+        assert torch.equal(module.base_samples(PROMPTS[:2]), expected)
 
 
 def test_penalty_is_added_to_the_loss() -> None:

@@ -20,6 +20,7 @@ from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, suspi
 from lightning_draft.methods.kl_regularizer import KLRegularizer
 from lightning_draft.objectives import PPO
 from lightning_draft.rewards import Brightness, ColorTarget
+from lightning_draft.weightless import without_weights
 from tests import tiny_forward_process
 from tests.tiny_policy_gradients import Cut, Recorder, fit, linear, trainer_of
 from tests.tiny_runs import PROMPTS, data
@@ -72,9 +73,12 @@ def test_fraction_follows_the_disagreement_within_its_range() -> None:
         recent = [*recent, mean][-2:]
         chosen, logs = regularizer.select(trained, evaluated, 0)
         assert regularizer.state.fraction == pytest.approx(expected)
-        assert regularizer.state.recent == tuple(recent)
+        assert regularizer.state.recent == pytest.approx(tuple(recent))
         assert torch.equal(chosen, suspicious(found, expected))
-        assert logs == {"train/kl_gated": pytest.approx(chosen.double().mean()), "train/kl_disagreement": mean}
+        assert logs == {
+            "train/kl_gated": pytest.approx(chosen.double().mean()),
+            "train/kl_disagreement": pytest.approx(mean),
+        }
     assert expected not in (0.1, 0.05)
 
 
@@ -181,6 +185,14 @@ def test_resumed_run_equals_uninterrupted_run(interrupted: bool, tmp_path: Path)
         with pytest.raises(SystemExit):
             run(Cut(14))
     assert run(ckpt=str(tmp_path / ("last.ckpt" if interrupted else "step=3.ckpt"))) == straight
+
+
+def test_gate_of_a_plan_has_no_values() -> None:
+    with without_weights():
+        scores = torch.zeros(6)
+        chosen, logs = KLRegularizer(1.0, KLGate()).select(scores, {"a": torch.ones(6)}, 0)
+        advantages = DiversityAware().from_features(scores, torch.zeros(6, 3, 2, 2), 3)
+    assert (chosen.shape, advantages.shape, len(logs)) == ((6,), (6,), 2)
 
 
 class Keep(Callback):

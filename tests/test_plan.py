@@ -266,9 +266,9 @@ def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
 ) -> None:
     options, counted, count = ("--model.sampler.num_steps", "6", "--model.truncation", truncation), [], command._count
 
-    def noted(cli: Any, module: Any, prompts: list[str]) -> StepPlan:
+    def noted(cli: Any, module: Any, *rest: Any) -> StepPlan:
         counted.append(module.sampler.num_steps)
-        return count(cli, module, prompts)
+        return count(cli, module, *rest)
 
     monkeypatch.setattr(command, "_count", noted)
     short = run(small_sd, *options)
@@ -281,6 +281,38 @@ def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
         whole.plan.flops,
         whole.plan.calls,
     )
+
+
+@pytest.mark.usefixtures("counted_with_weights")
+@pytest.mark.parametrize(
+    ("options", "accumulate"),
+    [
+        (("--model.window", "SlidingWindow", "--model.window.size", "3"), 3),
+        (
+            (
+                *("--model.kl_weight", "0.1", "--model.kl_gate", "{}", "--model.kl_reference", "{}"),
+                *("--model.eval_rewards", '{"bright": {"class_path": "Brightness"}}'),
+                *("--model.advantage_estimator", "DiversityAware"),
+            ),
+            6,
+        ),
+    ],
+    ids=["window", "gardo"],
+)
+def test_plan_of_a_policy_with_many_steps_equals_the_whole_count(
+    small_sd: Path, options: tuple[str, ...], accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimizer step is a rollout in the short chains, too."""
+    settings = (
+        *("--model", "PolicyGradientModule", "--model.sampler.num_steps", "6", "--model.sampler.eta", "1.0"),
+        *("--model.samples_per_prompt", "2", "--model.timesteps_per_minibatch", "1"),
+        *("--trainer.accumulate_grad_batches", str(accumulate), *options),
+    )
+    short = run(small_sd, *settings).plan
+    monkeypatch.setattr(command, "_LONG", 6)
+    whole = run(small_sd, *settings).plan
+    assert (short.flops, short.calls) == (whole.flops, whole.calls)
+    assert short.live == pytest.approx(whole.live, rel=1e-4)  # some scalars live shorter in the second plan
 
 
 @pytest.mark.usefixtures("counted_with_weights")

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_draft.cli.plan_report import Alternative, report
 from lightning_draft.cli.process import process_arguments
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.rollout_module import RolloutModule
 from lightning_draft.plan import StepPlan, Tracker, model_parts, plan_step
 from lightning_draft.weightless import without_weights
 
@@ -90,8 +92,19 @@ def _plan(args: Sequence[str]) -> _Run:
             return _Run(title, plan, size, options)
         if steps <= _LONG:
             return _Run(title, _count(cli, module, prompts), size, options)
-    plan = _extrapolated(args, steps) or _with_steps(args, steps)
+        rollouts = _rollouts_per_step(cli, module, len(prompts))
+        first = max(_LONG - 2, getattr(getattr(module, "window", None), "size", 0) + 1)
+    plan = _extrapolated(args, steps, first, rollouts) or _with_steps(args, steps)
     return _Run(title, plan, size, options)
+
+
+def _rollouts_per_step(cli: Any, module: Any, batch_size: int) -> Fraction | None:
+    """Return the part of a rollout, or the number of rollouts, of an optimizer step; `None` for other methods."""
+    if not isinstance(module, RolloutModule):
+        return None
+    return Fraction(
+        cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1, len(module.minibatches(batch_size))
+    )
 
 
 @contextlib.contextmanager
@@ -104,24 +117,38 @@ def _build(args: Sequence[str]) -> Iterator[tuple[Any, Any, list[str]]]:
         yield cli, cli.model, (prompts * -(-size // len(prompts)))[:size]
 
 
-def _count(cli: Any, module: Any, prompts: list[str]) -> StepPlan:
+def _count(cli: Any, module: Any, prompts: list[str], rollouts: Fraction | None = None) -> StepPlan:
     config = cli.config_init["fit"]["trainer"]
     names = ("precision", "accumulate_grad_batches", "gradient_clip_val")
-    return plan_step(module, prompts, {name: config[name] for name in names if config[name] is not None})
+    options = {name: config[name] for name in names if config[name] is not None}
+    if rollouts is not None:
+        options["accumulate_grad_batches"] = math.ceil(rollouts * len(module.minibatches(len(prompts))))
+    return plan_step(module, prompts, options)
 
 
-def _with_steps(args: Sequence[str], steps: int) -> StepPlan:
+def _with_steps(args: Sequence[str], steps: int, rollouts: Fraction | None = None) -> StepPlan:
+    """Plan with another number of sampling steps, and optionally as many rollouts per optimizer step."""
     with _build([*args, "--model.sampler.num_steps", str(steps)]) as built:
-        return _count(*built)
+        return _count(*built, rollouts)
 
 
-def _extrapolated(args: Sequence[str], steps: int) -> StepPlan | None:
-    """Return the plan of a long chain, extrapolated from three short ones if each step adds the same."""
-    short, longer, check = (_with_steps(args, number) for number in (_LONG - 2, _LONG - 1, _LONG))
+def _extrapolated(args: Sequence[str], steps: int, first: int, rollouts: Fraction | None) -> StepPlan | None:
+    """Return the plan of a long chain, extrapolated from three short ones if each step adds the same.
+
+    Args:
+        args: Options of the run.
+        steps: Number of sampling steps.
+        first: That of the shortest chain.
+        rollouts: From `_rollouts_per_step`.
+    """
+    try:
+        short, longer, check = (_with_steps(args, number, rollouts) for number in range(first, first + 3))
+    except ConfigurationError:  # other options need more steps
+        return None
     expected = short.extrapolate(longer, 2)
     if (expected.live, expected.flops) != (check.live, dict(check.flops)):
         return None
-    return short.extrapolate(longer, steps - (_LONG - 2))
+    return short.extrapolate(longer, steps - first)
 
 
 def _steps_needed(module: Any) -> int:

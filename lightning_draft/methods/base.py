@@ -128,11 +128,13 @@ class RewardModule(EvaluationModule, ABC):
         check_sampler(self.sampler, self.model.schedule)
 
     def on_fit_start(self) -> None:
-        """Check the gradient on the first training prompt, and warn of negative prompts without effect."""
+        """Check the gradient on the first training prompt, and that guidance and negative prompts have an effect."""
         data = self.prompt_data
         guidance = getattr(self.model, "guidance", None)
-        if data is not None and isinstance(guidance, Guidance):
-            guidance.check_negative_column(data.train_prompts)
+        if isinstance(guidance, Guidance):
+            guidance.check_interval(len(self.sampler.grid(self.model.schedule)))
+            if data is not None:
+                guidance.check_negative_column(data.train_prompts)
         if self.checks_first_step:
             self.check_first_step(["a photo"] if data is None else data.train_prompts[:1])
 

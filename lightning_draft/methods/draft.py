@@ -93,6 +93,11 @@ class DraftModule(DirectModule):
         self.anchor = anchor
         self.base_samples = BaseSamples(model, self.sampler, self.seed)
 
+    def setup(self, stage: str) -> None:
+        """Check the configuration, and drop samples of the base model: sampler and guidance may have changed."""
+        super().setup(stage)
+        self.base_samples = BaseSamples(self.model, self.sampler, self.seed)
+
     def gradient_steps(self) -> int:
         """Return the largest number of steps of a chain with gradient."""
         return self.truncation.gradient_steps(self.sampler.num_steps)
@@ -180,7 +185,7 @@ class DraftModule(DirectModule):
             logs["train/prediction_drift"] = drift.mean
             total = total + self.kl_weight * drift.mean
         if self.anchor is not None:
-            logs["train/anchor_error"] = denoising_error(chain, self.base_samples(prompts))
+            logs["train/anchor_error"] = denoising_error(chain, self.base_samples(prompts).to(latents.device))
             total = total + self.anchor.weight * logs["train/anchor_error"]
         if total is not loss:
             logs["train/reward_loss"] = loss

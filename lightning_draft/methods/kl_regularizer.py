@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_draft.arguments import at_least
 from lightning_draft.distributed import all_gather_objects
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, suspicious
+from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, nonnegative, suspicious
 from lightning_draft.methods.old_policy import parameters_replaced
 from lightning_draft.models.base import DiffusionModel
 
@@ -127,7 +127,7 @@ class KLRegularizer:
                 "kl_gate compares the samples of a rollout, and there is one; set samples_per_prompt to 2 or more"
             )
         values = disagreement(first, others)
-        mean = float(values[values >= 0].mean())
+        mean = float(nonnegative(values).nanmean())
         fraction = self.gate.adapt(self.state.fraction or self.gate.fraction, mean, self.state.recent)
         recent = (*self.state.recent, mean)[-self.gate.history :]
         self.state = replace(self.state, fraction=fraction, recent=recent)

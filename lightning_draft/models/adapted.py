@@ -87,7 +87,12 @@ class AdaptedModel(PromptEmbedding):
             yield
 
     def on_sharded(self) -> None:
-        """Keep only this process's shards of the weights from which training started."""
+        """Keep only this process's shards of the weights from which training started.
+
+        Raises:
+            ConfigurationError: `lora.merge` is set, which needs whole weights.
+        """
+        adapters.check_not_merged(self.lora)
         for copies in filter(None, (self._original, self._initial)):
             copies.shard()
 

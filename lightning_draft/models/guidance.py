@@ -118,7 +118,22 @@ class Guidance:
             _warn_of_no_effect("guidance.negative_prompt")
         if self.max_norm is not None and not resolved.enabled:
             _warn_of_no_effect(f"guidance.max_norm={self.max_norm}")
+        if tuple(self.interval) != (0, 1) and not resolved.enabled:
+            _warn_of_no_effect(f"guidance.interval={list(self.interval)}")
         return resolved
+
+    def check_interval(self, num_steps: int) -> None:
+        """Check that the interval contains a step of a chain.
+
+        Raises:
+            ConfigurationError: It contains none, so that no step has guidance.
+        """
+        if self.enabled and not any(self.covers(step, num_steps) for step in range(num_steps)):
+            raise ConfigurationError(
+                f"guidance.interval={list(self.interval)} contains none of the {num_steps} sampling steps, at "
+                f"0, {1 / num_steps:.3g} and so on, so that none has guidance; write for example [0, 0.5], or "
+                "guidance.scale 1"
+            )
 
     def check_negative_column(self, prompts: Sequence[str]) -> None:
         """Warn if prompts have a negative prompt that guidance with a scale of 1 does not use."""

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
@@ -159,6 +158,22 @@ def disabled(network: nn.Module) -> Iterator[None]:
             layer._disable_adapters = value
 
 
+_CANNOT_MERGE = (
+    "lora.merge needs whole floating-point weights, and those of this denoiser are quantized or sharded over "
+    "processes; write lora.merge: false"
+)
+
+
+def check_not_merged(lora: LoRA | None) -> None:
+    """Raise if adapters are to be merged into weights that are sharded over processes.
+
+    Raises:
+        ConfigurationError: `lora.merge` is set.
+    """
+    if lora is not None and lora.merge:
+        raise ConfigurationError(_CANNOT_MERGE)
+
+
 @contextmanager
 def merged(network: nn.Module) -> Iterator[None]:
     """Within this context, without gradient, adapted layers have the weight `W + dW`, rounded to the dtype of `W`.
@@ -169,11 +184,9 @@ def merged(network: nn.Module) -> Iterator[None]:
         ConfigurationError: The weights are quantized, or sharded over processes.
     """
     before = [(layer, layer.get_base_layer().weight) for layer in layers(network) if not layer.disable_adapters]
-    if any(isinstance(weight, DTensor) or not weight.is_floating_point() for _, weight in before):
-        raise ConfigurationError(
-            "lora.merge needs whole floating-point weights, and those of this denoiser are quantized or sharded over "
-            "processes; write lora.merge: false"
-        )
+    # Sharded and quantized weights of tensor subclasses report a floating-point dtype.
+    if any(hasattr(weight, "__tensor_flatten__") or not weight.is_floating_point() for _, weight in before):
+        raise ConfigurationError(_CANNOT_MERGE)
     originals = [weight.data for _, weight in before]
     try:
         for layer, weight in before:

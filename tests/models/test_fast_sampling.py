@@ -6,13 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.models.lora import layers
+from lightning_draft.rewards import ColorTarget
 from lightning_draft.samplers import DDIM
 from lightning_draft.truncation import LastK
+from tests.tiny_policy_gradients import trainer_of
+from tests.tiny_runs import data
 
 PROMPTS = ["a red cat", "dog"]
 STEPS = 4
@@ -51,6 +56,20 @@ def test_an_interval_that_is_empty_or_out_of_range_is_rejected(interval: tuple[f
         Guidance(interval=interval)
 
 
+def test_an_interval_without_effect_is_reported(tiny_sd: Path, tmp_path: Path) -> None:
+    Guidance(3.0, interval=(0.05, 0.15)).check_interval(10)
+    Guidance(1.0, interval=(0.05, 0.09)).check_interval(10)
+    with pytest.raises(ConfigurationError, match=r"interval=\[0.05, 0.09\] contains none of the 10 sampling steps"):
+        Guidance(3.0, interval=(0.05, 0.09)).check_interval(10)
+    with pytest.warns(UserWarning, match=r"guidance.interval=\[0.0, 0.5\] has no effect, because guidance.scale=1"):
+        StableDiffusion(str(tiny_sd), guidance=Guidance(1.0, interval=(0.0, 0.5)))
+    module = DraftModule(
+        StableDiffusion(str(tiny_sd), lora=LoRA(2), guidance=Guidance(3.0, interval=(0.1, 0.3))), ColorTarget(), DDIM(3)
+    )
+    with pytest.raises(ConfigurationError, match="contains none of the 3 sampling steps"):
+        trainer_of(tmp_path, max_steps=1).fit(module, data())
+
+
 def test_merged_adapters_give_the_same_sample_and_gradient_to_rounding_and_leave_the_weights_unchanged(
     tiny_sd: Path,
 ) -> None:
@@ -78,12 +97,24 @@ def test_disabled_adapters_are_not_merged(tiny_sd: Path) -> None:
     assert torch.equal(*samples)
 
 
-def test_weights_that_cannot_be_merged_are_rejected_and_unchanged(tiny_sd: Path) -> None:
+@pytest.mark.parametrize(
+    "convert",
+    [lambda weight: torch.zeros_like(weight, dtype=torch.int8), lambda weight: TwoTensor(weight, weight.clone())],
+    ids=["integers", "a tensor subclass that reports float32, as those of torchao"],
+)
+def test_weights_that_cannot_be_merged_are_rejected_and_unchanged(convert: Any, tiny_sd: Path) -> None:
     chain = chain_of(tiny_sd, Guidance(1.0), merge=True)
     layer = layers(chain.model.denoiser)[-1].get_base_layer()
-    layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.int8), requires_grad=False)
+    layer.weight = nn.Parameter(convert(layer.weight.detach()), requires_grad=False)
     first = layers(chain.model.denoiser)[0].get_base_layer().weight
     before = first.clone()
     with torch.no_grad(), pytest.raises(ConfigurationError, match=r"quantized or sharded .*write lora.merge: false"):
         chain.advance(chain.start(noise()))
     assert torch.equal(first, before)
+
+
+def test_merging_is_rejected_for_weights_that_are_sharded(tiny_sd: Path) -> None:
+    """When they are, before training; FSDP replaces them by flat tensors, and FSDP2 by subclasses."""
+    with pytest.raises(ConfigurationError, match=r"sharded over processes; write lora.merge: false"):
+        chain_of(tiny_sd, Guidance(1.0), merge=True).model.on_sharded()
+    chain_of(tiny_sd, Guidance(1.0), merge=False).model.on_sharded()

@@ -12,7 +12,6 @@ Images of each setting are compared with those of exact mode, from the same nois
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import common
-from benchmarks.step_cost import synchronize
+from benchmarks.step_cost import seconds
 from lightning_draft.methods.direct import Checkpointing
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models import StableDiffusion
@@ -108,15 +107,12 @@ def loss(module: DraftModule, setting: Setting, prompts: list[str], seed: int) -
 
 def train_step(module: DraftModule, optimizer: torch.optim.Optimizer, compute: Callable[[], Tensor]) -> float:
     """Take one training step, and return its seconds."""
-    clock = time.perf_counter if module.device.type == "cuda" else time.process_time
-    synchronize(module.device)
-    start = clock()
+    start = seconds(module.device)
     compute().backward()
     torch.nn.utils.clip_grad_norm_(module.trainable_parameters().values(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    synchronize(module.device)
-    return clock() - start
+    return seconds(module.device) - start
 
 
 def times(module: DraftModule, prompts: list[str], repeats: int) -> dict[str, float]:
@@ -125,8 +121,8 @@ def times(module: DraftModule, prompts: list[str], repeats: int) -> dict[str, fl
     found: dict[str, list[float]] = {setting.name: [] for setting in SETTINGS}
     for number in range(1 + repeats):
         for each in SETTINGS:
-            seconds = train_step(module, optimizer, lambda each=each: loss(module, each, prompts, 0))  # type: ignore[misc]
-            found[each.name] += [seconds] if number else []
+            spent = train_step(module, optimizer, lambda each=each: loss(module, each, prompts, 0))  # type: ignore[misc]
+            found[each.name] += [spent] if number else []
     return {name: min(values) for name, values in found.items()}
 
 
@@ -151,7 +147,7 @@ def main() -> None:
     reward: Reward = ImageQuality("emoji64-judge") if shipped else ColorTarget()
     module = DraftModule(model, reward, DDIM(arguments.steps, spacing="trailing"), LastK(1)).to(arguments.device)
     prompts, held_out = list(read_prompts("emoji64")), list(read_prompts("emoji64_eval"))[: arguments.images]
-    seconds = times(module, prompts[: arguments.batch], arguments.repeats)
+    spent = times(module, prompts[: arguments.batch], arguments.repeats)
     for name, value in module.trainable_parameters().items():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.02)  # adapters without an update would be merged exactly
@@ -159,8 +155,8 @@ def main() -> None:
     rows = []
     for setting in SETTINGS:
         images, reward_now = generated(module, setting, held_out)
-        own, distance = seconds[setting.name], (images - exact).square().mean().sqrt().item()
-        cells = [f"{own:.3f}", f"{seconds[SETTINGS[0].name] / own:.2f}", f"{distance:.1e}", f"{reward_now:.3f}"]
+        own, distance = spent[setting.name], (images - exact).square().mean().sqrt().item()
+        cells = [f"{own:.3f}", f"{spent[SETTINGS[0].name] / own:.2f}", f"{distance:.1e}", f"{reward_now:.3f}"]
         rows.append([setting.name, *cells])
     head = ["setting", "s / step", "TRL / setting", "RMS difference of images", "reward"]
     title = f"T = {arguments.steps}, K = 1. {common.describe(arguments, model)}."

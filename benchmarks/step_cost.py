@@ -4,9 +4,11 @@
     python -m benchmarks.step_cost --model sd15 --device cuda --dtype bfloat16 --steps 50 --batch 4 --guidance-scale 7.5
 
 The lower bound of a method is the time of its network calls: forward passes without and with a graph, and backward
-passes. Each kind is timed separately, between the training steps, and multiplied by its number of calls. The step is a
-complete training step of Lightning's Trainer: sampling, decoder, reward, backward pass, optimizer. The decoder and the
-reward are timed too, so that the last column shows the overhead of everything else.
+passes. Each kind is timed separately, right after each training step, and multiplied by its number of calls. The step
+is a complete training step of Lightning's Trainer: sampling, decoder, reward, backward pass, optimizer. The decoder and
+the reward are timed too, so that the last column shows the overhead of everything else. The ratios are medians over the
+steps. Seconds are CPU time of the process, with one thread (`OMP_NUM_THREADS=1`) also on a busy machine a measure of
+the work; on a GPU they are elapsed time.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import lightning as L
@@ -72,27 +74,45 @@ Kind = tuple[str, int, bool]
 """Kind of call (`without` or `with` a graph, or `again` for a recomputation), batch size, gradient of the input."""
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a training step, and of its parts when called alone.
+
+    Attributes:
+        step: The whole step.
+        network: All calls of the network.
+        beside: Decoder and reward.
+        forwards: Network passes; a backward pass counts as one.
+    """
+
+    step: float
+    network: float
+    beside: float
+    forwards: int
+
+
 @dataclass
 class Clock(Callback):
-    """Time training steps, record their network and decoder calls, and time these calls separately.
+    """Time training steps, and after each step the network and decoder calls that it made.
 
     Args:
-        repeats: Number of timings of each kind of call, before and after the steps.
+        repeats: Number of timings of each kind of call after a step.
+
+    Attributes:
+        steps: The times of each step but the first.
     """
 
     repeats: int = 3
-    seconds: list[float] = field(default_factory=list)
-    calls: Counter[Kind] = field(default_factory=Counter)
-    decoded: Counter[int] = field(default_factory=Counter)
-    network: dict[Kind, list[float]] = field(default_factory=dict)
-    rest: dict[int, list[float]] = field(default_factory=dict)
-    _noting: bool = False
+    steps: list[StepTime] = field(default_factory=list)
+    _calls: Counter[Kind] = field(default_factory=Counter)
+    _decoded: Counter[int] = field(default_factory=Counter)
+    _recording: bool = False
     _backward: bool = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Register hooks on the network and the decoder."""
-        pl_module.model.unet.register_forward_pre_hook(self._note_network)
-        pl_module.model.vae.decoder.register_forward_pre_hook(self._note_decoder)
+        pl_module.model.unet.register_forward_pre_hook(self._record_network)
+        pl_module.model.vae.decoder.register_forward_pre_hook(self._record_decoder)
 
     def on_before_backward(self, *_: Any) -> None:
         """Count further calls as recomputed."""
@@ -103,59 +123,50 @@ class Clock(Callback):
         self._backward = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Use the first step as warm-up and to find the kinds of calls."""
-        if trainer.global_step == 1:
-            self._measure(trainer, pl_module)
-            self.calls.clear()
-            self.decoded.clear()
-        self._noting = True
-        synchronize(pl_module.device)
-        self._start = time.perf_counter()
+        """Start the clock."""
+        self._calls.clear()
+        self._decoded.clear()
+        self._recording = True
+        self._start = seconds(pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Time the calls again after the last step."""
-        synchronize(pl_module.device)
+        """Stop the clock, and time the step's calls; the first step warms up."""
+        step = seconds(pl_module.device) - self._start
+        self._recording = False
         if trainer.global_step > 1:
-            self.seconds.append(time.perf_counter() - self._start)
-        self._noting = False
-        if trainer.global_step == trainer.max_steps:
-            self._measure(trainer, pl_module)
+            self.steps.append(self._measured(step, trainer, pl_module))
 
-    def floor(self) -> float:
-        """Return the seconds per step of the recorded network calls."""
-        return sum(median(self.network[kind]) * count for kind, count in self.calls.items()) / len(self.seconds)
-
-    def beside(self) -> float:
-        """Return the seconds per step of decoder and reward."""
-        return sum(median(self.rest[size]) * count for size, count in self.decoded.items()) / len(self.seconds)
-
-    def forwards(self, batch: int) -> float:
-        """Return the network passes per sample and step; a backward pass counts as one."""
-        passes = sum(size * count * (2 if kind == "with" else 1) for (kind, size, _), count in self.calls.items())
-        return passes / batch / len(self.seconds)
-
-    def _note_network(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._noting:
+    def _record_network(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._recording:
             kind = "again" if self._backward else "with" if torch.is_grad_enabled() else "without"
-            self.calls[kind, len(inputs[0]), inputs[0].requires_grad] += 1
+            self._calls[kind, len(inputs[0]), inputs[0].requires_grad] += 1
 
-    def _note_decoder(self, decoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._noting and not self._backward:
-            self.decoded[len(inputs[0])] += 1
+    def _record_decoder(self, decoder: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._recording and not self._backward:
+            self._decoded[len(inputs[0])] += 1
 
-    def _measure(self, trainer: L.Trainer, module: DraftModule) -> None:
+    def _measured(self, step: float, trainer: L.Trainer, module: DraftModule) -> StepTime:
+        calls, decoded = Counter(self._calls), Counter(self._decoded)
         with trainer.precision_plugin.forward_context(), torch.enable_grad():
-            for kind in self.calls:
-                times = [time_network(module.model, *kind) for _ in range(self.repeats)]
-                self.network.setdefault(kind, []).extend(times)
-            for size in self.decoded:
-                self.rest.setdefault(size, []).extend(time_rewards(module, size) for _ in range(self.repeats))
+            network = sum(count * self._median(time_network, module.model, *kind) for kind, count in calls.items())
+            beside = sum(count * self._median(time_rewards, module, size) for size, count in decoded.items())
+        passes = sum(size * count * (2 if kind == "with" else 1) for (kind, size, _), count in calls.items())
+        return StepTime(step, network, beside, passes)
+
+    def _median(self, function: Callable[..., float], *arguments: Any) -> float:
+        return median(function(*arguments) for _ in range(self.repeats))
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the accelerator."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device) -> float:
+    """Return the CPU seconds of this process; on a GPU the elapsed ones, when its work is done."""
+    synchronize(device)
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 def time_network(model: StableDiffusion, kind: str, batch: int, attached: bool) -> float:
@@ -166,26 +177,22 @@ def time_network(model: StableDiffusion, kind: str, batch: int, attached: bool) 
     weight = model.unet.conv_in.weight
     x = torch.randn(batch, *model.latent_shape, device=weight.device, dtype=weight.dtype, requires_grad=attached)
     text = model.encode([""]).tensors["text"].to(weight).expand(batch, -1, -1)
-    synchronize(weight.device)
-    start = time.perf_counter()
+    start = seconds(weight.device)
     with torch.set_grad_enabled(kind != "without"):
         output = model.unet(x, 500, encoder_hidden_states=text, return_dict=False)[0]
     if kind == "with":
         targets = [value for _, value in model.trainable_parameters()] + ([x] if attached else [])
         torch.autograd.grad(output.sum(), targets)
-    synchronize(weight.device)
-    return time.perf_counter() - start
+    return seconds(weight.device) - start
 
 
 def time_rewards(module: DraftModule, batch: int) -> float:
     """Return the seconds of decoding and scoring a batch of latents, including the backward pass."""
     latents = module.model.noise(batch).requires_grad_()
-    synchronize(module.device)
-    start = time.perf_counter()
+    start = seconds(module.device)
     rewards, _, _ = module.rewards(latents, [""] * batch)
     torch.autograd.grad(module.loss(rewards).sum(), latents)
-    synchronize(module.device)
-    return time.perf_counter() - start
+    return seconds(module.device) - start
 
 
 def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespace) -> list[str]:
@@ -214,16 +221,18 @@ def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespac
     )
     trainer.fit(module, PromptDataModule(["a cat"] * 8, batch_size=arguments.batch, val_size=0))
     g = 1 if arguments.guidance_scale == 1 else 2
-    step, floor, beside = sum(clock.seconds) / len(clock.seconds), clock.floor(), clock.beside()
+    counted, step, network, beside = (
+        mean(getattr(each, name) for each in clock.steps) for name in ("forwards", "step", "network", "beside")
+    )
     return [
         method.name,
         f"{method.forwards(arguments.steps) * g:.1f}",
-        f"{clock.forwards(arguments.batch):.1f}",
-        f"{floor:.3f}",
+        f"{counted / arguments.batch:.1f}",
+        f"{network:.3f}",
         f"{beside:.3f}",
         f"{step:.3f}",
-        f"{step / floor:.3f}",
-        f"{step / (floor + beside):.3f}",
+        f"{median(each.step / each.network for each in clock.steps):.3f}",
+        f"{median(each.step / (each.network + each.beside) for each in clock.steps):.3f}",
     ]
 
 
@@ -240,7 +249,7 @@ def main() -> None:
     common.add_arguments(parser, steps=10, batch=2)
     parser.add_argument("--precision", default="32-true", help="precision of the Trainer: 32-true or bf16-mixed")
     parser.add_argument(
-        "--repeats", type=int, default=4, help="number of measured steps, and of timings of each call before and after"
+        "--repeats", type=int, default=4, help="number of measured steps, and of timings of each call after a step"
     )
     parser.add_argument("--methods", nargs="*", default=[], help="only those whose name starts with one of these")
     arguments = parser.parse_args()

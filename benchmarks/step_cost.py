@@ -4,11 +4,11 @@
     python -m benchmarks.step_cost --model sd15 --device cuda --dtype bfloat16 --steps 50 --batch 4 --guidance-scale 7.5
 
 The lower bound of a method is the time of its network calls: forward passes without and with a graph, and backward
-passes. Each kind is timed separately, right after each training step, and multiplied by its number of calls. The step
-is a complete training step of Lightning's Trainer: sampling, decoder, reward, backward pass, optimizer. The decoder and
-the reward are timed too, so that the last column shows the overhead of everything else. The ratios are medians over the
-steps. Seconds are CPU time of the process, with one thread (`OMP_NUM_THREADS=1`) also on a busy machine a measure of
-the work; on a GPU they are elapsed time.
+passes. They are timed alone, right after each training step, as many as the step made. The step is a complete training
+step of Lightning's Trainer: sampling, decoder, reward, backward pass, optimizer. The decoder and the reward are timed
+too, so that the last column shows the overhead of everything else. The ratios are medians over the steps. Seconds are
+CPU time of the process, with one thread (`OMP_NUM_THREADS=1`) also on a busy machine a measure of the work; on a GPU
+they are elapsed time.
 """
 
 import argparse
@@ -95,14 +95,10 @@ class StepTime:
 class Clock(Callback):
     """Time training steps, and after each step the network and decoder calls that it made.
 
-    Args:
-        repeats: Number of timings of each kind of call after a step.
-
     Attributes:
         steps: The times of each step but the first.
     """
 
-    repeats: int = 3
     steps: list[StepTime] = field(default_factory=list)
     _calls: Counter[Kind] = field(default_factory=Counter)
     _decoded: Counter[int] = field(default_factory=Counter)
@@ -148,13 +144,10 @@ class Clock(Callback):
     def _measured(self, step: float, trainer: L.Trainer, module: DraftModule) -> StepTime:
         calls, decoded = Counter(self._calls), Counter(self._decoded)
         with trainer.precision_plugin.forward_context(), torch.enable_grad():
-            network = sum(count * self._median(time_network, module.model, *kind) for kind, count in calls.items())
-            beside = sum(count * self._median(time_rewards, module, size) for size, count in decoded.items())
+            network = sum(time_network(module.model, *kind) for kind in calls.elements())
+            beside = sum(time_rewards(module, size) for size in decoded.elements())
         passes = sum(size * count * (2 if kind == "with" else 1) for (kind, size, _), count in calls.items())
         return StepTime(step, network, beside, passes)
-
-    def _median(self, function: Callable[..., float], *arguments: Any) -> float:
-        return median(function(*arguments) for _ in range(self.repeats))
 
 
 def synchronize(device: torch.device) -> None:
@@ -205,7 +198,7 @@ def measure(method: Method, model: StableDiffusion, arguments: argparse.Namespac
         checkpointing=method.checkpointing,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
     )
-    clock = Clock(arguments.repeats)
+    clock = Clock()
     device = torch.device(arguments.device)
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -248,9 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_arguments(parser, steps=10, batch=2)
     parser.add_argument("--precision", default="32-true", help="precision of the Trainer: 32-true or bf16-mixed")
-    parser.add_argument(
-        "--repeats", type=int, default=4, help="number of measured steps, and of timings of each call after a step"
-    )
+    parser.add_argument("--repeats", type=int, default=4, help="number of measured steps")
     parser.add_argument("--methods", nargs="*", default=[], help="only those whose name starts with one of these")
     arguments = parser.parse_args()
     common.quiet()

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+import lightning_draft
 from lightning_draft.cli import shipped
 from tests.tiny_families import write
 
@@ -107,7 +109,46 @@ SHARDED = ["sd15_prdp_full"]
 """Configs of several processes, which `test_distributed_commands.py` runs."""
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", *SHARDED)])
+DERIVED = {
+    **{f"sd35_{name}_clip": "sd35_nft_clip" for name in ("awm", "rwr", "online_dpo", "dgpo", "crd")},
+    **{f"sd35_{name}_clip": "sd35_adjoint_matching_clip" for name in ("vgg_flow", "nabla_gflownet")},
+    **{
+        f"sd35_{name}_clip": "sd35_flow_bp_lagrange_clip" for name in ("flow_bp_sparse", "flow_bp_bridge", "leap_align")
+    },
+    **dict.fromkeys(("sd3_pref_grpo", "sd3_dance_grpo"), "sd3_flow_grpo"),
+    "sd15_apa_clip": "sd15_loop_clip",
+}
+"""Configs that differ from another one in the method alone; the method runs with the config of the shipped model."""
+
+STRATEGIES = ("sampler", "truncation", "objective", "advantage_estimator", "matching")
+METHOD_OPTIONS = (*STRATEGIES, "old_policy", "kl_weight", "kl_per_time", "share_start_noise", "micro_batch_size")
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_config_differs_only_in_the_method_from_one_that_runs(name: str) -> None:
+    def rest(content: dict) -> dict:
+        arguments = {k: v for k, v in content["model"]["init_args"].items() if k not in METHOD_OPTIONS}
+        trainer = {k: v for k, v in content["trainer"].items() if k != "accumulate_grad_batches"}
+        return {**content, "model": {**content["model"], "init_args": arguments}, "trainer": trainer}
+
+    content = _content(name)
+    assert rest(content) == rest(_content(DERIVED[name]))
+    arguments = content["model"]["init_args"]
+    built = {key: _built(arguments[key]) for key in STRATEGIES if key in arguments}
+    if content["model"]["class_path"] == "ForwardProcessModule":
+        samples, part = content["data"]["batch_size"] * arguments["samples_per_prompt"], arguments["micro_batch_size"]
+        assert content["trainer"]["accumulate_grad_batches"] == samples // part * arguments["num_times"]
+        assert not built["objective"].couples_group or part % arguments["samples_per_prompt"] == 0
+
+
+def _built(value: Any) -> Any:
+    """The object of a class name, or of `class_path` and `init_args`."""
+    options = value.get("init_args", {}) if isinstance(value, dict) else {}
+    made = {key: _built(each) if isinstance(each, dict) else each for key, each in options.items()}
+    return getattr(lightning_draft, _class(value))(**made)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("quickstart", *SHARDED, *DERIVED)])
 def test_shipped_config_runs(command: Callable, name: str, pipeline: Callable, tiny_clip: Path) -> None:
     arguments = _content(name)["model"]["init_args"]
     models = {"model.model.pretrained": pipeline(arguments["model"]["class_path"])}
@@ -166,6 +207,7 @@ def test_every_forward_objective_has_a_config() -> None:
 
 
 def test_every_objective_and_advantage_estimator_has_a_config() -> None:
+    import lightning_draft.cli.options  # noqa: F401 (it imports all classes)
     from lightning_draft.advantages import AdvantageEstimator
     from lightning_draft.cli.hints import subclasses
     from lightning_draft.objectives import Objective

@@ -27,6 +27,7 @@ class DiversityAware(ImageAdvantages):
     """
 
     def __init__(self, pretrained: str | None = None) -> None:
+        self.pretrained = pretrained
         self.encoder = None if pretrained is None else ImageEncoder.load(pretrained)
 
     def features(self, images: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lightning_draft.advantages import GroupRelative, PerPromptStatistics
 from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
+from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.diversity import DiversityAware
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, suspicious
 from lightning_draft.methods.kl_regularizer import KLRegularizer
 from lightning_draft.objectives import PPO
 from lightning_draft.rewards import Brightness, ColorTarget
+from lightning_draft.value_baseline import ValueBaseline
 from lightning_draft.weightless import without_weights
 from tests import tiny_forward_process
 from tests.tiny_policy_gradients import Cut, Recorder, fit, linear, trainer_of
@@ -281,6 +283,20 @@ def test_rollout_advantages_use_the_images(pretrained: str | None) -> None:
     plain = GroupRelative()(rollout.rewards, rollout.prompts, 4)
     assert torch.equal(rollout.advantages.sign(), plain.sign())
     assert not torch.allclose(rollout.advantages, plain)
+
+
+def test_file_headers_name_the_options_of_the_kl_term_and_the_baseline() -> None:
+    module = gated(
+        kl_reference=MovingReference(),
+        value_baseline=ValueBaseline(2),
+        advantage_estimator=DiversityAware("emoji64-clip"),
+    )
+    found = {name: describe(part) for name, part in module.strategies().items()}
+    assert found["kl_gate"].startswith("KLGate(fraction=0.5, min_fraction=0.02, max_fraction=0.5, ")
+    assert found["kl_reference"] == "MovingReference(max_rollouts=15)"
+    assert found["value_baseline"] == "ValueBaseline(pool=2, ridge=1.0, decay=0.9)"
+    assert found["advantage_estimator"] == "DiversityAware(pretrained='emoji64-clip')"
+    assert not {"kl_gate", "kl_reference", "value_baseline", "window"} & linear().strategies().keys()
 
 
 def running(**options: Any) -> Callable[[Path], Any]:

@@ -132,8 +132,9 @@ class PolicyGradientModule(RolloutModule):
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, kl_per_time)
 
     def strategies(self) -> dict[str, object]:
-        """Return the strategies of the run, including the window."""
-        return super().strategies() if self.window is None else {**super().strategies(), "window": self.window}
+        """Return the strategies of the run, including the window and the value baseline."""
+        options = {"window": self.window, "value_baseline": self.value_baseline}
+        return {**super().strategies(), **{name: option for name, option in options.items() if option is not None}}
 
     def check_configuration(self) -> None:
         """Check that the sampler has log-probabilities, and that window, groups and optimizer steps suit the run.

@@ -149,8 +149,10 @@ class RolloutModule(RewardModule, ABC):
                 self.regularizer.load_state_dict({})
 
     def strategies(self) -> dict[str, object]:
-        """Return the strategies of the run, including the advantage estimator."""
-        return {**super().strategies(), "advantage_estimator": self.advantage_estimator}
+        """Return the strategies of the run, including the advantage estimator and those of the KL term."""
+        options = {"kl_gate": self.regularizer.gate, "kl_reference": self.regularizer.reference}
+        given = {name: option for name, option in options.items() if option is not None}
+        return {**super().strategies(), "advantage_estimator": self.advantage_estimator, **given}
 
     def check_configuration(self) -> None:
         """Check that groups and optimizer steps suit the objective.

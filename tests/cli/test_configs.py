@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import lightning_draft
+from lightning_draft.callbacks import OverOptimizationGuard
 from lightning_draft.cli import shipped
 from tests.tiny_families import write
 
@@ -117,11 +118,20 @@ DERIVED = {
     },
     **dict.fromkeys(("sd3_pref_grpo", "sd3_dance_grpo"), "sd3_flow_grpo"),
     "sd15_apa_clip": "sd15_loop_clip",
+    "sd15_guard_clip": "sd15_draft_k_clip",
 }
 """Configs that differ from another one in the method alone; the method runs with the config of the shipped model."""
 
 STRATEGIES = ("sampler", "truncation", "objective", "advantage_estimator", "matching")
-METHOD_OPTIONS = (*STRATEGIES, "old_policy", "kl_weight", "kl_per_time", "share_start_noise", "micro_batch_size")
+METHOD_OPTIONS = (
+    *STRATEGIES,
+    "old_policy",
+    "kl_weight",
+    "kl_per_time",
+    "share_start_noise",
+    "micro_batch_size",
+    "eval_rewards",
+)
 
 
 @pytest.mark.parametrize("name", DERIVED)
@@ -129,11 +139,15 @@ def test_config_differs_only_in_the_method_from_one_that_runs(name: str) -> None
     def rest(content: dict) -> dict:
         arguments = {k: v for k, v in content["model"]["init_args"].items() if k not in METHOD_OPTIONS}
         trainer = {k: v for k, v in content["trainer"].items() if k != "accumulate_grad_batches"}
+        content = {k: v for k, v in content.items() if k != "guard"}
         return {**content, "model": {**content["model"], "init_args": arguments}, "trainer": trainer}
 
     content = _content(name)
     assert rest(content) == rest(_content(DERIVED[name]))
     arguments = content["model"]["init_args"]
+    if "guard" in content:
+        assert OverOptimizationGuard(**content["guard"]["init_args"]).min_diversity is not None
+        assert arguments["eval_rewards"]
     built = {key: _built(arguments[key]) for key in STRATEGIES if key in arguments}
     if content["model"]["class_path"] == "ForwardProcessModule":
         samples, part = content["data"]["batch_size"] * arguments["samples_per_prompt"], arguments["micro_batch_size"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_draft.cli import plan as command
 from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct
@@ -25,7 +25,7 @@ from lightning_draft.rewards.color import ColorTarget
 from lightning_draft.rewards.service import HTTPReward
 from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.truncation import Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
-from lightning_draft.weightless import without_weights
+from lightning_draft.weightless import shapes_only, without_weights
 from tests.conftest import write_pipeline
 from tests.tiny_families import pixels, write
 
@@ -57,6 +57,23 @@ def test_tracker_counts_the_bytes_of_live_storages() -> None:
         z.mul_(2)
         x.t()
         assert (live.now, live.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["contiguous", "transposed"])
+def test_results_without_weights_have_the_metadata_of_real_ones(swap: bool) -> None:
+    def results() -> list[Tensor]:
+        with shapes_only():
+            x, row, b = torch.empty(6, 6), torch.empty(6), torch.empty(2, 6, 6, dtype=torch.bfloat16)
+            ints = torch.zeros(6, 6, dtype=torch.int64)
+        x = x.t() if swap else x
+        one = [x + 1, x * 2.5, x / x, x - row, row - x, x + x.t(), x.half() * x, ints + 2, ints / 2, ints * x, 1 - x]
+        return [*one, b.mul(3), torch.addmm(row, x, x), torch.mm(x, x), torch.bmm(b, b), x > 0]
+
+    real = results()
+    with without_weights():
+        planned = results()
+    for a, b in zip(real, planned, strict=True):
+        assert (b.shape, b.stride(), b.dtype, b.device) == (a.shape, a.stride(), a.dtype, a.device)
 
 
 def planned(build: Any, weights: bool) -> StepPlan:

@@ -5,15 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_draft.weightless import DEVICE, device_of
+
 OTHER = "other"
 """Tensors created outside all parts: latents, sampler, loss, and gradients in the backward pass."""
-
-_DEVICE = torch.ops.prim.device.default
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,9 +60,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count the outputs that share no storage with an input."""
+        if func is DEVICE:
+            return device_of(args[0])
         kwargs = kwargs or {}
-        if func is _DEVICE:  # frequent, and creates nothing
-            return func(*args, **kwargs)
         old = {storage._cdata for storage in _storages((*args, *kwargs.values()))}
         result = func(*args, **kwargs)
         part = self._entered[-1] if self._entered else OTHER

@@ -14,7 +14,7 @@ from diffusers import PNDMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_draft.models import Guidance, LoRA, StableDiffusion, TextEncoding
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, TextEncoding
 from tests.bad_input.cases import Case, Content, parsed, python
 from tests.conftest import STABLE_DIFFUSION_15, write_pipeline
 
@@ -351,4 +351,5 @@ CASES: list[Case] = [
         "write 0",
     ),
     python(OPTIONS, "LoRA(target_modules=[])", lambda _: LoRA(target_modules=[]), "target_modules=[] must be a list"),
+    python(OPTIONS, "Memory(tile=100)", lambda _: Memory(tile=100), "memory.tile=100 must be", "write 512"),
 ]

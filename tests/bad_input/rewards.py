@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_draft.rewards import Brightness, Reward, WeightedReward, WeightedSum
+from lightning_draft.rewards import (
+    Augmented,
+    Brightness,
+    GradientNormSum,
+    LatentNetwork,
+    Reward,
+    WeightedReward,
+    WeightedSum,
+)
 from tests.bad_input.cases import Case, python
 
 INPUT = "Images and prompts that a reward is called with"
@@ -26,6 +34,10 @@ class _Returns(Reward):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scores: Tensor = self.scores
         return scores
+
+
+def _latent() -> LatentNetwork:
+    return LatentNetwork(torch.nn.Flatten())
 
 
 def _call(shown: str, images: Any, prompts: Any, *says: str) -> Case:
@@ -124,4 +136,19 @@ CASES: list[Case] = [
     _rewards("an empty name", lambda: {"": WeightedReward(Brightness())}, "'' cannot be the name of a reward"),
     _rewards("a reward without a weight", lambda: {"a": Brightness()}, "a", "WeightedReward"),
     _rewards("a list", lambda: [WeightedReward(Brightness())], "WeightedReward"),
+    python(INPUT, "images, of a reward of latents", lambda _: _latent()(IMAGES, BATCH), "scores the latents", "choose"),
+    python(
+        "Combined rewards",
+        "Augmented with a reward of latents",
+        lambda _: Augmented(_latent()),
+        "reward=LatentNetwork scores latents",
+        "such as CLIPScore",
+    ),
+    python(
+        "Combined rewards",
+        "GradientNormSum with rewards of images and of latents",
+        lambda _: GradientNormSum({"a": WeightedReward(_latent()), "b": WeightedReward(Brightness())}),
+        "some of its rewards score images and others latents",
+        "write WeightedSum or ZScoreSum",
+    ),
 ]

@@ -16,7 +16,6 @@ ALTERNATIVES = (
     "--model.model.memory.checkpoint_decoder true",
     "--model.model.memory.checkpoint_decoder true --model.model.memory.decode_chunk 1",
     "--model.model.memory.checkpoint_decoder block --model.model.memory.decode_chunk 1",
-    "--model.model.memory.checkpoint_decoder block --model.model.memory.decode_chunk 1 --model.model.memory.tile 256",
     "--model.model.dtype bfloat16",
     "--model.model.quantization bitsandbytes-nf4",
 )
@@ -44,8 +43,6 @@ def effective_options(config: Any, module: Any, batch_size: int) -> dict[str, st
         images = min(batch_size, module.micro_batch_size or batch_size)
         chunk = min(images, model.memory.chunk(model.image_size))
         options["model.model.memory.decode_chunk"] = str(chunk)
-        if max(model.image_size) <= 256:
-            options["model.model.memory.tile"] = "256"
         if model.memory.checkpoint_decoder != "block":
             recomputes = model.memory.recomputes(-(-images // chunk))
             options["model.model.memory.checkpoint_decoder"] = str(recomputes).lower()

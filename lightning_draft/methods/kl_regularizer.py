@@ -105,7 +105,9 @@ class KLRegularizer:
         if self.reference.is_outdated(sum(values) / len(values), self.state.rollouts):
             copies = {name: value.detach().clone() for name, value in parameters.items()}
             self.state = replace(self.state, reference=copies, rollouts=0, kl=0.0)
-        self.state = replace(self.state, rollouts=self.state.rollouts + 1)
+        # After a resume, the reference is on the CPU.
+        reference = {name: value.to(parameters[name].device) for name, value in self.state.reference.items()}
+        self.state = replace(self.state, reference=reference, rollouts=self.state.rollouts + 1)
 
     def select(self, trained: Tensor, evaluated: Scores, rank: int) -> tuple[Tensor | None, dict[str, float]]:
         """Return which samples of this process have a KL term, bool `(N,)`, and metrics; `None` for all.

@@ -33,8 +33,8 @@ class Memory:
             batch has several chunks, because this lowers the peak. `block` also recomputes each block of the decoder
             separately, for any autoencoder: less memory, and one more pass of the decoder.
         tile: Decode in overlapping tiles with sides of this many pixels, a multiple of 32, and recompute each tile in
-            the backward pass; larger images then need no more memory for the decoder. Images change, because each tile
-            is normalized by itself. Only for the autoencoders `AutoencoderKL` and `AutoencoderKLFlux2`.
+            the backward pass, so that only the activations of one tile are stored. Images change, because each tile is
+            normalized by itself. Only for the autoencoders `AutoencoderKL` and `AutoencoderKLFlux2`.
         vae_dtype: Precision of the autoencoder's weights and activations, independent of the Trainer's precision; by
             default the model's `dtype`.
     """

@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_draft.cli import messages, run_folder, shipped, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
-from lightning_draft.cli.checkpoint_file import find_checkpoint
 from lightning_draft.cli.config_text import check_names
 from lightning_draft.cli.option_checks import check_callbacks, check_groups, check_options
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
@@ -166,33 +165,16 @@ class DraftCLI(LightningCLI):
                 messages.print_warning(message)
         check_groups(config["model"], "model")
         root = Path(config["trainer"]["default_root_dir"] or run_folder.ROOT).expanduser()
-        self.run = self._choose_folder(root, configs)
+        writes = self.command == "fit" and not config["trainer"]["fast_dev_run"] and is_first_process()
+        self.run = run_folder.choose(
+            config, root, configs, named=bool(option_values(sys.argv, "--name")), creates=writes
+        )
         saved = saved_options(self.run.checkpoint)
         for options in (config, self._as_written):
             fill_seeds(options, saved)
         config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
         place_loggers(config["trainer"]["logger"], self.run.path, root)
         embed_prompts(config)
-
-    def _choose_folder(self, root: Path, configs: list[Path]) -> RunFolder:
-        """Return the folder of this run; the first process creates it if it is new."""
-        config = self.config[self.command]
-        name, checkpoint = run_folder.check_name(config["name"]), config["ckpt_path"]
-        saved = [path.parent for path in configs if path.name == "config.yaml"][-1:]
-        own = None if option_values(sys.argv, "--name") or not saved else saved[0]
-        elsewhere = _dirpath(config["checkpoint"])
-        if config["resume"] == "auto":
-            if checkpoint is not None:
-                raise ConfigurationError("--resume auto finds the checkpoint itself; leave --ckpt_path out")
-            return run_folder.start_or_resume(own or root / name, elsewhere)
-        if checkpoint == "last":
-            if own is None and elsewhere is None:
-                return run_folder.newest(root, name)
-            return run_folder.resume(own or (run_folder.existing(root, name) or [root / name])[-1], elsewhere)
-        file = None if checkpoint is None else find_checkpoint(str(checkpoint))
-        if self.command != "fit" or config["trainer"]["fast_dev_run"] or not is_first_process():
-            return RunFolder(root / name, file)
-        return RunFolder(run_folder.create(root, name).path, file, created=True)
 
     def instantiate_classes(self) -> None:
         """Build all objects; an error of a constructor is raised without the parser's exceptions around it."""
@@ -311,9 +293,3 @@ class DraftCLI(LightningCLI):
         trainer = getattr(self, "trainer", None)
         if self.run is not None and (trainer is None or trainer.global_step == 0):
             run_folder.discard(self.run)
-
-
-def _dirpath(callback: Any) -> Path | None:
-    """Return the folder in the configuration of a callback, if it has one."""
-    folder = None if callback is None else callback.get("init_args", {}).get("dirpath")
-    return None if folder is None else Path(folder).expanduser()

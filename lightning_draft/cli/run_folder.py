@@ -3,12 +3,13 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lightning_draft.cli.checkpoint_file import check_checkpoint, newest_checkpoint
+from lightning_draft.cli.checkpoint_file import check_checkpoint, find_checkpoint, newest_checkpoint
 from lightning_draft.cli.messages import printable
 from lightning_draft.errors import ConfigurationError
 
@@ -29,6 +30,43 @@ class RunFolder:
     path: Path
     checkpoint: Path | None = None
     created: bool = False
+
+
+def choose(config: Mapping[str, Any], root: Path, configs: Sequence[Path], *, named: bool, creates: bool) -> RunFolder:
+    """Return the folder of a run, and the checkpoint that it continues from.
+
+    Args:
+        config: The options `name`, `ckpt_path`, `resume` and `checkpoint`.
+        root: The folder of all runs.
+        configs: The config files; a run that starts from the `config.yaml` of another run resumes in its folder.
+        named: Whether the name was given on the command line.
+        creates: Whether this process creates the folder of a new run.
+
+    Raises:
+        ConfigurationError: The name is not valid, or there is no such checkpoint.
+    """
+    name, checkpoint = check_name(config["name"]), config["ckpt_path"]
+    saved = [path.parent for path in configs if path.name == "config.yaml"][-1:]
+    own = None if named or not saved else saved[0]
+    elsewhere = _dirpath(config["checkpoint"])
+    if config["resume"] == "auto":
+        if checkpoint is not None:
+            raise ConfigurationError("--resume auto finds the checkpoint itself; leave --ckpt_path out")
+        return start_or_resume(own or root / name, elsewhere)
+    if checkpoint == "last":
+        if own is None and elsewhere is None:
+            return newest(root, name)
+        return resume(own or (existing(root, name) or [root / name])[-1], elsewhere)
+    file = None if checkpoint is None else find_checkpoint(str(checkpoint))
+    if not creates:
+        return RunFolder(root / name, file)
+    return RunFolder(create(root, name).path, file, created=True)
+
+
+def _dirpath(callback: Any) -> Path | None:
+    """Return the folder in the configuration of a callback, if it has one."""
+    folder = None if callback is None else callback.get("init_args", {}).get("dirpath")
+    return None if folder is None else Path(folder).expanduser()
 
 
 def default_name(configs: Iterable[Path]) -> str:

@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--students", type=Path, default=Path("runs/emoji_few_step"))
     parser.add_argument("--seconds", type=float, help="CPU seconds of a run; the experiment has a default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=40, help="evaluation prompts, two images each")
+    parser.add_argument("--prompts", type=int, default=16, help="evaluation prompts, two images each")
     parser.add_argument("--settings", nargs="+", help="labels of the settings to run; default: all")
     parser.add_argument("--clean-images", type=Path, default=Path("runs/emoji/emoji64.npz"))
     parser.add_argument("--threads", type=int, default=1)
@@ -48,19 +48,20 @@ def main() -> None:
     experiment = experiments(arguments.students)[arguments.experiment]
     seconds = arguments.seconds or experiment.seconds
     file = RunFile(arguments.out / f"{arguments.experiment}.jsonl")
+    common = {"seconds": seconds, "prompts": arguments.prompts, "clean_images": arguments.clean_images.exists()}
     start, untrained = time.time(), dict[tuple[str, int, Guidance], dict[str, float]]()
     for seed in range(arguments.seeds):
         for order, (label, setting) in enumerate(experiment.settings.items()):
-            identity = {"setting": label, "seed": seed, "seconds": seconds, "order": order}
+            identity = {"setting": label, "seed": seed, **common}
             if (arguments.settings and label not in arguments.settings) or file.find(**identity):
                 continue
             chain = setting.model, setting.num_steps, setting.guidance
             scores = truths(arguments.clean_images)
             curve = train(experiment, setting, seed, scores, seconds, arguments.prompts, untrained.get(chain))
             untrained[chain] = curve.evaluations[0]
-            run = file.add({**identity, "evaluations": curve.evaluations, "curve": curve.curve})
+            run = file.add({**identity, "order": order, "evaluations": curve.evaluations, "curve": curve.curve})
             print(f"{time.time() - start:.0f} s  {label}  seed {seed}  {run['evaluations'][-1]}", flush=True)
-    runs = [run for run in file.all() if run["seconds"] == seconds]
+    runs = [run for run in file.all() if common.items() <= run.items()]
     text = (
         f"{experiment.question} {seconds:.0f} CPU seconds a run, batch size {experiment.batch_size}.\n\n{table(runs)}"
     )

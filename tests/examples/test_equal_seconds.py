@@ -45,6 +45,9 @@ def test_a_run_evaluates_before_and_after_its_seconds_and_is_not_repeated(
     assert [row["steps"] for row in found["evaluations"]] == [0, 1]
     assert found["evaluations"][1]["reward"] != found["evaluations"][0]["reward"]
     assert capsys.readouterr().out.count("seed 0") == 1
+    monkeypatch.setattr("sys.argv", [*options[:-1], "3"])
+    command.main()
+    assert len(RunFile(tmp_path / "small_batch.jsonl").all()) == 2, "runs with other prompts are not the same"
     assert (tmp_path / "small_batch.png").exists()
 
 

@@ -87,9 +87,9 @@ def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
 
 
 def results(groups: dict[str, list[Run]]) -> str:
-    """Return what each config reached: at the median cost of all configs, and every score at the end; best first."""
-    every = [group[0]["evaluations"][-1] for group in groups.values()]
-    common = {key: sorted(row[key] for row in every)[len(every) // 2] for key in ("queries", "passes")}
+    """Return every score at the end, and the evaluation at the highest cost that all runs have; best first."""
+    every = [run["evaluations"][-1] for group in groups.values() for run in group]
+    common = {key: min(row[key] for row in every) for key in ("queries", "passes")}
     names = [name for name in every[0] if name not in (*COSTS, "steps", "evaluation")]
     head = ["config", "steps", "queries", "passes", "evaluation", *names]
     head += [f"evaluation at {value:,.0f} {key}" for key, value in common.items()]
@@ -112,7 +112,6 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         for axes, key in zip(panels, COSTS, strict=True):
             _curve(axes, config, group, key, ("-", "--", ":", "-.")[place // 10 % 4])
     for axes, label in zip(panels, COSTS.values(), strict=True):
-        axes.set_xscale("symlog", linthresh=1 if label == COSTS["seconds"] else 10)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("evaluation: mean log p(clean) of emoji64-judge-eval")
@@ -121,7 +120,10 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 
 def _curve(axes: Any, label: str, group: list[Run], key: str, line: str) -> None:
-    milestones = list(zip(*(run["evaluations"] for run in group), strict=False))
+    evaluations = [run["evaluations"] for run in group]
+    if len({len(rows) for rows in evaluations}) > 1:  # a long training step passed two milestones in some runs
+        evaluations = [[rows[0], rows[-1]] for rows in evaluations]
+    milestones = list(zip(*evaluations, strict=True))
     spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
     means, errors = zip(*(mean_and_error([row["evaluation"] for row in rows]) for rows in milestones), strict=True)
     bars = [0 if math.isnan(error) else error for error in errors]

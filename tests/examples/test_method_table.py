@@ -168,8 +168,12 @@ def test_the_fastest_method_is_first_and_missed_levels_are_stated(tmp_path: Path
 def test_methods_are_compared_at_equal_queries_and_passes() -> None:
     runs = [a_run("a", 0, (10, -0.5)), a_run("b", 0, (20, 0.0)), a_run("c", 0, (30, -0.9))]
     table = [line.split(" | ") for line in report.results(report.grouped(runs)).splitlines()]
-    assert table[0][6:8] == ["evaluation at 200 queries", "evaluation at 2,000 passes"]
-    assert {line[0]: line[6] for line in table[2:]} == {"| b": "0.00", "| a": "", "| c": "-0.93"}
+    assert table[0][6:8] == ["evaluation at 100 queries", "evaluation at 1,000 passes"]
+    assert {line[0]: line[6:8] for line in table[2:]} == {
+        "| b": ["-0.50", "-0.50"],
+        "| a": ["-0.50", "-0.50"],
+        "| c": ["-0.97", "-0.97"],
+    }
 
 
 @pytest.mark.parametrize(

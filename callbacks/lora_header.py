@@ -18,7 +18,7 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.combine import WeightedSum
 
 _REWARD = "train/reward"
-_NOT_SETTINGS = ("training", "differentiable")
+_NOT_SETTINGS = ("training", "differentiable", "uses_images", "uses_latents")
 
 
 def header(trainer: L.Trainer, module: RewardModule, validated: bool = True) -> dict[str, str]:

@@ -165,7 +165,8 @@ def _describe(rewards: Mapping[str, Reward]) -> dict[str, list[dict[str, object]
 def _settings(reward: Reward) -> dict[str, object]:
     plain = (str, int, float, bool, list, tuple, dict, type(None))
     values = {name: value for name, value in sorted(vars(reward).items()) if isinstance(value, plain)}
-    public = {name: redact(value, name) for name, value in values.items() if name[0] != "_" and name != "training"}
+    derived = ("training", "uses_images", "uses_latents")
+    public = {name: redact(value, name) for name, value in values.items() if name[0] != "_" and name not in derived}
     described: dict[str, object] = json.loads(json.dumps(public, default=str))
     return described
 

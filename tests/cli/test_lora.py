@@ -19,6 +19,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_generation import generate
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
 from lightning_draft.models.lora_content import LoRAFile
+from lightning_draft.rewards import Samples
 from lightning_draft.samplers import DDIM
 from lightning_draft.scale_sweep import save_plot, sweep
 
@@ -247,8 +248,9 @@ def test_the_suggested_scale_has_the_best_evaluation_reward(tiny_sd: Path, files
     model.load_lora(files["a"])
     base = generate(model, DDIM(2), ["a", "b"], 0, 0.0)
 
-    def score(images: Tensor, prompts: Any) -> dict[str, Tensor]:
-        moved = (images - base.clamp(0, 1)).square().mean((1, 2, 3))
+    def score(samples: Samples, prompts: Any) -> dict[str, Tensor]:
+        assert samples.images is not None
+        moved = (samples.images - base.clamp(0, 1)).square().mean((1, 2, 3))
         return {"reward": moved, "judge": -moved}
 
     found = sweep(model, DDIM(2), ["a", "b"], [0.0, 0.5, 1.0], score, evaluation=["judge"])

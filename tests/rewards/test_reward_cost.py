@@ -9,14 +9,23 @@ import torch
 
 import lightning_draft.rewards as rewards
 from benchmarks import random_rewards, reward_cost
-from lightning_draft.rewards import HPSv2, HumanVotes, ImageReward, PairwiseReward, Reward, VLMJudge
+from lightning_draft.rewards import (
+    HPSv2,
+    HumanVotes,
+    ImageReward,
+    LatentReward,
+    Offloaded,
+    PairwiseReward,
+    Reward,
+    VLMJudge,
+)
 from lightning_draft.rewards.combine import WeightedSum
 from lightning_draft.rewards.robust import Augmented, Ensemble, Relative
 
 
 def test_every_reward_is_measured() -> None:
     classes = [kind for name in rewards.__all__ if inspect.isclass(kind := getattr(rewards, name))]
-    others = (WeightedSum, Augmented, Ensemble, Relative, VLMJudge, HumanVotes)
+    others = (WeightedSum, Augmented, Ensemble, Relative, Offloaded, LatentReward, VLMJudge, HumanVotes)
     measurable = {kind for kind in classes if issubclass(kind, Reward) and not issubclass(kind, others)}
     measured = {case.reward for case in reward_cost.cases("http://127.0.0.1:1")}
     assert measured == {kind.__name__ for kind in measurable - {Reward, PairwiseReward}}

@@ -1,6 +1,7 @@
 """The command `plan`: peak memory and cost of a training step, before any weight is loaded."""
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -21,6 +22,7 @@ from lightning_draft.cli.plan_report import Alternative, report
 from lightning_draft.cli.process import process_arguments
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.methods.policy import stochastic_steps
 from lightning_draft.methods.rollout_module import RolloutModule
 from lightning_draft.plan import StepPlan, Tracker, model_parts, plan_step
 from lightning_draft.weightless import without_weights
@@ -94,8 +96,19 @@ def _plan(args: Sequence[str]) -> _Run:
             return _Run(title, _count(cli, module, prompts), size, options)
         rollouts = _rollouts_per_step(cli, module, len(prompts))
         first = max(_LONG - 2, getattr(getattr(module, "window", None), "size", 0) + 1)
-    plan = _extrapolated(args, steps, first, rollouts) or _with_steps(args, steps)
+        uniform = len({_steps_without_noise(module, number) for number in (*range(first, first + 3), steps)}) == 1
+    plan = (_extrapolated(args, steps, first, rollouts) if uniform else None) or _with_steps(args, steps)
     return _Run(title, plan, size, options)
+
+
+def _steps_without_noise(module: Any, steps: int) -> int:
+    """Return how many of so many sampling steps a policy without a window does not train; 0 for other methods."""
+    policy = getattr(module, "policy", None)
+    if policy is None or module.window is not None:
+        return 0
+    sampler = copy.copy(policy.sampler)
+    sampler.num_steps = steps
+    return steps - len(stochastic_steps(sampler, module.model.schedule))
 
 
 def _rollouts_per_step(cli: Any, module: Any, batch_size: int) -> Fraction | None:

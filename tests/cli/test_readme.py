@@ -12,12 +12,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
 PATTERN = re.compile(r"^lightning-draft (fit --config (?:quickstart|guard|loop|draft_k)\b[^#\n]*)", re.MULTILINE)
 COMMANDS = sorted({line.strip() for page in PAGES for line in PATTERN.findall(page)})
-SKIPPED = (
-    "--ckpt_path last",
-    "mine.yaml",
-    "my_rewards.score",
-    "my_networks.Scorer",
-)  # need an earlier run or a file that the reader writes
+SKIPPED = ("--ckpt_path last", "mine.yaml", "my_rewards.score", "my_networks.Scorer")
+"""Parts of commands that need an earlier run or a file that the reader writes."""
 SHORT = {
     "trainer.max_steps": 1,
     "trainer.accelerator": "cpu",

@@ -129,6 +129,21 @@ def write_pipeline(folder: Path, scheduler: Any, **unet: Any) -> Path:
     return folder
 
 
+SMALL_DENOISER = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""A denoiser of few operations, each of which takes long without weights."""
+
+
+@pytest.fixture(scope="session")
+def small_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with the denoiser `SMALL_DENOISER`."""
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "small-sd", scheduler, **SMALL_DENOISER)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that predicts the noise, with the scheduler file of Stable Diffusion 1.5."""

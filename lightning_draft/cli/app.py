@@ -34,7 +34,7 @@ from lightning_draft.cli.process import (
 )
 from lightning_draft.cli.run_folder import RunFolder
 from lightning_draft.cli.run_record import RunRecord, without_enums
-from lightning_draft.cli.run_seeds import HELP, chosen_at_random, fill_seeds, saved_options
+from lightning_draft.cli.run_seeds import HELP, saved_options, set_seeds
 from lightning_draft.cli.run_trainer import RunTrainer, StepNumber, place_loggers
 from lightning_draft.cli.tensorboard import RunLogger
 from lightning_draft.cli.text_embedding import embed_prompts
@@ -146,18 +146,14 @@ class DraftCLI(LightningCLI):
         """Do nothing, so that options saved in a checkpoint never override the given ones."""
 
     def _set_seed(self) -> None:
-        """Seed Python, numpy and torch."""
-        config = self.config[self.command]
-        if config["seed_everything"] is True:
-            config["seed_everything"] = chosen_at_random()
-        super()._set_seed()
+        """Do nothing: `before_instantiate_classes` sets the seeds, because a resumed run keeps its own."""
 
     def before_instantiate_classes(self) -> None:
         """Check values, and choose the run's folder and checkpoint before anything is loaded."""
         config = self.config[self.command]
         configs = [Path(str(path)) for path in config.get("config") or []]
         config["name"] = config["name"] or run_folder.default_name(configs)
-        self._as_written = config.clone()
+        self._as_written = config.clone()  # for messages
         written = messages.flatten(config.as_dict())
         check_options(written)
         if is_first_process():
@@ -169,9 +165,8 @@ class DraftCLI(LightningCLI):
         self.run = run_folder.choose(
             config, root, configs, named=bool(option_values(sys.argv, "--name")), creates=writes
         )
-        saved = saved_options(self.run.checkpoint)
-        for options in (config, self._as_written):
-            fill_seeds(options, saved)
+        set_seeds(config, saved_options(self.run.checkpoint))
+        self._as_written = config.clone()
         config["ckpt_path"] = None if self.run.checkpoint is None else str(self.run.checkpoint)
         place_loggers(config["trainer"]["logger"], self.run.path, root)
         embed_prompts(config)

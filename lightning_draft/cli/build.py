@@ -7,18 +7,18 @@ from lightning.pytorch import Trainer
 from lightning_draft.cli import messages
 from lightning_draft.cli.app import DraftCLI
 from lightning_draft.cli.option_checks import check_options
-from lightning_draft.cli.run_seeds import fill_seeds
+from lightning_draft.cli.run_seeds import set_seeds
 
 
 class BuildCLI(DraftCLI):
     """Parse the options of `fit` and build the method and the data, without a run folder, loggers or callbacks."""
 
     def before_instantiate_classes(self) -> None:
-        """Check values."""
+        """Check values, and set the seeds."""
         config = self.config[self.command]
-        fill_seeds(config, {})
         self._as_written = config.clone()
         check_options(messages.flatten(config.as_dict()))
+        set_seeds(config, {})
         config["trainer"]["logger"] = False
         config["trainer"]["callbacks"] = None
 

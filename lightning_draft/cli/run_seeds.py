@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning import seed_everything
 
 from lightning_draft.cli.messages import flatten
 from lightning_draft.errors import ConfigurationError
@@ -23,21 +24,47 @@ HELP = (
 )
 
 
-def chosen_at_random() -> int:
-    """Return the seed for `seed_everything: true`: `PL_GLOBAL_SEED`, which started processes inherit, else a new one.
+def set_seeds(config: Namespace, saved: Mapping[str, Any]) -> None:
+    """Seed Python, numpy and torch, and set each seed of the options that is not written.
+
+    Args:
+        config: The parsed options; changed in place, so that they contain the seeds that are used.
+        saved: Options by full name of the run that is resumed, whose seeds it keeps; empty for a new run.
 
     Raises:
-        ConfigurationError: Several processes were started by torchrun or SLURM, which cannot agree on a seed.
+        ConfigurationError: A random seed is wanted, and the processes cannot agree on one.
     """
+    if config["seed_everything"] is True:
+        before = saved.get("seed_everything")
+        kept = before is not None and not isinstance(before, bool)
+        config["seed_everything"] = before if kept else chosen_at_random(config["trainer"]["num_nodes"])
+    if config["seed_everything"] is not False:
+        seed_everything(config["seed_everything"], workers=True)
+    fill_seeds(config, saved)
+
+
+def chosen_at_random(num_nodes: int = 1) -> int:
+    """Return a new seed, or in one of several processes that which the first one chose for all.
+
+    A process that Lightning starts inherits it as `PL_GLOBAL_SEED`. In a run of one process that variable is left over
+    from an earlier run, and is ignored.
+
+    Args:
+        num_nodes: Number of nodes of the run.
+
+    Raises:
+        ConfigurationError: Several processes were started by torchrun, SLURM or the user, which cannot agree on a seed.
+    """
+    sizes = [num_nodes, *(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS"))]
+    if max(sizes) == 1:
+        return random.SystemRandom().randint(0, MAX_SEED)
     given = os.environ.get("PL_GLOBAL_SEED", "")
-    if given.isdecimal():
-        return int(given)
-    if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+    if not given.isdecimal():
         raise ConfigurationError(
-            "--seed_everything=true cannot be used with processes that torchrun or SLURM started, since each would "
-            "choose another seed; write a number such as 1"
+            "--seed_everything=true cannot be used on several nodes or with processes that torchrun or SLURM started, "
+            "since each would choose another seed; write a number such as 1"
         )
-    return random.SystemRandom().randint(0, MAX_SEED)
+    return int(given)
 
 
 def fill_seeds(config: Namespace, saved: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from lightning_draft.cli.build import BuildCLI
 from lightning_draft.cli.process import process_arguments
-from lightning_draft.cli.run_seeds import chosen_at_random, fill_seeds
+from lightning_draft.cli.run_seeds import chosen_at_random, fill_seeds, set_seeds
 from lightning_draft.errors import ConfigurationError
 
 NAMES = ("model.seed", "model.model.lora.seed", "data.seed")
@@ -58,14 +58,28 @@ def test_model_without_adapters_has_no_seed_of_adapters() -> None:
     assert seeds(options) == (7, None, 7)
 
 
-def test_random_seed_is_new_unless_a_parent_process_chose_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    assert chosen_at_random() != chosen_at_random()
+def test_random_seed_is_new_in_each_run_and_the_same_in_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is set by the first process of a run, and is still set in a second run of the same process."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    assert len({5, chosen_at_random(), chosen_at_random()}) == 3
+    assert chosen_at_random(num_nodes=2) == 5
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert chosen_at_random() == 5
+    monkeypatch.delenv("PL_GLOBAL_SEED")
     with pytest.raises(ConfigurationError, match=r"seed_everything=true .* write a number"):
         chosen_at_random()
-    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
-    assert chosen_at_random() == 5
+
+
+@pytest.mark.parametrize(
+    ("everything", "before", "expected"), [(True, 5, 5), (1, 5, 1), (False, 5, False), (0, None, 0)]
+)
+def test_resumed_run_keeps_its_random_seed(everything: Any, before: Any, expected: Any) -> None:
+    options = Namespace(trainer=Namespace(num_nodes=1), **vars(parsed(everything, {})))
+    with torch.random.fork_rng():
+        set_seeds(options, {} if before is None else {"seed_everything": before, "model.seed": before})
+        assert expected is False or torch.initial_seed() == expected
+    assert options["seed_everything"] == expected
+    assert seeds(options)[0] == (expected if before is None else before)
 
 
 def test_seed_changes_noise_adapters_and_prompt_order_but_not_the_held_out_prompts(

@@ -164,7 +164,7 @@ class VGGFlow(GradientMatching):
     The value network of the paper is omitted. The sampler can be deterministic.
 
     Args:
-        scale: Factor on the reward, positive.
+        scale: Factor on the clipped gradient, positive; the paper uses 1e3.
         clip: Largest norm of a sample's gradient, positive.
 
     Raises:
@@ -176,7 +176,7 @@ class VGGFlow(GradientMatching):
 
     needs_noise = False
 
-    def __init__(self, scale: float = 1.0, clip: float = 1.0) -> None:
+    def __init__(self, scale: float = 1000.0, clip: float = 1.0) -> None:
         self.scale = positive("scale", scale)
         self.clip = positive("clip", clip)
 

@@ -35,7 +35,7 @@ class Parameter:
 OWN = {
     "draft_plus": Parameter("model.kl_weight", 0.01, 1.0),
     "adjoint_matching": Parameter("model.matching.init_args.scale", 10, 1000),
-    "vgg_flow": Parameter("model.matching.init_args.scale", 0.1, 10),
+    "vgg_flow": Parameter("model.matching.init_args.scale", 10, 1000),
     "nabla_gflownet": Parameter("model.matching.init_args.scale", 100, 10_000),
     "ppo": Parameter("model.objective.init_args.clip", 0.03, 0.3),
     "loop": Parameter("model.objective.init_args.clip", 0.03, 0.3),

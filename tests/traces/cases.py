@@ -316,7 +316,7 @@ CASES: dict[str, Case] = {
             "adjoint": matching(AdjointMatching(1.0)),
             "adjoint_flow": matching(AdjointMatching(1.0), sd3, sampler=FlowSDE(4, 2**0.5)),
             "nabla_gflownet": matching(NablaGFlowNet(1.0)),
-            "vgg_flow": matching(VGGFlow()),
+            "vgg_flow": matching(VGGFlow(1.0)),
         }.items()
     },
     "forward/flow": direct(forward(sd3, sampler=FlowEuler(4)), steps=3),

@@ -24,7 +24,7 @@ from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, Sampler
 from lightning_draft.schedules import RectifiedFlow, VariancePreserving
 from lightning_draft.seeds import derive_seed
 from lightning_draft.testing import GaussianModel, LinearModel
-from tests.tiny_forward_process import BASE, GROUP, PROMPTS, battery, linear, moved
+from tests.tiny_forward_process import BASE, GROUP, PROMPTS, THETA, battery, linear, moved
 from tests.tiny_policy_gradients import MILD, Cut, Recorder, trainer_of
 from tests.tiny_runs import data, values
 
@@ -103,6 +103,25 @@ def test_the_old_policy_follows_the_parameters_and_samples_the_rollouts() -> Non
     assert module.model.theta.item() == 0.9
     same = linear(model=LinearModel(old, "flow", RectifiedFlow(), (3, 2, 2))).collect_rollout(PROMPTS, 1)
     torch.testing.assert_close(rollout.latents, same.latents)
+
+
+def test_old_values_of_a_checkpoint_are_moved_once_to_the_devices_of_the_parameters() -> None:
+    old, saved = OldParameters(OldPolicy()), torch.ones(2)
+    parameters = {"w": nn.Parameter(torch.zeros(2, device="meta"))}
+    old.values = {"w": saved}
+    found = []
+    for _ in range(2):
+        with old.in_use(parameters):
+            found.append(old.values["w"])
+    assert found[0].device.type == "meta"
+    assert found[1] is found[0]
+
+
+def test_a_run_without_an_old_policy_samples_with_the_model_also_after_a_resume() -> None:
+    module = linear(objective=RWR())
+    state = {"model.theta": torch.tensor(THETA, dtype=torch.float64)}
+    module.on_load_checkpoint({"state_dict": state, "trained": ["model.theta"], "old_policy": {"model.theta": state}})
+    assert module.old.values == {}
 
 
 def test_old_and_current_values_are_not_confused_under_autocast() -> None:

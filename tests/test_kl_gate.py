@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_draft.advantages import GroupRelative, PerPromptStatistics
 from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
@@ -18,7 +18,7 @@ from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.diversity import DiversityAware
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, suspicious
-from lightning_draft.methods.kl_regularizer import KLRegularizer
+from lightning_draft.methods.kl_regularizer import KLRegularizer, KLState
 from lightning_draft.objectives import PPO
 from lightning_draft.rewards import Brightness, ColorTarget
 from lightning_draft.value_baseline import ValueBaseline
@@ -26,6 +26,8 @@ from lightning_draft.weightless import without_weights
 from tests import tiny_forward_process
 from tests.tiny_policy_gradients import Cut, Recorder, fit, linear, trainer_of
 from tests.tiny_runs import PROMPTS, data
+
+MOVING = MovingReference(max_rollouts=1)
 
 
 def values(seed: int, count: int = 12) -> Tensor:
@@ -187,6 +189,30 @@ def test_resumed_run_equals_uninterrupted_run(interrupted: bool, tmp_path: Path)
         with pytest.raises(SystemExit):
             run(Cut(14))
     assert run(ckpt=str(tmp_path / ("last.ckpt" if interrupted else "step=3.ckpt"))) == straight
+
+
+def test_reference_of_a_checkpoint_is_moved_once_to_the_devices_of_the_parameters() -> None:
+    parameters, regularizer = {"w": nn.Parameter(torch.zeros(2, device="meta"))}, KLRegularizer(1.0, None, MOVING)
+    regularizer.load_state_dict({"reference": {"w": torch.ones(2)}, "rollouts": 1})
+    found = []
+    for _ in range(2):
+        with regularizer.reference_model(linear().model, parameters):
+            found.append(regularizer.state.reference["w"])
+    assert found[0].device.type == "meta"
+    assert found[1] is found[0]
+    assert regularizer.state.rollouts == 1
+
+
+def test_resumed_run_without_a_moving_reference_has_the_base_model_as_reference() -> None:
+    module, other = linear(kl_weight=1.0), linear(kl_weight=1.0, kl_reference=MOVING)
+    other.regularizer.state = KLState({"model.theta": torch.tensor(0.7, dtype=torch.float64)}, fraction=0.2)
+    module.regularizer.load_state_dict(other.regularizer.state_dict(other.regularizer.state))
+    module.model.theta.data += 0.05
+    with module.regularizer.reference_model(module.model, module.trainable_parameters()):
+        found = module.model.denoise(x := module.model.noise(1), 500, module.model.encode(["a"]))
+    with module.model.base():
+        assert torch.equal(found, module.model.denoise(x, 500, module.model.encode(["a"])))
+    assert module.regularizer.state.fraction == 0.2
 
 
 def test_gate_of_a_plan_has_no_values() -> None:

@@ -240,9 +240,9 @@ class ForwardProcessModule(RolloutModule):
         checkpoint["old_policy"] = {name: value.cpu() for name, value in self.last_step_state()["old_policy"].items()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the old policy; the checkpoint of another method has none."""
+        """Restore the old policy, if this run has one; the checkpoint of another method has none."""
         super().on_load_checkpoint(checkpoint)
-        self.old.values = dict(checkpoint.get("old_policy", {}))
+        self.old.values = dict(checkpoint.get("old_policy", {})) if self._keeps_old_policy else {}
 
     @property
     def _grid(self) -> Grid:

@@ -12,7 +12,7 @@ from lightning_draft.arguments import at_least
 from lightning_draft.distributed import all_gather_objects
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, nonnegative, suspicious
-from lightning_draft.methods.old_policy import parameters_replaced
+from lightning_draft.methods.old_policy import on_their_devices, parameters_replaced
 from lightning_draft.models.base import DiffusionModel
 
 Scores = Mapping[str, Tensor]
@@ -105,9 +105,7 @@ class KLRegularizer:
         if self.reference.is_outdated(sum(values) / len(values), self.state.rollouts):
             copies = {name: value.detach().clone() for name, value in parameters.items()}
             self.state = replace(self.state, reference=copies, rollouts=0, kl=0.0)
-        # After a resume, the reference is on the CPU.
-        reference = {name: value.to(parameters[name].device) for name, value in self.state.reference.items()}
-        self.state = replace(self.state, reference=reference, rollouts=self.state.rollouts + 1)
+        self.state = replace(self.state, rollouts=self.state.rollouts + 1)
 
     def select(self, trained: Tensor, evaluated: Scores, rank: int) -> tuple[Tensor | None, dict[str, float]]:
         """Return which samples of this process have a KL term, bool `(N,)`, and metrics; `None` for all.
@@ -152,11 +150,16 @@ class KLRegularizer:
     ) -> AbstractContextManager[Any]:
         """Return a context in which the model is the reference, for calls without a graph.
 
+        A copied reference is moved to the devices of the parameters and stays there.
+
         Args:
             model: The diffusion model.
             parameters: Its trained parameters by name.
         """
-        return parameters_replaced(parameters, self.state.reference) if self.state.reference else model.base()
+        if not self.state.reference:
+            return model.base()
+        self.state = replace(self.state, reference=on_their_devices(self.state.reference, parameters))
+        return parameters_replaced(parameters, self.state.reference)
 
     def state_dict(self, state: KLState) -> dict[str, Any]:
         """Return a state as types that can be loaded with `weights_only=True`, the same on every process."""
@@ -166,5 +169,6 @@ class KLRegularizer:
         return {**vars(state), "reference": reference, "recent": list(state.recent), "kl": kl}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state; that of a run without one is empty."""
-        self.state = KLState(**{**state, "recent": tuple(state.get("recent", ()))})
+        """Restore a state, without its reference if this run has a fixed one; that of a run without one is empty."""
+        reference = {} if self.reference is None else state.get("reference", {})
+        self.state = KLState(**{**state, "reference": reference, "recent": tuple(state.get("recent", ()))})

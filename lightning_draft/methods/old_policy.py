@@ -69,8 +69,17 @@ class OldParameters:
         self.values = copies
 
     def in_use(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
-        """Return a context in which the parameters have the old values, if there are any."""
+        """Return a context in which the parameters have the old values, if there are any.
+
+        They are moved to the devices of the parameters and stay there.
+        """
+        self.values = on_their_devices(self.values, parameters)
         return parameters_replaced(parameters, self.values)
+
+
+def on_their_devices(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return values by name on the devices of the parameters; those of a checkpoint are on the CPU."""
+    return {name: value.to(parameters[name].device) for name, value in values.items()}
 
 
 @contextmanager

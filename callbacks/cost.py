@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_draft.distributed import all_gather_objects, world_size
 from lightning_draft.pass_counter import PassCounter
 from lightning_draft.rewards.base import Reward
+from lightning_draft.rewards.usage import added, total_usage
 
 
 class CostMonitor(Callback):
@@ -83,7 +83,7 @@ class CostMonitor(Callback):
         """Return the counts after the last completed optimizer step, and what rewards have used in all processes."""
         used = self._used()
         everywhere = all_gather_objects(used) if used else []
-        return {**self._completed[1], **_added(everywhere)}
+        return {**self._completed[1], **added(everywhere)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting from a checkpoint."""
@@ -100,22 +100,8 @@ class CostMonitor(Callback):
 
     def _used(self) -> dict[str, float]:
         """Return what the rewards of this process have used, on the first process also before a resume."""
-        return _added([self._used_before, _reward_usage(self._rewards)])
+        return added([self._used_before, total_usage(self._rewards)])
 
     def _counts(self) -> dict[str, Any]:
         names = ("reward_queries", "network_forwards", "network_backwards", "seconds")
         return {name: getattr(self, name) for name in names}
-
-
-def _reward_usage(rewards: Iterable[Reward]) -> dict[str, float]:
-    """Return the usage of rewards and their components, added by name."""
-    parts = {part for reward in rewards for part in reward.modules() if isinstance(part, Reward)}
-    return _added(part.usage() for part in parts)
-
-
-def _added(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for amount in amounts:
-        for name, value in amount.items():
-            total[name] = total.get(name, 0.0) + value
-    return total

@@ -72,7 +72,8 @@ def _components(thing: object) -> Iterator[tuple[str, str]]:
         for (name, weight), reward in zip(thing.weights.items(), thing.rewards, strict=True):
             yield name, describe(reward) if weight == 1 else f"{weight:g} * {describe(reward)}"
     elif isinstance(thing, Reward):
-        yield from ((name, describe(child)) for name, child in thing.named_children() if isinstance(child, Reward))
+        inner = [*thing.named_children(), *thing.unregistered_rewards().items()]
+        yield from ((name, describe(child)) for name, child in inner if isinstance(child, Reward))
 
 
 def training_settings(trainer: L.Trainer, module: RewardModule) -> dict[str, str]:

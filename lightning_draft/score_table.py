@@ -155,8 +155,7 @@ def _describe(rewards: Mapping[str, Reward]) -> dict[str, list[dict[str, object]
                 "weights": _fingerprint(part),
                 **({"data": version} if (version := part.data_version()) else {}),
             }
-            for part in reward.modules()
-            if isinstance(part, Reward)
+            for part in reward.nested_rewards()
         ]
         for name, reward in rewards.items()
     }

@@ -22,6 +22,7 @@ from lightning_draft.files import atomic_path
 from lightning_draft.pairwise_score import compare_pairs, report_pairs
 from lightning_draft.rewards.base import Reward, check_name
 from lightning_draft.rewards.pairwise import PairwiseReward
+from lightning_draft.rewards.usage import total_usage
 from lightning_draft.score_report import compare, contact_sheet, report
 from lightning_draft.score_table import ScoredImage, write_parquet
 from lightning_draft.scoring import score_folder
@@ -55,7 +56,7 @@ def main(args: Sequence[str]) -> int:
             partial.write_text(text, encoding="utf-8")
         print(text, end="")
     for name, reward in built.items():
-        if used := reward.usage():
+        if used := total_usage([reward]):
             print(f"{name} used: {', '.join(f'{key} {value:g}' for key, value in used.items())}")
     return 0
 

@@ -201,7 +201,7 @@ def check_group_size(samples_per_prompt: int, users: Iterable[RolloutObjective |
 
 def check_comparisons(reward: Reward, estimator: AdvantageEstimator) -> None:
     """Raise if a reward that only compares images is used for its scores."""
-    for part in reward.modules():
+    for part in reward.nested_rewards():
         if not isinstance(part, PairwiseReward) or not part.needs_pairs:
             continue
         if part is not reward or not isinstance(estimator, PreferenceAdvantages):

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,6 +91,18 @@ class Reward(nn.Module, ABC):
         Args:
             scores: The components of `breakdown` by name, detached, for the images of all processes.
         """
+
+    def unregistered_rewards(self) -> Mapping[str, "Reward"]:
+        """Return the rewards by name that it is computed from and that are not its submodules; by default none."""
+        return {}
+
+    def nested_rewards(self) -> Iterator["Reward"]:
+        """Yield this reward and all rewards that it is computed from."""
+        for module in self.modules():
+            if isinstance(module, Reward):
+                yield module
+                for other in module.unregistered_rewards().values():
+                    yield from other.nested_rewards()
 
     def data_version(self) -> str:
         """Return a hash of the files that scores depend on and that may change while they are used; empty for none."""

@@ -1,6 +1,7 @@
 """A reward whose weights leave the GPU while it does not score."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,11 +45,28 @@ class Offloaded(Reward):
         """Return the samples, from which the other reward takes its input."""
         return Samples.of(samples)
 
+    def unregistered_rewards(self) -> Mapping[str, Reward]:
+        """Return the other reward."""
+        return {"reward": self.reward}
+
     @torch.no_grad()
     def forward(self, samples: Samples, prompts: Sequence[str]) -> Tensor:  # type: ignore[override]
-        """Move the weights to the device of the samples, score, and move them back to the CPU."""
-        self.reward.to(samples.device)
-        try:
+        """Compute the scores `(B,)` of the other reward."""
+        with self._weights_on(samples.device):
             return self.reward(samples, prompts)
+
+    @torch.no_grad()
+    def breakdown(self, samples: Scorable, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the score `(B,)` and the components of the other reward."""
+        samples = self.inputs(samples)
+        with self._weights_on(samples.device):
+            return self.reward.breakdown(samples, prompts)
+
+    @contextmanager
+    def _weights_on(self, device: torch.device) -> Iterator[None]:
+        """Move the weights to a device within this context, and to the CPU after it."""
+        self.reward.to(device)
+        try:
+            yield
         finally:
             self.reward.to("cpu")

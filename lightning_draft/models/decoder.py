@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_draft.arguments import at_least
 from lightning_draft.errors import ConfigurationError
 
+_TILED = ("AutoencoderKL", "AutoencoderKLFlux2")  # others tile otherwise, or do not name the size in latents
+
 PIXELS = 2**18
 """Default number of pixels of the images that are decoded at a time."""
 
@@ -56,7 +58,7 @@ class Memory:
         Raises:
             ConfigurationError: Tiles are wanted, and it has none.
         """
-        if self.tile is not None and not hasattr(vae, "tile_latent_min_size"):
+        if self.tile is not None and not any(kind.__name__ in _TILED for kind in type(vae).__mro__):
             raise ConfigurationError(
                 f"memory.tile={self.tile} needs an AutoencoderKL, and this model has a {type(vae).__name__}; write "
                 "memory.checkpoint_decoder=block instead"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKLQwenImage
+from diffusers import AutoencoderDC, AutoencoderKLQwenImage, AutoencoderTiny
 from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
@@ -106,7 +106,11 @@ def test_recomputed_tiles_give_the_images_and_the_gradient_of_tiled_decoding(rec
 
 
 def test_tiles_that_are_not_possible_are_rejected() -> None:
+    """An `AutoencoderTiny` has tiles, too, but of small sizes it decodes only the first to an image."""
+    Memory(tile=64).check(autoencoder(4))
     with pytest.raises(ConfigurationError, match="memory.tile=100 must be a multiple of 32 pixels; write 512"):
         Memory(tile=100)
     with pytest.raises(ConfigurationError, match="memory.tile=64 needs an AutoencoderKL, .* AutoencoderDC; write"):
         Memory(tile=64).check(deep_compression())
+    with pytest.raises(ConfigurationError, match="memory.tile=32 needs an AutoencoderKL, .* AutoencoderTiny; write"):
+        Memory(tile=32).check(AutoencoderTiny())

@@ -43,12 +43,12 @@ def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def pairwise_distances(samples: Tensor) -> Tensor:
-    """Return the distances of all pairs of images `(N, 3, H, W)` or features `(N, D)`, `(N, N)`, float64.
+    """Return the distances of all pairs of images `(N, 3, H, W)` or features `(N, D)`, `(N, N)`, float64, on the CPU.
 
     They are the root mean square difference of pixels, clamped to [0, 1], and `1 - cos`.
     """
     distances = _image_distances if samples.dim() == 4 else _cosine_distances
-    return distances(samples.float())
+    return distances(samples.float().cpu())  # some accelerators have no float64
 
 
 def saturated_pixel_fraction(images: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class LatentNetwork(LatentReward):
             path = Path(weights).expanduser()
             load_state(network, read_tensors(path), path)
         self.network = network
+        self.weights = weights
 
     def forward(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, C, h, w)` to `(B,)`."""

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.guide.best_of_n import best_of_n
 from lightning_draft.guide.latent_score import latent_score
@@ -194,6 +195,7 @@ def test_weights_of_a_network_are_read_from_a_file(tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "scorer.safetensors")
     reward = LatentNetwork(network(seed=2), weights=str(tmp_path / "scorer.safetensors"))
     assert torch.equal(reward(z, PROMPTS[:2]), trained(z.latents).squeeze(1))
+    assert describe(reward) == "LatentNetwork(weights='scorer.safetensors')"
     with pytest.raises(ConfigurationError, match=r"scorer.safetensors does not fit: 3.weight has shape \(1, 12\)"):
         LatentNetwork(network(outputs=2), weights=str(tmp_path / "scorer.safetensors"))
     with pytest.raises(ConfigurationError, match=r"LatentNetwork.forward returned shape \(2, 2\) for 2 images"):

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_draft.data import PromptDataModule
+from lightning_draft.errors import ConfigurationError
 from lightning_draft.losses import Hinge
 from lightning_draft.models import Guidance
 from lightning_draft.rewards.base import Reward
@@ -75,6 +76,8 @@ def test_validation_clamps_images_and_training_does_not() -> None:
     module = linear(reward=Largest())
     images = torch.tensor([-1.0, 0.3, 4.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     assert module.score(images, PROMPTS[:3])["reward"].tolist() == pytest.approx([0, 0.3, 1])
+    with pytest.raises(ConfigurationError, match=r"images are uint8; .* write images.float\(\) / 255"):
+        module.score((255 * images.clamp(0, 1)).byte(), PROMPTS[:3])
     rewards = module.rewards(images, PROMPTS[:3])
     assert rewards.scores.tolist() == pytest.approx([-1, 0.3, 4])
     assert rewards.pixels["train/out_of_range_fraction"].tolist() == [1, 0, 1]

@@ -140,8 +140,11 @@ class EvaluationModule(L.LightningModule):
         Args:
             samples: From `generate_samples`; images `(B, 3, H, W)` are sufficient if no reward scores latents.
             prompts: `B` prompts.
+
+        Raises:
+            ConfigurationError: Images have another type, shape or range.
         """
-        samples = (Samples(None, samples) if isinstance(samples, Tensor) else samples).clamped()
+        samples = Samples.of(samples).clamped()
         with scoring(self.device):
             total, components = self.reward.breakdown(samples, prompts)
         check_scores(total, len(prompts), self.reward)

@@ -129,7 +129,7 @@ def times(module: DraftModule, prompts: list[str], repeats: int) -> dict[str, fl
 def generated(module: DraftModule, setting: Setting, held_out: list[str]) -> tuple[Tensor, float]:
     """Return images that are sampled in a setting, and their mean reward."""
     setting.apply(module)
-    images = module.generate(held_out, seed=1).clamp(0, 1)
+    images = module.generate(held_out, seed=1).images.clamp(0, 1)
     return images, module.score(images, held_out)["reward"].mean().item()
 
 

@@ -80,7 +80,7 @@ class FixedSamples:
         """Generate `N` latents and images, on the CPU."""
         noise = module.model.noise(len(self.prompts), torch.Generator().manual_seed(self.seed))
         parts = [
-            module.generate_samples(self.prompts[some], noise=noise[some], seed=self.seed + some.start)
+            module.generate(self.prompts[some], noise=noise[some], seed=self.seed + some.start)
             for some in self._batches()
         ]
         return Samples.concatenate(parts)

@@ -87,7 +87,7 @@ class RewardConflict(Callback):
     def _measure(self, trainer: L.Trainer, module: RewardModule, batch: Sequence[str]) -> list[tuple[str, Tensor]]:
         prompts = list(batch)[: self.max_samples]
         with sampling(trainer, module):
-            images = module.generate(prompts, seed=self.seed)
+            images = module.generate(prompts, seed=self.seed).content
             found = {name: _gradient(*each, images, prompts) for name, each in signed_rewards(module).items()}
         units = {name: normalize(gradient, dim=1) for name, gradient in found.items()}
         norms = [(f"conflict/norm/{name}", gradient.norm(dim=1).mean()) for name, gradient in found.items()]

@@ -150,11 +150,11 @@ def main() -> None:
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[: arguments.measured]
     prompts = [known[i] for i in order.tolist()]
     with guarded.model.base():
-        images = {"base": guarded.generate(prompts, seed=1).clamp(0, 1)}
+        images = {"base": guarded.generate(prompts, seed=1).images.clamp(0, 1)}
     if guard.best_step is not None:
         guarded.model.load_lora(guard.best_path)
-        images[f"saved by the guard, step {guard.best_step}"] = guarded.generate(prompts, seed=1).clamp(0, 1)
-    images[f"without the guard, step {max(watcher.history)}"] = unguarded.generate(prompts, seed=1).clamp(0, 1)
+        images[f"saved by the guard, step {guard.best_step}"] = guarded.generate(prompts, seed=1).images.clamp(0, 1)
+    images[f"without the guard, step {max(watcher.history)}"] = unguarded.generate(prompts, seed=1).images.clamp(0, 1)
     text = table(images, prompts, criteria(arguments))
     (arguments.out / "over_optimization.md").write_text(text)
     shown = {name: batch[: arguments.shown] for name, batch in images.items()}

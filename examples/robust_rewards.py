@@ -104,7 +104,7 @@ class Recorder(L.Callback):
     @torch.no_grad()
     def record(self, step: int, module: DraftModule) -> None:
         """Generate and score the images."""
-        images = module.generate(self.prompts, seed=1).clamp(0, 1)
+        images = module.generate(self.prompts, seed=1).images.clamp(0, 1)
         self.found[step] = {name: reward(images, self.prompts) for name, reward in self.criteria.items()}
 
     def curve(self) -> Curve:

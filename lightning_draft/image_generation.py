@@ -28,23 +28,6 @@ def generate(
     scale: float = 1.0,
     batch_size: int = 8,
     method: Sample | None = None,
-) -> Tensor:
-    """Return images `(N, 3, H, W)` on the CPU, from noise that depends only on the seed.
-
-    The arguments are those of `generate_samples`.
-    """
-    return generate_samples(model, sampler, prompts, seed, scale, batch_size, method).content
-
-
-@torch.no_grad()
-def generate_samples(
-    model: PipelineModel,
-    sampler: Sampler,
-    prompts: Sequence[str],
-    seed: int,
-    scale: float = 1.0,
-    batch_size: int = 8,
-    method: Sample | None = None,
 ) -> Samples:
     """Return `N` latents and images on the CPU, from noise that depends only on the seed.
 

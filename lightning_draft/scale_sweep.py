@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
-from lightning_draft.image_generation import Score, generate_samples, score_samples
+from lightning_draft.image_generation import Score, generate, score_samples
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.rewards.samples import Samples
 from lightning_draft.samplers import Sampler
@@ -79,9 +79,7 @@ def sweep(
     """
     everything = [prompt for _ in seeds for prompt in prompts]
     samples = {
-        scale: Samples.concatenate(
-            [generate_samples(model, sampler, prompts, seed, scale, batch_size) for seed in seeds]
-        )
+        scale: Samples.concatenate([generate(model, sampler, prompts, seed, scale, batch_size) for seed in seeds])
         for scale in dict.fromkeys(scales)
     }
     scores = {}

@@ -50,13 +50,13 @@ def test_noise_of_validation_does_not_depend_on_the_seed(tmp_path: Path) -> None
 
 def test_generate_uses_its_seed() -> None:
     module = linear(sampler=DDIM(4, eta=1.0))
-    images = module.generate(PROMPTS, seed=5)
-    assert torch.equal(module.generate(PROMPTS, seed=5), images)
-    assert not torch.equal(module.generate(PROMPTS, seed=6), images)
-    assert not torch.equal(module.generate(PROMPTS), images)
+    images = module.generate(PROMPTS, seed=5).images
+    assert torch.equal(module.generate(PROMPTS, seed=5).images, images)
+    assert not torch.equal(module.generate(PROMPTS, seed=6).images, images)
+    assert not torch.equal(module.generate(PROMPTS).images, images)
     assert not images.requires_grad
     noise = torch.randn(len(PROMPTS), 3, 4, 4)
-    assert not torch.equal(module.generate(PROMPTS, noise=noise, seed=5), images)
+    assert not torch.equal(module.generate(PROMPTS, noise=noise, seed=5).images, images)
 
 
 def test_noise_of_the_steps_differs_from_the_starting_noise() -> None:
@@ -68,7 +68,7 @@ def test_noise_of_the_steps_differs_from_the_starting_noise() -> None:
 
     module = linear(sampler=Forgetful(1))
     start = module.model.noise(len(PROMPTS), torch.Generator().manual_seed(5))
-    for images in (module.generate(PROMPTS, seed=5), module.generate(PROMPTS, noise=start, seed=5)):
+    for images in (module.generate(PROMPTS, seed=5).images, module.generate(PROMPTS, noise=start, seed=5).images):
         assert not torch.isclose(images, module.model.decode(start)).any()
 
 

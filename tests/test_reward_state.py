@@ -113,7 +113,7 @@ def test_calibration_uses_the_base_model_s_images_of_the_first_prompts(tmp_path:
     prompts = PromptDataModule(PROMPTS, batch_size=3, val_size=3).train_dataloader().batch(0)
     fresh = module()
     for number, shown in enumerate(scores.shown[:6]):
-        images = fresh.generate(prompts, seed=derive_seed(0, number, 0, 16))
+        images = fresh.generate(prompts, seed=derive_seed(0, number, 0, 16)).images
         for name, values in fresh.reward.breakdown(images, prompts)[1].items():
             assert torch.equal(values, shown[name])
     assert len({tuple(shown["bright"].tolist()) for shown in scores.shown}) == 7

@@ -91,7 +91,9 @@ class Curve(L.Callback):
         self.evaluations.append(row)
 
     def _images(self, module: DraftModule) -> Tensor:
-        parts = [module.generate(self.prompts[i : i + 40], seed=10_000 + i) for i in range(0, len(self.prompts), 40)]
+        parts = [
+            module.generate(self.prompts[i : i + 40], seed=10_000 + i).images for i in range(0, len(self.prompts), 40)
+        ]
         return torch.cat(parts).clamp(0, 1)
 
     def _scores(self, rewards: dict[str, Reward], images: Tensor) -> dict[str, float]:

@@ -75,7 +75,7 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self, model: PipelineModel) -> Row:
         """Return mean scores, diversity within a prompt, and distance from the images of the first call."""
-        images = generate(model, DDIM(10), self.prompts, self.seed, batch_size=32).clamp(0, 1)
+        images = generate(model, DDIM(10), self.prompts, self.seed, batch_size=32).images.clamp(0, 1)
         self._base = images if self._base is None else self._base
         scores = {name: reward(images, self.prompts).mean().item() for name, reward in self.rewards.items()}
         diversity = within_prompt_diversity(images, self.prompts).item()

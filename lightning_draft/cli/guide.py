@@ -13,7 +13,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.guide.comparison import GuidedImages, as_sample, run_method, summary, write_csv, write_json
 from lightning_draft.guide.methods import METHODS, Method, parse_method
-from lightning_draft.image_generation import generate_samples
+from lightning_draft.image_generation import generate
 from lightning_draft.methods.checks import check_reward
 from lightning_draft.rewards.base import Reward
 
@@ -88,7 +88,7 @@ def _usable(methods: Sequence[Method], reward: Reward) -> list[Method]:
 def _calibrate(reward: Reward, generation: Generation, seed: int) -> None:
     """Compute the reward's statistics from images of the base model."""
     prompts = generation.prompts
-    samples = generate_samples(generation.model, generation.sampler, prompts, seed, 0.0, BATCH)
+    samples = generate(generation.model, generation.sampler, prompts, seed, 0.0, BATCH)
     reward.update_statistics(reward.breakdown(samples.clamped().to(generation.model.device), prompts)[1])
 
 

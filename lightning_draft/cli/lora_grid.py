@@ -10,7 +10,7 @@ import torch
 from lightning_draft.cli.generation import BATCH, captions, default_sampler, prompts_of, write_comparison
 from lightning_draft.cli.score import build_rewards
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.image_generation import generate_samples, score_samples
+from lightning_draft.image_generation import generate, score_samples
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.samples import Samples
@@ -87,7 +87,7 @@ def _samples(shown: Shown, sampler: Sampler, prompts: Sequence[str], options: ar
     model = shown.model.eval().to(options.device)
     if shown.lora is not None:
         model.load_lora(shown.lora)
-    made = [generate_samples(model, sampler, prompts, seed, shown.scale, BATCH) for seed in options.seed]
+    made = [generate(model, sampler, prompts, seed, shown.scale, BATCH) for seed in options.seed]
     if shown.lora is not None:
         model.unload_lora()
     return Samples.concatenate(made)

@@ -15,7 +15,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.files import atomic_path
 from lightning_draft.guide.latent_score import latent_score
 from lightning_draft.guide.methods import Method
-from lightning_draft.image_generation import Sample, Score, generate_samples, score_samples
+from lightning_draft.image_generation import Sample, Score, generate, score_samples
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.pass_counter import PassCounter
 from lightning_draft.recompute import Recompute
@@ -75,7 +75,7 @@ def run_method(
     """
     with _counted(model) as passes:
         started = time.perf_counter()
-        parts = [generate_samples(model, sampler, prompts, seed, scale, batch_size, method) for seed in seeds]
+        parts = [generate(model, sampler, prompts, seed, scale, batch_size, method) for seed in seeds]
         seconds = time.perf_counter() - started
     everything = Samples.concatenate(parts)
     scores = score_samples(score, everything, [*prompts] * len(seeds), model.device, batch_size)

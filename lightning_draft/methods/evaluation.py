@@ -91,14 +91,8 @@ class EvaluationModule(L.LightningModule):
 
     @stop_iteration_is_error
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """Generate images, float32 `(B, 3, H, W)`, not clamped; arguments are those of `generate_samples`."""
-        return self.generate_samples(prompts, noise, seed).content
-
-    @stop_iteration_is_error
-    @torch.no_grad()
-    def generate_samples(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Samples:
-        """Generate latents and images, not clamped; the caller's random state is not changed.
+    def generate(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Samples:
+        """Generate latents and images; the images are not clamped, and the caller's random state is not changed.
 
         Args:
             prompts: `B` prompts.
@@ -111,7 +105,7 @@ class EvaluationModule(L.LightningModule):
     @stop_iteration_is_error
     @torch.no_grad()
     def generate_latents(self, prompts: Sequence[str], noise: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """Generate clean latents `(B, ...)`; arguments are those of `generate_samples`."""
+        """Generate clean latents `(B, ...)`; arguments are those of `generate`."""
         prompts = prompt_list(prompts)
         seed = self.seed if seed is None else seed
         with self._random_state(derive_seed(seed, _STEP_NOISE)):
@@ -138,7 +132,7 @@ class EvaluationModule(L.LightningModule):
         Random numbers of the rewards are the same at each call.
 
         Args:
-            samples: From `generate_samples`; images `(B, 3, H, W)` are sufficient if no reward scores latents.
+            samples: From `generate`; images `(B, 3, H, W)` are sufficient if no reward scores latents.
             prompts: `B` prompts.
 
         Raises:
@@ -169,7 +163,7 @@ class EvaluationModule(L.LightningModule):
         """
         prompts = to_prompts(batch)
         seed = derive_seed(_VALIDATION, dataloader_idx, batch_idx, self.global_rank)
-        samples = self.generate_samples(prompts, seed=seed)
+        samples = self.generate(prompts, seed=seed)
         scores = self.score(samples, prompts)
         is_first = dataloader_idx == batch_idx == 0
         base, base_images = self._score_base(prompts, seed, KEPT_IMAGES if is_first else 0)
@@ -187,7 +181,7 @@ class EvaluationModule(L.LightningModule):
         key = (seed, *prompts)
         if key not in self._base_scores:
             with self.model.base():
-                samples = self.generate_samples(prompts, seed=seed)
+                samples = self.generate(prompts, seed=seed)
                 self._base_scores[key] = self.score(samples, prompts), samples.content[:kept].cpu()
         return self._base_scores[key]
 

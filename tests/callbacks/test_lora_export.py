@@ -97,7 +97,7 @@ def test_diffusers_pipeline_generates_the_same_images(make_diffusion_module, mak
 
     prompts = ["red cat", "cat"]
     noise = module.model.noise(2, torch.Generator().manual_seed(1))
-    tuned = module.generate(prompts, noise=noise)
+    tuned = module.generate(prompts, noise=noise).images
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)

@@ -159,8 +159,8 @@ def test_low_diversity_is_over_optimization_only_below_min_diversity(run):
     class Collapsing(Scripted):
         """From step 2 on, all images of a prompt are equal."""
 
-        def generate_samples(self, prompts, noise=None, seed=None):
-            samples = super().generate_samples(prompts, noise, seed)
+        def generate(self, prompts, noise=None, seed=None):
+            samples = super().generate(prompts, noise, seed)
             if self.trainer.global_step < 2 or self.model._in_base:
                 return samples
             return samples.with_content(samples.images[:1].expand_as(samples.images))
@@ -180,9 +180,9 @@ def test_evaluation_equals_directly_computed_statistics(make_diffusion_module, m
     make_trainer(guard, max_steps=2, val_check_interval=2, num_sanity_val_steps=0).fit(module, data)
     prompts = [prompt for prompt in data.val_prompts[:2] for _ in range(3)]
     noise = module.model.noise(6, torch.Generator().manual_seed(5))
-    images = module.generate(prompts, noise=noise)
+    images = module.generate(prompts, noise=noise).images
     with module.model.base():
-        base = module.generate(prompts, noise=noise)
+        base = module.generate(prompts, noise=noise).images
     start, end = guard.history[0], guard.history[2]
     scores = module.score(images, prompts)
     assert end.reward == pytest.approx(scores["reward"].mean().item(), rel=1e-5)
@@ -233,10 +233,10 @@ def test_shrunk_model_equals_the_model_at_that_lora_scale(make_diffusion_module,
     trainer.fit(module, data)
     noise = module.model.noise(2, torch.Generator().manual_seed(0))
     with module.model.adapter_scale(0.3):
-        expected = module.generate(["a cat", "red"], noise=noise)
-    tuned = module.generate(["a cat", "red"], noise=noise)
+        expected = module.generate(["a cat", "red"], noise=noise).images
+    tuned = module.generate(["a cat", "red"], noise=noise).images
     shrink_adapters(trainer, module, 0.3)
-    torch.testing.assert_close(module.generate(["a cat", "red"], noise=noise), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(module.generate(["a cat", "red"], noise=noise).images, expected, rtol=0, atol=1e-5)
     assert (tuned - expected).abs().max() > 1e-3
 
 

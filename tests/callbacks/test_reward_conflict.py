@@ -43,7 +43,7 @@ def test_cosine_is_the_mean_over_the_images_of_the_batch(make_module, make_train
         reward=Brightness(0.2), eval_rewards={"red": ColorBalance(), "sharp": Sharpness()}, sampler=DDIM(4)
     )
     make_trainer(RewardConflict(2, seed=3), logger=logger, max_steps=2).fit(module, data)
-    images = module.generate(["a", "b"], seed=3).requires_grad_()
+    images = module.generate(["a", "b"], seed=3).images.requires_grad_()
     rewards = {"reward": Brightness(0.2), "eval_rewards.red": ColorBalance(), "eval_rewards.sharp": Sharpness()}
     found = {
         name: torch.autograd.grad(reward(images, ["", ""]).sum(), images)[0].flatten(1)

@@ -33,7 +33,7 @@ def contains(image, part):
 
 def expected(module, prompts, seed):
     noise = module.model.noise(len(prompts), torch.Generator().manual_seed(seed))
-    images = module.generate(prompts, noise=noise, seed=seed)
+    images = module.generate(prompts, noise=noise, seed=seed).images
     return images, module.score(images, prompts)["reward"]
 
 

@@ -223,7 +223,7 @@ class Forgetful(DDIM):
 def test_sample_uses_different_noise_for_the_start_and_the_steps(tiny_sd: Path) -> None:
     model = StableDiffusion(str(tiny_sd), guidance=Guidance(1.0), lora=None)
     start = model.noise(9, torch.Generator().manual_seed(3))
-    ours = generate(model, Forgetful(1), ["red"] * 9, 3, 1.0)
+    ours = generate(model, Forgetful(1), ["red"] * 9, 3, 1.0).images
     for i in range(9):
         assert not torch.isclose(ours[i], model.decode(start[i : i + 1])[0], atol=1e-3).all()
 

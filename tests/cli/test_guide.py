@@ -76,7 +76,7 @@ def test_scores_of_base_and_tuned_images_are_those_of_generate(command: Callable
     model = StableDiffusion(json.loads(Path("guide.json").read_text())["model"], guidance=Guidance(2.0), lora=None)
     model.load_lora("runs/small/lora/best.safetensors")
     for scale, row in ((0.0, base), (1.0, tuned)):
-        images = generate(model, DDIM(3), prompts, 0, scale).clamp(0, 1)
+        images = generate(model, DDIM(3), prompts, 0, scale).images.clamp(0, 1)
         assert Brightness(0.9)(images, prompts).mean().item() == pytest.approx(row["mean"]["reward"], abs=1e-5)
 
 

@@ -92,7 +92,7 @@ def test_merged_pipeline_gives_the_images_of_the_lora(tiny_sd: Path, files: Any,
     assert run("merge", files["a"], "-o", tmp_path / "merged", "--scale", 0.5) == 0
     model = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(2.0))
     model.load_lora(files["a"])
-    ours = generate(model, DDIM(2), ["a red cat"], seed=3, scale=0.5).clamp(0, 1)
+    ours = generate(model, DDIM(2), ["a red cat"], seed=3, scale=0.5).images.clamp(0, 1)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     latents = model.noise(1, torch.Generator().manual_seed(3))
@@ -246,7 +246,7 @@ def test_the_suggested_scale_has_the_best_evaluation_reward(tiny_sd: Path, files
     """An evaluation reward that falls with the scale chooses 0 although the trained reward rises."""
     model = StableDiffusion(str(tiny_sd), lora=None, guidance=Guidance(1.0))
     model.load_lora(files["a"])
-    base = generate(model, DDIM(2), ["a", "b"], 0, 0.0)
+    base = generate(model, DDIM(2), ["a", "b"], 0, 0.0).images
 
     def score(samples: Samples, prompts: Any) -> dict[str, Tensor]:
         assert samples.images is not None

@@ -66,7 +66,9 @@ def test_sample_with_a_file_and_a_model_gives_the_images_of_the_model_that_wrote
     result = command("sample", "lora.safetensors", "--model", folder, *options)
     assert result.status == 0, result.err
     sampler = default_sampler(model, 2)
-    images = {label: generate(model, sampler, PROMPTS, 0, scale) for label, scale in (("base", 0.0), ("scale 1", 1.0))}
+    images = {
+        label: generate(model, sampler, PROMPTS, 0, scale).images for label, scale in (("base", 0.0), ("scale 1", 1.0))
+    }
     with Image.open("sample.png") as written:
         difference = np.asarray(written, int) - np.asarray(comparison(PROMPTS, images), int)
     assert abs(difference).max() <= 1

@@ -163,7 +163,7 @@ def test_gradient_norms_of_latent_rewards_are_made_equal() -> None:
 
 def test_validation_scores_the_latents_of_the_images_that_it_keeps(tmp_path: Path) -> None:
     module = DraftModule(Decodes(), Norm(), DDIM(STEPS), eval_rewards={"pixel": MeanPixel()}, seed=3)
-    samples = module.generate_samples(PROMPTS[:2], seed=5)
+    samples = module.generate(PROMPTS[:2], seed=5)
     scores = module.score(samples, PROMPTS[:2])
     torch.testing.assert_close(scores["reward"], -samples.latents.square().flatten(1).mean(1))
     torch.testing.assert_close(scores["pixel"], (2 * samples.latents[:, :3]).clamp(0, 1).flatten(1).mean(1))

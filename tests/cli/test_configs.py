@@ -131,6 +131,7 @@ METHOD_OPTIONS = (
     "share_start_noise",
     "micro_batch_size",
     "eval_rewards",
+    "optimizer",
 )
 
 

@@ -1,6 +1,7 @@
 """Values that the options of `fit` cannot have."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from lightning_draft.cli.option_checks import check_options
@@ -18,6 +19,12 @@ class Noisy(DDIM):
     def __init__(self):
         super().__init__(3, eta=1.0)
 """
+
+
+def _rollouts(kind: str, options: list[str], *says: str) -> Case:
+    """Return a case of `PolicyGradientModule` with two samples per prompt; only the other options are shown."""
+    stochastic = ["--model", "PolicyGradientModule", "--model.sampler.eta", "1", "--model.samples_per_prompt", "2"]
+    return replace(built(kind, options, *says), args=built(kind, [*stochastic, *options]).args)
 
 
 def _checked(name: str, values: Iterable[Any]) -> list[Case]:
@@ -170,6 +177,62 @@ CASES: list[Case] = [
         "write sampler=DDIM(eta=1)",
         files={"mine.py": _NOISY},
     ),
+    _rollouts(
+        VALUES,
+        ["--model.kl_weight", "1", "--model.kl_gate", "{fraction: 2}"],
+        "--model.kl_gate.fraction=2.0 must be between 0 and 1",
+        "write for example 0.1",
+    ),
+    _rollouts(
+        VALUES,
+        ["--model.kl_weight", "1", "--model.kl_reference", "{max_kl: 0}"],
+        "--model.kl_reference.max_kl=0.0 must be a positive number",
+        "write a value",
+    ),
+    _rollouts(
+        VALUES,
+        ["--model.kl_weight", "1", "--model.kl_reference", "{max_rollouts: null}"],
+        "max_kl and max_rollouts are null",
+        "set kl_reference to null",
+    ),
+    _rollouts(
+        TOGETHER,
+        ["--model.kl_gate", "{}"],
+        "kl_gate changes the KL term, and kl_weight=0 turns it off",
+        "write for example kl_weight=0.04",
+    ),
+    _rollouts(
+        TOGETHER,
+        ["--model.kl_reference", "{}"],
+        "kl_reference changes the KL term, and kl_weight=0 turns it off",
+        "set kl_reference to null",
+    ),
+    _rollouts(
+        TOGETHER,
+        ["--model.kl_weight", "1", "--model.kl_gate", "{}"],
+        "kl_gate compares the trained reward with eval_rewards, and the module has none",
+        "set kl_gate to null",
+    ),
+    _rollouts(
+        TOGETHER,
+        [
+            "--model.kl_weight",
+            "1",
+            "--model.kl_gate",
+            "{rewards: [red]}",
+            "--model.eval_rewards",
+            "{bright: Brightness}",
+        ],
+        "kl_gate.rewards contains red",
+        "write some of bright",
+    ),
+    built(
+        TOGETHER,
+        "--model PolicyGradientModule --model.sampler.eta 1 --model.advantage_estimator DiversityAware",
+        "DiversityAware compares samples of the same prompt, and samples_per_prompt=1",
+        "set samples_per_prompt to 2 or more",
+    ),
+    built(TOGETHER, "--model.reward Offloaded --model.reward.reward Brightness", "Offloaded is not differentiable"),
     built(TOGETHER, "--conflict RewardConflict", "has only reward"),
     built(TOGETHER, "--trainer.callbacks EMAWeightAveraging", "copies the frozen weights", "write --ema AdapterEMA"),
     built(TOGETHER, "--trainer.callbacks BackboneFinetuning", "DraftModule does not have", "--model.model.trainable"),

@@ -19,6 +19,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.seeds import seeded
 
 
 def within_prompt_diversity(samples: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -88,8 +89,7 @@ def kernel_distance(features: Tensor, others: Tensor) -> Tensor:
     metric.update(features, real=True)
     metric.update(others.to(features), real=False)
     # torchmetrics chooses the subsets with the global generator.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0, torch.device("cpu")):
         return metric.compute()[0]
 
 

@@ -43,11 +43,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
     Args:
         seed: The seed.
-        device: The device whose generator is seeded and restored, in addition to that of the CPU.
+        device: The device whose generator is seeded and restored, in addition to that of the CPU. For the CPU, GPUs are
+            neither initialized nor seeded.
     """
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # torch.manual_seed also seeds all GPUs, which would not be restored.
+        (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
         yield
 
 

@@ -11,6 +11,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning, DiffusionModel, Prediction
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Schedule
+from lightning_draft.seeds import seeded
 from lightning_draft.truncation import Truncation
 
 _DRAWS = 16
@@ -49,8 +50,7 @@ def trained_steps(truncation: Truncation, sampler: Sampler, schedule: Schedule, 
         seed: Seed of the truncation's random choices and of all noise.
     """
     model, generator = _OffsetPerTime(schedule), torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")), torch.enable_grad():
         chain = SamplingChain(model, sampler, model.encode([""]), generator=generator)
         latents = truncation(chain, model.noise(1))
         if not latents.requires_grad:

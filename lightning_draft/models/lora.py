@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.scale_schedule import ScaleSchedule
+from lightning_draft.seeds import seeded
 
 ADAPTER = "default"
 DEFAULT_RANK = 8
@@ -98,9 +98,8 @@ class LoRA:
         Raises:
             ConfigurationError: No layer of the network has one of the names.
         """
-        with nullcontext() if self.seed is None else torch.random.fork_rng():
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
+        device = next(network.parameters()).device
+        with nullcontext() if self.seed is None else seeded(self.seed, device):
             self._inject(network, self.config(default))
             # peft casts to the base's dtype, which would round A: initialize it again in float32.
             for layer in layers(network):

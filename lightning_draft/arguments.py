@@ -105,5 +105,10 @@ def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
     return list(prompts)
 
 
+def given(**options: object) -> dict[str, object]:
+    """Return the options that are not `None`, by name."""
+    return {name: option for name, option in options.items() if option is not None}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.context import get_spawning_popen
 from typing import Any, cast
 
 import lightning as L
@@ -41,6 +42,36 @@ def uses_fsdp(trainer: L.Trainer | None) -> bool:
 def uses_deepspeed(trainer: L.Trainer | None) -> bool:
     """Return whether DeepSpeed's optimizer stores the gradients, sharded over the processes."""
     return trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def check_not_sharded(copied: str, trainer: L.Trainer | None) -> None:
+    """Check that each process stores whole parameters.
+
+    Args:
+        copied: What needs a copy of them.
+        trainer: The Trainer, if there is one.
+
+    Raises:
+        ConfigurationError: Parameters or gradients are sharded over processes.
+    """
+    if uses_fsdp(trainer) or uses_deepspeed(trainer):
+        raise ConfigurationError(
+            f"{copied} needs a copy of the trained parameters, which is not supported with sharding; set the Trainer's "
+            "strategy to ddp"
+        )
+
+
+def check_not_spawned() -> None:
+    """Check that the module is not pickled for a process that `ddp_spawn` starts.
+
+    Raises:
+        ConfigurationError: It is.
+    """
+    if get_spawning_popen() is not None:
+        raise ConfigurationError(
+            "strategy=ddp_spawn would send the module to new processes, and callables such as the optimizer cannot "
+            "be sent; write strategy=ddp, or strategy=ddp_notebook in a notebook"
+        )
 
 
 def shard(module: L.LightningModule, model: nn.Module, denoiser: nn.Module) -> None:

@@ -89,6 +89,21 @@ class ForwardObjective(RolloutObjective):
         """Return which samples of each prompt are trained on, `(prompts, g)`, from advantages `(prompts, group)`."""
         return torch.arange(advantages.shape[1], device=advantages.device).expand_as(advantages)
 
+    def rows(self, advantages: Tensor, samples: slice, group: int) -> tuple[list[int], int]:
+        """Return the trained samples of a minibatch, and the number of consecutive ones with the same prompt.
+
+        Args:
+            advantages: Those of the whole rollout, `(N,)`.
+            samples: The minibatch.
+            group: Number of consecutive samples of the rollout with the same prompt.
+        """
+        rows = range(*samples.indices(len(advantages)))
+        if not self.couples_group:
+            return list(rows), group
+        chosen = self.select(advantages[samples].view(-1, group))
+        first = torch.arange(len(chosen), device=chosen.device)[:, None] * group
+        return [rows[index] for index in (first + chosen).flatten().tolist()], chosen.shape[1]
+
     def clipped(self, batch: ForwardBatch) -> Tensor | None:
         """Return which samples have left the trust region, bool `(B,)`; `None` without a trust region."""
         return None

@@ -30,6 +30,11 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
     return cast(Tensor, safe_get_full_grad(parameter))
 
 
+def changes_gradients(trainer: L.Trainer) -> bool:
+    """Return whether gradients are sharded over processes, stored elsewhere than in parameters, or scaled."""
+    return uses_fsdp(trainer) or uses_deepspeed(trainer) or gradient_scaler(trainer) is not None
+
+
 def gradient_scaler(trainer: L.Trainer) -> GradScaler | None:
     """Return the scaler of the gradients (fp16), if there is one.
 

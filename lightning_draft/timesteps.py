@@ -4,11 +4,12 @@ References:
     Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, table 2.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
+from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.schedules import Grid, Schedule, Spacing, VariancePreserving
 
@@ -39,6 +40,26 @@ def dpm_timesteps(table: VariancePreserving, steps: int, spacing: Spacing | None
     else:
         times = _integers(np.linspace(0, total - 1, steps + 1).round()[:0:-1])
     return _checked(times, table)
+
+
+def check_training_times(spread: TimeSpread, count: int, num_steps: int) -> None:
+    """Check the options of `training_times`.
+
+    Args:
+        spread: The option `times`.
+        count: The option `num_times`.
+        num_steps: Length of the sampler's grid.
+
+    Raises:
+        ConfigurationError: The spread is not known, or there are fewer than 1 or too many times.
+    """
+    one_of("times", spread, get_args(TimeSpread))
+    at_least("num_times", count, 1)
+    if spread == "grid" and count > num_steps:
+        raise ConfigurationError(
+            f"num_times={count} exceeds the sampler's num_steps={num_steps}, and times=grid uses each step once; lower "
+            "num_times, or set times to uniform"
+        )
 
 
 def training_times(

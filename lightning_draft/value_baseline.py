@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_draft.arguments import at_least, in_range, positive
 from lightning_draft.distributed import all_gather_objects
+from lightning_draft.errors import ConfigurationError
+from lightning_draft.objectives import Objective
 
 Statistics = Mapping[int, tuple[Tensor, Tensor]]
 """The matrix `sum phi phi^T` and the vector `sum phi A` of each step."""
@@ -42,6 +44,18 @@ class ValueBaseline:
         self.ridge = positive("value_baseline.ridge", ridge)
         self.decay = in_range("value_baseline.decay", decay, 0, 1)
         self.statistics: Statistics = {}
+
+    def check(self, objective: Objective) -> None:
+        """Check that an objective can use an advantage for each step.
+
+        Raises:
+            ConfigurationError: It compares whole samples.
+        """
+        if not objective.separable:
+            raise ConfigurationError(
+                f"value_baseline gives each step its own advantage, and {type(objective).__name__} needs one per "
+                "sample; use PPO or Reinforce, or set value_baseline to null"
+            )
 
     def step_advantages(self, latents: Tensor, advantages: Tensor, steps: Sequence[int]) -> tuple[Tensor, float]:
         """Subtract the values from the advantages of a rollout, then add the rollouts of all processes.

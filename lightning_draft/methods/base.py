@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from multiprocessing.context import get_spawning_popen
 from typing import Any, cast
 
 import torch
@@ -17,8 +16,13 @@ from torch.optim import Optimizer
 from lightning_draft.arguments import at_least
 from lightning_draft.chain import Probe
 from lightning_draft.data import PromptDataModule
-from lightning_draft.distributed import clip_gradients, gather_full, trainable_parameters, uses_deepspeed, uses_fsdp
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.distributed import (
+    check_not_spawned,
+    clip_gradients,
+    gather_full,
+    trainable_parameters,
+    uses_fsdp,
+)
 from lightning_draft.methods.batches import to_prompts
 from lightning_draft.methods.checkpoints import check_checkpoint, is_reward_state, keep_trained
 from lightning_draft.methods.checks import check_sampler, check_trainable
@@ -28,7 +32,7 @@ from lightning_draft.methods.optimization import build_optimizer, scheduler_conf
 from lightning_draft.methods.stop_iteration import stop_iteration_is_error
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.guidance import Guidance
-from lightning_draft.parameter_gradients import gradient_scaler
+from lightning_draft.parameter_gradients import changes_gradients
 from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
 from lightning_draft.seeds import derive_seed
@@ -93,11 +97,7 @@ class RewardModule(EvaluationModule, ABC):
         Raises:
             ConfigurationError: It is pickled for a process that `ddp_spawn` starts.
         """
-        if get_spawning_popen() is not None:
-            raise ConfigurationError(
-                "strategy=ddp_spawn would send the module to new processes, and callables such as the optimizer cannot "
-                "be sent; write strategy=ddp, or strategy=ddp_notebook in a notebook"
-            )
+        check_not_spawned()
         return super().__getstate__()
 
     @property
@@ -288,10 +288,7 @@ class RewardModule(EvaluationModule, ABC):
     @property
     def gradients_are_complete(self) -> bool:
         """Whether `torch.autograd.grad` returns the full, unscaled gradients of the trainable parameters."""
-        trainer = self._trainer
-        if trainer is None:
-            return True
-        return not (uses_fsdp(trainer) or uses_deepspeed(trainer) or gradient_scaler(trainer))
+        return self._trainer is None or not changes_gradients(self._trainer)
 
     @contextmanager
     def first_step_context(self) -> Iterator[None]:

@@ -211,6 +211,21 @@ def check_comparisons(reward: Reward, estimator: AdvantageEstimator) -> None:
             )
 
 
+def check_same_prompts(collected: Sequence[str], prompts: Sequence[str], training_steps: int) -> None:
+    """Raise if the prompts of a training step are not those for which its rollout was collected.
+
+    Args:
+        collected: The prompts of the rollout, one per sample.
+        prompts: Those of the training step.
+        training_steps: Number of training steps on a rollout.
+    """
+    if list(collected) != [str(prompt) for prompt in prompts]:
+        raise ConfigurationError(
+            f"a rollout is used for {training_steps} training steps, and the prompts changed before that; use "
+            "PromptDataModule, or a loader that repeats each batch that often"
+        )
+
+
 def check_complete_groups(objective: ForwardObjective, micro_batch_size: int | None, samples_per_prompt: int) -> None:
     """Raise if a minibatch would contain only a part of the samples of a prompt, and the objective compares them."""
     if objective.couples_group and micro_batch_size is not None and micro_batch_size % samples_per_prompt:

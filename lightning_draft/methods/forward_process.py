@@ -5,17 +5,15 @@ References:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative
-from lightning_draft.arguments import at_least, one_of
 from lightning_draft.chain import SamplingChain
-from lightning_draft.distributed import uses_deepspeed, uses_fsdp
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.distributed import check_not_sharded
 from lightning_draft.forward_objectives import DiffusionNFT, ForwardBatch, ForwardObjective
 from lightning_draft.kl_gate import KLGate, MovingReference
 from lightning_draft.methods.checkpointing import Checkpointing
@@ -29,7 +27,7 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Grid, step_at
 from lightning_draft.seeds import derive_seed
-from lightning_draft.timesteps import TimeSpread, training_times
+from lightning_draft.timesteps import TimeSpread, check_training_times, training_times
 
 
 class ForwardProcessModule(RolloutModule):
@@ -124,14 +122,9 @@ class ForwardProcessModule(RolloutModule):
             KLRegularizer(kl_weight, kl_gate, kl_reference),
         )
         self.old = OldParameters(old_policy)
-        one_of("times", times, get_args(TimeSpread))
         self.times: TimeSpread = times
-        self.num_times = self.sampler.num_steps if num_times is None else at_least("num_times", num_times, 1)
-        if times == "grid" and self.num_times > self.sampler.num_steps:
-            raise ConfigurationError(
-                f"num_times={num_times} exceeds the sampler's num_steps={self.sampler.num_steps}, and "
-                "times=grid uses each step once; lower num_times, or set times to uniform"
-            )
+        self.num_times = self.sampler.num_steps if num_times is None else num_times
+        check_training_times(times, self.num_times, self.sampler.num_steps)
 
     def setup(self, stage: str) -> None:
         """Check the configuration before training; in a new run, the old policy is reset to the model."""
@@ -147,11 +140,8 @@ class ForwardProcessModule(RolloutModule):
         """
         super().check_configuration()
         check_complete_groups(self.objective, self.micro_batch_size, self.samples_per_prompt)
-        if self._keeps_old_policy and (uses_fsdp(self._trainer) or uses_deepspeed(self._trainer)):
-            raise ConfigurationError(
-                f"{type(self.objective).__name__} needs a copy of the trained parameters, which is not supported with "
-                "sharding; set the Trainer's strategy to ddp"
-            )
+        if self._keeps_old_policy:
+            check_not_sharded(type(self.objective).__name__, self._trainer)
 
     def check_first_step(self, prompts: Sequence[str]) -> None:
         """Check on one network call that the gradient of a prediction reaches the trainable parameters.
@@ -214,7 +204,7 @@ class ForwardProcessModule(RolloutModule):
                 the model at that time, network calls of the old policy are not needed.
         """
         every = repeat_prompts(prompts, self.samples_per_prompt)
-        rows, group = self._selected(rollout.advantages, minibatch.samples)
+        rows, group = self.objective.rows(rollout.advantages, minibatch.samples, self.samples_per_prompt)
         samples, advantages = rollout.latents[-1, rows], rollout.advantages[rows]
         conditioning = self.model.encode([every[row] for row in rows])
         moved = moved or self.old.policy.decay(rollout.step) > 0
@@ -258,15 +248,6 @@ class ForwardProcessModule(RolloutModule):
         *_, (_, samples) = chain.sample_steps(noise[0], noise[1:])
         return samples
 
-    def _selected(self, advantages: Tensor, samples: slice) -> tuple[list[int], int]:
-        """Return the trained rows of a minibatch, and the number of consecutive rows with the same prompt."""
-        rows = range(*samples.indices(len(advantages)))
-        if not self.objective.couples_group:
-            return list(rows), self.samples_per_prompt
-        chosen = self.objective.select(advantages[samples].view(-1, self.samples_per_prompt))
-        first = torch.arange(len(chosen), device=chosen.device)[:, None] * self.samples_per_prompt
-        return [rows[index] for index in (first + chosen).flatten().tolist()], chosen.shape[1]
-
     def _noise(self, number: int, rows: Sequence[int], epoch: int, index: int) -> Tensor:
         """Return the noise of some samples of a rollout at one training time."""
         numbers = [row // self.samples_per_prompt if self.objective.shares_noise else row for row in rows]
@@ -277,12 +258,13 @@ class ForwardProcessModule(RolloutModule):
         """Return the estimates of `x_0` of the current model, and of the old policy and the base model if needed."""
         found: dict[str, Tensor] = {}
         with torch.no_grad(), self.model.at_step(step_at(self._grid, t), len(self._grid)):
-            parameters, moving = self.trainable_parameters(), bool(self.regularizer.state.reference)
-            if self.objective.needs_reference or (self.regularizer.weight > 0 and not moving):
+            parameters, needs_base = self.trainable_parameters(), self.regularizer.needs_base
+            reference = None if needs_base else self.regularizer.reference_model(self.model, parameters)
+            if self.objective.needs_reference or needs_base:
                 with self.model.base():
                     found["ref"] = self.model.denoise(x, t, conditioning)
-            if self.regularizer.weight > 0 and moving:
-                with self.regularizer.reference_model(self.model, parameters):
+            if reference is not None:
+                with reference:
                     found["kl_reference"] = self.model.denoise(x, t, conditioning)
             if self.objective.needs_old and moved:
                 with self.old.in_use(parameters):

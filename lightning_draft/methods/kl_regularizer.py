@@ -63,15 +63,14 @@ class KLRegularizer:
                     f"set {name} to null"
                 )
 
-    def check(self, eval_rewards: Sequence[str], is_sharded: bool) -> None:
-        """Check that the run has what the options need.
+    def check(self, eval_rewards: Sequence[str]) -> None:
+        """Check that the module has the evaluation rewards of the gate.
 
         Args:
             eval_rewards: Names of the module's evaluation rewards.
-            is_sharded: Whether parameters are sharded over processes.
 
         Raises:
-            ConfigurationError: An evaluation reward is missing, or a reference cannot be copied.
+            ConfigurationError: An evaluation reward is missing.
         """
         if self.gate is not None and not eval_rewards:
             raise ConfigurationError(
@@ -83,11 +82,6 @@ class KLRegularizer:
             raise ConfigurationError(
                 f"kl_gate.rewards contains {', '.join(unknown)}, which is not one of eval_rewards; write some of "
                 f"{', '.join(eval_rewards)}"
-            )
-        if self.reference is not None and is_sharded:
-            raise ConfigurationError(
-                "kl_reference needs a copy of the trained parameters, which is not supported with sharding; set the "
-                "Trainer's strategy to ddp"
             )
 
     def gate_rewards(self, eval_rewards: Sequence[str]) -> list[str]:
@@ -145,10 +139,15 @@ class KLRegularizer:
         if kl is not None and self.reference is not None and self.reference.max_kl is not None:
             self.state = replace(self.state, kl=float(kl))
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether there is a term and its reference is the base model."""
+        return self.weight > 0 and not self.state.reference
+
     def reference_model(
         self, model: DiffusionModel, parameters: Mapping[str, nn.Parameter]
-    ) -> AbstractContextManager[Any]:
-        """Return a context in which the model is the reference, for calls without a graph.
+    ) -> AbstractContextManager[Any] | None:
+        """Return a context in which the model is the reference, for calls without a graph; `None` without a term.
 
         A copied reference is moved to the devices of the parameters and stays there.
 
@@ -156,7 +155,9 @@ class KLRegularizer:
             model: The diffusion model.
             parameters: Its trained parameters by name.
         """
-        if not self.state.reference:
+        if self.weight == 0:
+            return None
+        if self.needs_base:
             return model.base()
         self.state = replace(self.state, reference=on_their_devices(self.state.reference, parameters))
         return parameters_replaced(parameters, self.state.reference)

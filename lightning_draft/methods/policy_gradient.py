@@ -14,8 +14,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
+from lightning_draft.arguments import given
 from lightning_draft.chain import SamplingChain, State
-from lightning_draft.errors import ConfigurationError
 from lightning_draft.kl_gate import KLGate, MovingReference
 from lightning_draft.methods.checkpointing import Checkpointing
 from lightning_draft.methods.checks import check_dtype, check_gradient, check_sampler, check_stochastic
@@ -133,8 +133,7 @@ class PolicyGradientModule(RolloutModule):
 
     def strategies(self) -> dict[str, object]:
         """Return the strategies of the run, including the window and the value baseline."""
-        options = {"window": self.window, "value_baseline": self.value_baseline}
-        return {**super().strategies(), **{name: option for name, option in options.items() if option is not None}}
+        return {**super().strategies(), **given(window=self.window, value_baseline=self.value_baseline)}
 
     def check_configuration(self) -> None:
         """Check that the sampler has log-probabilities, and that window, groups and optimizer steps suit the run.
@@ -145,11 +144,8 @@ class PolicyGradientModule(RolloutModule):
         check_sampler(self.sampler, self.model.schedule)
         check_stochastic(self.sampler, self.policy.steps)
         self.policy_of(0)
-        if self.value_baseline is not None and not self.objective.separable:
-            raise ConfigurationError(
-                f"value_baseline gives each step its own advantage, and {type(self.objective).__name__} needs one per "
-                "sample; use PPO or Reinforce, or set value_baseline to null"
-            )
+        if self.value_baseline is not None:
+            self.value_baseline.check(self.objective)
         super().check_configuration()
 
     def setup(self, stage: str) -> None:
@@ -254,9 +250,7 @@ class PolicyGradientModule(RolloutModule):
         policy, latents = self.policy_of(rollout.number), rollout.latents[:, minibatch.samples]
         steps = policy.steps[minibatch.steps]
         old_means = None if rollout.old_means is None else rollout.old_means[minibatch.steps, minibatch.samples]
-        reference = None
-        if self.regularizer.weight > 0:
-            reference = self.regularizer.reference_model(self.model, self.trainable_parameters())
+        reference = self.regularizer.reference_model(self.model, self.trainable_parameters())
         log_probs, kl, change = policy.evaluate(some, latents, steps, reference, old_means, self.recompute)
         batch = self._policy_batch(log_probs, rollout, minibatch.samples, minibatch.steps)
         batch = replace(batch, change=change)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, ImageAdvantages
 from lightning_draft.distributed import all_gather_objects
+from lightning_draft.methods.rollout import slices
+from lightning_draft.models.base import DiffusionModel
 from lightning_draft.preferences import PreferenceAdvantages
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.pairwise import PairwiseReward
@@ -45,3 +47,9 @@ def rollout_advantages(
     advantages = estimator(torch.cat([each for each, _ in gathered]), names, group)
     start = sum(len(each) for _, each in gathered[:rank])
     return advantages[start : start + len(prompts)].to(rewards)
+
+
+def decoded_parts(model: DiffusionModel, latents: Tensor, size: int | None) -> Iterator[Tensor]:
+    """Yield the images of samples `(B, ...)`, float32 and clamped to [0, 1], `size` at a time; by default all."""
+    for some in slices(len(latents), size):
+        yield model.decode(latents[some]).float().clamp(0, 1)

@@ -1,7 +1,7 @@
 """Base class of methods that train on rollouts: rewards, advantages, minibatches, the rollout buffer, checkpoints."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator
-from lightning_draft.arguments import at_least
-from lightning_draft.distributed import all_gather_objects, uses_deepspeed, uses_fsdp
-from lightning_draft.errors import ConfigurationError
+from lightning_draft.arguments import at_least, given
+from lightning_draft.distributed import all_gather_objects, check_not_sharded
 from lightning_draft.methods import checks
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.checkpointing import Checkpointing, check_checkpointing, recomputed
@@ -29,7 +28,7 @@ from lightning_draft.methods.rollout import (
     slices,
     summarize,
 )
-from lightning_draft.methods.rollout_advantages import rollout_advantages
+from lightning_draft.methods.rollout_advantages import decoded_parts, rollout_advantages
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import RolloutObjective
 from lightning_draft.recompute import Recompute
@@ -150,9 +149,8 @@ class RolloutModule(RewardModule, ABC):
 
     def strategies(self) -> dict[str, object]:
         """Return the strategies of the run, including the advantage estimator and those of the KL term."""
-        options = {"kl_gate": self.regularizer.gate, "kl_reference": self.regularizer.reference}
-        given = {name: option for name, option in options.items() if option is not None}
-        return {**super().strategies(), "advantage_estimator": self.advantage_estimator, **given}
+        kl = given(kl_gate=self.regularizer.gate, kl_reference=self.regularizer.reference)
+        return {**super().strategies(), "advantage_estimator": self.advantage_estimator, **kl}
 
     def check_configuration(self) -> None:
         """Check that groups and optimizer steps suit the objective.
@@ -163,7 +161,9 @@ class RolloutModule(RewardModule, ABC):
         super().check_configuration()
         checks.check_group_size(self.samples_per_prompt, (self.objective, self.advantage_estimator))
         checks.check_comparisons(self.reward, self.advantage_estimator)
-        self.regularizer.check(self.eval_reward_names, uses_fsdp(self._trainer) or uses_deepspeed(self._trainer))
+        self.regularizer.check(self.eval_reward_names)
+        if self.regularizer.reference is not None:
+            check_not_sharded("kl_reference", self._trainer)
         if (data := self.prompt_data) is not None:
             self.check_accumulation(data.batch_size)
             samples = data.batch_size * self.samples_per_prompt
@@ -229,7 +229,7 @@ class RolloutModule(RewardModule, ABC):
             every,
             self.samples_per_prompt,
             self.global_rank,
-            lambda: self.decode_parts(latents[-1]),
+            lambda: decoded_parts(self.model, latents[-1], self.micro_batch_size),
         )
         self.update_statistics(scores.components)
         gate, logs = self.regularizer.select(rewards, scores.evaluated, self.global_rank)
@@ -253,11 +253,6 @@ class RolloutModule(RewardModule, ABC):
         scores = check_scores(total, len(prompts), self.reward)
         scores = check_finite(scores, samples.content, prompts, self.reward).float()
         return SampleScores(scores, components, self.eval_scores(samples, prompts, names))
-
-    def decode_parts(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the images of samples `(B, ...)`, clamped to [0, 1], `micro_batch_size` at a time."""
-        for some in slices(len(latents), self.micro_batch_size):
-            yield self.model.decode(latents[some]).float().clamp(0, 1)
 
     def extra_state(self) -> dict[str, Any]:
         """Return the training state besides parameters, including `rollout`, the position in the rollout."""
@@ -297,11 +292,8 @@ class RolloutModule(RewardModule, ABC):
             return self.collect_rollout(prompts, number, step)
 
         rollout = self.buffer.current(self.device, collect)
-        if rollout.prompts != [str(prompt) for prompt in repeat_prompts(prompts, self.samples_per_prompt)]:
-            raise ConfigurationError(
-                f"a rollout is used for {self.training_steps_per_batch(len(prompts))} training steps, and the "
-                "prompts changed before that; use PromptDataModule, or a loader that repeats each batch that often"
-            )
+        every = repeat_prompts(prompts, self.samples_per_prompt)
+        checks.check_same_prompts(rollout.prompts, every, self.training_steps_per_batch(len(prompts)))
         if self.buffer.index and rollout.step < step:
             checks.check_reuse(self.objective)
         return rollout

@@ -12,7 +12,7 @@ import lightning as L
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.pipeline import PipelineModel
-from lightning_draft.models.scale_schedule import SCHEDULE
+from lightning_draft.models.scale_schedule import header_of
 from lightning_draft.redaction import redact
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.combine import WeightedSum
@@ -50,7 +50,7 @@ def _of_model(model: DiffusionModel) -> dict[str, str]:
     return {
         "base": model.public_name,
         **({} if sha256 is None else {"base_sha256": sha256}),
-        **({} if schedule is None else {SCHEDULE: schedule.to_text()}),
+        **header_of(schedule),
     }
 
 

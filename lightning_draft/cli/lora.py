@@ -12,11 +12,11 @@ from lightning_draft.cli.messages import as_configuration_error, printable
 from lightning_draft.cli.schedule_options import add_schedule, scale_schedule
 from lightning_draft.models import lora_writing
 from lightning_draft.models.decoder import Precision
-from lightning_draft.models.loading import torch_dtype
 from lightning_draft.models.lora_base import open_base, read_lora, read_loras
 from lightning_draft.models.lora_content import LoRAFile
 from lightning_draft.models.lora_edit import anneal_lora, lora_info, mix_loras, resize_lora, scale_lora
 from lightning_draft.models.lora_merge import merge_lora
+from lightning_draft.models.precisions import torch_dtype
 
 _SHOWN = 12
 

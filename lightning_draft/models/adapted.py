@@ -1,7 +1,6 @@
 """Adapters of a pipeline: attach, load, scale and write them, and disable them for the base model."""
 
 import os
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +18,7 @@ from lightning_draft.models.lora_content import LoRABase, LoRAFile
 from lightning_draft.models.lora_text import TextUpdates
 from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.quantization import Quantization
-from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
+from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule, header_of
 from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
 
 
@@ -175,8 +174,7 @@ class AdaptedModel(PromptEmbedding):
         self._check_adapters("save_lora")
         own = lora_writing.adapters_of(self.denoiser, self._denoiser_names(values))
         updates = {self.family.denoiser: own, **self.text_updates.updates}
-        schedule = None if self.lora is None else self.lora.scale_schedule
-        header = {**(metadata or {}), **({} if schedule is None else {SCHEDULE: schedule.to_text()})}
+        header = {**(metadata or {}), **header_of(None if self.lora is None else self.lora.scale_schedule)}
         lora_writing.write(path, updates, header, self.family, self.denoiser.config, form)
 
     def load_lora(self, path: str | os.PathLike[str]) -> None:
@@ -240,11 +238,7 @@ class AdaptedModel(PromptEmbedding):
         self.text_updates = TextUpdates({}, {})
         self._weight_name = _first_name(self.denoiser)
         if self.trainable != "lora":
-            if self.lora is not None and self.lora.init is not None:
-                raise ConfigurationError(
-                    f"lora.init={self.lora.init!r} has no effect with trainable: {self.trainable}; write "
-                    "trainable: lora"
-                )
+            adapters.check_not_initialized(self.lora, self.trainable)
             self.lora = None
             self._original = unfreeze(self.denoiser, self.trainable)
         elif self.lora is not None and self.lora.init is not None:
@@ -259,14 +253,10 @@ class AdaptedModel(PromptEmbedding):
 
     def _start_from(self, lora: LoRA, path: str) -> None:
         """Attach the adapters of a file, at another rank if one is given, with its scale schedule if none is given."""
-        file = self.read_lora(path)
-        rank = lora.rank or file.rank
-        if rank < file.rank:
-            file, error = lora_edit.resize_lora(file, rank)
-            warnings.warn(
-                f"lora.init: at rank {rank} the update of {path} has a relative error of {error:.2%}", stacklevel=5
-            )
-        self._attach(replace(lora, rank=rank, target_modules=file.layers, init=None, reference="pretrained"))
+        file = lora_edit.at_most_rank(self.read_lora(path), lora.rank)
+        self._attach(
+            replace(lora, rank=lora.rank or file.rank, target_modules=file.layers, init=None, reference="pretrained")
+        )
         self._copy(file)
         if lora.scale_schedule is None:
             self._use_schedule(file)

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from lightning_draft.arguments import one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_folder
 from lightning_draft.models import skeleton
@@ -28,16 +27,6 @@ from lightning_draft.weightless import is_without_weights
 
 _SHIPPED = ("emoji64",)
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of that name.
-
-    Raises:
-        ConfigurationError: The dtype is not supported for frozen networks.
-    """
-    dtype: torch.dtype = getattr(torch, one_of("dtype", name, ("float32", "bfloat16", "float16")))
-    return dtype
 
 
 def load_pipeline(

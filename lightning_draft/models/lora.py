@@ -157,6 +157,18 @@ def disabled(network: nn.Module) -> Iterator[None]:
             layer._disable_adapters = value
 
 
+def check_not_initialized(lora: LoRA | None, trainable: object) -> None:
+    """Check that no adapters are to be read for a denoiser whose own weights are trained.
+
+    Raises:
+        ConfigurationError: `lora.init` is given.
+    """
+    if lora is not None and lora.init is not None:
+        raise ConfigurationError(
+            f"lora.init={lora.init!r} has no effect with trainable: {trainable}; write trainable: lora"
+        )
+
+
 _CANNOT_MERGE = (
     "lora.merge needs whole floating-point weights, and those of this denoiser are quantized or sharded over "
     "processes; write lora.merge: false"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -86,6 +87,16 @@ def resize_lora(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
         return kept
 
     return _map(file, smaller), _relative(squares[0], squares[1])
+
+
+def at_most_rank(file: LoRAFile, rank: int | None) -> LoRAFile:
+    """Return a file from which training starts, at this rank if its own is higher, with a warning of the error."""
+    if rank is None or rank >= file.rank:
+        return file
+    resized, error = resize_lora(file, rank)
+    message = f"lora.init: at rank {rank} the update of {file.path} has a relative error of {error:.2%}"
+    warnings.warn(message, stacklevel=6)  # where the model is built
+    return resized
 
 
 def mix_loras(files: Sequence[LoRAFile], weights: Sequence[float], rank: int | None = None) -> tuple[LoRAFile, float]:

@@ -4,7 +4,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +18,10 @@ from lightning_draft.models.base import Conditioning
 from lightning_draft.models.base_hash import weights_sha256
 from lightning_draft.models.decoder import Memory, Precision, decode
 from lightning_draft.models.guidance import Guidance
-from lightning_draft.models.loading import load_pipeline, public_name, save_pipeline, torch_dtype
+from lightning_draft.models.loading import load_pipeline, public_name, save_pipeline
 from lightning_draft.models.lora import LoRA, with_current_scales
 from lightning_draft.models.lora_content import LoRABase
+from lightning_draft.models.precisions import network_dtypes, set_decoder_precision
 from lightning_draft.models.quantization import Quantization, check_quantization
 from lightning_draft.models.text_cache import TextCache
 from lightning_draft.models.text_encoding import TextEncoding
@@ -93,7 +93,7 @@ class PipelineModel(AdaptedModel):
         self.text = text
         self.memory = memory
         self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
-        self._dtypes = self._precisions(dtype)
+        self._dtypes = network_dtypes(self.family, dtype, memory, trains_weights=trainable != "lora")
         without = () if text.cache is None else self.family.text_encoders
         self.pipeline = self._load((*self._omit, *without))
         self.vae = None
@@ -104,7 +104,7 @@ class PipelineModel(AdaptedModel):
         self.guidance = guidance.or_default(self._published_scale, self.family.embedded_guidance)
         self._latent_size = self.family.latents.size(self.vae, self.denoiser, height, width)
         self._configure(self.pipeline)
-        self._set_decoder_precision(dtype)
+        self.memory = set_decoder_precision(self.family, self.vae, dtype, memory)
         self.requires_grad_(False).eval()
         with shapes_only():
             self._prepare_training()
@@ -272,25 +272,6 @@ class PipelineModel(AdaptedModel):
     @abstractmethod
     def _network(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Call the denoiser with `x` and conditioning in its dtype, and `time`, a scalar."""
-
-    def _precisions(self, dtype: Precision) -> dict[str, torch.dtype]:
-        """Return the precision of each network's weights."""
-        dtypes = dict.fromkeys(self.family.networks, torch_dtype(dtype))
-        if self.memory.vae_dtype is not None:
-            dtypes["vae"] = torch_dtype(self.memory.vae_dtype)
-        elif self.family.upcast_vae:  # until its config has been read
-            dtypes["vae"] = torch.float32
-        if self.trainable != "lora":
-            dtypes[self.family.denoiser] = torch.float32
-        return dtypes
-
-    def _set_decoder_precision(self, dtype: Precision) -> None:
-        if not self.family.upcast_vae or self.memory.vae_dtype is not None:
-            return
-        if self.vae.config.get("force_upcast"):
-            self.memory = replace(self.memory, vae_dtype="float32")
-        else:
-            self.vae.to(torch_dtype(dtype))
 
     @property
     def _weight(self) -> Tensor:

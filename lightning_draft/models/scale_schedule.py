@@ -115,6 +115,11 @@ class ScaleSchedule:
             ) from error
 
 
+def header_of(schedule: ScaleSchedule | None) -> dict[str, str]:
+    """Return the entry of a schedule in the header of a LoRA file; nothing without one."""
+    return {} if schedule is None else {SCHEDULE: schedule.to_text()}
+
+
 def schedule_of(metadata: Mapping[str, str]) -> ScaleSchedule | None:
     """Return the schedule in the header of a LoRA file; None without one, or if the scale is 1 at each step.
 

@@ -14,6 +14,12 @@ from lightning_draft.methods.base import RewardModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LR = "model.optimizer.init_args.lr"
+KINDS = {
+    "DraftModule": "direct gradients",
+    "GradientMatchingModule": "gradient matching",
+    "ForwardProcessModule": "forward process",
+    "PolicyGradientModule": "policy gradients",
+}
 QUALITY = {"class_path": "ImageQuality", "init_args": {"pretrained": "emoji64-judge"}}
 
 
@@ -56,6 +62,11 @@ def shipped_configs() -> list[str]:
     """
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     return [name for name in names if name != "quickstart" and _is_compared(_options(name))]
+
+
+def kind(config: str) -> str:
+    """Return which kind of method a config has."""
+    return KINDS[yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())["model"]["class_path"]]
 
 
 def written(config: str, option: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from examples.method_table.measure import is_valid
+from examples.method_table.methods import KINDS, kind
 from examples.method_table.runs import Run
 
 COSTS = {"seconds": "CPU seconds", "queries": "reward queries", "passes": "network passes"}
@@ -81,8 +82,8 @@ def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
             order = 1e6 - score
             cells = ["not reached", "", ""]
         tuned = ", ".join(f"{name.split('.')[-1]} {value:.2g}" for name, value in group[0]["options"].items())
-        rows.append((order, _line([config, tuned, f"{number} of {len(group)}", *cells])))
-    head = ["config", "tuned", f"seeds at {level:g}", *(f"{name} to it" for name in COSTS.values())]
+        rows.append((order, _line([config, kind(config), tuned, f"{number} of {len(group)}", *cells])))
+    head = ["config", "kind", "tuned", f"seeds at {level:g}", *(f"{name} to it" for name in COSTS.values())]
     return _line(head) + "|---" * len(head) + "|\n" + "".join(line for _, line in sorted(rows))
 
 
@@ -105,17 +106,21 @@ def results(groups: dict[str, list[Run]]) -> str:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Plot the evaluation against each cost; error bars are one standard error over the seeds."""
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    panels = figure.subplots(1, len(COSTS), sharey=True)
-    for place, (config, group) in enumerate(grouped(runs).items()):
-        for axes, key in zip(panels, COSTS, strict=True):
-            _curve(axes, config, group, key, ("-", "--", ":", "-.")[place // 10 % 4])
-    for axes, label in zip(panels, COSTS.values(), strict=True):
+    """Plot the evaluation against each cost, one row per kind of method; error bars are one standard error."""
+    groups = grouped(runs)
+    kinds = [name for name in KINDS.values() if any(kind(config) == name for config in groups)]
+    figure = Figure(figsize=(15, 4 * len(kinds)), layout="constrained")
+    rows = figure.subplots(len(kinds), len(COSTS), sharex="col", sharey=True, squeeze=False)
+    for name, panels in zip(kinds, rows, strict=True):
+        for place, config in enumerate(each for each in groups if kind(each) == name):
+            for axes, key in zip(panels, COSTS, strict=True):
+                _curve(axes, config, groups[config], key, ("-", "--", ":", "-.")[place // 10 % 4])
+        for axes in panels:
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(f"{name}\nmean log p(clean), emoji64-judge-eval")
+        panels[-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for axes, label in zip(rows[-1], COSTS.values(), strict=True):
         axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("evaluation: mean log p(clean) of emoji64-judge-eval")
-    panels[-1].legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=100)
 
 

@@ -14,7 +14,7 @@ from lightning_draft.seeds import scoring, seeded
 from lightning_draft.testing import LinearModel
 from lightning_draft.trained_steps import trained_steps
 from lightning_draft.truncation import LastK
-from tests.conftest import SMALL_DENOISER
+from tests.tiny_pipelines import SMALL_DENOISER
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from tests.conftest import _perturb
+from tests.tiny_pipelines import perturb
 
 
 def autoencoder(channels: int, **changes: Any) -> AutoencoderKL:
@@ -17,7 +17,7 @@ def autoencoder(channels: int, **changes: Any) -> AutoencoderKL:
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     }
-    return _perturb(AutoencoderKL(**{**config, **changes}))
+    return perturb(AutoencoderKL(**{**config, **changes}))
 
 
 def flux_autoencoder(channels: int = 4) -> AutoencoderKL:

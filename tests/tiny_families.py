@@ -24,9 +24,9 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, Gemma2Config, Gemma2Model
 
-from tests.conftest import _perturb, _t5, _text_config, _write_tokenizer
 from tests.tiny_autoencoders import autoencoder, flux_autoencoder
 from tests.tiny_flux_2 import flux_2_klein
+from tests.tiny_pipelines import perturb, t5_encoder, text_config, write_tokenizer
 from tests.tiny_qwen import qwen_image, z_image
 
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -34,8 +34,8 @@ BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 def flux(folder: Path, guidance_embeds: bool = True) -> None:
     """FLUX.1 dev, or schnell without `guidance_embeds`."""
-    words = _write_tokenizer(folder.with_name(folder.name + "-tokenizer"))
-    t5, pieces = _t5(40)
+    words = write_tokenizer(folder.with_name(folder.name + "-tokenizer"))
+    t5, pieces = t5_encoder(40)
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -52,11 +52,11 @@ def flux(folder: Path, guidance_embeds: bool = True) -> None:
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shift),
         vae=flux_autoencoder(),
-        text_encoder=_perturb(CLIPTextModel(_text_config(words))),
+        text_encoder=perturb(CLIPTextModel(text_config(words))),
         tokenizer=words,
-        text_encoder_2=_perturb(t5),
+        text_encoder_2=perturb(t5),
         tokenizer_2=pieces,
-        transformer=_perturb(transformer),
+        transformer=perturb(transformer),
     ).save_pretrained(folder)
 
 
@@ -67,7 +67,7 @@ def flux_schnell(folder: Path) -> None:
 
 def chroma(folder: Path) -> None:
     """Chroma."""
-    t5, pieces = _t5(40)
+    t5, pieces = t5_encoder(40)
     transformer = ChromaTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -84,15 +84,15 @@ def chroma(folder: Path) -> None:
     ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=flux_autoencoder(),
-        text_encoder=_perturb(t5),
+        text_encoder=perturb(t5),
         tokenizer=pieces,
-        transformer=_perturb(transformer),
+        transformer=perturb(transformer),
     ).save_pretrained(folder)
 
 
 def pixart_sigma(folder: Path) -> None:
     """PixArt-Sigma."""
-    t5, pieces = _t5(40)
+    t5, pieces = t5_encoder(40)
     transformer = PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -110,16 +110,16 @@ def pixart_sigma(folder: Path) -> None:
     )
     PixArtSigmaPipeline(
         tokenizer=pieces,
-        text_encoder=_perturb(t5),
+        text_encoder=perturb(t5),
         vae=autoencoder(4, scaling_factor=0.13025),
-        transformer=_perturb(transformer),
+        transformer=perturb(transformer),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
     ).save_pretrained(folder)
 
 
 def sana(folder: Path, sprint: bool = False) -> None:
     """Sana, or Sana-Sprint."""
-    _, pieces = _t5(8)
+    _, pieces = t5_encoder(8)
     config = Gemma2Config(
         vocab_size=len(pieces),
         hidden_size=16,
@@ -167,9 +167,9 @@ def sana(folder: Path, sprint: bool = False) -> None:
     pipeline = SanaSprintPipeline if sprint else SanaPipeline
     pipeline(
         tokenizer=pieces,
-        text_encoder=_perturb(Gemma2Model(config)),
-        vae=_perturb(vae),
-        transformer=_perturb(transformer),
+        text_encoder=perturb(Gemma2Model(config)),
+        vae=perturb(vae),
+        transformer=perturb(transformer),
         scheduler=SCMScheduler() if sprint else FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
 
@@ -193,7 +193,7 @@ def pixels(folder: Path, classes: int | None = None) -> None:
         attention_head_dim=8,
         num_class_embeds=classes,
     )
-    DDPMPipeline(unet=_perturb(unet), scheduler=DDPMScheduler(**BETAS)).save_pretrained(folder)
+    DDPMPipeline(unet=perturb(unet), scheduler=DDPMScheduler(**BETAS)).save_pretrained(folder)
 
 
 def pixels_of_classes(folder: Path) -> None:

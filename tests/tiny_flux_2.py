@@ -11,7 +11,7 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.conftest import _perturb
+from tests.tiny_pipelines import perturb
 from tests.tiny_qwen import tokenizer
 
 
@@ -27,7 +27,7 @@ def _autoencoder() -> AutoencoderKLFlux2:
     )
     vae.bn.running_mean.copy_(0.3 * torch.randn(8))
     vae.bn.running_var.copy_(0.5 + torch.rand(8))
-    return _perturb(vae)
+    return perturb(vae)
 
 
 def flux_2_klein(folder: Path, distilled: bool = False) -> None:
@@ -57,8 +57,8 @@ def flux_2_klein(folder: Path, distilled: bool = False) -> None:
     Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=_autoencoder(),
-        text_encoder=_perturb(Qwen3ForCausalLM(text)),
+        text_encoder=perturb(Qwen3ForCausalLM(text)),
         tokenizer=words,
-        transformer=_perturb(transformer),
+        transformer=perturb(transformer),
         is_distilled=distilled,
     ).save_pretrained(folder)

@@ -19,8 +19,8 @@ from transformers import (
     Qwen3Model,
 )
 
-from tests.conftest import _perturb
 from tests.tiny_autoencoders import flux_autoencoder
+from tests.tiny_pipelines import perturb
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -65,9 +65,9 @@ def z_image(folder: Path) -> None:
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=flux_autoencoder(),
-        text_encoder=_perturb(Qwen3Model(text)),
+        text_encoder=perturb(Qwen3Model(text)),
         tokenizer=words,
-        transformer=_perturb(transformer),
+        transformer=perturb(transformer),
     ).save_pretrained(folder)
 
 
@@ -113,8 +113,8 @@ def qwen_image(folder: Path) -> None:
     shift = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
     QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shift),
-        vae=_perturb(vae),
-        text_encoder=_perturb(_vision_language_model(len(words))),
+        vae=perturb(vae),
+        text_encoder=perturb(_vision_language_model(len(words))),
         tokenizer=words,
-        transformer=_perturb(transformer),
+        transformer=perturb(transformer),
     ).save_pretrained(folder)

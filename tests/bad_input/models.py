@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, TextEncoding
 from tests.bad_input.cases import Case, Content, parsed, python
-from tests.conftest import STABLE_DIFFUSION_15, write_pipeline
+from tests.tiny_pipelines import STABLE_DIFFUSION_15, write_pipeline
 
 PIPELINES = "Pipelines"
 ADAPTERS = "LoRA files"

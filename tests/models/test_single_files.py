@@ -41,8 +41,8 @@ from lightning_draft.models.lora_base import read_lora
 from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.weightless import without_weights
 from tests import original_layouts
-from tests.conftest import _perturb, _text_config
 from tests.tiny_families import write
+from tests.tiny_pipelines import perturb, text_config
 
 
 def written(state: dict[str, Tensor], file: Path) -> str:
@@ -134,9 +134,9 @@ def test_a_stable_diffusion_xl_file_is_the_folder(tiny_sdxl: Path, tmp_path: Pat
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     torch.manual_seed(0)
     text = {"hidden_size": 20, "num_hidden_layers": 10, "projection_dim": 12, "hidden_act": "gelu"}
-    encoder = CLIPTextModelWithProjection(_text_config(pipeline.tokenizer, **text))
-    pipeline.text_encoder_2 = _perturb(encoder)
-    pipeline.unet = _perturb(UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": 36}))
+    encoder = CLIPTextModelWithProjection(text_config(pipeline.tokenizer, **text))
+    pipeline.text_encoder_2 = perturb(encoder)
+    pipeline.unet = perturb(UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": 36}))
     pipeline.save_pretrained(tmp_path / "folder")
     file = written(original_layouts.stable_diffusion_xl(pipeline), tmp_path / "xl.safetensors")
     model = StableDiffusionXL(file, lora=None, pretrained_config=str(tmp_path / "folder"))

@@ -36,7 +36,7 @@ from lightning_draft.rewards import (
 from lightning_draft.samplers import DDIM, DPMSolverPlusPlus, FlowEuler, FlowSDE
 from lightning_draft.stochastic_flow import DanceSDE, FlowCPS
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL
-from tests.conftest import STABLE_DIFFUSION_15, write_pipeline, write_sd3_pipeline
+from tests.tiny_pipelines import STABLE_DIFFUSION_15, write_pipeline, write_sd3_pipeline
 from tests.traces.record import Case
 
 ASSETS = Path(__file__).parents[1] / "assets"

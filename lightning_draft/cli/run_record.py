@@ -39,6 +39,7 @@ _FREE = (  # options that do not affect the result of the remaining steps
     "conflict",
     "data.num_workers",
     "model.model.text.cache",
+    "seed_everything",  # a resumed run keeps the seeds that follow it
 )
 _FIXED = (
     "model.class_path",

@@ -20,7 +20,7 @@ FOLLOWING = ("model.seed", "model.model.lora.seed", "data.seed")
 MAX_SEED = 2**32 - 1
 HELP = (
     f"Seed of Python, numpy and torch, and the value of {', '.join(FOLLOWING)} where these are not written. true: a "
-    "random seed; false: nothing is seeded, and these are 0."
+    "random seed, which a resumed run keeps; false: nothing is seeded, and these are 0."
 )
 
 

@@ -32,7 +32,7 @@ class KLState:
 
     reference: Mapping[str, Tensor] = field(default_factory=dict)
     rollouts: int = 0
-    kl: float = 0.0
+    kl: float | Tensor = 0.0
     fraction: float = 0.0
     recent: tuple[float, ...] = ()
 
@@ -95,7 +95,7 @@ class KLRegularizer:
         """Replace the reference by the trained parameters, given by name, if it is outdated on average."""
         if self.reference is None:
             return
-        values = all_gather_objects(self.state.kl)
+        values = all_gather_objects(float(self.state.kl))
         if self.reference.is_outdated(sum(values) / len(values), self.state.rollouts):
             copies = {name: value.detach().clone() for name, value in parameters.items()}
             self.state = replace(self.state, reference=copies, rollouts=0, kl=0.0)
@@ -137,7 +137,7 @@ class KLRegularizer:
     def observe(self, kl: Tensor | None) -> None:
         """Remember the mean divergence of the current optimizer step, if it decides on the reference."""
         if kl is not None and self.reference is not None and self.reference.max_kl is not None:
-            self.state = replace(self.state, kl=float(kl))
+            self.state = replace(self.state, kl=kl.detach())  # read before the next rollout, so that GPUs do not wait
 
     @property
     def needs_base(self) -> bool:
@@ -164,7 +164,7 @@ class KLRegularizer:
 
     def state_dict(self, state: KLState) -> dict[str, Any]:
         """Return a state as types that can be loaded with `weights_only=True`, the same on every process."""
-        values = all_gather_objects(state.kl) if self.reference is not None else [state.kl]
+        values = all_gather_objects(float(state.kl)) if self.reference is not None else [float(state.kl)]
         reference = {name: value.cpu() for name, value in state.reference.items()}
         kl = sum(values) / len(values)
         return {**vars(state), "reference": reference, "recent": list(state.recent), "kl": kl}

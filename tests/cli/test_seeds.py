@@ -112,6 +112,7 @@ def test_seeds_are_recorded_and_kept_by_a_resumed_run(command: Callable, config:
         result = command("fit", "--config", config, *optimizer, *written, *options)
         assert result.status == 0, result.err
         assert "--model.seed" not in result.out + result.err
+        assert "differs from an uninterrupted one" not in result.out + result.err
         return outcome(Path(result.out.split("run folder: ")[1].split()[0]))
 
     (other, recorded), (weights, default) = fit("--seed_everything", 1), outcome(finished / "runs/small")

@@ -29,6 +29,7 @@ from lightning_draft.distributed import gather_full, uses_deepspeed
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import remove_partial_files
 from lightning_draft.methods.base import RewardModule
+from lightning_draft.seeds import check_seed
 
 Action = Literal["warn", "shrink", "stop"]
 
@@ -114,7 +115,7 @@ class OverOptimizationGuard(Callback):
             "write 2 or more, because diversity is measured between samples of a prompt",
         )
         self.batch_size = at_least("OverOptimizationGuard: batch_size", batch_size, 1)
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.dirpath = dirpath
         self.counts = dict.fromkeys(_DONE.values(), 0)
         self.best_step: int | None = None

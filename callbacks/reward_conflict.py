@@ -22,6 +22,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.combine import WeightedSum, image_gradient
+from lightning_draft.seeds import check_seed
 
 
 class RewardConflict(Callback):
@@ -52,7 +53,7 @@ class RewardConflict(Callback):
     def __init__(self, every_n_steps: int = 50, max_samples: int = 4, seed: int = 0) -> None:
         self.every_n_steps = at_least("RewardConflict: every_n_steps", every_n_steps, 1)
         self.max_samples = at_least("RewardConflict: max_samples", max_samples, 1)
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._last_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -15,6 +15,7 @@ from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.image_grid import comparison, log_image
 from lightning_draft.files import atomic_path, remove_partial_files
 from lightning_draft.rewards.samples import Samples
+from lightning_draft.seeds import check_seed
 
 
 class SampleLogger(Callback):
@@ -63,7 +64,7 @@ class SampleLogger(Callback):
         self.every_n_steps = at_least("SampleLogger: every_n_steps", every_n_steps, 1)
         self.prompts = None if prompts is None else prompt_list(prompts, "SampleLogger: prompts")
         self.max_samples = at_least("SampleLogger: max_samples", max_samples, 1)
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.min_size = at_least("SampleLogger: min_size", min_size, 1)
         self.per_row = at_least("SampleLogger: per_row", per_row, 1)
         self.batch_size = None if batch_size is None else at_least("SampleLogger: batch_size", batch_size, 1)

@@ -14,6 +14,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt import Prompt
 from lightning_draft.prompt_sources import read_prompts
 from lightning_draft.prompt_table import PromptTable
+from lightning_draft.seeds import check_seed
 
 DEFAULT_VAL_SIZE = 8
 _HELD_OUT = 0  # does not depend on the run's seed, so that runs with different seeds can be compared
@@ -173,7 +174,7 @@ class PromptDataModule(L.LightningDataModule):
         super().__init__()
         self.batch_size = at_least("batch_size", batch_size, 1)
         self.val_batch_size = batch_size if val_batch_size is None else at_least("val_batch_size", val_batch_size, 1)
-        self.seed = 0 if seed is None else seed
+        self.seed = 0 if seed is None else check_seed(seed)
         self._loader: PromptLoader | None = None
         everything = _read("prompts", prompts, column, split)
         if val_prompts is None:

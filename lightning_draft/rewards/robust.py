@@ -20,6 +20,7 @@ from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.combine import Scored, WeightedReward, WeightedSum
 from lightning_draft.rewards.precision import full_precision
 from lightning_draft.rewards.samples import Samples
+from lightning_draft.seeds import check_seed
 
 _SMOOTHING = 1e-6
 
@@ -126,7 +127,7 @@ class Augmented(WrappedReward):
         self.shift = in_range("shift", shift, 0.0, 0.5)
         self.tint = in_range("tint", tint, 0.0, 1.0)
         self.noise = at_least("noise", noise, 0.0)
-        self.seed = seed
+        self.seed = None if seed is None else check_seed(seed)
         if not (crop or shift or tint or noise):
             raise ConfigurationError("crop, shift, tint and noise are 0: nothing is augmented; write crop=0.1")
 

@@ -318,6 +318,7 @@ CASES: list[Case] = [
     _option("height 7", {"height": 7, "width": 512}, "height=7"),
     _option("height 0", {"height": 0, "width": 512}, "height=0"),
     _option("width -8", {"height": 512, "width": -8}, "width=-8"),
+    python(OPTIONS, "LoRA(seed=-1)", lambda _: LoRA(seed=-1), "lora.seed=-1 must be an integer between 0 and"),
     python(OPTIONS, "LoRA(rank=0)", lambda _: LoRA(rank=0), "lora.rank=0 must be at least 1"),
     python(OPTIONS, "LoRA(alpha=-1)", lambda _: LoRA(alpha=-1), "lora.alpha=-1 must be positive"),
     python(OPTIONS, "LoRA(alpha=nan)", lambda _: LoRA(alpha=float("nan")), "lora.alpha=nan"),

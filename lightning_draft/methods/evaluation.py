@@ -114,14 +114,17 @@ class EvaluationModule(L.LightningModule):
             chain = SamplingChain(self.model, self.sampler, self.model.encode(prompts))
             return chain.advance(chain.start(noise)).x
 
-    def decoded(self, latents: Tensor, names: Sequence[str] = ()) -> Samples:
-        """Return samples for the trained reward and the named evaluation rewards, with images if one scores images.
+    def decoded(self, latents: Tensor, names: Sequence[str] = (), images: bool = False) -> Samples:
+        """Return samples for the trained reward and some evaluation rewards.
 
-        The images are not clamped.
+        Args:
+            latents: Clean latents `(B, ...)`.
+            names: Names of the evaluation rewards.
+            images: Whether images are needed, which are not clamped; else only if one of the rewards scores images.
         """
         named = zip(self.eval_reward_names, cast(Iterable[Reward], self.eval_rewards), strict=True)
         rewards = [self.reward, *(reward for name, reward in named if name in names)]
-        decodes = any(reward.uses_images for reward in rewards)
+        decodes = images or any(reward.uses_images for reward in rewards)
         return Samples(latents, self.model.decode(latents).float() if decodes else None)
 
     @stop_iteration_is_error

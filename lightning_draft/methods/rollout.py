@@ -37,11 +37,13 @@ class SampleScores(NamedTuple):
         rewards: `(B,)`.
         components: Those of the reward's components by name.
         evaluated: Those of the evaluation rewards that training needs, by name.
+        features: What the advantage estimator compares of the images, `(B, ...)`, if it does.
     """
 
     rewards: Tensor
     components: dict[str, Tensor]
     evaluated: dict[str, Tensor]
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,9 @@ def concatenate(scores: Sequence[SampleScores]) -> SampleScores:
         {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
         for parts in ([each.components for each in scores], [each.evaluated for each in scores])
     )
-    return SampleScores(torch.cat([each.rewards for each in scores]), components, evaluated)
+    features = [each.features for each in scores if each.features is not None]
+    rewards = torch.cat([each.rewards for each in scores])
+    return SampleScores(rewards, components, evaluated, torch.cat(features) if features else None)
 
 
 def minibatches(

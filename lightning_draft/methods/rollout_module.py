@@ -28,7 +28,7 @@ from lightning_draft.methods.rollout import (
     slices,
     summarize,
 )
-from lightning_draft.methods.rollout_advantages import decoded_parts, rollout_advantages
+from lightning_draft.methods.rollout_advantages import compared_features, compares_images, rollout_advantages
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.objectives import RolloutObjective
 from lightning_draft.recompute import Recompute
@@ -221,23 +221,22 @@ class RolloutModule(RewardModule, ABC):
             )
             parts = slices(len(every), self.micro_batch_size)
             scores = concatenate([self.score_samples(latents[-1, some], every[some]) for some in parts])
-        rewards = scores.rewards
         advantages = rollout_advantages(
             self.advantage_estimator,
             self.reward,
-            rewards,
+            scores.rewards,
             every,
             self.samples_per_prompt,
             self.global_rank,
-            lambda: decoded_parts(self.model, latents[-1], self.micro_batch_size),
+            scores.features,
         )
         self.update_statistics(scores.components)
-        gate, logs = self.regularizer.select(rewards, scores.evaluated, self.global_rank)
-        summary = {**summarize(rewards, advantages, self.samples_per_prompt), **logs}
+        gate, logs = self.regularizer.select(scores.rewards, scores.evaluated, self.global_rank)
+        summary = {**summarize(scores.rewards, advantages, self.samples_per_prompt), **logs}
         summary |= {f"train/reward/{name}": float(values.mean()) for name, values in scores.components.items()}
         names = [str(prompt) for prompt in every]
         return Rollout(
-            number, step, names, latents, log_probs, rewards, advantages, summary, old_means=means, kl_gate=gate
+            number, step, names, latents, log_probs, scores.rewards, advantages, summary, old_means=means, kl_gate=gate
         )
 
     def score_samples(self, latents: Tensor, prompts: Sequence[str]) -> SampleScores:
@@ -248,11 +247,12 @@ class RolloutModule(RewardModule, ABC):
         """
         self.reward_queries += len(prompts)
         names = self.regularizer.gate_rewards(self.eval_reward_names)
-        samples = self.decoded(latents, names).clamped()
+        compares = compares_images(self.advantage_estimator, self.reward)
+        samples = self.decoded(latents, names, compares).clamped()
         total, components = self.reward.breakdown(samples, prompts)
-        scores = check_scores(total, len(prompts), self.reward)
-        scores = check_finite(scores, samples.content, prompts, self.reward).float()
-        return SampleScores(scores, components, self.eval_scores(samples, prompts, names))
+        scores = check_finite(check_scores(total, len(prompts), self.reward), samples.content, prompts, self.reward)
+        features = compared_features(self.advantage_estimator, samples.content) if compares else None
+        return SampleScores(scores.float(), components, self.eval_scores(samples, prompts, names), features)
 
     def extra_state(self) -> dict[str, Any]:
         """Return the training state besides parameters, including `rollout`, the position in the rollout."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_draft.callbacks.lora_header import describe
+from lightning_draft.diversity import DiversityAware
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.guide.best_of_n import best_of_n
 from lightning_draft.guide.latent_score import latent_score
@@ -106,6 +107,21 @@ def test_training_does_not_decode(method: str, reward: str, tmp_path: Path) -> N
     assert module.model.theta.item() != THETA
     assert "train/reward" in trainer.callback_metrics
     assert "train/out_of_range_fraction" not in trainer.callback_metrics
+
+
+def test_images_are_decoded_once_for_advantages_that_compare_them() -> None:
+    for reward, estimator, count in (
+        (Norm(), DiversityAware(), 4),
+        (MeanPixel(), DiversityAware(), 4),
+        (Norm(), None, 0),
+    ):
+        options = {"advantage_estimator": estimator, "samples_per_prompt": 2, "micro_batch_size": 3}
+        module = PolicyGradientModule(Decodes(), reward, DDIM(STEPS, eta=1.0), **options)
+        rollout = module.collect_rollout(PROMPTS[:2])
+        assert module.model.decoded == count
+        if estimator is not None:
+            images = (2 * rollout.latents[-1][:, :3]).clamp(0, 1)
+            torch.testing.assert_close(rollout.advantages, estimator.from_features(rollout.rewards, images, 2))
 
 
 def chain_by_hand(x: Tensor, theta: Tensor, model: LinearModel) -> Tensor:

@@ -134,7 +134,7 @@ class KLRegularizer:
         """Return the term of divergences `(..., B)`, a scalar; a gate is `(B,)`."""
         return self.weight * (kl if gate is None else kl * gate).mean()
 
-    def observe(self, kl: Tensor | None) -> None:
+    def record_kl(self, kl: Tensor | None) -> None:
         """Remember the mean divergence of the current optimizer step, if it decides on the reference."""
         if kl is not None and self.reference is not None and self.reference.max_kl is not None:
             self.state = replace(self.state, kl=kl.detach())  # read before the next rollout, so that GPUs do not wait

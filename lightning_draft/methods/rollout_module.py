@@ -197,7 +197,7 @@ class RolloutModule(RewardModule, ABC):
         loss, logs = self.minibatch_loss(prompts, rollout, minibatch)
         self.buffer.advance(self.training_steps_per_batch(len(prompts)))
         scalars: dict[str, Any] = {**self.buffer.averages(logs, minibatch.fraction, step), **rollout.summary}
-        self.regularizer.observe(scalars.get("train/kl"))
+        self.regularizer.record_kl(scalars.get("train/kl"))
         self.log("train/reward", scalars.pop("train/reward"), prog_bar=True, batch_size=len(prompts))
         self.log_dict(scalars, batch_size=len(prompts))
         # Lightning averages over the minibatches of an optimizer step; each is weighted by its fraction.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_draft.advantages import GroupRelative, PerPromptStatistics
@@ -17,6 +19,7 @@ from lightning_draft.callbacks.last_checkpoint import LastCheckpoint
 from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.diversity import DiversityAware
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.forward_objectives import RWR
 from lightning_draft.kl_gate import KLGate, MovingReference, disagreement, suspicious
 from lightning_draft.methods.kl_regularizer import KLRegularizer, KLState
 from lightning_draft.objectives import PPO
@@ -323,6 +326,25 @@ def test_file_headers_name_the_options_of_the_kl_term_and_the_baseline() -> None
     assert found["value_baseline"] == "ValueBaseline(pool=2, ridge=1.0, decay=0.9)"
     assert found["advantage_estimator"] == "DiversityAware(pretrained='emoji64-clip')"
     assert not {"kl_gate", "kl_reference", "value_baseline", "window"} & linear().strategies().keys()
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, None])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: linear(kl_weight=1.0, kl_reference=MOVING), "kl_reference"),
+        (lambda: tiny_forward_process.linear(kl_weight=1.0, kl_reference=MOVING, objective=RWR()), "kl_reference"),
+        (tiny_forward_process.linear, "DiffusionNFT"),
+    ],
+)
+def test_copies_of_parameters_are_rejected_with_sharding(make: Callable[[], Any], name: str, strategy: Any) -> None:
+    module = make()
+    module._trainer = SimpleNamespace(strategy=strategy and strategy(), datamodule=None)
+    if strategy is None:
+        module.check_configuration()
+        return
+    with pytest.raises(ConfigurationError, match=f"{name} needs a copy of the trained parameters, .* strategy to ddp"):
+        module.check_configuration()
 
 
 def running(**options: Any) -> Callable[[Path], Any]:

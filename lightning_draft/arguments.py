@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lightning_draft.errors import ConfigurationError
 
 Number = TypeVar("Number", int, float)
+Option = TypeVar("Option")
 
 
 def at_least(name: str, value: Number, minimum: Number, hint: str = "") -> Number:
@@ -105,7 +106,7 @@ def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
     return list(prompts)
 
 
-def given(**options: object) -> dict[str, object]:
+def given(**options: Option | None) -> dict[str, Option]:
     """Return the options that are not `None`, by name."""
     return {name: option for name, option in options.items() if option is not None}
 

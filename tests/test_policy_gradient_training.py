@@ -174,3 +174,12 @@ def test_a_checkpoint_of_another_advantage_estimator_or_method_loads_without_the
         warnings.filterwarnings("error", message="the checkpoint is of")
         trainer_of(tmp_path, max_steps=2).fit(other, data(), ckpt_path=str(tmp_path / "first.ckpt"))
     assert len(other.advantage_estimator.state_dict()["seen"]) == 2
+
+
+def test_a_new_run_starts_without_the_statistics_of_an_earlier_one(tmp_path: Path) -> None:
+    estimator = PerPromptStatistics(8, 2)
+    first, second = (
+        fit(tmp_path, linear(advantage_estimator=estimator), 3).of("train/advantage_std") for _ in range(2)
+    )
+    assert len(set(first)) > 1
+    assert second == first

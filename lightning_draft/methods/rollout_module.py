@@ -94,11 +94,9 @@ class RolloutModule(RewardModule, ABC):
         self.advantage_estimator = advantage_estimator
         self.samples_per_prompt = at_least("samples_per_prompt", samples_per_prompt, 1)
         self.inner_epochs = at_least("inner_epochs", inner_epochs, 1)
-        sizes = {"micro_batch_size": micro_batch_size, "timesteps_per_minibatch": timesteps_per_minibatch}
-        for name, size in sizes.items():
-            at_least(name, 1 if size is None else size, 1)
-        self.micro_batch_size = micro_batch_size
-        self.timesteps_per_minibatch = timesteps_per_minibatch
+        self.micro_batch_size = None if micro_batch_size is None else at_least("micro_batch_size", micro_batch_size, 1)
+        few = timesteps_per_minibatch
+        self.timesteps_per_minibatch = None if few is None else at_least("timesteps_per_minibatch", few, 1)
         self.share_start_noise = share_start_noise
         self.checkpointing = check_checkpointing(checkpointing)
         self.regularizer = regularizer
@@ -139,13 +137,14 @@ class RolloutModule(RewardModule, ABC):
         return recomputed(self.checkpointing, min(self.timesteps_per_minibatch or total, total) > 1)
 
     def setup(self, stage: str) -> None:
-        """Check the configuration before training, and start a new run at the first rollout."""
+        """Check the configuration before training; a new run starts at the first rollout without statistics."""
         super().setup(stage)
         if stage == "fit":
             self.buffer.drop_rollout()
             if self.trainer.global_step == 0:
                 self.buffer.reset()
                 self.regularizer.load_state_dict({})
+                self.advantage_estimator.load_state_dict({})
 
     def strategies(self) -> dict[str, object]:
         """Return the strategies of the run, including the advantage estimator and those of the KL term."""

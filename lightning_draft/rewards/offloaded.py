@@ -15,7 +15,8 @@ class Offloaded(Reward):
     """The score of another reward, whose weights are on the CPU except while it scores.
 
     It is for evaluation rewards, which training steps do not call, and for the reward of policy gradients. It has no
-    gradient, because the backward pass would need the weights too. The weights are moved for each batch of images.
+    gradient, because the backward pass would need the weights too. The weights are moved for each batch of images, and
+    features of prompts that the other reward has cached are computed again.
 
     Args:
         reward: The other reward.

@@ -1,8 +1,8 @@
 """Networks that have shapes and dtypes but no values, so that a run can be planned before weights are loaded."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -45,8 +45,35 @@ def is_without_weights() -> bool:
 def shapes_only() -> Iterator[None]:
     """Within this context, and inside `without_weights`, new tensors have no values."""
     mode = _SHAPES.get()
-    with nullcontext() if mode is None else mode:
+    if mode is None:
         yield
+        return
+    with mode, _Creation(mode):
+        yield
+
+
+def empty_without_values(
+    size: int,
+    view: tuple[Sequence[int], Sequence[int], int],
+    dtype: torch.dtype,
+    device: torch.device,
+    storage_of: Tensor | None = None,
+) -> Tensor:
+    """Return a tensor without values, inside `without_weights`, by no operation that a mode could count.
+
+    Args:
+        size: Number of elements of its storage.
+        view: Its shape, strides and offset.
+        dtype: Type of its elements.
+        device: Its device.
+        storage_of: Tensor with the storage; by default it is a new one.
+    """
+    mode = _SHAPES.get()
+    assert mode is not None
+    with in_kernel_invocation_manager(mode):
+        whole = torch.empty(size, dtype=dtype, device="meta") if storage_of is None else storage_of
+        tensor = whole.as_strided(*view)
+    return FakeTensor(mode, tensor, device)
 
 
 def device_of(tensor: Tensor) -> torch.device:
@@ -76,6 +103,31 @@ def _converted(parameter: nn.Parameter, function: Callable[[Tensor], Tensor]) ->
     return parameter if converted is data else nn.Parameter(converted, parameter.requires_grad)
 
 
+class _Creation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Create and initialize tensors without values with fewer operations than `FakeTensorMode`."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation."""
+        options = kwargs or {}
+        if func is DEVICE:
+            return device_of(args[0])
+        if func is _aten.empty.memory_format and not options.get("memory_format"):
+            device = torch.device(options.get("device") or "cpu")
+            if device.type == "cpu":
+                return _contiguous(self._mode, args[0], options.get("dtype") or torch.get_default_dtype(), device)
+        if func in _WRITES and isinstance(args[0], FakeTensor):
+            return args[0]
+        if func is _aten.detach.default and _are_alike(args):
+            return _as_meta(func, args)
+        if func is _aten._to_copy.default and _only_changes_dtype(args[0], options):
+            return _contiguous(self._mode, args[0].shape, options["dtype"], args[0].fake_device)
+        return func(*args, **options)
+
+
 class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Return a plausible value from `Tensor.item()` if the tensor has none, and select by masks that have values."""
 
@@ -91,6 +143,8 @@ class _PlausibleValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         if func in _SIMPLE and _are_alike(args) and not kwargs:
             return _as_meta(func, args)
+        if func is _aten._to_copy.default and _only_changes_dtype(args[0], kwargs or {}):
+            return _contiguous(args[0].fake_mode, args[0].shape, kwargs["dtype"], args[0].fake_device)
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         if func is _aten.index.Tensor and isinstance(args[0], FakeTensor):
@@ -137,6 +191,19 @@ def _are_alike(values: Sequence[Any]) -> bool:
         type(each) is FakeTensor and each.constant is None and each.fake_device == tensors[0].fake_device
         for each in tensors
     )
+
+
+def _only_changes_dtype(tensor: Tensor, options: Mapping[str, Any]) -> bool:
+    """Return whether a copy of a tensor without values differs from it in dtype alone."""
+    others = (value for name, value in options.items() if name != "dtype")
+    plain = options.get("dtype") is not None and not any(value is not None for value in others)
+    return plain and _are_alike((tensor,)) and tensor.is_contiguous()
+
+
+def _contiguous(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
+    with in_kernel_invocation_manager(mode):
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return FakeTensor(mode, tensor, device)
 
 
 def _as_meta(func: Any, args: Sequence[Any]) -> FakeTensor:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import torch
-
 from lightning_draft.cli import shipped
 from lightning_draft.cli.build import BuildCLI
 from lightning_draft.cli.command_parser import CommandParser
@@ -24,7 +22,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy import stochastic_steps
 from lightning_draft.methods.rollout_module import RolloutModule
-from lightning_draft.plan import StepPlan, Tracker, model_parts, plan_step
+from lightning_draft.plan import StepPlan, call_flops, plan_step, shared_calls
 from lightning_draft.weightless import without_weights
 
 _LONG = 5
@@ -46,15 +44,19 @@ def main(args: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(args)
     memory = None if options.memory is None else parse_size(options.memory)
     flops = None if options.flops is None else _flops(options.flops)
-    rest = shipped.expand("plan", rest)
-    run = _plan(rest)
+    with shared_calls():
+        _print(shipped.expand("plan", rest), memory, flops, options.brief)
+    return 0
+
+
+def _print(args: Sequence[str], memory: int | None, flops: float | None, brief: bool) -> None:
+    run = _plan(args)
     print(report(run.title, run.plan, run.prompts, flops), flush=True)
-    if not options.brief:
-        for line in _alternatives(rest, run):
+    if not brief:
+        for line in _alternatives(args, run):
             print(line, flush=True)
     if memory is not None:
-        print(_largest_batch(rest, run, memory), flush=True)
-    return 0
+        print(_largest_batch(args, run, memory), flush=True)
 
 
 def parse_size(text: str) -> int:
@@ -89,8 +91,9 @@ def _plan(args: Sequence[str]) -> _Run:
         options = effective_options(cli.config["fit"], module, len(prompts))
         needed = _steps_needed(module)
         if needed < steps:
-            call = _one_call(module, prompts)
-            plan = _with_steps(args, needed).with_calls("denoiser", steps - needed, call)
+            module.sampler.num_steps = needed
+            plan = _count(cli, module, prompts)
+            plan = plan.with_calls("denoiser", steps - needed, call_flops(module, prompts))
             return _Run(title, plan, size, options)
         if steps <= _LONG:
             return _Run(title, _count(cli, module, prompts), size, options)
@@ -171,16 +174,6 @@ def _steps_needed(module: Any) -> int:
         return steps
     k = module.truncation.gradient_steps(steps)
     return min(steps, k + 1) if module.truncation.gradient_steps(k + 1) == k else steps
-
-
-def _one_call(module: Any, prompts: list[str]) -> int:
-    """Return the FLOPs of one step without gradient."""
-    (time, _), *_ = module.sampler.grid(module.model.schedule)
-    with torch.no_grad(), Tracker(model_parts(module)) as tracker:
-        conditioning = module.model.encode(prompts)
-        before = tracker.flops["denoiser"]
-        module.model(module.model.noise(len(prompts)), time, conditioning)
-    return tracker.flops["denoiser"] - before
 
 
 def _title(module: Any, batch_size: int) -> str:

@@ -154,7 +154,7 @@ def _innermost(network: nn.Module) -> Iterator[nn.Module]:
     """Yield the elements of lists that contain no lists themselves."""
     for container in network.modules():
         if isinstance(container, _LISTS):
-            for element in container:
+            for element in filter(None, container):
                 if not any(isinstance(each, _LISTS) for each in element.modules()) and "forward" not in vars(element):
                     yield element
 

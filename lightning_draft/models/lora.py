@@ -230,18 +230,23 @@ def scaled(network: nn.Module, scale: float) -> Iterator[None]:
             layer.scaling[ADAPTER] = value
 
 
-def with_current_scales(block: nn.Module) -> Callable[..., Any]:
+def with_current_scales(block: nn.Module, run: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Return a function that calls the block with the adapters as they are now, whatever their later scales.
 
     The backward pass recomputes blocks outside of the contexts in which the forward pass evaluated them.
+
+    Args:
+        block: The block.
+        run: Calls it; by default the block itself.
     """
+    function = block if run is None else run
     before = [(layer, layer.disable_adapters, layer.scaling[ADAPTER]) for layer in layers(block)]
 
-    def call(*inputs: Any) -> Any:
+    def call(*inputs: Any, **options: Any) -> Any:
         now = [(layer, layer.disable_adapters, layer.scaling[ADAPTER]) for layer, _, _ in before]
         try:
             _restore(before)
-            return block(*inputs)
+            return function(*inputs, **options)
         finally:
             _restore(now)
 

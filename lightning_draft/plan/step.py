@@ -3,10 +3,11 @@
 import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,12 @@ from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.quantization import stored_tensors
+from lightning_draft.plan.replay import replayed
 from lightning_draft.plan.tracker import OTHER, Tracker
+from lightning_draft.weightless import is_without_weights
+
+_FEW = 8
+"""Number of modules up to which a block is run, which takes no longer than to recognize its call."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
         **trainer_options,
     )
     batches = module.training_steps_per_batch(len(prompts)) * trainer.accumulate_grad_batches
-    with tracker, _no_garbage_collection(), _values_are_missing(module):
+    with tracker, _repeated(tracker, module), _no_garbage_collection(), _values_are_missing(module):
         # Lightning would take a list of lists as one loader for each list.
         trainer.fit(module, DataLoader([prompts] * batches, batch_size=None))  # type: ignore[arg-type]
     state = sum(map(_nbytes, (each.state for each in trainer.optimizers)))
@@ -153,6 +159,30 @@ def model_parts(module: RewardModule) -> dict[str, nn.Module]:
             if child is not model.denoiser
         }
     return parts
+
+
+def _repeated(tracker: Tracker, module: RewardModule) -> AbstractContextManager[None]:
+    """Return the context in which the networks of a module without weights run once for each kind of call."""
+    return replayed(tracker, _networks(module)) if is_without_weights() else nullcontext()
+
+
+def _networks(module: RewardModule) -> Iterator[nn.Module]:
+    """Yield the denoiser, the decoder, and blocks in lists."""
+    yield module.model.denoiser
+    yield from model_parts(module).get("autoencoder", nn.Module()).children()
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            yield from (each for each in child if each is not None and len([*each.modules()]) > _FEW)
+
+
+def call_flops(module: RewardModule, prompts: list[str]) -> int:
+    """Return the floating-point operations of the denoiser in one step without gradient."""
+    (time, _), *_ = module.sampler.grid(module.model.schedule)
+    with torch.no_grad(), Tracker(model_parts(module)) as tracker, _repeated(tracker, module):
+        conditioning = module.model.encode(prompts)
+        before = tracker.flops["denoiser"]
+        module.model(module.model.noise(len(prompts)), time, conditioning)
+    return tracker.flops["denoiser"] - before
 
 
 @contextmanager

@@ -42,6 +42,10 @@ def qwen() -> AutoencoderKLQwenImage:
 
 AUTOENCODERS: dict[str, tuple[Callable[[], Any], Decode]] = {
     "AutoencoderKL": (lambda: autoencoder(4, layers_per_block=3), decode_image),
+    "without attention": (
+        lambda: autoencoder(4, layers_per_block=3, mid_block_add_attention=False),
+        decode_image,
+    ),
     "AutoencoderDC": (deep_compression, decode_image),
     "AutoencoderKLQwenImage": (qwen, decode_frame),
 }

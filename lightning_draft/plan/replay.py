@@ -21,6 +21,9 @@ from lightning_draft.plan.calls import Output, TensorKind, UnknownKindError, lea
 from lightning_draft.plan.measure import Call, Variant, new
 from lightning_draft.plan.tracker import Tracker
 
+SUPPORTED = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+"""Whether torch, from 2.8 on, tells if the running call is recomputed in the backward pass; else all calls are run."""
+
 Calls = dict[Hashable, Call | None]
 
 _KNOWN: ContextVar[Calls | None] = ContextVar("known", default=None)
@@ -49,7 +52,7 @@ def replayed(tracker: Tracker, networks: Iterable[nn.Module]) -> Iterator[None]:
     call = nn.Module.__call__
 
     def replayed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if id(module) in chosen and _is_plain(module, tracker):
+        if SUPPORTED and id(module) in chosen and _is_plain(module, tracker):
             return replay.call(module, partial(call, module), args, kwargs)
         return call(module, *args, **kwargs)
 

@@ -11,6 +11,8 @@ from examples.method_table.measure import is_valid
 from examples.method_table.methods import KINDS, kind
 from examples.method_table.runs import Run
 
+IMAGE_LEVEL = -0.25
+"""The evaluation at which PSNR is compared; it falls when training goes on after the evaluation is near 0."""
 COSTS = {"seconds": "CPU seconds", "queries": "reward queries", "passes": "network passes"}
 
 
@@ -32,7 +34,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def to_reach(run: Run, level: float, key: str = "seconds") -> float:
-    """Return the cost at which the evaluation first reaches `level`, by linear interpolation between milestones.
+    """Return the cost or score at which the evaluation first reaches `level`, linear between milestones.
 
     Infinite if it never does, or only with images that no longer show the caption.
     """
@@ -57,14 +59,21 @@ def at(run: Run, spent: float, key: str) -> float:
 
 
 def page(runs: Sequence[Run], level: float, seconds: float, tuning_seconds: float) -> str:
-    """Return both tables with their headings as Markdown."""
+    """Return the leaderboard and the results of each kind of method, with their headings, as Markdown."""
     groups = grouped(runs)
     commits = ", ".join(sorted({f"{run['commit']} ({run['date']})" for run in runs}))
     head = (
         f"{seconds:g} CPU seconds of one thread a run, tuned for {tuning_seconds:g}; commit {commits}. Means over the "
         f"seeds, ± standard error.\n\n### Time to reward\n\n"
     )
-    return f"{head}{leaderboard(groups, level)}\n### At equal cost\n\n{results(groups)}"
+    tables = [f"#### {name.capitalize()}\n\n{results(group)}" for name, group in by_kind(groups).items()]
+    return "\n".join([f"{head}{leaderboard(groups, level)}", "### At equal cost\n", *tables])
+
+
+def by_kind(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
+    """Divide the runs by kind of method."""
+    kinds = {name: {config: runs for config, runs in groups.items() if kind(config) == name} for name in KINDS.values()}
+    return {name: group for name, group in kinds.items() if group}
 
 
 def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
@@ -76,8 +85,7 @@ def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
         score = _mean(group, "evaluation")
         if number == len(group):
             order = mean_and_error(reached["seconds"])[0]
-            others = [mean_and_error(reached[key])[0] for key in ("queries", "passes")]
-            cells = [_cell(reached["seconds"], 1), *(f"{value:,.0f}" for value in others)]
+            cells = [_cell(reached["seconds"], 1), *(_cell(reached[key], 0) for key in ("queries", "passes"))]
         else:
             order = 1e6 - score
             cells = ["not reached", "", ""]
@@ -94,6 +102,8 @@ def results(groups: dict[str, list[Run]]) -> str:
     names = [name for name in every[0] if name not in (*COSTS, "steps", "evaluation")]
     head = ["config", "steps", "queries", "passes", "evaluation", *names]
     head += [f"evaluation at {value:,.0f} {key}" for key, value in common.items()]
+    if "PSNR" in names:
+        head += [f"PSNR at evaluation {IMAGE_LEVEL:g}"]
     head += ["gradient norm: first → last"]
     lines = []
     for config, group in sorted(groups.items(), key=lambda item: -_mean(item[1], "evaluation")):
@@ -101,6 +111,8 @@ def results(groups: dict[str, list[Run]]) -> str:
         cells = [config, *(f"{_mean(group, key):,.0f}" for key in ("steps", "queries", "passes"))]
         cells += [_cell([row[name] for row in ends]) for name in ("evaluation", *names)]
         cells += [_cell([at(run, value, key) for run in group]) for key, value in common.items()]
+        if "PSNR" in names:
+            cells += [_cell([to_reach(run, IMAGE_LEVEL, "PSNR") for run in group])]
         lines.append(_line([*cells, _growth(group)]))
     return _line(head) + "|---" * len(head) + "|\n" + "".join(lines)
 
@@ -108,13 +120,13 @@ def results(groups: dict[str, list[Run]]) -> str:
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Plot the evaluation against each cost, one row per kind of method; error bars are one standard error."""
     groups = grouped(runs)
-    kinds = [name for name in KINDS.values() if any(kind(config) == name for config in groups)]
+    kinds = by_kind(groups)
     figure = Figure(figsize=(15, 4 * len(kinds)), layout="constrained")
     rows = figure.subplots(len(kinds), len(COSTS), sharex="col", sharey=True, squeeze=False)
-    for name, panels in zip(kinds, rows, strict=True):
-        for place, config in enumerate(each for each in groups if kind(each) == name):
+    for (name, group), panels in zip(kinds.items(), rows, strict=True):
+        for place, (config, of_config) in enumerate(group.items()):
             for axes, key in zip(panels, COSTS, strict=True):
-                _curve(axes, config, groups[config], key, ("-", "--", ":", "-.")[place // 10 % 4])
+                _curve(axes, config, of_config, key, ("-", "--", ":", "-.")[place // 10 % 4])
         for axes in panels:
             axes.grid(alpha=0.3)
         panels[0].set_ylabel(f"{name}\nmean log p(clean), emoji64-judge-eval")
@@ -147,9 +159,9 @@ def _mean(group: Sequence[Run], key: str) -> float:
 
 def _cell(values: Sequence[float], digits: int = 2) -> str:
     mean, error = mean_and_error(values)
-    if math.isnan(mean):
+    if not math.isfinite(mean):
         return ""
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    return f"{mean:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ def test_the_fastest_method_is_first_and_missed_levels_are_stated(tmp_path: Path
     lines = [line.split(" | ") for line in report.leaderboard(report.grouped(runs), -0.5).splitlines()[2:]]
     assert [line[0] for line in lines] == ["| draft_1", "| draft", "| ppo"]
     assert lines[0][4:] == ["5.0", "50", "500 |"]
-    assert lines[1][1:] == ["direct gradients", "lr 0.001", "2 of 2", "65.0 ± 5.0", "650", "6,500 |"]
+    assert lines[1][1:] == ["direct gradients", "lr 0.001", "2 of 2", "65.0 ± 5.0", "650 ± 50", "6,500 ± 500 |"]
     assert lines[2][3:5] == ["0 of 1", "not reached"]
     report.plot(runs, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 0
@@ -174,6 +174,27 @@ def test_methods_are_compared_at_equal_queries_and_passes() -> None:
         "| a": ["-0.50", "-0.50"],
         "| c": ["-0.97", "-0.97"],
     }
+
+
+def test_psnr_is_compared_at_an_equal_evaluation() -> None:
+    runs = [a_run("a", 0, (10, -0.5), (20, 0.0)), a_run("b", 0, (30, -0.9))]
+    for run in runs:
+        for row, psnr in zip(run["evaluations"], (20.0, 21.0, 23.0), strict=False):
+            row["PSNR"] = psnr
+    head, _, *table = [line.split(" | ") for line in report.results(report.grouped(runs)).splitlines()]
+    column = head.index("PSNR at evaluation -0.25")
+    assert {line[0]: line[column] for line in table} == {"| a": "22.00", "| b": ""}
+
+
+def test_each_kind_of_method_has_a_table_of_its_own() -> None:
+    page = report.page([a_run("draft", 0, (60, -0.5)), a_run("ppo", 0, (90, -0.9))], -0.5, 60, 120)
+    direct, policy = page.split("#### ")[1:]
+    assert direct.startswith("Direct gradients")
+    assert "evaluation at 600 queries" in direct
+    assert "| draft |" in direct
+    assert policy.startswith("Policy gradients")
+    assert "evaluation at 900 queries" in policy
+    assert "| ppo |" in policy
 
 
 @pytest.mark.parametrize(

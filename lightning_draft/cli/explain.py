@@ -107,6 +107,8 @@ def _unknown_class(problem: Problem, groups: Mapping[str, Any], name: str) -> st
     bases = hints.classes(hint)
     if not bases:
         return _wrong_type(problem, groups)
+    if name == "None" and type(None) in hints.alternatives(hint):  # how jsonargparse passes null to a nested group
+        return _only_in_a_file(problem)
     everything = [kind.__name__ for kind in hints.subclasses(bases)]
     listed = f"; write {_known(bases)}, or your own class as module.Class"
     return f"{_option(problem.path)}: there is no {_names(bases)} {name!r}{nearest(name, everything) or listed}"
@@ -172,9 +174,16 @@ def _wrong_type(problem: Problem, groups: Mapping[str, Any], *_: str) -> str:
         option = _option(problem.path)
         return f"{option}: expected {hints.describe(hint)}, which has no options; write {option} VALUE"
     if _shown(problem) == "null" and type(None) in hints.alternatives(hint):
-        key = problem.path[-1]
-        return f"{_option(problem.path)}: null can be given in a YAML file only; write {key}: null there"
+        return _only_in_a_file(problem)
     return f"{_option(problem.path)}: expected {hints.describe(hint)}, got {_shown(problem)}{_advice(problem, hint)}"
+
+
+def _only_in_a_file(problem: Problem) -> str:
+    key = problem.path[-1]
+    return (
+        f"{_option(problem.path)}: null can be given in a YAML file only; write {key}: null there, or in a second file "
+        "after --config"
+    )
 
 
 def _advice(problem: Problem, hint: Any) -> str:

@@ -50,7 +50,9 @@ def check_differentiable(reward: Reward, method: str) -> None:
 def check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise if nothing is trained."""
     if not parameters:
-        raise ConfigurationError("the model has no trainable parameters; give it adapters, such as lora=LoRA(rank=8)")
+        raise ConfigurationError(
+            "the model has no trainable parameters; give it adapters, such as lora=LoRA(rank=8), or trainable='full'"
+        )
 
 
 def check_sampler(sampler: Sampler, schedule: Schedule) -> None:

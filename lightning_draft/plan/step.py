@@ -22,7 +22,7 @@ from lightning_draft.plan.replay import replayed
 from lightning_draft.plan.tracker import OTHER, Tracker
 from lightning_draft.weightless import is_without_weights
 
-_FEW = 8
+_FEW = 16
 """Number of modules up to which a block is run, which takes no longer than to recognize its call."""
 
 
@@ -170,7 +170,14 @@ def _networks(module: RewardModule) -> Iterator[nn.Module]:
     """Yield the denoiser, the decoder, and blocks in lists."""
     yield module.model.denoiser
     yield from model_parts(module).get("autoencoder", nn.Module()).children()
-    for child in module.modules():
+    for block in _blocks(module):
+        if not any(_blocks(block)):
+            yield block
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the elements of lists that are not small; those of a U-Net's levels contain others."""
+    for child in network.modules():
         if isinstance(child, nn.ModuleList):
             yield from (each for each in child if each is not None and len([*each.modules()]) > _FEW)
 

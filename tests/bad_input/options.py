@@ -105,6 +105,12 @@ CASES: list[Case] = [
     parsed(NAMES, "--model-truncation.k 3", "--model-truncation"),
     parsed(NAMES, "--model.truncation.k=2 --model.truncation.k.x=3", "--model.truncation.k"),
     parsed(TYPES, ["--data.batch_size", ""], "--data.batch_size", "an integer", "got null"),
+    parsed(
+        TYPES,
+        "--model.model.lora.rank 2 --model.model.lora null",
+        "--model.model.lora: null can be given in a YAML file only",
+        "write lora: null there, or in a second file after --config",
+    ),
     parsed(TYPES, "--model.truncation.k null", "--model.truncation.k", "an integer", "null"),
     parsed(TYPES, "--model.truncation.k true", "--model.truncation.k", "an integer", "'True'"),
     parsed(TYPES, "--model.truncation.k .inf", "--model.truncation.k", "an integer", "inf"),

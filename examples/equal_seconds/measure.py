@@ -141,7 +141,7 @@ def train(
     task = experiment.task
     rewards = {"reward": task.reward(), **task.evaluation(), **truths}
     curve = Curve(experiment, seconds, rewards, ordered(f"{task.prompts}_eval")[:prompts], start)
-    monitors = [GradientNormMonitor("skip")] if setting.skip else []
+    monitors = [GradientNormMonitor("skip", min_history=3)] if setting.skip else []
     trainer = without_files(curve, *monitors, max_steps=-1, accelerator="cpu", gradient_clip_val=setting.clip)
     data = PromptDataModule(task.prompts, batch_size=experiment.batch_size, seed=seed)
     trainer.fit(module_of(setting, task.reward(), seed), data)

@@ -78,6 +78,7 @@ def together(work: Callable[..., None], *args: Any, patience: float = 240.0) -> 
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ.update({name: str(value) for name, value in {**ranks, **place}.items()})
+        torch.set_num_threads(1)  # a fork loses torch's threads; loading restores them in several threads at once
         code = 1
         try:
             work(rank, *args)

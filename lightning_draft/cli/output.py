@@ -29,7 +29,12 @@ _LOGGERS = (
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
     "diffusers.models.modeling_utils",
 )
-_WARNINGS = (".*treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*")
+_WARNINGS = (
+    ".*treespec.*",
+    ".*does not have many workers.*",
+    ".*in eval mode at the start.*",
+    ".*add the following callbacks: \\['RunRecord'\\].*",  # `validate` needs no record
+)
 
 
 @contextmanager

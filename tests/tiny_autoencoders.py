@@ -4,20 +4,12 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from tests.tiny_pipelines import perturb
+from tests.tiny_pipelines import SMALL_AUTOENCODER, perturb
 
 
 def autoencoder(channels: int, **changes: Any) -> AutoencoderKL:
     """One for images of twice the latents' size."""
-    config = {
-        "sample_size": 16,
-        "latent_channels": channels,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
-    return perturb(AutoencoderKL(**{**config, **changes}))
+    return perturb(AutoencoderKL(**{**SMALL_AUTOENCODER, "latent_channels": channels, **changes}))
 
 
 def flux_autoencoder(channels: int = 4) -> AutoencoderKL:

@@ -11,20 +11,13 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.tiny_pipelines import perturb
+from tests.tiny_pipelines import SMALL_AUTOENCODER, perturb
 from tests.tiny_qwen import tokenizer
 
 
 def _autoencoder() -> AutoencoderKLFlux2:
     """For images of twice the latents' size, with statistics of the batch normalization that are not 0 and 1."""
-    vae = AutoencoderKLFlux2(
-        sample_size=16,
-        latent_channels=2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    vae = AutoencoderKLFlux2(**SMALL_AUTOENCODER, latent_channels=2)
     vae.bn.running_mean.copy_(0.3 * torch.randn(8))
     vae.bn.running_var.copy_(0.5 + torch.rand(8))
     return perturb(vae)

@@ -38,6 +38,14 @@ STABLE_DIFFUSION_15 = {
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
+SMALL_AUTOENCODER: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+"""Options of autoencoders for images of twice the latents' size."""
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -92,14 +100,7 @@ def write_pipeline(folder: Path, scheduler: Any, **unet: Any) -> Path:
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    vae = AutoencoderKL(
-        sample_size=16,
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
+    vae = AutoencoderKL(**SMALL_AUTOENCODER, latent_channels=4)
     pipeline = StableDiffusionPipeline(
         vae=perturb(vae),
         text_encoder=perturb(CLIPTextModel(text)),
@@ -143,16 +144,7 @@ def write_sdxl_pipeline(folder: Path) -> Path:
         projection_class_embeddings_input_dim=12 + 6 * 8,
         transformer_layers_per_block=(1, 1),
     )
-    vae = AutoencoderKL(
-        sample_size=16,
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.13025,
-        force_upcast=True,
-    )
+    vae = AutoencoderKL(**SMALL_AUTOENCODER, latent_channels=4, scaling_factor=0.13025, force_upcast=True)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     pipeline = StableDiffusionXLPipeline(
         vae=perturb(vae),
@@ -205,12 +197,8 @@ def write_sd3_pipeline(folder: Path, **transformer: Any) -> Path:
         "qk_norm": "rms_norm",
     }
     vae = AutoencoderKL(
-        sample_size=16,
+        **SMALL_AUTOENCODER,
         latent_channels=16,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=1.5305,
         shift_factor=0.0609,
         use_quant_conv=False,

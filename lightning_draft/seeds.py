@@ -48,8 +48,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed also seeds all GPUs, which would not be restored.
-        (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds all GPUs
+        else:
+            torch.manual_seed(seed)
         yield
 
 

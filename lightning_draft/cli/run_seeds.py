@@ -44,10 +44,10 @@ def set_seeds(config: Namespace, saved: Mapping[str, Any]) -> None:
 
 
 def chosen_at_random(num_nodes: int = 1) -> int:
-    """Return a new seed, or in one of several processes that which the first one chose for all.
+    """Return a random seed; all processes of a run that Lightning starts have the same one.
 
-    A process that Lightning starts inherits it as `PL_GLOBAL_SEED`. In a run of one process that variable is left over
-    from an earlier run, and is ignored.
+    They inherit the seed of the first process as `PL_GLOBAL_SEED`. In a run of a single process this variable is
+    ignored, because it is left over from an earlier run.
 
     Args:
         num_nodes: Number of nodes of the run.

@@ -253,7 +253,7 @@ class AdaptedModel(PromptEmbedding):
 
     def _start_from(self, lora: LoRA, path: str) -> None:
         """Attach the adapters of a file, at another rank if one is given, with its scale schedule if none is given."""
-        file = lora_edit.at_most_rank(self.read_lora(path), lora.rank)
+        file = lora_edit.reduce_rank(self.read_lora(path), lora.rank)
         self._attach(
             replace(lora, rank=lora.rank or file.rank, target_modules=file.layers, init=None, reference="pretrained")
         )

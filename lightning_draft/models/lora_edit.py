@@ -89,8 +89,8 @@ def resize_lora(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
     return _map(file, smaller), _relative(squares[0], squares[1])
 
 
-def at_most_rank(file: LoRAFile, rank: int | None) -> LoRAFile:
-    """Return a file from which training starts, at this rank if its own is higher, with a warning of the error."""
+def reduce_rank(file: LoRAFile, rank: int | None) -> LoRAFile:
+    """Return the file of `lora.init`; reduce its rank if `lora.rank` is lower, with a warning that gives the error."""
     if rank is None or rank >= file.rank:
         return file
     resized, error = resize_lora(file, rank)

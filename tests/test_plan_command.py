@@ -31,6 +31,17 @@ def run(folder: Path, *options: str) -> command._Run:
 
 
 @pytest.mark.usefixtures("counted_with_weights")
+def test_refl_is_planned_although_it_needs_more_steps_than_have_a_gradient(
+    small_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--model.sampler.num_steps", "3", "--model.truncation", "ReFL", "--model.truncation.m", "3")
+    plan = run(small_sd, *options).plan
+    monkeypatch.setattr(command, "_steps_needed", lambda module: module.sampler.num_steps)
+    whole = run(small_sd, *options).plan
+    assert (plan.live, plan.flops, plan.calls) == (whole.live, whole.flops, whole.calls)
+
+
+@pytest.mark.usefixtures("counted_with_weights")
 @pytest.mark.parametrize("truncation", ["LastK", "Full"])
 def test_plan_of_a_long_chain_from_short_ones_equals_the_whole_count(
     small_sd: Path, truncation: str, monkeypatch: pytest.MonkeyPatch

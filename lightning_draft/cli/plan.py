@@ -90,11 +90,8 @@ def _plan(args: Sequence[str]) -> _Run:
         size = len(prompts) * (cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
         options = effective_options(cli.config["fit"], module, len(prompts))
         needed = _steps_needed(module)
-        if needed < steps:
-            module.sampler.num_steps = needed
-            plan = _count(cli, module, prompts)
-            plan = plan.with_calls("denoiser", steps - needed, call_flops(module, prompts))
-            return _Run(title, plan, size, options)
+        if needed < steps and (shortened := _shortened(cli, module, prompts, needed)) is not None:
+            return _Run(title, shortened, size, options)
         if steps <= _LONG:
             return _Run(title, _count(cli, module, prompts), size, options)
         rollouts = _rollouts_per_step(cli, module, len(prompts))
@@ -102,6 +99,18 @@ def _plan(args: Sequence[str]) -> _Run:
         uniform = len({_steps_without_noise(module, number) for number in (*range(first, first + 3), steps)}) == 1
     plan = (_extrapolated(args, steps, first, rollouts) if uniform else None) or _with_steps(args, steps)
     return _Run(title, plan, size, options)
+
+
+def _shortened(cli: Any, module: Any, prompts: list[str], needed: int) -> StepPlan | None:
+    """Return the plan from a chain of `needed` steps, with calls without gradient for the others."""
+    steps, module.sampler.num_steps = module.sampler.num_steps, needed
+    try:
+        plan = _count(cli, module, prompts)
+        return plan.with_calls("denoiser", steps - needed, call_flops(module, prompts))
+    except ConfigurationError:  # other options need more steps
+        return None
+    finally:
+        module.sampler.num_steps = steps
 
 
 def _steps_without_noise(module: Any, steps: int) -> int:

@@ -12,8 +12,9 @@ Then each seed trains for `--seconds`, and is evaluated on `emoji64_eval` with 1
 seconds of one thread; evaluations are not counted. A method is compared at equal seconds, reward queries and network
 passes, and by the cost until the evaluation reaches `--level` with at least 95 % of the images recognized.
 
-`OUT/runs.jsonl` has one line per finished run, `OUT/tuning.log` all trials, and a second call continues there;
-several processes may share the work by `--configs`. `OUT/methods.md` has the tables, `OUT/methods.png` the curves.
+`OUT/runs.jsonl` has one line per finished run, `OUT/tuning.log` all trials, and a second call continues there, with the
+options of the stored runs: `--out examples/results/methods` adds to the runs of the documentation. Several processes
+may share the work by `--configs`. `OUT/methods.md` has the tables, `OUT/methods.png` the curves.
 Comparisons with the clean images of the captions need `python -m examples.emoji_model.data`.
 """
 
@@ -61,7 +62,10 @@ class Table:
         self._untrained: dict[Evaluation, Row] = {}
 
     def tuned(self, config: str) -> Options:
-        """Return the tuned options of a config."""
+        """Return the tuned options of a config: those of its stored run, or of the best trial."""
+        stored = self.file.find(config=config, limit=self.seconds)
+        if stored is not None:
+            return dict(stored["options"])
         options = {LR: written(config, LR)}
         ranges = dict[str, tuple[float, float]]()
         if config in OWN:

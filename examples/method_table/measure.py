@@ -58,24 +58,32 @@ def objective(scores: Row) -> float:
 
 
 class Evaluation:
-    """Score a model on fixed prompts and noise: 10 deterministic steps, the same for every method.
+    """Score a model on fixed prompts and noise: deterministic steps, the same for every method.
 
     Args:
         rewards: The rewards by name.
         prompts: The prompts.
         images_per_prompt: Images per prompt.
         seed: Seed of the noise.
+        num_steps: Sampling steps.
     """
 
-    def __init__(self, rewards: dict[str, Reward], prompts: Sequence[str], images_per_prompt: int, seed: int) -> None:
-        self.rewards, self.seed = rewards, seed
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        prompts: Sequence[str],
+        images_per_prompt: int,
+        seed: int,
+        num_steps: int = 10,
+    ) -> None:
+        self.rewards, self.seed, self.sampler = rewards, seed, DDIM(num_steps)
         self.prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         self._base: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, model: PipelineModel) -> Row:
         """Return mean scores, diversity within a prompt, and distance from the images of the first call."""
-        images = generate(model, DDIM(10), self.prompts, self.seed, batch_size=32).images.clamp(0, 1)
+        images = generate(model, self.sampler, self.prompts, self.seed, batch_size=32).images.clamp(0, 1)
         self._base = images if self._base is None else self._base
         scores = {name: reward(images, self.prompts).mean().item() for name, reward in self.rewards.items()}
         diversity = within_prompt_diversity(images, self.prompts).item()

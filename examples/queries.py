@@ -1,0 +1,129 @@
+"""Count the reward queries that DRaFT, DRaFT-1 and PPO need until an evaluation is reached, with long chains.
+
+    python -m examples.queries
+    python -m examples.queries --configs draft ppo --num-steps 25 --level -0.75
+
+Each config trains the shipped model with its tuned learning rate of `examples.method_table`, through `--num-steps` steps,
+until `emoji64-judge-eval` gives a mean log p(clean) of `--level` to images of evaluation captions that are generated with
+as many deterministic steps, or for `--seconds` CPU seconds of one thread. `OUT/runs.jsonl` has one line per finished
+run, and a second call continues there.
+"""
+
+import argparse
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from examples.before_after import ordered
+from examples.method_table.__main__ import commit
+from examples.method_table.measure import Evaluation, Meter, Row, is_valid, rewards
+from examples.method_table.methods import LR, build
+from examples.method_table.report import mean_and_error, to_reach
+from examples.method_table.runs import Run, RunFile
+from examples.trainer import without_files
+from lightning_draft.models import PipelineModel
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a config trains.
+
+    Args:
+        lr: Learning rate.
+        seconds: CPU seconds between evaluations.
+        accumulates_steps: Whether an optimizer step has the gradients of all sampling steps but the last, which has no
+            noise.
+    """
+
+    lr: float
+    seconds: float
+    accumulates_steps: bool = False
+
+
+METHODS = {"draft": Method(1.8e-3, 20), "draft_1": Method(1.8e-3, 10), "ppo": Method(3e-3, 150, accumulates_steps=True)}
+
+
+def train(config: str, seed: int, arguments: argparse.Namespace, evaluation: Evaluation) -> Meter:
+    """Train a config until the level is reached or the time is up."""
+    method, num_steps = METHODS[config], arguments.num_steps
+    options = [f"--{LR}={method.lr}", f"--model.sampler.init_args.num_steps={num_steps}"]
+    if method.accumulates_steps:
+        options.append(f"--trainer.accumulate_grad_batches={num_steps - 1}")
+    module, data, trainer = build(config, seed, options)
+    assert isinstance(module.model, PipelineModel)
+
+    def reached(scores: Row, milestone: int) -> bool:
+        print(f"{config}, seed {seed}: {meter.evaluations[-1]}", flush=True)
+        return scores["evaluation"] >= arguments.level and is_valid(scores)
+
+    count = max(1, round(arguments.seconds / method.seconds))
+    milestones = [method.seconds * (i + 1) for i in range(count)]
+    meter = Meter(milestones, evaluation, evaluation(module.model), reached)
+    without_files(meter, max_steps=-1, accelerator="cpu", **trainer).fit(module, data)
+    return meter
+
+
+def table(runs: Sequence[Run], level: float) -> str:
+    """Return the costs until the level is reached, as means over the seeds with standard errors."""
+    lines = [
+        f"| config | seeds | queries to {level:g} | passes | CPU seconds | last evaluation | PSNR |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for config in dict.fromkeys(run["config"] for run in runs):
+        own = [run for run in runs if run["config"] == config]
+        costs = [
+            _cell([to_reach(run, level, key) for run in own], "{:,.0f}") for key in ("queries", "passes", "seconds")
+        ]
+        last = [
+            _cell([run["evaluations"][-1].get(key, float("nan")) for run in own], "{:.2f}")
+            for key in ("evaluation", "PSNR")
+        ]
+        lines.append(f"| {config} | {len(own)} | {' | '.join([*costs, *last])} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    if float("inf") in values:
+        return f"reached by {sum(value < float('inf') for value in values)}"
+    return " ± ".join(form.format(value) for value in mean_and_error(values))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=Path("runs/queries"))
+    parser.add_argument("--num-steps", type=int, default=50, help="sampling steps, in training and evaluation")
+    parser.add_argument("--level", type=float, default=-0.5, help="mean log p(clean) of emoji64-judge-eval")
+    parser.add_argument("--seconds", type=float, default=3000, help="CPU seconds of a run at most")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--prompts", type=int, default=12, help="evaluation prompts, two images each")
+    parser.add_argument("--clean-images", type=Path, default=Path("runs/emoji/emoji64.npz"))
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what is missing, then print the table."""
+    arguments = parse(words)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*(eval mode at the start|many workers|treespec|instantiate_classes).*")
+    prompts = ordered("emoji64_eval")[: arguments.prompts]
+    evaluation = Evaluation(rewards(arguments.clean_images), prompts, 2, 10_000, arguments.num_steps)
+    file = RunFile(arguments.out / "runs.jsonl")
+    common = {"num_steps": arguments.num_steps, "level": arguments.level, "limit": arguments.seconds}
+    for seed in arguments.seeds:
+        for config in arguments.configs:
+            if file.find(config=config, seed=seed, **common) is None:
+                meter = train(config, seed, arguments, evaluation)
+                rows = {"evaluations": meter.evaluations, "curve": meter.curve}
+                file.add({"config": config, "seed": seed, **common, "commit": commit(), **rows})
+    print(table([run for run in file.all() if common.items() <= run.items()], arguments.level))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,10 @@
     python -m examples.queries
     python -m examples.queries --configs draft ppo --num-steps 25 --level -0.75
 
-Each config trains the shipped model with its tuned learning rate of `examples.method_table`, through `--num-steps` steps,
-until `emoji64-judge-eval` gives a mean log p(clean) of `--level` to images of evaluation captions that are generated with
-as many deterministic steps, or for `--seconds` CPU seconds of one thread. `OUT/runs.jsonl` has one line per finished
-run, and a second call continues there.
+Each config trains the shipped model with its tuned learning rate of `examples.method_table`, through `--num-steps`
+steps, until `emoji64-judge-eval` gives a mean log p(clean) of `--level` to images of evaluation captions, which are
+generated with as many deterministic steps; or for `--seconds` CPU seconds of one thread. `OUT/runs.jsonl` has one line
+per finished run, and a second call continues there.
 """
 
 import argparse

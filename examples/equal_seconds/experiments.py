@@ -7,6 +7,7 @@ from pathlib import Path
 from examples.emoji_model.truth import ReferencePSNR, SceneRecognized
 from lightning_draft.models import Guidance
 from lightning_draft.rewards import CleanFraction, CLIPClassification, ImageQuality, Reward
+from lightning_draft.surrogates import FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, ReFL, Truncation
 
 
@@ -96,6 +97,20 @@ def by_length(num_steps: int, *, lr: float = 1e-3) -> dict[str, Setting]:
     return {**fixed, "random K": Setting(RandomK(), num_steps, lr=lr), "DRTune": drtune}
 
 
+def flow_bp(num_steps: int) -> dict[str, Setting]:
+    """Return the truncations that the FlowBP paper compares, each with the options of its authors."""
+    truncations: dict[str, Truncation] = {
+        "FlowBP-Lagrange": FlowBPLagrange(),
+        "FlowBP-Bridge": FlowBPBridge(k=5),
+        "FlowBP-Sparse": DRTune(k=4, m=0, late_bias=1, rescale=0.5),
+        "LeapAlign": LeapAlign(),
+        "ReFL": ReFL(m=10),
+        "DRTune": DRTune(k=5, m=10),
+        "DRaFT-LV": LowVariance(2),
+    }
+    return {label: Setting(truncation, num_steps) for label, truncation in truncations.items()}
+
+
 def fast_modes() -> dict[str, Setting]:
     """Return DRaFT-1 through 20 steps with guidance, in exact mode and with each option of fast mode."""
     exact = Setting(LastK(1), 20, guidance=Guidance(2.0))
@@ -126,6 +141,7 @@ def experiments(students: Path) -> dict[str, Experiment]:
     large["K = 25, not clipped"] = Setting(Full(), 25, lr=1e-2, clip=None)
     large["K = 25, explosions skipped"] = Setting(Full(), 25, lr=1e-2, clip=None, skip=True)
     small = {"DRaFT-1": Setting(LastK(1), 10), "DRaFT-LV": Setting(LowVariance(2), 10), "ReFL": Setting(ReFL(4), 10)}
+    question = "Does DRaFT-LV help where a step has {}?"
     return {
         "few_steps": Experiment("Is a few-step model cheaper to train through its whole chain?", QUALITY, few | base),
         "length_25": Experiment("How many of 25 steps need a gradient?", QUALITY, by_length(25), batch_size=4),
@@ -145,5 +161,9 @@ def experiments(students: Path) -> dict[str, Experiment]:
             exact_chain=True,
         ),
         "rates": Experiment("Which learning rate?", QUALITY, by_rate(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-        "small_batch": Experiment("Does DRaFT-LV help where a step has one prompt?", QUALITY, small, batch_size=1),
+        "small_batch": Experiment(question.format("one prompt"), QUALITY, small, batch_size=1),
+        "small_batch_2": Experiment(question.format("two prompts"), QUALITY, small, batch_size=2),
+        "flow_bp_25": Experiment(
+            "Is FlowBP ahead of ReFL, DRTune and DRaFT-LV, with 25 steps?", QUALITY, flow_bp(25), batch_size=4
+        ),
     }

@@ -48,13 +48,13 @@ def to_reach(run: Run, level: float, key: str = "seconds") -> float:
     return math.inf
 
 
-def at(run: Run, spent: float, key: str) -> float:
-    """Return the evaluation after a cost, by linear interpolation between milestones; NaN if less was spent."""
+def at(run: Run, spent: float, key: str, score: str = "evaluation") -> float:
+    """Return a score after a cost, by linear interpolation between milestones; NaN if less was spent."""
     rows = run["evaluations"]
     for before, row in zip(rows, rows[1:], strict=False):
         if row[key] >= spent:
             fraction = (spent - before[key]) / (row[key] - before[key])
-            return float(before["evaluation"] + fraction * (row["evaluation"] - before["evaluation"]))
+            return float(before[score] + fraction * (row[score] - before[score]))
     return math.nan
 
 
@@ -66,8 +66,12 @@ def page(runs: Sequence[Run], level: float, seconds: float, tuning_seconds: floa
         f"{seconds:g} CPU seconds of one thread a run, tuned for {tuning_seconds:g}; commit {commits}. Means over the "
         f"seeds, ± standard error.\n\n### Time to reward\n\n"
     )
-    tables = [f"#### {name.capitalize()}\n\n{results(group)}" for name, group in by_kind(groups).items()]
-    return "\n".join([f"{head}{leaderboard(groups, level)}", "### At equal cost\n", *tables])
+    kinds = by_kind(groups).items()
+    tables = {"At equal CPU seconds": [f"#### {name.capitalize()}\n\n{results(group)}" for name, group in kinds]}
+    for key in ("queries", "passes"):
+        tables[f"At equal {COSTS[key]}"] = [f"#### {name.capitalize()}, {equal(group, key)}" for name, group in kinds]
+    sections = [part for title, parts in tables.items() for part in (f"### {title}\n", *parts)]
+    return "\n".join([f"{head}{leaderboard(groups, level)}", *sections])
 
 
 def by_kind(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
@@ -96,25 +100,36 @@ def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
 
 
 def results(groups: dict[str, list[Run]]) -> str:
-    """Return every score at the end, and the evaluation at the highest cost that all runs have; best first."""
-    every = [run["evaluations"][-1] for group in groups.values() for run in group]
-    common = {key: min(row[key] for row in every) for key in ("queries", "passes")}
-    names = [name for name in every[0] if name not in (*COSTS, "steps", "evaluation")]
-    head = ["config", "steps", "queries", "passes", "evaluation", *names]
-    head += [f"evaluation at {value:,.0f} {key}" for key, value in common.items()]
+    """Return the cost and every score at the end, PSNR at an equal evaluation, and the gradient norm; best first."""
+    names = _scores(groups)
+    head = ["config", "steps", "queries", "passes", *names]
     if "PSNR" in names:
         head += [f"PSNR at evaluation {IMAGE_LEVEL:g}"]
-    head += ["gradient norm: first → last"]
     lines = []
     for config, group in sorted(groups.items(), key=lambda item: -_mean(item[1], "evaluation")):
-        ends = [run["evaluations"][-1] for run in group]
         cells = [config, *(f"{_mean(group, key):,.0f}" for key in ("steps", "queries", "passes"))]
-        cells += [_cell([row[name] for row in ends]) for name in ("evaluation", *names)]
-        cells += [_cell([at(run, value, key) for run in group]) for key, value in common.items()]
+        cells += [_cell([run["evaluations"][-1][name] for run in group]) for name in names]
         if "PSNR" in names:
             cells += [_cell([to_reach(run, IMAGE_LEVEL, "PSNR") for run in group])]
         lines.append(_line([*cells, _growth(group)]))
+    head += ["gradient norm: first → last"]
     return _line(head) + "|---" * len(head) + "|\n" + "".join(lines)
+
+
+def equal(groups: dict[str, list[Run]], key: str) -> str:
+    """Return every score at the highest cost that all runs have, and that cost as the heading; best first."""
+    names = _scores(groups)
+    cost = min(run["evaluations"][-1][key] for group in groups.values() for run in group)
+    rows = {config: [[at(run, cost, key, name) for run in group] for name in names] for config, group in groups.items()}
+    best_first = sorted(rows.items(), key=lambda item: -mean_and_error(item[1][0])[0])
+    lines = [_line([config, *map(_cell, scores)]) for config, scores in best_first]
+    table = _line(["config", *names]) + "|---" * (1 + len(names)) + "|\n"
+    return f"{cost:,.0f} {COSTS[key]}\n\n{table}{''.join(lines)}"
+
+
+def _scores(groups: dict[str, list[Run]]) -> list[str]:
+    names = next(iter(groups.values()))[0]["evaluations"][0]
+    return ["evaluation", *(name for name in names if name not in (*COSTS, "steps", "evaluation"))]
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:

@@ -165,15 +165,17 @@ def test_the_fastest_method_is_first_and_missed_levels_are_stated(tmp_path: Path
     assert (tmp_path / "methods.png").stat().st_size > 0
 
 
-def test_methods_are_compared_at_equal_queries_and_passes() -> None:
+@pytest.mark.parametrize(("key", "cost"), [("queries", "100 reward queries"), ("passes", "1,000 network passes")])
+def test_methods_are_compared_at_equal_queries_and_passes(key: str, cost: str) -> None:
     runs = [a_run("a", 0, (10, -0.5)), a_run("b", 0, (20, 0.0)), a_run("c", 0, (30, -0.9))]
-    table = [line.split(" | ") for line in report.results(report.grouped(runs)).splitlines()]
-    assert table[0][6:8] == ["evaluation at 100 queries", "evaluation at 1,000 passes"]
-    assert {line[0]: line[6:8] for line in table[2:]} == {
-        "| b": ["-0.50", "-0.50"],
-        "| a": ["-0.50", "-0.50"],
-        "| c": ["-0.97", "-0.97"],
-    }
+    for run in runs:
+        for row, psnr in zip(run["evaluations"], (20.0, 23.0), strict=True):
+            row["PSNR"] = psnr
+    heading, _, head, _, *table = report.equal(report.grouped(runs), key).splitlines()
+    assert heading == cost
+    assert head == "| config | evaluation | reward | PSNR |"
+    assert {*table[:2]} == {"| a | -0.50 | -0.50 | 23.00 |", "| b | -0.50 | -0.50 | 21.50 |"}
+    assert table[2] == "| c | -0.97 | -0.97 | 21.00 |"
 
 
 def test_psnr_is_compared_at_an_equal_evaluation() -> None:
@@ -186,15 +188,17 @@ def test_psnr_is_compared_at_an_equal_evaluation() -> None:
     assert {line[0]: line[column] for line in table} == {"| a": "22.00", "| b": ""}
 
 
-def test_each_kind_of_method_has_a_table_of_its_own() -> None:
+def test_each_kind_of_method_has_a_table_of_its_own_for_each_cost() -> None:
     page = report.page([a_run("draft", 0, (60, -0.5)), a_run("ppo", 0, (90, -0.9))], -0.5, 60, 120)
-    direct, policy = page.split("#### ")[1:]
-    assert direct.startswith("Direct gradients")
-    assert "evaluation at 600 queries" in direct
-    assert "| draft |" in direct
-    assert policy.startswith("Policy gradients")
-    assert "evaluation at 900 queries" in policy
-    assert "| ppo |" in policy
+    costs = dict(section.split("\n", 1) for section in page.split("\n### ")[2:])
+    assert [*costs] == ["At equal CPU seconds", "At equal reward queries", "At equal network passes"]
+    for cost, section in costs.items():
+        direct, policy = section.split("#### ")[1:]
+        assert direct.startswith("Direct gradients")
+        assert "| draft |" in direct
+        assert policy.startswith("Policy gradients")
+        assert "| ppo |" in policy
+        assert ("900" in policy.splitlines()[0]) == (cost == "At equal reward queries")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,18 @@
-"""Count the reward queries that DRaFT, DRaFT-1 and PPO need until an evaluation is reached, with long chains.
+"""Count the reward queries that methods need until an evaluation is reached, with chains of any length.
 
     python -m examples.queries
-    python -m examples.queries --configs draft ppo --num-steps 25 --level -0.75
+    python -m examples.queries --configs ppo loop reinforce --num-steps 10
 
-Each config trains the shipped model with its tuned learning rate of `examples.method_table`, through `--num-steps`
-steps, until `emoji64-judge-eval` gives a mean log p(clean) of `--level` to images of evaluation captions, which are
-generated with as many deterministic steps; or for `--seconds` CPU seconds of one thread. `OUT/runs.jsonl` has one line
-per finished run, and a second call continues there.
+Each config of `examples.method_table` trains the shipped model with the options that were tuned there, through
+`--num-steps` steps, until `emoji64-judge-eval` gives a mean log p(clean) of `--level` to images of evaluation captions,
+which are generated with as many deterministic steps; or for `--seconds` CPU seconds of one thread. `OUT/runs.jsonl` has
+one line per finished run, and a second call continues there.
 """
 
 import argparse
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,47 +20,34 @@ import torch
 from examples.before_after import ordered
 from examples.method_table.__main__ import commit
 from examples.method_table.measure import Evaluation, Meter, Row, is_valid, rewards
-from examples.method_table.methods import LR, build
+from examples.method_table.methods import build, kind, shipped_configs
 from examples.method_table.report import mean_and_error, to_reach
 from examples.method_table.runs import Run, RunFile
 from examples.trainer import without_files
 from lightning_draft.models import PipelineModel
 
-
-@dataclass(frozen=True)
-class Method:
-    """How a config trains.
-
-    Args:
-        lr: Learning rate.
-        seconds: CPU seconds between evaluations.
-        accumulates_steps: Whether an optimizer step has the gradients of all sampling steps but the last, which has no
-            noise.
-    """
-
-    lr: float
-    seconds: float
-    accumulates_steps: bool = False
-
-
-METHODS = {"draft": Method(1.8e-3, 20), "draft_1": Method(1.8e-3, 10), "ppo": Method(3e-3, 150, accumulates_steps=True)}
+TUNED = RunFile(Path(__file__).parent / "results" / "methods" / "runs.jsonl")
+"""Runs of `examples.method_table`, with the tuned options of each config."""
+SECONDS = {"direct gradients": 0.2, "gradient matching": 0.5, "forward process": 1.0, "policy gradients": 3.0}
+"""CPU seconds between evaluations, for each sampling step."""
 
 
 def train(config: str, seed: int, arguments: argparse.Namespace, evaluation: Evaluation) -> Meter:
     """Train a config until the level is reached or the time is up."""
-    method, num_steps = METHODS[config], arguments.num_steps
-    options = [f"--{LR}={method.lr}", f"--model.sampler.init_args.num_steps={num_steps}"]
-    if method.accumulates_steps:
-        options.append(f"--trainer.accumulate_grad_batches={num_steps - 1}")
-    module, data, trainer = build(config, seed, options)
+    tuned, num_steps = TUNED.find(config=config), arguments.num_steps
+    assert tuned is not None
+    options = [f"--{name}={value!r}" for name, value in tuned["options"].items()]
+    module, data, trainer = build(config, seed, [*options, f"--model.sampler.init_args.num_steps={num_steps}"])
+    if kind(config) == "policy gradients" and module.window is None:
+        trainer["accumulate_grad_batches"] = num_steps - 1  # all steps with noise
     assert isinstance(module.model, PipelineModel)
 
     def reached(scores: Row, milestone: int) -> bool:
         print(f"{config}, seed {seed}: {meter.evaluations[-1]}", flush=True)
         return scores["evaluation"] >= arguments.level and is_valid(scores)
 
-    count = max(1, round(arguments.seconds / method.seconds))
-    milestones = [method.seconds * (i + 1) for i in range(count)]
+    every = SECONDS[kind(config)] * num_steps
+    milestones = [every * (i + 1) for i in range(max(1, round(arguments.seconds / every)))]
     meter = Meter(milestones, evaluation, evaluation(module.model), reached)
     without_files(meter, max_steps=-1, accelerator="cpu", **trainer).fit(module, data)
     return meter
@@ -95,7 +81,9 @@ def _cell(values: Sequence[float], form: str) -> str:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--configs", nargs="+", choices=shipped_configs(), metavar="CONFIG", default=["draft", "draft_1", "ppo"]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/queries"))
     parser.add_argument("--num-steps", type=int, default=50, help="sampling steps, in training and evaluation")
     parser.add_argument("--level", type=float, default=-0.5, help="mean log p(clean) of emoji64-judge-eval")

@@ -57,11 +57,24 @@ class KLRegularizer:
         self.gate, self.reference = gate, reference
         self.state = KLState()
         for name, option in {"kl_gate": gate, "kl_reference": reference}.items():
-            if option is not None and weight == 0:
-                raise ConfigurationError(
-                    f"{name} changes the KL term, and kl_weight=0 turns it off; write for example kl_weight=0.04, or "
-                    f"set {name} to null"
-                )
+            if option is not None:
+                self.check_used(name, "null")
+
+    def check_used(self, name: str, off: str) -> None:
+        """Check that the KL term is on, which an option changes.
+
+        Args:
+            name: The option.
+            off: Its value without effect.
+
+        Raises:
+            ConfigurationError: The weight is 0.
+        """
+        if self.weight == 0:
+            raise ConfigurationError(
+                f"{name} changes the KL term, and kl_weight=0 turns it off; write for example kl_weight=0.04, or set "
+                f"{name} to {off}"
+            )
 
     def check(self, eval_rewards: Sequence[str]) -> None:
         """Check that the module has the evaluation rewards of the gate.

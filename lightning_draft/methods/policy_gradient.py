@@ -128,6 +128,8 @@ class PolicyGradientModule(RolloutModule):
             checkpointing,
             KLRegularizer(kl_weight, kl_gate, kl_reference),
         )
+        if kl_per_time:
+            self.regularizer.check_used("kl_per_time", "false")
         self.window, self.value_baseline = window, value_baseline
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, kl_per_time)
 

@@ -211,6 +211,12 @@ CASES: list[Case] = [
     ),
     _rollouts(
         TOGETHER,
+        ["--model.kl_per_time", "true"],
+        "kl_per_time changes the KL term, and kl_weight=0 turns it off",
+        "set kl_per_time to false",
+    ),
+    _rollouts(
+        TOGETHER,
         ["--model.kl_weight", "1", "--model.kl_gate", "{}"],
         "kl_gate compares the trained reward with eval_rewards, and the module has none",
         "set kl_gate to null",

@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full fine-tuning, K = 1, batch 2": {"k": 1, "batch": 2, "trainable": "full", "checkpointing": "none"},
 }
 LARGE = {
+    "K = 1, nothing recomputed": {"k": 1, "batch": 1, "checkpointing": "none", "memory": {"checkpoint_decoder": False}},
     "K = 1 (default)": {"k": 1, "batch": 1},
     "full, everything recomputed": {"k": None, "batch": 1, "checkpointing": "both", "memory": RECOMPUTED},
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_draft.models.base import Conditioning
 from lightning_draft.recompute import Recompute
 from lightning_draft.samplers import DDIM
+from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.testing import LinearModel
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, ReFL, Truncation
 from tests.truncation_by_hand import BATCH, STEPS, THETA, chain_of, linear, noise
@@ -25,6 +26,12 @@ from tests.truncation_by_hand import BATCH, STEPS, THETA, chain_of, linear, nois
         (ReFL(m=1), STEPS - 1, 1),
         (RandomK(max_k=1), STEPS - 1, 1),
         (DRTune(k=2, m=1), STEPS - 2, 2),
+        (DRTune(k=2, m=0, late_bias=1), STEPS - 2, 2),
+        (FlowBPBridge(k=2), STEPS - 2, 2),
+        (LeapAlign(), STEPS, 2),
+        (FlowBPLagrange(second=0), STEPS, 2),
+        (DirectAlign(), STEPS, 1),
+        (DirectAlign(low=2, inversion=True), STEPS, 2),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Truncation) else str(value),
 )

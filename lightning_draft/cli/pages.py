@@ -13,7 +13,7 @@ lightning-draft: fine-tune a text-to-image diffusion model on a reward, by back-
   lightning-draft score FOLDER --reward NAME       score existing images
   lightning-draft vote FOLDER                      compare images yourself, on a local page
   lightning-draft lora info FILE                   inspect, convert, scale, mix, anneal and merge LoRA files
-  lightning-draft plan --config NAME               memory and cost of a training step, before anything is loaded
+  lightning-draft plan --config NAME               memory and cost of a training step, without the model's weights
   lightning-draft configs list                     list the shipped configs
   lightning-draft configs show NAME                print one, so that you can copy and change it
   lightning-draft completion bash                  print the tab completion of bash or zsh
@@ -190,12 +190,13 @@ Image grid of the base model, the given files and the result, from the same nois
 
 
 PLAN = """\
-lightning-draft plan: peak memory and cost of a training step, before any weight is loaded
+lightning-draft plan: peak memory and cost of a training step, before the diffusion model's weights are loaded or
+downloaded
 
   lightning-draft plan --config sd15_draft_k_clip
   lightning-draft plan --config sdxl_pickscore --memory 24GB
 
-  --config NAME|FILE     as for fit, with all its options; only configuration files are read or downloaded
+  --config NAME|FILE     as for fit, with all its options; of the model only configuration files are read or downloaded
   --memory SIZE          memory of a GPU, such as 12GB; the largest batch that fits is printed
   --flops NUMBER         FLOP/s that the GPU reaches, such as 60e12; the seconds of a step are printed
   --brief                do not try the options that may lower the peak"""

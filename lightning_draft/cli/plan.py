@@ -1,4 +1,4 @@
-"""The command `plan`: peak memory and cost of a training step, before any weight is loaded."""
+"""The command `plan`: peak memory and cost of a training step, before the diffusion model's weights are loaded."""
 
 import contextlib
 import copy

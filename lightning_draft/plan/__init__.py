@@ -1,4 +1,4 @@
-"""Peak memory and cost of a training step, predicted before any weight is loaded."""
+"""Peak memory and cost of a training step, predicted before the diffusion model's weights are loaded."""
 
 from lightning_draft.plan.replay import shared_calls
 from lightning_draft.plan.step import StepPlan, call_flops, model_parts, plan_step

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,13 +31,20 @@ def test_documented_commands_are_found() -> None:
     assert len(COMMANDS) >= 6
 
 
-def test_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_python_code_of_the_readme_trains_as_quickstart(command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in PYTHON:
-        block = block.replace("max_steps=28", "max_steps=1, limit_val_batches=1").replace(
+        block = block.replace("max_steps=28", "max_steps=2, limit_val_batches=0").replace(
             "batch_size=8", "batch_size=2"
         )
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    options = {**SHORT, "trainer.max_steps": 2, "trainer.limit_val_batches": 0, "trainer.val_check_interval": "null"}
+    options["data.batch_size"] = 2
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    result = command("fit", "--config", "quickstart", *words)
+    assert result.status == 0, result.err
+    python, run = load_file("lora.safetensors"), load_file("runs/quickstart/lora/last.safetensors")
+    assert python.keys() == run.keys()
+    assert all(python[name].equal(run[name]) for name in run)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not any(word in line for word in SKIPPED)])

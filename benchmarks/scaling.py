@@ -246,7 +246,7 @@ def rows(case: Case, arguments: argparse.Namespace, folder: Path) -> Iterable[li
         first = weak[0]
         sent = sum(first["sent"].values())
         least = case.least(processes, alone["weights"], alone["trained"], first["passes"])
-        yield [*cells, str(first["passes"]), f"{sent / 1e6:.3f}", f"{least / 1e6:.3f}", f"{sent / least:.3f}"]
+        yield [*cells, str(first["passes"]), f"{sent / 1e6:.3f}", f"{least / 1e6:.3f}", f"{sent / minimum:.3f}"]
 
 
 def planned(links: dict[int, float], flops: float, steps: int, batch: int) -> Iterable[list[str]]:
@@ -319,7 +319,7 @@ def main() -> None:
         cases = [case for case in CASES if case.name.startswith(chosen)]
         found = [row for case in cases for row in rows(case, arguments, Path(folder))]
     title = f"{arguments.model}, T = {arguments.steps}, K = 1, batch {arguments.batch}, {arguments.dtype}"
-    common.show(f"{title}, {arguments.device}.\n\n{common.table([*HEAD, 'sent / least'], found)}", arguments.output)
+    common.show(f"{title}, {arguments.device}.\n\n{common.table([*HEAD, 'sent / minimum'], found)}", arguments.output)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def rows(case: Case, arguments: argparse.Namespace, folder: Path) -> Iterable[li
         first = weak[0]
         sent = sum(first["sent"].values())
         least = case.least(processes, alone["weights"], alone["trained"], first["passes"])
-        yield [*cells, str(first["passes"]), f"{sent / 1e6:.3f}", f"{least / 1e6:.3f}", f"{sent / minimum:.3f}"]
+        yield [*cells, str(first["passes"]), f"{sent / 1e6:.3f}", f"{least / 1e6:.3f}", f"{sent / least:.3f}"]
 
 
 def planned(links: dict[int, float], flops: float, steps: int, batch: int) -> Iterable[list[str]]:

@@ -23,6 +23,10 @@ _ELSEWHERE = {"lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr"}
 _LONGEST = 80
 
 
+EXTRAS = {"bitsandbytes": "quantization", "torchao": "quantization"}
+"""The extra that installs a library whose classes may be values of options."""
+
+
 def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
     """Return one message that names the option, the problem, and what to write.
 
@@ -34,6 +38,10 @@ def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
         Exception: Importing a user's module failed; this is the exception of the module, without the parser's.
     """
     problem = locate(error)
+    if isinstance(problem.reason, ModuleNotFoundError) and problem.reason.name in EXTRAS:
+        library = problem.reason.name
+        place = f"{_option(problem.path)}: " if problem.path else ""
+        return f"{place}{library} is not installed; run pip install 'lightning-draft[{EXTRAS[library]}]'"
     if not isinstance(problem.reason, (ValueError, TypeError, KeyError, argparse.ArgumentError)) and not is_missing(
         problem
     ):

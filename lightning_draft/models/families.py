@@ -9,7 +9,7 @@ class Entry(NamedTuple):
     Attributes:
         module: Module that defines the class.
         pipelines: Names of the classes of diffusers' pipelines that it opens.
-        layouts: Prefixes of diffusers' names for the architectures of single files of the family.
+        layouts: Prefixes of the names that `layout_of` gives to the architectures of single files of the family.
     """
 
     module: str
@@ -36,8 +36,10 @@ FAMILIES: dict[str, Entry] = {
     "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
     "ZImage": Entry("lightning_draft.models.z_image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("z-image-turbo",)),
     "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",), ("flux-2",)),
-    "QwenImage": Entry("lightning_draft.models.qwen_image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline")),
-    "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",)),
+    "QwenImage": Entry(
+        "lightning_draft.models.qwen_image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline"), ("qwen_image",)
+    ),
+    "PixArtSigma": Entry("lightning_draft.models.pixart_sigma", ("PixArtSigmaPipeline",), ("pixart",)),
     "Sana": Entry("lightning_draft.models.sana", ("SanaPipeline",), ("sana",)),
     "SanaSprint": Entry("lightning_draft.models.sana_sprint", ("SanaSprintPipeline",)),
     "Chroma": Entry("lightning_draft.models.chroma", ("ChromaPipeline",), ("chroma",)),

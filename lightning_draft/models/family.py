@@ -32,6 +32,7 @@ class Family:
         ragged_text: Whether the embeddings of prompts differ in length; `_network` finds them in `conditioning.ragged`.
         clip_skip: Whether `text.clip_skip` is supported.
         lora_targets: Layers that are adapted by default: the attention's projections.
+        optional: Components that `omit` may name.
         unused: Components that are not loaded, as arguments of `from_pretrained`.
         single_file: The same for `from_single_file`; `None` if single files of the family lack components.
         upcast_vae: Run an autoencoder with `force_upcast` in its config in float32, unless `memory.vae_dtype` is given.
@@ -55,6 +56,7 @@ class Family:
     ragged_text: bool = False
     clip_skip: bool = False
     lora_targets: tuple[str, ...] = ATTENTION
+    optional: tuple[str, ...] = ()
     unused: Mapping[str, Any] = field(default_factory=dict)
     single_file: Mapping[str, Any] | None = None
     upcast_vae: bool = False

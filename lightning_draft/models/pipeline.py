@@ -54,7 +54,8 @@ class PipelineModel(AdaptedModel):
         width: Width of the images in pixels.
         pretrained_config: For a single file: the folder or hub id of a pipeline with the same architecture; by default
             it is recognized, and its configuration comes from the hub.
-        omit: Names of components that are not loaded; the tokenizer of an omitted text encoder is omitted too.
+        omit: Names of components that are not loaded, among those that the family can do without, such as
+            `text_encoder_3` of Stable Diffusion 3; the tokenizer of an omitted text encoder is omitted too.
 
     Attributes:
         family: The description of its pipelines.
@@ -83,6 +84,7 @@ class PipelineModel(AdaptedModel):
     ) -> None:
         super().__init__()
         text.check(self.family)
+        self._check_omitted(omit)
         if quantization is not None:
             check_quantization(quantization, trainable, is_without_weights())
         self.pretrained = pretrained
@@ -250,6 +252,15 @@ class PipelineModel(AdaptedModel):
             setattr(self, name, encoder)
             setattr(self.pipeline, name, encoder)
         self._check_clip_skip()
+
+    def _check_omitted(self, omit: Sequence[str]) -> None:
+        possible = self.family.optional
+        for name in omit:
+            if name not in possible:
+                advice = f"write {' or '.join(possible)}, or leave omit out" if possible else "leave omit out"
+                raise ConfigurationError(
+                    f"omit={name} is no component that {self.family.title} can do without; {advice}"
+                )
 
     def _check_clip_skip(self) -> None:
         encoders = [each for name in self.family.text_encoders if (each := getattr(self, name)) is not None]

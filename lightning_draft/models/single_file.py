@@ -16,13 +16,18 @@ from torch import nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import skeleton
-from lightning_draft.models.families import class_for_layout, class_for_pipeline
+from lightning_draft.models.families import FAMILIES, class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
 from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 
 _VAE = ("first_stage_model.", "vae.")
 _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
+_OWN_LAYOUTS = {
+    "pixart": ("blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.fc1.weight"),
+    "qwen_image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
+}
+"""Keys of architectures that diffusers does not recognize, or takes for another one (PixArt for Sana)."""
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -41,14 +46,14 @@ def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtyp
     Raises:
         ConfigurationError: The file is of another family, is damaged, or lacks networks without `config`.
     """
+    if file.suffix != ".safetensors":
+        raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
+    _check_family(family, file)
     if family.single_file is None:
         raise ConfigurationError(
             f"{file} is a single file, and single files of {family.title} usually lack the text encoders; give a "
             f"diffusers pipeline folder, or a hub id such as {family.example}"
         )
-    if file.suffix != ".safetensors":
-        raise ConfigurationError(f"{file} is not a .safetensors file; convert it, or give a diffusers pipeline folder")
-    _check_family(family, file)
     absent = _absent(family, file)
     if absent and config is None:
         raise ConfigurationError(
@@ -98,6 +103,10 @@ def layout_of(file: Path) -> str:
     """
     shapes = _shapes(file)
     layout: str = infer_diffusers_model_type({k: torch.empty(shape, device="meta") for k, shape in shapes.items()})
+    names = {key.removeprefix("model.diffusion_model.") for key in shapes}
+    own = next((name for name, keys in _OWN_LAYOUTS.items() if names.issuperset(keys)), None)
+    if own is not None:
+        return own
     is_stable_diffusion = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)
     return "unknown" if layout == "v1" and not is_stable_diffusion else layout
 
@@ -121,8 +130,14 @@ def _check_family(family: Family, file: Path) -> None:
                 f"{file} is not a checkpoint of a known model; give one of {family.title} or a pipeline folder (a LoRA "
                 "file is for lora.init)"
             )
-        advice = "give a file of a supported family" if other is None else f"open it with {other}"
-        raise ConfigurationError(f"{file} is a {layout} checkpoint and not one of {family.title}; {advice}")
+        raise ConfigurationError(f"{file} is a {layout} checkpoint and not one of {family.title}; {_advice(other)}")
+
+
+def _advice(other: str | None) -> str:
+    if other is None:
+        return "give a file of a supported family"
+    right: Family = getattr(import_module(FAMILIES[other].module), other).family
+    return f"open {'a pipeline folder of it' if right.single_file is None else 'it'} with {other}"
 
 
 def _absent(family: Family, file: Path) -> list[str]:

@@ -45,6 +45,7 @@ class StableDiffusion3(PipelineModel):
         max_text_length=512,
         clip_skip=True,
         lora_targets=JOINT_ATTENTION,
+        optional=("text_encoder_3",),
         unused={"image_encoder": None, "feature_extractor": None},
         comfy=ComfyNames(
             {name: f"{name}." for name in ("transformer", "text_encoder", "text_encoder_2")},

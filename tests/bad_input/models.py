@@ -315,6 +315,7 @@ CASES: list[Case] = [
         "'nothing' is not in the name of any parameter of the denoiser",
         "write full, lora",
     ),
+    _option("omit: [vae]", {"omit": ["vae"]}, "omit=vae is no component that", "leave omit out"),
     _option("height 7", {"height": 7, "width": 512}, "height=7"),
     _option("height 0", {"height": 0, "width": 512}, "height=0"),
     _option("width -8", {"height": 512, "width": -8}, "width=-8"),

@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_error_in_a_user_constructor_keeps_only_its_own_traceback(command: Calla
     shown = "".join(traceback.format_exception(info.value))
     assert shown.count("Traceback") == 1
     assert "Union" not in shown
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimizer_of_a_library_that_is_not_installed_names_the_extra(command: Callable, config: Path) -> None:
+    result = command("fit", "--config", config, "--model.optimizer", "bitsandbytes.optim.AdamW8bit")
+    assert result.status == 2
+    message = "--model.optimizer: bitsandbytes is not installed; run pip install 'lightning-draft[quantization]'"
+    assert message in result.err
 
 
 @pytest.mark.parametrize(("code", "error"), [("def f(:\n", SyntaxError), ("import nowhere_at_all\n", ImportError)])

@@ -1,7 +1,7 @@
 """One battery for the newer model families: each is compared with diffusers' own pipeline on a small random one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
-from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, PipelineModel, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lightning_draft.models.families import FAMILIES
 from lightning_draft.models.family import Family
 from lightning_draft.rewards.color import ColorBalance
-from lightning_draft.surrogates import DirectAlign, FlowBPLagrange, LeapAlign
+from lightning_draft.samplers import DDIM, FlowEuler, Sampler
+from lightning_draft.surrogates import DirectAlign, FlowBPBridge, FlowBPLagrange, LeapAlign
 from lightning_draft.truncation import DRTune, Full, LastK, LowVariance, RandomK, RandomSteps, ReFL, Truncation
 from tests.family_cases import (
     CASES,
@@ -128,20 +129,18 @@ TRUNCATIONS = [
     RandomK(),
     RandomSteps(),
     DRTune(2, m=2),
+    FlowBPBridge(2),
     LeapAlign(),
     FlowBPLagrange(),
     DirectAlign(),
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_truncation_has_a_gradient_in_every_family(folders: Callable, name: str) -> None:
-    case = CASES[name]
-    model = opened(folders(name), case, lora=LoRA(2), guidance=Guidance(1.0))
+def check_gradients(model: PipelineModel, sampler: Sampler, prompts: Sequence[str]) -> None:
     parameters = [value for _, value in model.trainable_parameters()]
     for truncation in TRUNCATIONS:
         torch.manual_seed(0)
-        chain = SamplingChain(model, sampler(case), model.encode(case.prompts))
+        chain = SamplingChain(model, sampler, model.encode(prompts))
         loss = model.decode(truncation(chain, starting_noise(model))).square().mean()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         norms = torch.stack([each.norm() for each in gradients if each is not None])
@@ -149,8 +148,34 @@ def test_every_truncation_has_a_gradient_in_every_family(folders: Callable, name
         assert norms.max() > 0, truncation
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_truncation_has_a_gradient_in_every_family(folders: Callable, name: str) -> None:
+    case = CASES[name]
+    model = opened(folders(name), case, lora=LoRA(2), guidance=Guidance(1.0))
+    check_gradients(model, sampler(case), case.prompts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fixture", "sampler"),
+    [
+        (StableDiffusion, "tiny_sd", DDIM(STEPS)),
+        (StableDiffusionXL, "tiny_sdxl", DDIM(STEPS)),
+        (StableDiffusion3, "tiny_sd3", FlowEuler(STEPS)),
+    ],
+)
+def test_every_truncation_has_a_gradient_in_stable_diffusion(
+    kind: Callable[..., PipelineModel], fixture: str, sampler: Sampler, request: pytest.FixtureRequest
+) -> None:
+    model = kind(str(request.getfixturevalue(fixture)), lora=LoRA(2), guidance=Guidance(1.0))
+    check_gradients(model, sampler, ["a cat", "a red dog"])
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind for child in kind.__subclasses__() for kind in (child, *subclasses(child))}
+
+
 def test_the_battery_has_every_truncation() -> None:
-    shipped = {kind for kind in Truncation.__subclasses__() if kind.__module__.startswith("lightning_draft.")}
+    shipped = {kind for kind in subclasses(Truncation) if kind.__module__.startswith("lightning_draft.")}
     assert {type(each) for each in TRUNCATIONS} == shipped
 
 

@@ -189,7 +189,7 @@ def test_networks_that_a_file_lacks_need_pretrained_config(tiny_flux: Path, tmp_
         Flux(file)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, str | tuple[str, ...]] = {
     "StableDiffusion": "model.diffusion_model.input_blocks.0.0.weight",
     "StableDiffusionXL": "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
     "StableDiffusion3": "model.diffusion_model.joint_blocks.37.x_block.mlp.fc1.weight",
@@ -198,16 +198,26 @@ LAYOUTS = {
     "Chroma": "distilled_guidance_layer.in_proj.bias",
     "Sana": "blocks.0.cross_attn.q_linear.weight",
     "ZImage": "layers.0.adaLN_modulation.0.weight",
+    "PixArtSigma": ("blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.fc1.weight"),
+    "QwenImage": (
+        "model.diffusion_model.transformer_blocks.0.img_mod.1.weight",
+        "model.diffusion_model.txt_norm.weight",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_right_class_is_named_for_a_single_file_of_another_family(name: str, tmp_path: Path) -> None:
-    file = written({LAYOUTS[name]: torch.zeros(2, 4, 3, 3)}, tmp_path / "model.safetensors")
-    other: Any = StableDiffusionXL if name == "StableDiffusion" else StableDiffusion
-    with pytest.raises(ConfigurationError, match=f"checkpoint and not one of .*; open it with {name}$"):
-        other(file)
+    keys = LAYOUTS[name]
+    file = written(
+        dict.fromkeys((keys,) if isinstance(keys, str) else keys, torch.zeros(2, 4, 3, 3)),
+        tmp_path / "model.safetensors",
+    )
     family = getattr(lightning_draft, name).family
+    opened = "a pipeline folder of it" if family.single_file is None else "it"
+    for other in {StableDiffusion, StableDiffusionXL, lightning_draft.Sana} - {getattr(lightning_draft, name)}:
+        with pytest.raises(ConfigurationError, match=f"checkpoint and not one of .*; open {opened} with {name}$"):
+            other(file)
     if family.single_file is None:
         with pytest.raises(ConfigurationError, match=f"single files of {family.title} usually lack the text encoders"):
             getattr(lightning_draft, name)(file)

@@ -188,7 +188,7 @@ def test_error_names_the_model_class_of_the_pipeline(tiny_sd: Path, tiny_sd3: Pa
     with pytest.raises(ValueError, match="is a AuraFlowPipeline and not .* for example stabilityai/stable-diffusion-3"):
         StableDiffusion3(str(other))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="is a single file.* give a diffusers pipeline folder"):
+    with pytest.raises(ValueError, match="is not a checkpoint of a known model; give one of .* or a pipeline folder"):
         StableDiffusion3(str(tmp_path / "model.safetensors"))
 
 

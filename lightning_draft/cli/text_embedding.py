@@ -32,10 +32,16 @@ def embed_prompts(config: Any) -> None:
     if not isinstance(model, PromptEmbedding):
         return
     data = PromptDataModule(**config["data"].as_dict())
-    model.precompute([*data.train_prompts, *data.val_prompts], _device(config["trainer"]["accelerator"]))
+    model.precompute(
+        [*data.train_prompts, *data.val_prompts],
+        _device(**{name: config["trainer"][name] for name in ("accelerator", "devices")}),
+    )
 
 
-def _device(accelerator: object) -> torch.device:
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+def _device(accelerator: object, devices: object) -> torch.device:
+    """Return the device of this process; `devices` may name the GPUs of the run, as in `[1]`, `"1,"` and `"0,2"`."""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    named = devices.strip("[], ").split(",") if isinstance(devices, str) and "," in devices else devices
+    return torch.device("cuda", int(named[rank]) if isinstance(named, list) else rank)

@@ -98,6 +98,19 @@ def test_plan_of_a_policy_with_many_steps_equals_the_whole_count(
 
 
 @pytest.mark.usefixtures("counted_with_weights")
+@pytest.mark.parametrize(("accumulate", "prompts"), [(1, 2), (2, 2), (4, 4)])
+def test_prompts_of_a_step_are_those_of_its_rollouts(small_sd: Path, accumulate: int, prompts: int) -> None:
+    """A rollout of two prompts has two minibatches, one for each step with noise."""
+    policy = ("--model.sampler.eta", "1", "--model.sampler.num_steps", "3", "--model.timesteps_per_minibatch", "1")
+    found = run(
+        small_sd,
+        *("--model", "PolicyGradientModule", *policy, "--model.samples_per_prompt", "2", "--data.batch_size", "2"),
+        *("--data.prompts", '["a cat", "a dog"]', "--trainer.accumulate_grad_batches", str(accumulate)),
+    )
+    assert found.prompts == prompts
+
+
+@pytest.mark.usefixtures("counted_with_weights")
 @pytest.mark.parametrize(
     ("batch_size", "options", "omitted"),
     [

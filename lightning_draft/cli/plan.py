@@ -87,7 +87,7 @@ def _plan(args: Sequence[str]) -> _Run:
     """Plan the configuration, from shorter chains if every further sampling step adds the same memory and cost."""
     with _build(args) as (cli, module, prompts):
         title, steps = _title(module, len(prompts)), module.sampler.num_steps
-        size = len(prompts) * (cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
+        size = _prompts_per_step(cli, module, len(prompts))
         options = effective_options(cli.config["fit"], module, len(prompts))
         needed = _steps_needed(module)
         if needed < steps and (shortened := _shortened(cli, module, prompts, needed)) is not None:
@@ -130,6 +130,14 @@ def _rollouts_per_step(cli: Any, module: Any, batch_size: int) -> Fraction | Non
     return Fraction(
         cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1, len(module.minibatches(batch_size))
     )
+
+
+def _prompts_per_step(cli: Any, module: Any, batch_size: int) -> int:
+    """Return the number of prompts that an optimizer step samples; at least those of one rollout."""
+    rollouts = _rollouts_per_step(cli, module, batch_size)
+    if rollouts is None:
+        return batch_size * int(cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
+    return batch_size * math.ceil(rollouts)
 
 
 @contextlib.contextmanager
@@ -223,7 +231,10 @@ def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
     usable = SHARE * memory
     one, two = peak(1), peak(2)
     if one > usable:
-        return f"\nDoes not fit a GPU of {memory / 2**30:.3g} GiB: a batch of 1 needs {one / 2**30:.2f} GiB."
+        return (
+            f"\nDoes not fit a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: a batch of 1 needs "
+            f"{one / 2**30:.2f} GiB."
+        )
     size = max(1, math.floor(1 + (usable - one) / max(1, two - one)))
     if size > _VERIFIED:
         return (

@@ -36,6 +36,7 @@ POLICIES = {
     "reinforce": ("Reinforce", "PerPromptStatistics"),
     "ppo": ("PPO", "PerPromptStatistics"),
     "loop": ("PPO", "LeaveOneOut"),
+    "flow_grpo": ("PPO", "GroupRelative"),
     "prdp": ("PRDP", "GroupRelative"),
     "value_baseline": ("PPO", "PerPromptStatistics"),
     "apa": ("APA", "PerPromptStatistics"),

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 
 from lightning_draft.cli import plan as command
 from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct
-from lightning_draft.cli.plan_report import size
+from lightning_draft.cli.plan_report import report, size
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.plan import StepPlan
+from lightning_draft.plan import EmbeddingPlan, StepPlan
 
 
 @pytest.fixture
@@ -164,20 +165,74 @@ def test_page_names_the_parts_and_the_options_that_lower_the_peak(
 @pytest.mark.parametrize(
     ("memory", "expected"),
     [
-        (100, "of which a tenth is left free: 8 (0.00 GiB)"),
-        (2**30, "of which a tenth is left free: about 96636763, extrapolated"),
-        (10, "Does not fit a GPU of"),
+        (100, "of which a tenth is left free: 8 (0.1 KiB)"),
+        (2**20, "a GPU of 1 MiB, of which a tenth is left free: more than 65536, the limit of --data.batch_size"),
+        (12 * 1024, "of which a tenth is left free: about 1105, extrapolated"),
+        (10, "Does not fit a GPU of 9.537e-06 MiB, of which a tenth is left free: a batch of 1 needs 0.0 KiB"),
     ],
 )
 def test_largest_batch_is_the_last_one_within_nine_tenths_of_the_card(
     memory: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def peak_of(args: list[str]) -> command._Run:
+    def peak_of(args: list[str], rollouts: Fraction | None = None) -> command._Run:
         size = int(args[args.index("--data.batch_size") + 1])
         return command._Run("", StepPlan({"denoiser": 5}, 3, 10 * size, {}, {}, {}), size)
 
     monkeypatch.setattr(command, "_plan", peak_of)
     assert expected in command._largest_batch([], peak_of(["--data.batch_size", "1"]), memory)
+
+
+POLICY = (
+    *("--model", "PolicyGradientModule", "--model.sampler.num_steps", "3", "--model.sampler.eta", "1.0"),
+    *("--model.samples_per_prompt", "2", "--model.timesteps_per_minibatch", "1", "--model.micro_batch_size", "2"),
+)
+
+
+@pytest.mark.usefixtures("counted_with_weights")
+@pytest.mark.parametrize(
+    ("accumulate", "epochs", "prompts", "uses"), [(4, 1, 2, 1), (8, 1, 4, Fraction(1, 2)), (2, 1, 2, 2), (4, 2, 2, 2)]
+)
+def test_optimizer_steps_that_use_a_rollout_are_counted(
+    small_sd: Path, accumulate: int, epochs: int, prompts: int, uses: Fraction
+) -> None:
+    options = ("--trainer.accumulate_grad_batches", str(accumulate), "--model.inner_epochs", str(epochs))
+    found = run(small_sd, *POLICY, *options, "--data.batch_size", "2")
+    assert (found.prompts, found.uses) == (prompts, uses)
+
+
+@pytest.mark.usefixtures("counted_with_weights")
+def test_largest_batch_of_an_objective_that_needs_whole_rollouts(small_sd: Path) -> None:
+    options = (*POLICY, "--model.objective", "PRDP", "--model.advantage_estimator", "GroupRelative")
+    whole = run(small_sd, *options, "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "4")
+    one = run(small_sd, *options, "--data.batch_size", "1", "--trainer.accumulate_grad_batches", "2")
+    args = ["--model.model", "StableDiffusion", "--model.model.pretrained", str(small_sd), "--model.reward"]
+    args += ["ColorTarget", "--data.prompts", '["a cat"]', "--data.val_size", "0", "--model.sampler", "DDIM", *options]
+    line = command._largest_batch(
+        [*args, "--trainer.accumulate_grad_batches", "4"], whole, int(one.plan.peak / 0.9) + 1
+    )
+    assert "left free: 1 (" in line
+    assert "--trainer.accumulate_grad_batches 2." in line
+
+
+def test_peak_is_that_of_the_embedding_of_prompts_if_it_is_higher() -> None:
+    plan = StepPlan({"trained": 10}, 70, 20, {"other": 20}, {}, {}, EmbeddingPlan({"text encoder": 150}, 50))
+    page = report("", plan, 1)
+    assert (plan.peak, plan.step_peak) == (200, 100)
+    assert "Peak memory of the run  0.2 KiB, while the prompts are embedded" in page
+    assert "largest: the optimizer state (70% of the peak)" in page
+    assert "gradients, sampler and loss" in page
+
+
+@pytest.mark.usefixtures("counted_with_weights")
+def test_embedding_before_the_first_step_is_planned(small_sd: Path, tmp_path: Path) -> None:
+    options = ("--model.sampler.num_steps", "2")
+    kept = run(small_sd, *options).plan
+    cached = run(small_sd, *options, "--model.model.text.cache", str(tmp_path / "embeddings")).plan
+    assert kept.embedding is None
+    assert cached.embedding is not None
+    assert cached.embedding.weights["text encoder"] == kept.weights["text encoder"]
+    assert cached.embedding.live > 0
+    assert "text encoder" not in cached.weights
 
 
 @pytest.mark.parametrize(("text", "expected"), [("12GB", 12 * 2**30), ("1.5 GiB", 3 * 2**29), ("800mb", 800 * 2**20)])

@@ -19,7 +19,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.redaction import HIDDEN
 
 _MAX_DEVICES = 64
-_MAX_BATCH = 2**16
+MAX_BATCH = 2**16
 _DEVICES = r"auto|-1|[1-9]\d*|\d+(,\d+)+|\d+,"
 
 
@@ -106,7 +106,7 @@ CHECKS = (
         "to measure speed, write --trainer.profiler simple",
     ),
     *(
-        OptionCheck(f"data.{name}", lambda n: n <= _MAX_BATCH, f"must be at most {_MAX_BATCH}", "write 8")
+        OptionCheck(f"data.{name}", lambda n: n <= MAX_BATCH, f"must be at most {MAX_BATCH}", "write 8")
         for name in ("batch_size", "val_batch_size")
     ),
     OptionCheck("trainer.num_sanity_val_steps", lambda n: n >= -1, "must be at least 0, or -1 for all", "write 0"),

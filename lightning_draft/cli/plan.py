@@ -10,13 +10,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from lightning_draft.cli import shipped
 from lightning_draft.cli.build import BuildCLI
 from lightning_draft.cli.command_parser import CommandParser
+from lightning_draft.cli.option_checks import MAX_BATCH
 from lightning_draft.cli.plan_alternatives import ALTERNATIVES, distinct, effective_options
-from lightning_draft.cli.plan_report import Alternative, report
+from lightning_draft.cli.plan_report import Alternative, card, report
+from lightning_draft.cli.plan_report import size as format_size
 from lightning_draft.cli.process import process_arguments
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.draft import DraftModule
@@ -51,7 +54,7 @@ def main(args: Sequence[str]) -> int:
 
 def _print(args: Sequence[str], memory: int | None, flops: float | None, brief: bool) -> None:
     run = _plan(args)
-    print(report(run.title, run.plan, run.prompts, flops), flush=True)
+    print(report(run.title, run.plan, run.prompts, flops, run.uses), flush=True)
     if not brief:
         for line in _alternatives(args, run):
             print(line, flush=True)
@@ -81,24 +84,40 @@ class _Run:
     """Prompts of an optimizer step."""
     options: Mapping[str, str] = field(default_factory=dict)
     """From `effective_options`."""
+    accumulate: int = 1
+    """Training steps of an optimizer step."""
+    rollouts: Fraction | None = None
+    """From `_rollouts_per_step`."""
+    uses: Fraction = Fraction(1)
+    """Optimizer steps that use the same rollout."""
 
 
-def _plan(args: Sequence[str]) -> _Run:
-    """Plan the configuration, from shorter chains if every further sampling step adds the same memory and cost."""
+def _plan(args: Sequence[str], rollouts: Fraction | None = None) -> _Run:
+    """Plan the configuration, from shorter chains if every further sampling step adds the same memory and cost.
+
+    Args:
+        args: Options of the run.
+        rollouts: From `_rollouts_per_step`, which replaces `accumulate_grad_batches` if there are rollouts.
+    """
     with _build(args) as (cli, module, prompts):
         title, steps = _title(module, len(prompts)), module.sampler.num_steps
-        size = _prompts_per_step(cli, module, len(prompts))
-        options = effective_options(cli.config["fit"], module, len(prompts))
+        if rollouts is None:
+            rollouts = _rollouts_per_step(cli, module, len(prompts))
+        accumulate, uses = _accumulation(cli, module, len(prompts), rollouts), Fraction(1)
+        if isinstance(module, RolloutModule):
+            uses = Fraction(module.training_steps_per_batch(len(prompts)), accumulate)
+        size = math.ceil(len(prompts) / min(Fraction(1), uses)) if rollouts is not None else len(prompts) * accumulate
+        run = partial(_Run, title, prompts=size, accumulate=accumulate, rollouts=rollouts, uses=uses)
+        run = partial(run, options=effective_options(cli.config["fit"], module, len(prompts)))
         needed = _steps_needed(module)
         if needed < steps and (shortened := _shortened(cli, module, prompts, needed)) is not None:
-            return _Run(title, shortened, size, options)
+            return run(plan=shortened)
         if steps <= _LONG:
-            return _Run(title, _count(cli, module, prompts), size, options)
-        rollouts = _rollouts_per_step(cli, module, len(prompts))
+            return run(plan=_count(cli, module, prompts, rollouts))
         first = max(_LONG - 2, getattr(getattr(module, "window", None), "size", 0) + 1)
         uniform = len({_steps_without_noise(module, number) for number in (*range(first, first + 3), steps)}) == 1
-    plan = (_extrapolated(args, steps, first, rollouts) if uniform else None) or _with_steps(args, steps)
-    return _Run(title, plan, size, options)
+    plan = (_extrapolated(args, steps, first, rollouts) if uniform else None) or _with_steps(args, steps, rollouts)
+    return run(plan=plan)
 
 
 def _shortened(cli: Any, module: Any, prompts: list[str], needed: int) -> StepPlan | None:
@@ -124,20 +143,22 @@ def _steps_without_noise(module: Any, steps: int) -> int:
 
 
 def _rollouts_per_step(cli: Any, module: Any, batch_size: int) -> Fraction | None:
-    """Return the part of a rollout, or the number of rollouts, of an optimizer step; `None` for other methods."""
+    """Return how many times an optimizer step uses all minibatches of a rollout; `None` without rollouts."""
     if not isinstance(module, RolloutModule):
         return None
-    return Fraction(
-        cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1, len(module.minibatches(batch_size))
-    )
+    return Fraction(_accumulation(cli, module, batch_size), len(module.minibatches(batch_size)))
 
 
-def _prompts_per_step(cli: Any, module: Any, batch_size: int) -> int:
-    """Return the number of prompts that an optimizer step samples; at least those of one rollout."""
-    rollouts = _rollouts_per_step(cli, module, batch_size)
+def _accumulation(cli: Any, module: Any, batch_size: int, rollouts: Fraction | None = None) -> int:
+    """Return the training steps of an optimizer step: as configured, or those of so many uses of a rollout.
+
+    Optimizer steps on a part of a rollout must end with it, so that their number is rounded to a divisor.
+    """
     if rollouts is None:
-        return batch_size * int(cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1)
-    return batch_size * math.ceil(rollouts)
+        return cli.config_init["fit"]["trainer"]["accumulate_grad_batches"] or 1
+    number = len(module.minibatches(batch_size))
+    wanted = math.ceil(rollouts * number)
+    return wanted if rollouts >= 1 else next(each for each in range(wanted, number + 1) if number % each == 0)
 
 
 @contextlib.contextmanager
@@ -155,12 +176,12 @@ def _count(cli: Any, module: Any, prompts: list[str], rollouts: Fraction | None 
     names = ("precision", "accumulate_grad_batches", "gradient_clip_val")
     options = {name: config[name] for name in names if config[name] is not None}
     if rollouts is not None:
-        options["accumulate_grad_batches"] = math.ceil(rollouts * len(module.minibatches(len(prompts))))
+        options["accumulate_grad_batches"] = _accumulation(cli, module, len(prompts), rollouts)
     return plan_step(module, prompts, options)
 
 
-def _with_steps(args: Sequence[str], steps: int, rollouts: Fraction | None = None) -> StepPlan:
-    """Plan with another number of sampling steps, and optionally as many rollouts per optimizer step."""
+def _with_steps(args: Sequence[str], steps: int, rollouts: Fraction | None) -> StepPlan:
+    """Plan with another number of sampling steps, and as many rollouts per optimizer step."""
     with _build([*args, "--model.sampler.num_steps", str(steps)]) as built:
         return _count(*built, rollouts)
 
@@ -209,10 +230,10 @@ def _alternatives(args: Sequence[str], run: _Run) -> Iterator[str]:
     decodes = "autoencoder" in run.plan.calls
     for option in distinct([each for each in ALTERNATIVES if decodes or ".memory." not in each], run.options):
         try:
-            other = _plan([*args, *option.split()])
+            other = _plan([*args, *option.split()], run.rollouts)
         except ConfigurationError:
             continue
-        alternative = Alternative(option, other.plan.peak, other.plan.total_flops)
+        alternative = Alternative(option + _accumulate_option(run, other), other.plan.peak, other.plan.total_flops)
         if alternative.peak < 0.99 * run.plan.peak:
             if not found:
                 yield "\nOptions that lower the peak"
@@ -222,31 +243,36 @@ def _alternatives(args: Sequence[str], run: _Run) -> Iterator[str]:
         yield "\nNo option lowers the peak by more than 1 %."
 
 
+def _accumulate_option(run: _Run, other: _Run) -> str:
+    """Return the option with which a changed run has as many rollouts per optimizer step as before, if it is needed."""
+    same = other.rollouts is None or other.accumulate == run.accumulate
+    return "" if same else f" --trainer.accumulate_grad_batches {other.accumulate}"
+
+
 def _largest_batch(args: Sequence[str], run: _Run, memory: int) -> str:
-    """Return the largest batch for a GPU, extrapolated from two batch sizes and then checked."""
+    """Return the largest batch for a GPU, extrapolated from two batch sizes and then checked.
 
-    def peak(size: int) -> int:
-        return _plan([*args, "--data.batch_size", str(size)]).plan.peak
+    An optimizer step has as many rollouts with each batch size, as some objectives require.
+    """
 
-    usable = SHARE * memory
-    one, two = peak(1), peak(2)
-    if one > usable:
-        return (
-            f"\nDoes not fit a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: a batch of 1 needs "
-            f"{one / 2**30:.2f} GiB."
-        )
-    size = max(1, math.floor(1 + (usable - one) / max(1, two - one)))
+    def planned(size: int) -> _Run:
+        return _plan([*args, "--data.batch_size", str(size)], run.rollouts)
+
+    gpu, usable = f"a GPU of {card(memory)}, of which a tenth is left free", SHARE * memory
+    one = found = planned(1)
+    if one.plan.peak > usable:
+        return f"\nDoes not fit {gpu}: a batch of 1 needs {format_size(one.plan.peak)}."
+    step = planned(2).plan.step_peak - one.plan.step_peak
+    size = max(1, math.floor(1 + (usable - one.plan.step_peak) / max(1, step)))
+    if size > MAX_BATCH:
+        return f"\nLargest batch for {gpu}: more than {MAX_BATCH}, the limit of --data.batch_size."
     if size > _VERIFIED:
-        return (
-            f"\nLargest batch for a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: about {size}, "
-            "extrapolated from batches of 1 and 2."
-        )
-    while (found := one if size == 1 else peak(size)) > usable:
-        size = max(1, min(size - 1, math.floor(size * usable / found)))
-    return (
-        f"\nLargest batch for a GPU of {memory / 2**30:.3g} GiB, of which a tenth is left free: {size} "
-        f"({found / 2**30:.2f} GiB)."
-    )
+        return f"\nLargest batch for {gpu}: about {size}, extrapolated from batches of 1 and 2."
+    while size > 1 and (found := planned(size)).plan.peak > usable:
+        size = max(1, min(size - 1, math.floor(size * usable / found.plan.peak)))
+    found = one if size == 1 else found
+    option = _accumulate_option(run, found)
+    return f"\nLargest batch for {gpu}: {size} ({format_size(found.plan.peak)}){option and f', with{option}'}."
 
 
 @contextlib.contextmanager

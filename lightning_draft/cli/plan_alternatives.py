@@ -1,6 +1,7 @@
 """Options that may lower the peak memory of a training step, without those that would change nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_draft.cli.messages import flatten
@@ -16,10 +17,13 @@ ALTERNATIVES = (
     "--model.model.memory.checkpoint_decoder true",
     "--model.model.memory.checkpoint_decoder true --model.model.memory.decode_chunk 1",
     "--model.model.memory.checkpoint_decoder block --model.model.memory.decode_chunk 1",
+    "--model.model.text.cache embeddings",
     "--model.model.dtype bfloat16",
+    "--model.model.quantization torchao-int8",
+    "--model.model.quantization torchao-int8 --model.checkpointing block",
     "--model.model.quantization bitsandbytes-nf4",
 )
-"""Options that may lower the peak."""
+"""Options that may lower the peak. An 8-bit optimizer is none of them, because a plan with it needs its package."""
 
 _MODES = {(False, False): "none", (True, False): "step", (False, True): "block", (True, True): "both"}
 
@@ -35,6 +39,8 @@ def effective_options(config: Any, module: Any, batch_size: int) -> dict[str, st
     options = {name: str(value).lower() for name, value in flatten(config.as_dict()).items()}
     recompute, model = module.recompute, module.model
     options["model.checkpointing"] = _MODES[recompute.steps, recompute.blocks]
+    if isinstance(model, PipelineModel) and (model.text.cache or Path(model.pretrained).expanduser().is_file()):
+        options["model.model.text.cache"] = "embeddings"  # another folder would not help, and no file can have one
     if not isinstance(module, DirectModule):
         return options
     if batch_size == 1:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_draft.models.base import Conditioning, DiffusionModel
 from lightning_draft.models.family import Family
@@ -82,6 +82,20 @@ class PromptEmbedding(DiffusionModel):
             for key in keys:
                 if self._key(key) not in self._embeddings:
                     self._cached(key, keep=True)
+
+    @contextmanager
+    def loaded_text_encoders(self, device: torch.device | str = "cpu") -> Iterator[dict[str, nn.Module]]:
+        """Within this context, a model with `text.cache` has its text encoders, which it yields by name.
+
+        Args:
+            device: Their device.
+        """
+        self._load_text_encoders(device)
+        try:
+            present = {name: getattr(self, name) for name in self.family.text_encoders}
+            yield {name.replace("_", " "): each for name, each in present.items() if each is not None}
+        finally:
+            self._drop_text_encoders()
 
     def default_prompts(self, count: int) -> list[str]:
         """Return at most `count` prompts for images without given prompts; a model that reads text has none."""

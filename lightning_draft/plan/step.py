@@ -16,14 +16,36 @@ from torch.utils.data import DataLoader
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
+from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.quantization import stored_tensors
 from lightning_draft.plan.replay import replayed
 from lightning_draft.plan.tracker import OTHER, Tracker
 from lightning_draft.weightless import is_without_weights
 
+TRAINED = "trained"
+"""Name of the weights that are trained, whose part is not named."""
+
 _FEW = 16
 """Number of modules up to which a block is run, which takes no longer than to recognize its call."""
+
+
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """Peak memory while a model with `text.cache` embeds its prompts, before its other networks are loaded.
+
+    Args:
+        weights: Bytes of the text encoders' parameters and buffers, by text encoder.
+        live: Largest number of bytes of other tensors that exist at the same time.
+    """
+
+    weights: Mapping[str, int]
+    live: int
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes."""
+        return sum(self.weights.values()) + self.live
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class StepPlan:
             loss and the backward pass.
         flops: Floating-point operations by part, forward, recomputation and backward; the backward pass is in `other`.
         calls: Number of forward calls of each part, recomputation included.
+        embedding: The embedding of the prompts before the first step, with `text.cache`.
     """
 
     weights: Mapping[str, int]
@@ -47,10 +70,16 @@ class StepPlan:
     live_by_part: Mapping[str, int]
     flops: Mapping[str, int]
     calls: Mapping[str, int]
+    embedding: EmbeddingPlan | None = None
 
     @property
     def peak(self) -> int:
-        """Peak bytes: weights, the optimizer's state, and all other tensors at the peak."""
+        """Peak bytes of the run, in a step or before the first one."""
+        return max(self.step_peak, 0 if self.embedding is None else self.embedding.peak)
+
+    @property
+    def step_peak(self) -> int:
+        """Peak bytes of a step: weights, the optimizer's state, and all other tensors at the peak."""
         return sum(self.weights.values()) + self.optimizer + self.live
 
     @property
@@ -87,6 +116,7 @@ class StepPlan:
             mix(self.live_by_part, longer.live_by_part),
             mix(self.flops, longer.flops),
             mix(self.calls, longer.calls),
+            longer.embedding,
         )
 
 
@@ -105,8 +135,7 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
     Raises:
         ConfigurationError: The reward reads pixel values, as JPEG encoders and services do.
     """
-    if isinstance(module.model, PromptEmbedding) and module.model.text.cache is not None:
-        module.model.precompute(prompts)
+    embedding = _embedding_plan(module.model, prompts)
     parts = model_parts(module)
     weights = _weights(module, parts)
     module.checks_first_step = False
@@ -133,7 +162,22 @@ def plan_step(module: RewardModule, prompts: list[str], trainer_options: Mapping
     live, by_part = before_optimizer.peak
     if tracker.peak > live + state:  # in the optimizer's step
         live, by_part = tracker.peak - state, tracker.at_peak
-    return StepPlan(weights, state, live, {**by_part}, {**tracker.flops}, {**tracker.calls})
+    return StepPlan(weights, state, live, {**by_part}, {**tracker.flops}, {**tracker.calls}, embedding)
+
+
+def _embedding_plan(model: DiffusionModel, prompts: list[str]) -> EmbeddingPlan | None:
+    """Embed the prompts of a model with `text.cache`, as in a run whose folder is empty; `None` for other models.
+
+    Each prompt is embedded separately, so that the longest one has the peak.
+    """
+    if not isinstance(model, PromptEmbedding) or model.text.cache is None:
+        return None
+    with model.loaded_text_encoders() as encoders:
+        weights = _weights(model, encoders)
+        with Tracker() as tracker:
+            model.precompute([max(prompts, key=len)])
+        model.precompute(prompts)
+    return EmbeddingPlan({name: weights[name] for name in encoders if name in weights}, tracker.peak)
 
 
 @contextmanager
@@ -217,7 +261,7 @@ class _BeforeOptimizer(Callback):
         self.peak = (self.tracker.peak, self.tracker.at_peak)
 
 
-def _weights(module: RewardModule, parts: Mapping[str, nn.Module]) -> dict[str, int]:
+def _weights(module: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return the bytes of parameters and buffers by part; `trained` is the parameters with a gradient."""
     trained = {id(each) for each in module.parameters() if each.requires_grad}
     counted: set[int] = set()
@@ -226,7 +270,7 @@ def _weights(module: RewardModule, parts: Mapping[str, nn.Module]) -> dict[str, 
         for value in (*part.parameters(), *part.buffers()):
             if id(value) not in counted:
                 counted.add(id(value))
-                sizes["trained" if id(value) in trained else name] += sum(each.nbytes for each in stored_tensors(value))
+                sizes[TRAINED if id(value) in trained else name] += sum(each.nbytes for each in stored_tensors(value))
     return {name: size for name, size in sizes.items() if size}
 
 

@@ -11,6 +11,7 @@ one line per finished run, and a second call continues there.
 
 import argparse
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from examples.before_after import ordered
 from examples.method_table.__main__ import commit
 from examples.method_table.measure import Evaluation, Meter, Row, is_valid, rewards
 from examples.method_table.methods import build, kind, shipped_configs
-from examples.method_table.report import mean_and_error, to_reach
+from examples.method_table.report import cell, line, to_reach
 from examples.method_table.runs import Run, RunFile
 from examples.trainer import without_files
 from lightning_draft.models import PipelineModel
@@ -55,27 +56,19 @@ def train(config: str, seed: int, arguments: argparse.Namespace, evaluation: Eva
 
 def table(runs: Sequence[Run], level: float) -> str:
     """Return the costs until the level is reached, as means over the seeds with standard errors."""
-    lines = [
-        f"| config | seeds | queries to {level:g} | passes | CPU seconds | last evaluation | PSNR |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["config", "seeds", f"queries to {level:g}", "passes", "CPU seconds", "last evaluation", "PSNR"]
+    lines = [line(head), "|---" * len(head) + "|\n"]
     for config in dict.fromkeys(run["config"] for run in runs):
         own = [run for run in runs if run["config"] == config]
-        costs = [
-            _cell([to_reach(run, level, key) for run in own], "{:,.0f}") for key in ("queries", "passes", "seconds")
-        ]
-        last = [
-            _cell([run["evaluations"][-1].get(key, float("nan")) for run in own], "{:.2f}")
-            for key in ("evaluation", "PSNR")
-        ]
-        lines.append(f"| {config} | {len(own)} | {' | '.join([*costs, *last])} |")
-    return "\n".join(lines)
+        costs = [_cost([to_reach(run, level, key) for run in own]) for key in ("queries", "passes", "seconds")]
+        last = [cell([run["evaluations"][-1].get(key, math.nan) for run in own]) for key in ("evaluation", "PSNR")]
+        lines.append(line([config, str(len(own)), *costs, *last]))
+    return "".join(lines)
 
 
-def _cell(values: Sequence[float], form: str) -> str:
-    if float("inf") in values:
-        return f"reached by {sum(value < float('inf') for value in values)}"
-    return " ± ".join(form.format(value) for value in mean_and_error(values))
+def _cost(values: Sequence[float]) -> str:
+    reached = sum(map(math.isfinite, values))
+    return cell(values, 0) if reached == len(values) else f"reached by {reached}"
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -74,6 +74,7 @@ class Table:
             ranges[own.option] = (own.low, own.high)
 
         def trial(options: Options, stop: Report) -> float:
+            """Train with a trial's options, and return the CPU seconds used."""
             seconds = self.tuning_seconds / TRIALS
 
             def pruned(scores: Row, milestone: int) -> bool:

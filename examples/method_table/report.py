@@ -89,14 +89,14 @@ def leaderboard(groups: dict[str, list[Run]], level: float) -> str:
         score = _mean(group, "evaluation")
         if number == len(group):
             order = mean_and_error(reached["seconds"])[0]
-            cells = [_cell(reached["seconds"], 1), *(_cell(reached[key], 0) for key in ("queries", "passes"))]
+            cells = [cell(reached["seconds"], 1), *(cell(reached[key], 0) for key in ("queries", "passes"))]
         else:
             order = 1e6 - score
             cells = ["not reached", "", ""]
         tuned = ", ".join(f"{name.split('.')[-1]} {value:.2g}" for name, value in group[0]["options"].items())
-        rows.append((order, _line([config, kind(config), tuned, f"{number} of {len(group)}", *cells])))
+        rows.append((order, line([config, kind(config), tuned, f"{number} of {len(group)}", *cells])))
     head = ["config", "kind", "tuned", f"seeds at {level:g}", *(f"{name} to it" for name in COSTS.values())]
-    return _line(head) + "|---" * len(head) + "|\n" + "".join(line for _, line in sorted(rows))
+    return line(head) + "|---" * len(head) + "|\n" + "".join(row for _, row in sorted(rows))
 
 
 def results(groups: dict[str, list[Run]]) -> str:
@@ -105,15 +105,15 @@ def results(groups: dict[str, list[Run]]) -> str:
     head = ["config", "steps", "queries", "passes", *names]
     if "PSNR" in names:
         head += [f"PSNR at evaluation {IMAGE_LEVEL:g}"]
+    head += ["gradient norm: first → last"]
     lines = []
     for config, group in sorted(groups.items(), key=lambda item: -_mean(item[1], "evaluation")):
         cells = [config, *(f"{_mean(group, key):,.0f}" for key in ("steps", "queries", "passes"))]
-        cells += [_cell([run["evaluations"][-1][name] for run in group]) for name in names]
+        cells += [cell([run["evaluations"][-1][name] for run in group]) for name in names]
         if "PSNR" in names:
-            cells += [_cell([to_reach(run, IMAGE_LEVEL, "PSNR") for run in group])]
-        lines.append(_line([*cells, _growth(group)]))
-    head += ["gradient norm: first → last"]
-    return _line(head) + "|---" * len(head) + "|\n" + "".join(lines)
+            cells += [cell([to_reach(run, IMAGE_LEVEL, "PSNR") for run in group])]
+        lines.append(line([*cells, _growth(group)]))
+    return line(head) + "|---" * len(head) + "|\n" + "".join(lines)
 
 
 def equal(groups: dict[str, list[Run]], key: str) -> str:
@@ -122,9 +122,22 @@ def equal(groups: dict[str, list[Run]], key: str) -> str:
     cost = min(run["evaluations"][-1][key] for group in groups.values() for run in group)
     rows = {config: [[at(run, cost, key, name) for run in group] for name in names] for config, group in groups.items()}
     best_first = sorted(rows.items(), key=lambda item: -mean_and_error(item[1][0])[0])
-    lines = [_line([config, *map(_cell, scores)]) for config, scores in best_first]
-    table = _line(["config", *names]) + "|---" * (1 + len(names)) + "|\n"
+    lines = [line([config, *map(cell, scores)]) for config, scores in best_first]
+    table = line(["config", *names]) + "|---" * (1 + len(names)) + "|\n"
     return f"{cost:,.0f} {COSTS[key]}\n\n{table}{''.join(lines)}"
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Return a mean with its standard error as the text of a cell; empty if a value is not finite."""
+    mean, error = mean_and_error(values)
+    if not math.isfinite(mean):
+        return ""
+    return f"{mean:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
+
+
+def line(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _scores(groups: dict[str, list[Run]]) -> list[str]:
@@ -151,7 +164,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _curve(axes: Any, label: str, group: list[Run], key: str, line: str) -> None:
+def _curve(axes: Any, label: str, group: list[Run], key: str, style: str) -> None:
     evaluations = [run["evaluations"] for run in group]
     if len({len(rows) for rows in evaluations}) > 1:  # a long training step passed two milestones in some runs
         evaluations = [[rows[0], rows[-1]] for rows in evaluations]
@@ -159,7 +172,7 @@ def _curve(axes: Any, label: str, group: list[Run], key: str, line: str) -> None
     spent = [sum(row[key] for row in rows) / len(rows) for rows in milestones]
     means, errors = zip(*(mean_and_error([row["evaluation"] for row in rows]) for rows in milestones), strict=True)
     bars = [0 if math.isnan(error) else error for error in errors]
-    axes.errorbar(spent, means, bars, marker=".", capsize=2, linestyle=line, label=label)
+    axes.errorbar(spent, means, bars, marker=".", capsize=2, linestyle=style, label=label)
 
 
 def _growth(group: Sequence[Run]) -> str:
@@ -170,17 +183,6 @@ def _growth(group: Sequence[Run]) -> str:
 
 def _mean(group: Sequence[Run], key: str) -> float:
     return mean_and_error([run["evaluations"][-1][key] for run in group])[0]
-
-
-def _cell(values: Sequence[float], digits: int = 2) -> str:
-    mean, error = mean_and_error(values)
-    if not math.isfinite(mean):
-        return ""
-    return f"{mean:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
 
 
 def _median(values: Sequence[float]) -> float:

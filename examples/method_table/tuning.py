@@ -71,6 +71,7 @@ def _run_trial(
     score = 0.0
 
     def report(value: float, milestone: int) -> bool:
+        """Store the score at a milestone, and return whether the trial should end there."""
         nonlocal score
         score = value
         trial.report(value, milestone)

@@ -32,3 +32,7 @@ def test_the_table_has_the_queries_at_the_level_or_the_number_of_runs_that_reach
     lines = queries.table(runs, -0.5).splitlines()
     assert lines[2].startswith("| draft | 2 | 12 ± 3 | 117 ± 33 | 1 ± 0 | -0.40 ± 0.00 |")
     assert lines[3].startswith("| ppo | 1 | reached by 0 | reached by 0 | reached by 0 |")
+
+
+def test_every_compared_config_has_stored_runs_with_its_tuned_options() -> None:
+    assert {run["config"] for run in queries.TUNED.all()} == set(queries.shipped_configs())

@@ -179,6 +179,7 @@ def _before_writing(suffix: str, act: Callable[[Path], None]) -> None:
     original = os.fsync
 
     def fsync(handle: int) -> None:
+        """Act before a file with the suffix is written to the disk."""
         file = Path(os.readlink(f"/proc/self/fd/{handle}"))
         if file.suffix == suffix:
             act(file)
@@ -202,6 +203,7 @@ def _add_callback(kill: Kill, countdown: _Countdown) -> None:
     original: Any = DraftCLI._callbacks
 
     def callbacks(self: DraftCLI, config: Any) -> list[Callback]:
+        """Return the callbacks of the run, and one that counts down at the moment of the kill."""
         found: list[Callback] = original(self, config)
         extra = Callback()
         setattr(extra, kill.moment, lambda *_: countdown())

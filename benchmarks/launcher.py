@@ -69,6 +69,7 @@ def _serve(arguments: list[str], requests: Connection) -> int:
     parse: Any = DraftCLI.parse_arguments
 
     def parse_arguments(self: DraftCLI, parser: Any, args: Any) -> None:
+        """Parse once; then each request continues from here in a fork."""
         parse(self, parser, args)
         while True:
             attempt = requests.recv()

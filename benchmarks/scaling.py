@@ -216,6 +216,7 @@ def run(case: Case, processes: int, batch: int, arguments: argparse.Namespace, f
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "scaling"}
 
     def process(rank: int) -> None:
+        """Train as one of the processes, and end without cleaning up."""
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ.update({name: str(value) for name, value in {**place, **ranks}.items()})
         train(rank, case, batch, arguments, folder)

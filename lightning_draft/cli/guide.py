@@ -47,6 +47,7 @@ def _guide(options: argparse.Namespace, methods: Sequence[Method]) -> None:
     results: dict[str, GuidedImages] = {}
 
     def run(label: str, method: Method | None = None, scale: float = 0.0) -> None:
+        """Generate and score images with a method, and print its line."""
         results[label] = run_method(
             generation.model,
             generation.sampler,

@@ -58,7 +58,10 @@ def report(
     """
     calls = plan.calls.get("denoiser", 0)
     cost = f"Cost of a training step  {_tera(plan.total_flops)}, "
-    cost += _per_prompt(plan, prompts) if uses <= 1 else f"with a rollout of {prompts} prompts that {uses} steps use"
+    if uses <= 1:
+        cost += f"{_tera(plan.total_flops / prompts)} per prompt"
+    else:
+        cost += f"with a rollout of {prompts} prompts that {uses} steps use"
     lines = [
         title,
         "",
@@ -75,10 +78,6 @@ def report(
     if flops_per_second is not None:
         lines.append(f"  at {flops_per_second:.3g} FLOP/s: {plan.total_flops / flops_per_second:.3g} s")
     return "\n".join(lines)
-
-
-def _per_prompt(plan: StepPlan, prompts: int) -> str:
-    return f"{_tera(plan.total_flops / prompts)} per prompt"
 
 
 def _tera(flops: float) -> str:

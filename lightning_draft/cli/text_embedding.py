@@ -34,7 +34,7 @@ def embed_prompts(config: Any) -> None:
     data = PromptDataModule(**config["data"].as_dict())
     model.precompute(
         [*data.train_prompts, *data.val_prompts],
-        _device(**{name: config["trainer"][name] for name in ("accelerator", "devices")}),
+        _device(config["trainer"]["accelerator"], config["trainer"]["devices"]),
     )
 
 

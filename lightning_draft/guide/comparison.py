@@ -87,6 +87,7 @@ def as_sample(method: Method, reward: Reward) -> Sample:
     """Return the function that samples latents with a method and a reward."""
 
     def sample(chain: SamplingChain, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Sample with the method; steps are recomputed if it differentiates through several."""
         if method.through_chain and chain.num_steps > 1:
             chain = replace(chain, recompute=Recompute(steps=True))
         score = latent_score(chain.model, reward, prompts, clamp=not method.needs_gradient)

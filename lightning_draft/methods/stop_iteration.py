@@ -17,6 +17,7 @@ def stop_iteration_is_error(function: Callable[_Arguments, _Result]) -> Callable
 
     @wraps(function)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        """Call the function, and raise `RuntimeError` instead of what would end the data."""
         try:
             return function(*args, **kwargs)
         except (StopIteration, StopAsyncIteration) as error:

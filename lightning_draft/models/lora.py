@@ -243,6 +243,7 @@ def with_current_scales(block: nn.Module, run: Callable[..., Any] | None = None)
     before = [(layer, layer.disable_adapters, layer.scaling[ADAPTER]) for layer in layers(block)]
 
     def call(*inputs: Any, **options: Any) -> Any:
+        """Call the function with the adapters as they were, then set them back."""
         now = [(layer, layer.disable_adapters, layer.scaling[ADAPTER]) for layer, _, _ in before]
         try:
             _restore(before)

@@ -81,6 +81,7 @@ def resize_lora(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
     squares = [0.0, 0.0]
 
     def smaller(update: Update) -> Update:
+        """Truncate an update, and add up the squared norms of the error and of the update."""
         kept, distance = truncate(update, rank)
         squares[0] += distance**2
         squares[1] += update.norm() ** 2

@@ -136,6 +136,7 @@ class Call:
         tracker, sections, stored = self.tracker, [Section()], {}
 
         def store(tensor: Tensor) -> Tensor:
+            """Store a tensor for the backward pass, and begin a new section of the record."""
             sections.append(tracker.cut())
             storage = tensor.untyped_storage()
             stored[storage._cdata] = weakref.ref(storage)
@@ -243,6 +244,7 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _BackwardRun, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs, detached; those without a gradient stay so."""
         ctx.set_materialize_grads(False)
         ctx.run, outputs = run, tuple(tensor.detach() for tensor in tensors)
         pairs = zip(outputs, tensors, strict=True)

@@ -122,6 +122,7 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return new tensors in the shapes of the outputs, and count what the call stores for its backward pass."""
         outputs = tuple(call.create())
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(each for each, has in zip(outputs, call.differentiable, strict=True) if not has))
@@ -135,6 +136,7 @@ class _Repeated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        """Repeat the memory and cost of the measured backward pass, and return gradients in the inputs' shapes."""
         stored, call, trained = ctx.saved_tensors, ctx.call, ctx.trained
         given = [each for each, has in zip(gradients, call.differentiable, strict=True) if has]
         wanted = bool(trained) and _is_wanted(ctx.next_functions[-1][0])

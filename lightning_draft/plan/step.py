@@ -24,7 +24,7 @@ from lightning_draft.plan.tracker import OTHER, Tracker
 from lightning_draft.weightless import is_without_weights
 
 TRAINED = "trained"
-"""Name of the weights that are trained, whose part is not named."""
+"""Name of the trained weights, which are counted apart from the networks that they belong to."""
 
 _FEW = 16
 """Number of modules up to which a block is run, which takes no longer than to recognize its call."""

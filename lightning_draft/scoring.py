@@ -1,7 +1,7 @@
 """Score folders of existing images with rewards, without a diffusion model."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -14,13 +14,13 @@ from lightning_draft.arguments import at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_files import UnreadableImageError, image_size, list_images, read_image
 from lightning_draft.image_prompts import PromptSource, find_prompts
+from lightning_draft.progress import Progress
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.inputs import NonFiniteScoreError, from_pil
 from lightning_draft.rewards.latent import describe_no_latents
 from lightning_draft.score_table import ScoredImage, ScoreTable, modification_time
 from lightning_draft.seeds import scoring
 
-Progress = Callable[[int, int], None]
 Unreadable = Literal["stop", "skip"]
 
 

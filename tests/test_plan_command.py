@@ -138,6 +138,15 @@ def test_alternatives_are_distinct() -> None:
     assert not [each for each in kept if "both" in each or "dtype" in each]
 
 
+@pytest.mark.parametrize("option", ["--model.model.text.cache embeddings", "--model.model.quantization torchao-int8"])
+def test_alternatives_without_weights_are_planned_in_any_environment(small_sd: Path, option: str) -> None:
+    """torchao need not be installed, and no embedding is written."""
+    assert option in ALTERNATIVES
+    options = ("--model.sampler.num_steps", "2")
+    plan, other = (run(small_sd, *options, *more).plan for more in ((), option.split()))
+    assert sum(other.weights.values()) < 0.9 * sum(plan.weights.values())
+
+
 @pytest.mark.usefixtures("counted_with_weights")
 def test_page_names_the_parts_and_the_options_that_lower_the_peak(
     small_sd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,6 @@
 """Options that may lower the peak memory of a training step, without those that would change nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_draft.cli.messages import flatten
@@ -39,8 +38,8 @@ def effective_options(config: Any, module: Any, batch_size: int) -> dict[str, st
     options = {name: str(value).lower() for name, value in flatten(config.as_dict()).items()}
     recompute, model = module.recompute, module.model
     options["model.checkpointing"] = _MODES[recompute.steps, recompute.blocks]
-    if isinstance(model, PipelineModel) and (model.text.cache or Path(model.pretrained).expanduser().is_file()):
-        options["model.model.text.cache"] = "embeddings"  # another folder would not help, and no file can have one
+    if isinstance(model, PipelineModel) and model.text.cache:
+        options["model.model.text.cache"] = "embeddings"  # another folder would not help
     if not isinstance(module, DirectModule):
         return options
     if batch_size == 1:

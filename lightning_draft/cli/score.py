@@ -3,8 +3,6 @@
 import argparse
 import inspect
 import re
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from lightning_draft.cli.messages import INTERRUPTED, print_error
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.pairwise_score import compare_pairs, report_pairs
+from lightning_draft.progress import ProgressLine
 from lightning_draft.rewards.base import Reward, check_name
 from lightning_draft.rewards.pairwise import PairwiseReward
 from lightning_draft.rewards.usage import total_usage
@@ -143,7 +142,7 @@ def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -
     output = Path(options.output)
     if len(options.folders) == 2:
         output = output / f"{number + 1}-{folder.resolve().name}"
-    progress = _Progress()
+    progress = ProgressLine("images")
     rows = score_folder(
         folder,
         built,
@@ -164,35 +163,3 @@ def _score(number: int, built: dict[str, Reward], options: argparse.Namespace) -
     if options.parquet:
         write_parquet(rows, output / "scores.parquet")
     return rows
-
-
-class _Progress:
-    """Show the number of scored images and the remaining time: in one line of a terminal, else a line per minute."""
-
-    def __init__(self) -> None:
-        self.start: tuple[int, float] | None = None
-        self.last = -60.0
-        self.text = ""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show `done` of `total`; the first call is that before the first batch."""
-        now = time.monotonic()
-        if self.start is None:
-            self.start = (done, now)
-            if done:
-                print(f"continuing after {done} images", file=sys.stderr)
-            return
-        before, started = self.start
-        remaining = (now - started) * (total - done) / max(1, done - before)
-        self.text = f"{done}/{total} images, {int(remaining) // 60}:{int(remaining) % 60:02} left"
-        if sys.stderr.isatty():
-            print(f"\r{self.text}\x1b[K", end="", file=sys.stderr, flush=True)
-        elif now - self.last >= 60:
-            self.last = now
-            print(self.text, file=sys.stderr, flush=True)
-            self.text = ""
-
-    def finish(self) -> None:
-        """End the line of a terminal, or show the last state that was not shown."""
-        if self.text:
-            print(file=sys.stderr) if sys.stderr.isatty() else print(self.text, file=sys.stderr)

@@ -10,6 +10,7 @@ from lightning_draft.cli.messages import as_root_cause
 from lightning_draft.data import PromptDataModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.prompt_embedding import PromptEmbedding
+from lightning_draft.progress import ProgressLine
 from lightning_draft.weightless import without_weights
 
 
@@ -32,10 +33,10 @@ def embed_prompts(config: Any) -> None:
     if not isinstance(model, PromptEmbedding):
         return
     data = PromptDataModule(**config["data"].as_dict())
-    model.precompute(
-        [*data.train_prompts, *data.val_prompts],
-        _device(config["trainer"]["accelerator"], config["trainer"]["devices"]),
-    )
+    device = _device(config["trainer"]["accelerator"], config["trainer"]["devices"])
+    progress = ProgressLine("prompts embedded")
+    model.precompute([*data.train_prompts, *data.val_prompts], device, progress)
+    progress.finish()
 
 
 def _device(accelerator: object, devices: object) -> torch.device:

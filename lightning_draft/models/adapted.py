@@ -20,6 +20,7 @@ from lightning_draft.models.prompt_embedding import PromptEmbedding
 from lightning_draft.models.quantization import Quantization
 from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule, header_of
 from lightning_draft.models.trainable import OriginalWeights, Trainable, unfreeze
+from lightning_draft.progress import Progress
 
 
 class AdaptedModel(PromptEmbedding):
@@ -56,10 +57,12 @@ class AdaptedModel(PromptEmbedding):
         """The scale of the text encoders' part of a LoRA; embeddings are cached for each scale."""
         return self.text_updates.scale if self.text_updates.updates else 1.0
 
-    def precompute(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> None:
+    def precompute(
+        self, prompts: Iterable[str], device: torch.device | str = "cpu", progress: Progress | None = None
+    ) -> None:
         """Embed prompts and the negative prompt ahead of time, and cache all of them, also for the base model."""
         prompts = list(prompts)
-        super().precompute(prompts, device)
+        super().precompute(prompts, device, progress)
         if self.text_updates.updates:
             with self.text_updates.scaled(0.0):
                 super().precompute(prompts, device)
@@ -229,7 +232,7 @@ class AdaptedModel(PromptEmbedding):
         for option, value in {"text.cache": self.text.cache, "quantization": self.quantization}.items():
             if file.encoders and value is not None:
                 reason = f"has a part for the text encoders, which cannot be used with {option}={value!r}"
-                raise ConfigurationError(f"{path} {reason}; leave {option} out")
+                raise ConfigurationError(f"{path} {reason}; set {option} to null")
         lora_copy.check_layers(self._adaptable(), file, self.family.denoiser)
         return file
 

@@ -234,7 +234,9 @@ class PipelineModel(AdaptedModel):
         encoders = [name for name in self.family.text_encoders if name not in self._omit]
         settings = (self.family.pipeline_name, self._text_length, self.text.clip_skip, *map(self._dtypes.get, encoders))
         settings += () if self.quantization is None else (self.quantization,)
-        return TextStore(Path(self.text.cache).expanduser() / fingerprint(self.pipeline, encoders, settings))
+        file = Path(self.source).expanduser()
+        name = fingerprint(self.pipeline, encoders, settings, file if file.is_file() else None)
+        return TextStore(Path(self.text.cache).expanduser() / name)
 
     def _load(self, omit: Sequence[str]) -> Any:
         """Open the pipeline without some of its components."""

@@ -14,6 +14,7 @@ from lightning_draft.models.family import Family
 from lightning_draft.models.guidance import Guidance
 from lightning_draft.models.text_cache import TextCache
 from lightning_draft.models.text_encoding import TextEncoding, only_errors_logged, warn_if_cut
+from lightning_draft.progress import Progress
 
 _Key = tuple[str, str]
 """Kind of the prompt, `prompt` or `negative`, and its text."""
@@ -66,12 +67,19 @@ class PromptEmbedding(DiffusionModel):
                 return conditioning
             return replace(conditioning, negative=self._collate([self._cached(_negative(each)) for each in negatives]))
 
-    def precompute(self, prompts: Iterable[str], device: torch.device | str = "cpu") -> None:
+    def precompute(
+        self, prompts: Iterable[str], device: torch.device | str = "cpu", progress: Progress | None = None
+    ) -> None:
         """Embed prompts and negative prompts ahead of time, and cache all of them.
 
         Args:
             prompts: The prompts.
             device: With `text.cache`: the device of the text encoders, which are loaded for this.
+            progress: Called with the number of embedded texts and the number of all texts, at the start and after each
+                text; not called if all are cached.
+
+        Raises:
+            ConfigurationError: The disk has no space for `text.cache`.
         """
         prompts = list(prompts)
         self.guidance.check_negative_column(prompts)
@@ -79,9 +87,15 @@ class PromptEmbedding(DiffusionModel):
         negatives = dict.fromkeys([self.guidance.negative_prompt, *self._negatives_of(prompts)])
         keys = [*map(_negative, negatives), *map(_positive, texts)]
         with only_errors_logged(), self._encoders_for(keys, device):
-            for key in keys:
-                if self._key(key) not in self._embeddings:
-                    self._cached(key, keep=True)
+            missing = [key for key in keys if self._key(key) not in self._embeddings]
+            size, cached = 0, len(keys) - len(missing)
+            for count, key in enumerate(missing):
+                if progress is not None:
+                    progress(cached + count, len(keys))
+                size += sum(tensor.nbytes for tensor in self._cached(key, keep=True).values())
+                self._embeddings.check_space(size // (count + 1) * (len(missing) - count - 1))
+            if progress is not None and missing:
+                progress(len(keys), len(keys))
 
     @contextmanager
     def loaded_text_encoders(self, device: torch.device | str = "cpu") -> Iterator[dict[str, nn.Module]]:

@@ -48,6 +48,16 @@ class TextCache:
             self._size += size
         return embedding
 
+    def check_space(self, size: int) -> None:
+        """Check that there is space for embeddings.
+
+        Args:
+            size: Their size in bytes.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Within this context, embeddings are computed."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -58,9 +59,26 @@ class TextStore(TextCache):
         if digest in self._shards:
             return self._load(digest)
         self._pending[digest] = embedding = computed(embed, device)
-        if sum(tensor.nbytes for each in self._pending.values() for tensor in each.values()) >= SHARD:
+        if sum(map(_size, self._pending.values())) >= SHARD:
             self._write()
         return embedding
+
+    def check_space(self, size: int) -> None:
+        """Check that the disk has space for embeddings that are not written yet.
+
+        Args:
+            size: The size in bytes of the embeddings that are not computed yet.
+
+        Raises:
+            ConfigurationError: It has not.
+        """
+        free = shutil.disk_usage(self.folder).free - sum(map(_size, self._pending.values()))
+        if size > free:
+            raise ConfigurationError(
+                f"text.cache={self.folder.parent} needs {size / 2**30:.1f} GiB for the prompts that are not embedded "
+                f"yet, and {max(0, free) / 2**30:.1f} GiB are free; write a folder on a larger disk, or null for no "
+                "cache on the disk"
+            )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -120,33 +138,40 @@ class TextStore(TextCache):
         self._refresh()
 
 
-def fingerprint(pipeline: Any, encoders: Sequence[str], settings: Sequence[object]) -> str:
+def fingerprint(pipeline: Any, encoders: Sequence[str], settings: Sequence[object], single_file: Path | None) -> str:
     """Return a name for the text encoders of a pipeline, which changes with their files and settings.
 
     Args:
         pipeline: A pipeline of diffusers with its tokenizers.
         encoders: Names of the text encoders.
         settings: What embeddings depend on besides the files of text encoders and tokenizers.
+        single_file: The single file of the pipeline, which may contain text encoders.
 
     Raises:
-        ConfigurationError: The pipeline is not a folder.
+        ConfigurationError: A text encoder or tokenizer has no files.
     """
     digest = hashlib.sha256(repr(tuple(settings)).encode())
+    if single_file is not None:
+        digest.update(file_sha256(single_file).encode())
     for encoder in encoders:
         tokenizer = encoder.replace("text_encoder", "tokenizer")
-        folder = Path(str(getattr(getattr(pipeline, tokenizer), "name_or_path", ""))).parent
+        folder = _folder(getattr(pipeline, tokenizer).name_or_path, tokenizer)
         if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
             digest.update(f"{encoder} {folder.name}".encode())  # a commit of the hub
             continue
-        files = [file for name in (encoder, tokenizer) for file in sorted((folder / name).rglob("*")) if file.is_file()]
-        if not (folder / encoder).is_dir() or not files:
-            raise ConfigurationError(
-                "text.cache needs a pipeline folder or a hub id, whose text encoders have files of their own; leave "
-                "text.cache out"
-            )
-        for file in files:
-            digest.update(f"{file.relative_to(folder)} {file_sha256(file)}".encode())
+        for name in (encoder, tokenizer):
+            files = sorted(file for file in (folder / name).rglob("*") if file.is_file())
+            if not files and (single_file is None or name == tokenizer):
+                raise ConfigurationError(f"text.cache: the files of the {name} are not in {folder}; leave it out")
+            for file in files:
+                digest.update(f"{file.relative_to(folder)} {file_sha256(file)}".encode())
     return digest.hexdigest()[:32]
+
+
+def _folder(source: str, tokenizer: str) -> Path:
+    """Return the folder of the pipeline from which a tokenizer was read, by its `name_or_path`."""
+    path = Path(source)
+    return path if (path / tokenizer).is_dir() else path.parent
 
 
 def _create(folder: Path) -> None:
@@ -155,6 +180,10 @@ def _create(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except ConfigurationError as error:
         raise ConfigurationError(f"text.cache: {error}") from error
+
+
+def _size(embedding: Embedding) -> int:
+    return sum(tensor.nbytes for tensor in embedding.values())
 
 
 def _checksum(embedding: Embedding) -> str:

@@ -312,6 +312,15 @@ def test_last_step_of_configs_that_train_only_it_uses_the_network() -> None:
             assert arguments["sampler"]["init_args"]["spacing"] == "trailing", name
 
 
+def test_configs_of_models_with_a_large_text_encoder_cache_embeddings_on_the_disk() -> None:
+    """CLIP is small, and the others are as large as the denoiser or larger."""
+    with_clip = {"StableDiffusion", "StableDiffusionXL", "PixelDiffusion"}
+    for name in set(NAMES) - set(EMOJI):
+        model = _content(name)["model"]["init_args"]["model"]
+        if model["class_path"] not in with_clip:
+            assert model["init_args"]["text"] == {"cache": "embeddings"}, name
+
+
 def test_listing_describes_each_config(command: Callable) -> None:
     listed = command("configs", "list").out.splitlines()
     assert [line.split()[0] for line in listed] == NAMES

@@ -5,6 +5,7 @@ import signal
 from multiprocessing import get_context
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,27 @@ def test_embeddings_of_other_families_equal_those_of_loaded_encoders(family: str
         assert torch.equal(cached.tensors[name], expected)
     for name, several in plain.ragged.items():
         assert all(map(torch.equal, cached.ragged[name], several))
+
+
+def test_a_disk_without_space_for_all_prompts_is_refused_after_the_first_one(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is embedded stays; a tiny encoder's embedding of a prompt takes a few KiB."""
+    monkeypatch.setattr(text_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**14))
+    model = opened(tiny_sd, tmp_path)
+    with pytest.raises(ConfigurationError, match=r"text.cache=.* needs 0.0 GiB .*; write a folder on a larger"):
+        model.precompute([f"prompt {number}" for number in range(100)])
+    assert len(list(next(tmp_path.iterdir()).glob("*.safetensors"))) == 1
+    model.precompute(PROMPTS[:1])
+
+
+def test_progress_counts_the_cached_and_the_new_embeddings(tiny_sd: Path, tmp_path: Path) -> None:
+    """With the negative prompt."""
+    calls: list[tuple[int, int]] = []
+    opened(tiny_sd, tmp_path).precompute(PROMPTS[:1], progress=lambda *call: calls.append(call))
+    opened(tiny_sd, tmp_path).precompute(PROMPTS, progress=lambda *call: calls.append(call))
+    opened(tiny_sd, tmp_path).precompute(PROMPTS, progress=lambda *call: calls.append(call))
+    assert calls == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
 
 
 def test_a_changed_encoder_or_dtype_has_embeddings_of_its_own(tiny_sd: Path, tmp_path: Path) -> None:
@@ -201,8 +223,9 @@ def test_without_weights_no_embedding_is_read_or_written(tiny_sd: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_single_file_is_rejected(tiny_sd: Path, tmp_path: Path) -> None:
+def test_an_encoder_without_files_is_rejected(tiny_sd: Path, tmp_path: Path) -> None:
+    """Its embeddings could not be told from those of another one."""
     model = opened(tiny_sd, tmp_path)
-    model.pipeline.tokenizer.name_or_path = ""
-    with pytest.raises(ConfigurationError, match="text.cache needs a pipeline folder or a hub id"):
+    model.pipeline.tokenizer.name_or_path = str(tmp_path / "elsewhere")
+    with pytest.raises(ConfigurationError, match=r"text.cache: the files of the text_encoder are not in .*; leave it"):
         model.encode(PROMPTS)

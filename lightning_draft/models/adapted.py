@@ -229,10 +229,9 @@ class AdaptedModel(PromptEmbedding):
             ConfigurationError: The file does not exist, is damaged, is of another kind, or is for another model.
         """
         file = lora_files.read(path, self._lora_base, self._adaptable())
-        for option, value in {"text.cache": self.text.cache, "quantization": self.quantization}.items():
-            if file.encoders and value is not None:
-                reason = f"has a part for the text encoders, which cannot be used with {option}={value!r}"
-                raise ConfigurationError(f"{path} {reason}; set {option} to null")
+        if file.encoders and self.quantization is not None:
+            reason = f"has a part for the text encoders, which cannot be used with quantization={self.quantization}"
+            raise ConfigurationError(f"{path} {reason}; leave quantization out")
         lora_copy.check_layers(self._adaptable(), file, self.family.denoiser)
         return file
 

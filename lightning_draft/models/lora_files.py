@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def read(path: str | os.PathLike[str], base: LoRABase, networks: Mapping[str, nn
     """
     file, family = Path(path), base.family
     keys, header = check(file)
+    _check_loaded(keys, file, family, networks)
     settings = _settings(header.pop(LORA_ADAPTER_METADATA_KEY, "{}"), file)
     state = _renamed(read_tensors(file), family, networks)
     if state is None:
@@ -86,6 +87,16 @@ def check(file: Path) -> tuple[list[str], dict[str, str]]:
     if not any("lora" in key for key in keys):
         raise ConfigurationError(f"{file} contains no LoRA: none of its tensors has lora in its name; give a LoRA file")
     return keys, header
+
+
+def _check_loaded(keys: Sequence[str], file: Path, family: Family, networks: Mapping[str, nn.Module]) -> None:
+    prefixes = {} if family.comfy is None else family.comfy.prefixes
+    for name in family.text_encoders:
+        if name not in networks and any(key.startswith((f"{name}.", prefixes.get(name, f"{name}."))) for key in keys):
+            raise ConfigurationError(
+                f"{file} has a part for {name}, which this model has not loaded; set text.cache to null, and do not "
+                f"write {name} in omit"
+            )
 
 
 def _settings(text: str, file: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.model_card import model_card
-from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3, StableDiffusionXL, TextEncoding
+from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lightning_draft.models.lora_base import read_lora
 from lightning_draft.models.lora_merge import merge_lora
 from lightning_draft.models.lora_names import original_unet_name
@@ -406,10 +406,3 @@ def test_invalid_initial_lora_is_rejected(tiny_sd: Path, tmp_path: Path) -> None
     save_file({"lora_unet_x.dora_scale": torch.ones(1)}, file)
     with pytest.raises(ConfigurationError, match="is DoRA, which is not supported"):
         opened(tiny_sd, StableDiffusion, LoRA(init=str(file)))
-
-
-def test_a_text_encoder_part_is_rejected_with_cached_embeddings(tiny_sd: Path, tmp_path: Path) -> None:
-    """They are those of the encoders without it."""
-    model = StableDiffusion(str(tiny_sd), text=TextEncoding(cache=str(tmp_path / "embeddings")))
-    with pytest.raises(ConfigurationError, match=r"cannot be used with text.cache=.*; set text.cache to null"):
-        model.load_lora(with_text_part(tiny_sd, StableDiffusionPipeline, tmp_path))

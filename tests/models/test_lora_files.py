@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3
+from lightning_draft.models import Guidance, LoRA, StableDiffusion, StableDiffusion3, TextEncoding
 from lightning_draft.samplers import DDIM
+from lightning_draft.weightless import without_weights
 
 PROMPTS = ["a red cat", "dog"]
 RANKS = {"to_q": 4, "to_out.0": 2, "conv1": 4}
@@ -142,6 +144,28 @@ def test_text_encoder_layers_of_another_model_are_rejected(tiny_sd: Path, tmp_pa
     message = "1 of its 1 layers of text_encoder have other shapes in this model, such as encoder.*q_proj"
     with pytest.raises(ConfigurationError, match=message):
         opened(tiny_sd).load_lora(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"text": TextEncoding(cache="embeddings")}, {"quantization": "torchao-int8"}])
+def test_a_text_encoder_part_is_rejected_with_frozen_embeddings(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """In the formats of kohya's scripts and of peft."""
+    monkeypatch.chdir(tmp_path)
+    key, layer = "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "encoder.layers.0.self_attn.q_proj"
+    width = opened(tiny_sd).text_encoder.config.hidden_size
+    factors = {"lora_down.weight": torch.ones(1, width), "lora_up.weight": torch.ones(width, 1)}
+    save_file(kohya(tiny_sd, **{f"{key}.{name}": value for name, value in factors.items()}), "kohya.safetensors")
+    opened(tiny_sd, LoRA(2)).save_lora(tmp_path / "lora.safetensors")
+    factors = {"lora_A.weight": torch.ones(1, width), "lora_B.weight": torch.ones(width, 1)}
+    part = {f"text_encoder.{layer}.{name}": value for name, value in factors.items()}
+    save_file({**load_file("lora.safetensors"), **part}, "peft.safetensors")
+    with without_weights():
+        model = StableDiffusion(str(tiny_sd), **options)
+    for name in ("kohya", "peft"):
+        opened(tiny_sd).load_lora(f"{name}.safetensors")
+        with pytest.raises(ConfigurationError, match=r"set text.cache to null|leave quantization out"):
+            model.read_lora(f"{name}.safetensors")
 
 
 def test_damaged_files_are_rejected(tiny_sd: Path, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ _OWN_LAYOUTS = {
     "qwen_image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
 }
 """Keys of architectures that diffusers does not recognize, or takes for another one (PixArt for Sana)."""
+_FLUX_2_DEV = "guidance_in.in_layer.weight"
+"""Key of FLUX.2 dev, which has its guidance scale as an input; diffusers names FLUX.2 Klein the same."""
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -132,7 +134,8 @@ def _default_config(file: Path) -> str:
 def layout_of(file: Path) -> str:
     """Return diffusers' name of a single file's architecture, such as `v1` or `xl_base`, from its header.
 
-    It is `unknown` for a file of another kind, such as a LoRA; for diffusers that is `v1`.
+    It is `unknown` for a file of another kind, such as a LoRA; for diffusers that is `v1`. FLUX.2 Klein is
+    `flux-2-klein`; for diffusers that is `flux-2-dev`.
     """
     shapes = _shapes(file)
     layout = _inferred(shapes)
@@ -140,6 +143,8 @@ def layout_of(file: Path) -> str:
     own = next((name for name, keys in _OWN_LAYOUTS.items() if names.issuperset(keys)), None)
     if own is not None:
         return own
+    if layout == "flux-2-dev" and _FLUX_2_DEV not in names:
+        return "flux-2-klein"
     is_stable_diffusion = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)
     return "unknown" if layout == "v1" and not is_stable_diffusion else layout
 

@@ -223,6 +223,12 @@ CASES: list[Case] = [
         **{"other.safetensors": lambda path: save_file({"a": torch.zeros(1)}, path)},
     ),
     _missing(
+        "flux_2_dev.safetensors",
+        "flux_2_dev.safetensors is a flux-2-dev checkpoint",
+        "flux-2-dev is not supported, give a file of a supported family",
+        **{"flux_2_dev.safetensors": _keys("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")},
+    ),
+    _missing(
         "chroma.safetensors",
         "chroma.safetensors is a chroma checkpoint and not one of",
         "open it with Chroma",

@@ -32,6 +32,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import (
     Chroma,
     Flux,
+    Flux2Klein,
     Guidance,
     LoRA,
     Memory,
@@ -353,6 +354,23 @@ def test_flux_and_chroma_are_distinguished(tiny_flux: Path, tiny_chroma: Path, t
         Chroma(flux_file)
     with pytest.raises(ConfigurationError, match=r"pretrained_config=.* is a FluxPipeline and not a ChromaPipeline"):
         Chroma(chroma_file, pretrained_config=str(tiny_flux))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_flux_2_dev_is_not_taken_for_klein(tmp_path: Path, prefix: str) -> None:
+    """Both have the same layers; only dev has its guidance scale as an input."""
+    keys = [f"{prefix}single_stream_modulation.lin.weight", f"{prefix}guidance_in.in_layer.weight"]
+    dev = written(dict.fromkeys(keys, torch.zeros(2, 2)), tmp_path / "dev.safetensors")
+    klein = written({keys[0]: torch.zeros(2, 2)}, tmp_path / "klein.safetensors")
+    assert (opener(dev), opener(klein)) == (None, "Flux2Klein")
+    with pytest.raises(
+        ConfigurationError, match=r"a flux-2-dev checkpoint and not one of FLUX.2 Klein; flux-2-dev is not "
+    ):
+        Flux2Klein(dev)
+    with pytest.raises(
+        ConfigurationError, match=r"a flux-2-klein checkpoint and not one of FLUX.1; open a pipeline fo"
+    ):
+        Flux(klein)
 
 
 def test_a_file_with_keys_of_a_model_and_other_shapes_is_no_checkpoint(tmp_path: Path) -> None:

@@ -131,6 +131,19 @@ def test_a_lora_file_in_a_run_folder_finds_the_configuration_of_its_single_file(
         read_lora(tmp_path / "lora" / "last.safetensors")
 
 
+def test_a_lora_file_in_a_run_folder_finds_the_omitted_networks_of_its_single_file(
+    sd3_files: dict[str, str], large_sd3: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = {"pretrained_model_name_or_path": str(large_sd3)}
+    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "sd35_large", default)
+    arguments: dict[str, Any] = {"pretrained": sd3_files["clips"], "omit": ["text_encoder_3"]}
+    model = StableDiffusion3(**arguments, lora=LoRA(rank=1, target_modules=["to_q"]))
+    model.save_lora(tmp_path / "last.safetensors", {"base": "sd3_clips.safetensors"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"model": {"init_args": arguments}}}}))
+    for given in (None, sd3_files["clips"]):
+        assert read_lora(tmp_path / "last.safetensors", given).rank == 1
+
+
 def test_single_file_without_a_connection_needs_pretrained_config(sd_file: str) -> None:
     """If the architecture would have to come from the hub, the message names the alternative."""
     with pytest.raises(ConfigurationError, match="could not be opened .* without a connection, set pretrained_config"):

@@ -1,5 +1,6 @@
 """Weights of pipelines under the names of the models' original code, by hand: the inverse of diffusers' conversion."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +31,94 @@ def flux(pipeline: Any) -> dict[str, Tensor]:
 
 def flux_transformer(transformer: Any) -> dict[str, Tensor]:
     """The transformer's weights under the names of the original FLUX.1 code, as in its authors' files."""
-    state = transformer.state_dict()
+    return _joined(transformer, _flux_layers(transformer.config), swapped=("norm_out.linear",))
+
+
+def chroma(pipeline: Any) -> dict[str, Tensor]:
+    """A Chroma pipeline's weights under the names of files with all networks."""
+    return {
+        **{f"model.diffusion_model.{key}": value for key, value in chroma_transformer(pipeline.transformer).items()},
+        **_vae(pipeline.vae, "vae."),
+        **_prefixed("text_encoders.t5xxl.transformer.", pipeline.text_encoder),
+    }
+
+
+def chroma_transformer(transformer: Any) -> dict[str, Tensor]:
+    """The transformer's weights under the names of its author's files, of which most are those of FLUX.1."""
+    layers, place = _flux_layers(transformer.config), "distilled_guidance_layer."
+    layers |= {f"{place}{name}": [f"{place}{name}"] for name in ("in_proj", "out_proj")}
+    for i in range(transformer.config.approximator_layers):
+        layers[f"{place}layers.{i}.in_layer"] = [f"{place}layers.{i}.linear_1"]
+        layers[f"{place}layers.{i}.out_layer"] = [f"{place}layers.{i}.linear_2"]
+        layers[f"{place}norms.{i}"] = [f"{place}norms.{i}"]
+    return _joined(transformer, layers)
+
+
+def stable_diffusion_3(pipeline: Any, encoders: Sequence[str] = ("clip_l", "clip_g", "t5xxl")) -> dict[str, Tensor]:
+    """The weights of a Stable Diffusion 3 pipeline with some of its text encoders, as in its authors' files.
+
+    They have no projection of the first CLIP, which is the identity.
+    """
+    transformer = pipeline.transformer
+    last = f"transformer_blocks.{transformer.config.num_layers - 1}.norm1_context.linear"
+    found = _joined(transformer, _sd3_layers(transformer.config), swapped=("norm_out.linear", last))
+    found["pos_embed"] = transformer.state_dict()["pos_embed.pos_embed"]
+    text = {
+        "clip_l": _prefixed("text_encoders.clip_l.transformer.", pipeline.text_encoder),
+        "clip_g": _prefixed("text_encoders.clip_g.transformer.", pipeline.text_encoder_2),
+        "t5xxl": _prefixed("text_encoders.t5xxl.transformer.", pipeline.text_encoder_3),
+    }
+    del text["clip_l"]["text_encoders.clip_l.transformer.text_projection.weight"]
+    return {
+        **{f"model.diffusion_model.{key}": value for key, value in found.items()},
+        **_vae(pipeline.vae),
+        **{key: value for name in encoders for key, value in text[name].items()},
+    }
+
+
+def _sd3_layers(config: Any) -> dict[str, list[str]]:
+    """Original layers, and the layers of diffusers that they consist of."""
+    layers = {
+        "x_embedder.proj": ["pos_embed.proj"],
+        "context_embedder": ["context_embedder"],
+        "final_layer.linear": ["proj_out"],
+        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    }
+    for original, name in {"t_embedder": "timestep", "y_embedder": "text"}.items():
+        layers[f"{original}.mlp.0"] = [f"time_text_embed.{name}_embedder.linear_1"]
+        layers[f"{original}.mlp.2"] = [f"time_text_embed.{name}_embedder.linear_2"]
+    for i in range(config.num_layers):
+        block, place = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+        streams = {
+            "x_block.attn": ("attn.to_{}", "attn.norm_{}", "attn.to_out.0"),
+            "x_block.attn2": ("attn2.to_{}", "attn2.norm_{}", "attn2.to_out.0"),
+            "context_block.attn": ("attn.add_{}_proj", "attn.norm_added_{}", "attn.to_add_out"),
+        }
+        for original, (project, norm, out) in streams.items():
+            layers[f"{place}{original}.qkv"] = [f"{block}{project.format(each)}" for each in "qkv"]
+            layers[f"{place}{original}.ln_q"] = [f"{block}{norm.format('q')}"]
+            layers[f"{place}{original}.ln_k"] = [f"{block}{norm.format('k')}"]
+            layers[f"{place}{original}.proj"] = [f"{block}{out}"]
+        for stream, (modulation, mlp) in {"x": ("norm1", "ff"), "context": ("norm1_context", "ff_context")}.items():
+            layers[f"{place}{stream}_block.adaLN_modulation.1"] = [f"{block}{modulation}.linear"]
+            layers[f"{place}{stream}_block.mlp.fc1"] = [f"{block}{mlp}.net.0.proj"]
+            layers[f"{place}{stream}_block.mlp.fc2"] = [f"{block}{mlp}.net.2"]
+    return layers
+
+
+def _joined(network: Any, layers: Mapping[str, list[str]], swapped: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Join layers' parameters; of those in `swapped` the original has the shift before the scale."""
+    state = dict(network.named_parameters())
     found = {}
-    for original, parts in _flux_layers(transformer.config).items():
+    for original, parts in layers.items():
         for kind in ("weight", "bias"):
             if f"{parts[0]}.{kind}" not in state:
                 continue
             value = torch.cat([state[f"{part}.{kind}"] for part in parts])
-            if parts[0] == "norm_out.linear":
-                value = torch.cat(value.chunk(2)[::-1])  # shift before scale
-            found[f"{original}.{kind}" if not original.endswith("_norm") else f"{original}.scale"] = value
+            if parts[0] in swapped:
+                value = torch.cat(value.chunk(2)[::-1])
+            is_scale = original.endswith("_norm") or ".norms." in original
+            found[f"{original}.scale" if is_scale else f"{original}.{kind}"] = value
     assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in state.values())
     return found
 

@@ -40,6 +40,7 @@ class Chroma(PipelineModel):
         max_text_length=512,
         lora_targets=JOINT_ATTENTION,
         unused={"image_encoder": None, "feature_extractor": None},
+        single_file={"text_encoder": "text_encoders.t5xxl.transformer."},
     )
 
     def _configure(self, pipeline: Any) -> None:

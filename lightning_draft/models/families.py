@@ -35,7 +35,7 @@ FAMILIES: dict[str, Entry] = {
     ),
     "Flux": Entry("lightning_draft.models.flux", ("FluxPipeline", "FluxImg2ImgPipeline"), ("flux-dev", "flux-schnell")),
     "ZImage": Entry("lightning_draft.models.z_image", ("ZImagePipeline", "ZImageImg2ImgPipeline"), ("z-image-turbo",)),
-    "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",), ("flux-2",)),
+    "Flux2Klein": Entry("lightning_draft.models.flux_2_klein", ("Flux2KleinPipeline",), ("flux-2-klein",)),
     "QwenImage": Entry(
         "lightning_draft.models.qwen_image", ("QwenImagePipeline", "QwenImageImg2ImgPipeline"), ("qwen_image",)
     ),

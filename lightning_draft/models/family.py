@@ -34,7 +34,8 @@ class Family:
         lora_targets: Layers that are adapted by default: the attention's projections.
         optional: Components that `omit` may name.
         unused: Components that are not loaded, as arguments of `from_pretrained`.
-        single_file: The same for `from_single_file`; `None` if single files of the family lack components.
+        single_file: Prefixes of the weights of each text encoder in single files, by its name. Text encoders without an
+            entry are never read from the file; `None` if single files of the family are not supported.
         upcast_vae: Run an autoencoder with `force_upcast` in its config in float32, unless `memory.vae_dtype` is given.
         sampler: Builds the default sampler from a number of steps; by default `FlowEuler` for flows, else `DDIM`.
         steps: Default number of steps; by default 28 for flows, else 50.
@@ -58,7 +59,7 @@ class Family:
     lora_targets: tuple[str, ...] = ATTENTION
     optional: tuple[str, ...] = ()
     unused: Mapping[str, Any] = field(default_factory=dict)
-    single_file: Mapping[str, Any] | None = None
+    single_file: Mapping[str, str] | None = None
     upcast_vae: bool = False
     sampler: Callable[[int], Sampler] | None = None
     steps: int | None = None

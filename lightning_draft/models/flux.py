@@ -45,7 +45,10 @@ class Flux(PipelineModel):
         max_text_length=512,
         lora_targets=JOINT_ATTENTION,
         unused={"image_encoder": None, "feature_extractor": None},
-        single_file={},
+        single_file={
+            "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.t5xxl.transformer.",
+        },
     )
 
     def _configure(self, pipeline: Any) -> None:

@@ -57,7 +57,7 @@ def load_pipeline(
     with _quiet(), loading_quantized(quantization):
         if path.is_file():
             _check_not_quantized(path, quantization)
-            pipeline = open_single_file(family, path, dtypes, config)
+            pipeline = open_single_file(family, path, dtypes, config, omit)
         elif path.is_dir():
             pipeline = loading.folder(path)
         elif _is_path(pretrained):

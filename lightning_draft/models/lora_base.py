@@ -87,28 +87,33 @@ def open_base(
     if given is None and not named:
         raise ConfigurationError(f"{files[0]} does not name its base model; write --model NAME")
     if given is None:
-        pretrained, config = _located(*next(iter(named.items())))
+        pretrained, options = _located(*next(iter(named.items())))
     else:
-        pretrained, config = given, _recorded(files[0], public_name(given)).get("pretrained_config") if files else None
+        pretrained, options = given, _options(_recorded(files[0], public_name(given))) if files else {}
     kind = opener(pretrained) or "StableDiffusion"
     kind_class = getattr(import_module(FAMILIES[kind].module), kind)
-    model: PipelineModel = kind_class(pretrained, lora=None, height=size[0], width=size[1], pretrained_config=config)
+    model: PipelineModel = kind_class(pretrained, lora=None, height=size[0], width=size[1], **options)
     return model
 
 
-def _located(file: Path, name: str) -> tuple[str, str | None]:
-    """Return `pretrained` and `pretrained_config` of the base model that the header of a file names.
+def _located(file: Path, name: str) -> tuple[str, Mapping[str, Any]]:
+    """Return `pretrained` of the base model that the header of a file names, and the options with which it is opened.
 
     A header has no local folders: for a local base model the config of the run that wrote the file is read.
     """
     if recorded := _recorded(file, name):
-        return str(recorded["pretrained"]), recorded.get("pretrained_config")
+        return str(recorded["pretrained"]), _options(recorded)
     if is_local(name) and not Path(name).expanduser().exists():
         raise ConfigurationError(
             f"{file} was trained on {name}, which is not here: headers do not contain local folders; write --model and "
             "the pipeline's folder, file or hub id"
         )
-    return name, None
+    return name, {}
+
+
+def _options(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which networks a recorded model has."""
+    return {name: recorded[name] for name in ("pretrained_config", "omit") if recorded.get(name)}
 
 
 def _recorded(file: Path, name: str) -> Mapping[str, Any]:

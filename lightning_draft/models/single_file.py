@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 
 _VAE = ("first_stage_model.", "vae.")
-_TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 _OWN_LAYOUTS = {
     "pixart": ("blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.fc1.weight"),
     "qwen_image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
 }
 """Keys of architectures that diffusers does not recognize, or takes for another one (PixArt for Sana)."""
+_FLUX_2_DEV = "guidance_in.in_layer.weight"
+"""Key of FLUX.2 dev, which has its guidance scale as an input; diffusers names FLUX.2 Klein the same."""
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
-def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None) -> Any:
+def open_single_file(
+    family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None, omit: Sequence[str] = ()
+) -> Any:
     """Open a pipeline from a `.safetensors` file; networks that the file lacks are read from `config`.
 
     Within `without_weights` only the file's header is read.
@@ -42,6 +46,7 @@ def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtyp
         dtypes: Dtype of the weights of each network, by name.
         config: The folder or hub id of a pipeline with the same architecture; by default its configuration comes from
             the hub.
+        omit: Components that are not loaded.
 
     Raises:
         ConfigurationError: The file is of another family, is damaged, or lacks networks without `config`.
@@ -54,17 +59,23 @@ def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtyp
             f"{file} is a single file, and single files of {family.title} usually lack the text encoders; give a "
             f"diffusers pipeline folder, or a hub id such as {family.example}"
         )
-    absent = _absent(family, file)
-    if absent and config is None:
-        raise ConfigurationError(
-            f"{file} has no {' and no '.join(absent)}; set pretrained_config to a complete pipeline from which they "
-            f"are read, such as {family.example}"
-        )
+    config = None if config is None else expanduser(config)
     try:
+        options = {**_null_components(family, config), **family.unused, **dict.fromkeys(omit)}
+        absent = _absent(family, file, [name for name in family.networks if name not in options])
+        if absent and config is None:
+            raise ConfigurationError(
+                f"{file} has no {' and no '.join(absent)}; set pretrained_config to a complete pipeline from which "
+                f"they are read, such as {family.example}{_advice_to_omit(family, absent)}"
+            )
         if is_without_weights():
-            return _without_weights(family, config or _default_config(file), dtypes)
-        return _with_weights(family, file, dtypes, config, absent)
+            return _without_weights(family, config or _default_config(file), dtypes, options)
+        return _with_weights(family, file, dtypes, config, absent, options)
     except (*_FAILURES, SingleFileComponentError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+            raise ConfigurationError(f"{file} lacks weights; copy or download it again") from error
         raise ConfigurationError(
             f"{file} could not be opened as a {family.title} checkpoint ({first_line(error)}); without a connection, "
             "set pretrained_config to the folder of a pipeline with the same architecture"
@@ -72,23 +83,47 @@ def open_single_file(family: Family, file: Path, dtypes: Mapping[str, torch.dtyp
 
 
 def _with_weights(
-    family: Family, file: Path, dtypes: Mapping[str, torch.dtype], config: str | None, absent: Sequence[str]
+    family: Family,
+    file: Path,
+    dtypes: Mapping[str, torch.dtype],
+    config: str | None,
+    absent: Sequence[str],
+    options: Mapping[str, Any],
 ) -> Any:
-    arguments = {**(family.single_file or {}), **({} if config is None else {"config": config})}
     common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
-    if config is not None:
-        arguments |= _networks_of(config, absent, family)
-    pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **arguments)
-    for name, dtype in dtypes.items():
-        nn.Module.to(getattr(pipeline, name), dtype)
+    read = {} if config is None else {"config": config, **_networks_of(config, absent, family, dtypes)}
+    pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **options, **read)
+    for name in (name for name in dtypes if name not in options and name not in absent):
+        network = getattr(pipeline, name)
+        if name in family.text_encoders:
+            network.tie_weights()
+        _check_complete(network, file, name)
+        _convert(network, dtypes[name])
     return pipeline
 
 
-def _without_weights(family: Family, config: str, dtypes: Mapping[str, torch.dtype]) -> Any:
+def _without_weights(family: Family, config: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
+    options = {**_null_components(family, config), **options}
+    present = {name: dtype for name, dtype in dtypes.items() if name not in options}
+    return family.pipeline_class.from_pretrained(config, **options, **skeleton.networks(family, config, present))
+
+
+def _null_components(family: Family, config: str | None) -> dict[str, None]:
+    """Return `None` for each component that `pretrained_config` lacks; without it, for none.
+
+    Raises:
+        ConfigurationError: It is of another family.
+    """
+    if config is None:
+        return {}
     index = family.pipeline_class.load_config(config)
-    missing = {part: None for part, kind in index.items() if kind == [None, None]}
-    options = {**missing, **family.unused, **skeleton.networks(family, config, dtypes)}
-    return family.pipeline_class.from_pretrained(config, **options)
+    name = str(index.get("_class_name"))
+    if name != family.pipeline_name and class_for_pipeline(name) != class_for_pipeline(family.pipeline_name):
+        raise ConfigurationError(
+            f"pretrained_config={config} is a {name} and not a {family.pipeline_name} ({family.title}); give such a "
+            f"pipeline, for example {family.example}"
+        )
+    return {part: None for part, kind in index.items() if kind == [None, None]}
 
 
 def _default_config(file: Path) -> str:
@@ -99,16 +134,27 @@ def _default_config(file: Path) -> str:
 def layout_of(file: Path) -> str:
     """Return diffusers' name of a single file's architecture, such as `v1` or `xl_base`, from its header.
 
-    It is `unknown` for a file of another kind, such as a LoRA; for diffusers that is `v1`.
+    It is `unknown` for a file of another kind, such as a LoRA; for diffusers that is `v1`. FLUX.2 Klein is
+    `flux-2-klein`; for diffusers that is `flux-2-dev`.
     """
     shapes = _shapes(file)
-    layout: str = infer_diffusers_model_type({k: torch.empty(shape, device="meta") for k, shape in shapes.items()})
+    layout = _inferred(shapes)
     names = {key.removeprefix("model.diffusion_model.") for key in shapes}
     own = next((name for name, keys in _OWN_LAYOUTS.items() if names.issuperset(keys)), None)
     if own is not None:
         return own
+    if layout == "flux-2-dev" and _FLUX_2_DEV not in names:
+        return "flux-2-klein"
     is_stable_diffusion = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)
     return "unknown" if layout == "v1" and not is_stable_diffusion else layout
+
+
+def _inferred(shapes: Mapping[str, Sequence[int]]) -> str:
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    try:
+        return str(infer_diffusers_model_type(tensors))
+    except (LookupError, NameError):  # keys or shapes that no published checkpoint has
+        return "unknown"
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
@@ -130,27 +176,51 @@ def _check_family(family: Family, file: Path) -> None:
                 f"{file} is not a checkpoint of a known model; give one of {family.title} or a pipeline folder (a LoRA "
                 "file is for lora.init)"
             )
-        raise ConfigurationError(f"{file} is a {layout} checkpoint and not one of {family.title}; {_advice(other)}")
+        raise ConfigurationError(
+            f"{file} is a {layout} checkpoint and not one of {family.title}; {_advice(other, layout)}"
+        )
 
 
-def _advice(other: str | None) -> str:
+def _advice(other: str | None, layout: str) -> str:
     if other is None:
-        return "give a file of a supported family"
+        return f"{layout} is not supported, give a file of a supported family"
     right: Family = getattr(import_module(FAMILIES[other].module), other).family
     return f"open {'a pipeline folder of it' if right.single_file is None else 'it'} with {other}"
 
 
-def _absent(family: Family, file: Path) -> list[str]:
-    """Return the names of the networks that a file lacks, such as all but the transformer in files of FLUX.1."""
-    prefixes = {"vae": _VAE, **dict.fromkeys(family.text_encoders, _TEXT)}
+def _absent(family: Family, file: Path, names: Sequence[str]) -> list[str]:
+    """Return which of these networks a file lacks, such as all but the transformer in files of FLUX.1."""
+    prefixes: dict[str, str | tuple[str, ...]] = {**(family.single_file or {}), str(family.vae): _VAE}
     keys = list(_shapes(file))
-    return [name for name, kinds in prefixes.items() if not any(key.startswith(kinds) for key in keys)]
+    others = [name for name in names if name != family.denoiser]
+    return [name for name in others if not any(key.startswith(prefixes.get(name, ())) for key in keys)]
 
 
-def _networks_of(config: str, names: Sequence[str], family: Family) -> dict[str, Any]:
+def _advice_to_omit(family: Family, absent: Sequence[str]) -> str:
+    """Return advice to omit the networks that a file lacks, if the family can do without them."""
+    return f", or omit: [{', '.join(absent)}]" if set(absent) <= set(family.optional) else ""
+
+
+def _networks_of(
+    config: str, names: Sequence[str], family: Family, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, nn.Module]:
     index = family.pipeline_class.load_config(config) if names else {}
-    return {name: _class(*index[name]).from_pretrained(config, subfolder=name) for name in names}
+    return {name: _class(*index[name]).from_pretrained(config, subfolder=name, dtype=dtypes[name]) for name in names}
 
 
 def _class(library: str, name: str) -> Any:
     return getattr(import_module(library), name)
+
+
+def _check_complete(network: nn.Module, file: Path, name: str) -> None:
+    missing = next((parameter for parameter, value in network.named_parameters() if value.is_meta), None)
+    if missing is not None:
+        raise ConfigurationError(f"{file} lacks weights, such as {name}.{missing}; copy or download it again")
+
+
+def _convert(network: Any, dtype: torch.dtype) -> None:
+    """Convert a network to a dtype; in float16, layers that would overflow stay float32, as in `from_pretrained`."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.to(torch.float32 if kept.intersection(name.split(".")) else dtype)

@@ -40,7 +40,7 @@ class StableDiffusion(PipelineModel):
         guidance_scale=7.5,
         clip_skip=True,
         unused={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-        single_file={"safety_checker": None},
+        single_file={"text_encoder": "cond_stage_model."},
         comfy=ComfyNames({"unet": "lora_unet_", "text_encoder": "lora_te_"}, _architecture),
     )
 

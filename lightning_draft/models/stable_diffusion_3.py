@@ -47,6 +47,11 @@ class StableDiffusion3(PipelineModel):
         lora_targets=JOINT_ATTENTION,
         optional=("text_encoder_3",),
         unused={"image_encoder": None, "feature_extractor": None},
+        single_file={
+            "text_encoder": "text_encoders.clip_l.transformer.",
+            "text_encoder_2": "text_encoders.clip_g.transformer.",
+            "text_encoder_3": "text_encoders.t5xxl.transformer.",
+        },
         comfy=ComfyNames(
             {name: f"{name}." for name in ("transformer", "text_encoder", "text_encoder_2")},
             lambda config: ("sd3", "stable-diffusion-3-medium"),

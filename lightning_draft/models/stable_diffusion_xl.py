@@ -42,7 +42,7 @@ class StableDiffusionXL(PipelineModel):
         guidance_scale=5.0,
         clip_skip=True,
         unused={"image_encoder": None, "feature_extractor": None},
-        single_file={},
+        single_file={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
         upcast_vae=True,
         comfy=ComfyNames(
             {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},

@@ -14,7 +14,7 @@ from diffusers import PNDMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, TextEncoding
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, TextEncoding
 from tests.bad_input.cases import Case, Content, parsed, python
 from tests.tiny_pipelines import STABLE_DIFFUSION_15, write_pipeline
 
@@ -89,6 +89,20 @@ def _weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Non
 
 def _missing(shown: str, *says: str, **files: Content) -> Case:
     return python(PIPELINES, shown, lambda _: StableDiffusion(shown), *says, files=files)
+
+
+def _keys(*names: str) -> Callable[[Path], None]:
+    return lambda path: save_file({name: torch.zeros(1) for name in names}, path)
+
+
+def _sd3_file(shown: str, options: dict[str, Any], *says: str, keys: tuple[str, ...] = ()) -> Case:
+    """Return a case of a single file of Stable Diffusion 3.5 large with few keys."""
+    file = shown if shown.endswith(".safetensors") else "sd3.safetensors"
+    files: dict[str, Content] = {
+        file: _keys("model.diffusion_model.joint_blocks.37.x_block.mlp.fc1.weight", *keys),
+        "other/model_index.json": '{"_class_name": "FluxPipeline"}',
+    }
+    return python(PIPELINES, shown, lambda _: StableDiffusion3(file, **options), *says, files=files)
 
 
 def _adapters(shown: str, content: Content, *says: str, name: str = "a.safetensors") -> Case:
@@ -207,6 +221,37 @@ CASES: list[Case] = [
         "other.safetensors",
         "other.safetensors",
         **{"other.safetensors": lambda path: save_file({"a": torch.zeros(1)}, path)},
+    ),
+    _missing(
+        "flux_2_dev.safetensors",
+        "flux_2_dev.safetensors is a flux-2-dev checkpoint",
+        "flux-2-dev is not supported, give a file of a supported family",
+        **{"flux_2_dev.safetensors": _keys("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")},
+    ),
+    _missing(
+        "chroma.safetensors",
+        "chroma.safetensors is a chroma checkpoint and not one of",
+        "open it with Chroma",
+        **{"chroma.safetensors": _keys("distilled_guidance_layer.in_proj.bias")},
+    ),
+    _sd3_file(
+        "sd3.safetensors",
+        {},
+        "sd3.safetensors has no vae and no text_encoder",
+        "set pretrained_config to a complete pipeline",
+    ),
+    _sd3_file(
+        "clips.safetensors",
+        {},
+        "clips.safetensors has no text_encoder_3; set pretrained_config",
+        "or omit: [text_encoder_3]",
+        keys=("vae.x", "text_encoders.clip_l.transformer.x", "text_encoders.clip_g.transformer.x"),
+    ),
+    _sd3_file(
+        "pretrained_config of another family",
+        {"pretrained_config": "other"},
+        "pretrained_config=other is a FluxPipeline and not a StableDiffusion3Pipeline",
+        "give such a pipeline, for example stabilityai",
     ),
     _missing("''", "''"),
     _adapters("an empty file", b"", "a.safetensors is damaged or not a safetensors file", "copy it again"),

@@ -1,6 +1,8 @@
 """Single files in the layout of the original code, against the folders of the same pipelines."""
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ import pytest
 import torch
 import yaml
 from diffusers import (
+    ChromaPipeline,
     FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -17,7 +21,7 @@ from diffusers import (
 )
 from diffusers.loaders import single_file_model
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CLIPTextModelWithProjection
@@ -26,7 +30,9 @@ import lightning_draft
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import (
+    Chroma,
     Flux,
+    Flux2Klein,
     Guidance,
     LoRA,
     Memory,
@@ -42,7 +48,7 @@ from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.weightless import without_weights
 from tests import original_layouts
 from tests.tiny_families import write
-from tests.tiny_pipelines import perturb, text_config
+from tests.tiny_pipelines import perturb, text_config, write_sd3_pipeline
 
 
 def written(state: dict[str, Tensor], file: Path) -> str:
@@ -54,13 +60,15 @@ def written(state: dict[str, Tensor], file: Path) -> str:
 def assert_same_weights(ours: PipelineModel, theirs: PipelineModel) -> None:
     """Bitwise."""
     first, second = ours.state_dict(), theirs.state_dict()
-    assert first.keys() == second.keys()
+    assert {name: value.dtype for name, value in first.items()} == {name: value.dtype for name, value in second.items()}
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
 
 
 @torch.no_grad()
 def image(model: PipelineModel) -> Tensor:
-    """An image of two steps."""
+    """An image of two steps, from weights whose addresses are aligned: those in a file round differently."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     sampler = FlowEuler(2) if model.prediction == "flow" else DDIM(2)
     chain = SamplingChain(model, sampler, model.encode(["a red cat"]))
     return model.decode(chain.advance(chain.start(model.noise(1, torch.Generator().manual_seed(0)))).x)
@@ -70,7 +78,7 @@ def assert_same_model(ours: PipelineModel, theirs: PipelineModel) -> None:
     """Weights, schedule and image."""
     assert_same_weights(ours, theirs)
     assert (ours.schedule, ours.prediction) == (theirs.schedule, theirs.prediction)
-    torch.testing.assert_close(image(ours), image(theirs), rtol=0, atol=2e-6)
+    assert torch.equal(image(ours), image(theirs))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,19 @@ def test_a_lora_file_in_a_run_folder_finds_the_configuration_of_its_single_file(
         read_lora(tmp_path / "lora" / "last.safetensors")
 
 
+def test_a_lora_file_in_a_run_folder_finds_the_omitted_networks_of_its_single_file(
+    sd3_files: dict[str, str], large_sd3: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = {"pretrained_model_name_or_path": str(large_sd3)}
+    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "sd35_large", default)
+    arguments: dict[str, Any] = {"pretrained": sd3_files["clips"], "omit": ["text_encoder_3"]}
+    model = StableDiffusion3(**arguments, lora=LoRA(rank=1, target_modules=["to_q"]))
+    model.save_lora(tmp_path / "last.safetensors", {"base": "sd3_clips.safetensors"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"model": {"init_args": arguments}}}}))
+    for given in (None, sd3_files["clips"]):
+        assert read_lora(tmp_path / "last.safetensors", given).rank == 1
+
+
 def test_single_file_without_a_connection_needs_pretrained_config(sd_file: str) -> None:
     """If the architecture would have to come from the hub, the message names the alternative."""
     with pytest.raises(ConfigurationError, match="could not be opened .* without a connection, set pretrained_config"):
@@ -138,24 +159,171 @@ def test_a_stable_diffusion_xl_file_is_the_folder(tiny_sdxl: Path, tmp_path: Pat
     pipeline.text_encoder_2 = perturb(encoder)
     pipeline.unet = perturb(UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": 36}))
     pipeline.save_pretrained(tmp_path / "folder")
-    file = written(original_layouts.stable_diffusion_xl(pipeline), tmp_path / "xl.safetensors")
-    model = StableDiffusionXL(file, lora=None, pretrained_config=str(tmp_path / "folder"))
+    state = original_layouts.stable_diffusion_xl(pipeline)
+    file, expected = written(state, tmp_path / "xl.safetensors"), StableDiffusionXL(str(tmp_path / "folder"), lora=None)
+    options: dict[str, Any] = {"lora": None, "pretrained_config": str(tmp_path / "folder")}
     assert opener(file) == "StableDiffusionXL"
-    assert_same_model(model, StableDiffusionXL(str(tmp_path / "folder"), lora=None))
+    assert_same_model(StableDiffusionXL(file, **options), expected)
+    second = {key: value for key, value in state.items() if not key.startswith("conditioner.embedders.0.")}
+    file = written(second, tmp_path / "second.safetensors")
+    assert_same_weights(StableDiffusionXL(file, **options), expected)
+    with pytest.raises(ConfigurationError, match=r"has no text_encoder; set pretrained_config to .*"):
+        StableDiffusionXL(file)
 
 
-@pytest.fixture
-def tiny_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small FLUX.1, and diffusers' converter with its width, which has that of the published models built in."""
-    folder = write("flux", tmp_path / "flux")
-    mapping = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+@pytest.fixture(scope="module")
+def large_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow Stable Diffusion 3.5 large: diffusers recognizes it by its 38th layer, and each CLIP by its width."""
+    folder = write_sd3_pipeline(tmp_path_factory.mktemp("sd3") / "sd3", num_layers=38, pooled_projection_dim=28)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    torch.manual_seed(0)
+    words, gelu = pipeline.tokenizer, {"hidden_size": 20, "projection_dim": 12, "hidden_act": "gelu"}
+    pipeline.text_encoder = perturb(CLIPTextModelWithProjection(text_config(words, projection_dim=16)))
+    torch.nn.init.eye_(pipeline.text_encoder.text_projection.weight)
+    pipeline.text_encoder_2 = perturb(CLIPTextModelWithProjection(text_config(words, **gelu)))
+    pipeline.text_encoder_3.half().float()  # published in float16
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd3_files(large_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Its files with all text encoders, with both CLIPs, and with none."""
+    pipeline, folder = StableDiffusion3Pipeline.from_pretrained(large_sd3), tmp_path_factory.mktemp("single")
+    encoders: dict[str, tuple[str, ...]] = {
+        "all": ("clip_l", "clip_g", "t5xxl"),
+        "clips": ("clip_l", "clip_g"),
+        "none": (),
+    }
+    states = {name: original_layouts.stable_diffusion_3(pipeline, included) for name, included in encoders.items()}
+    return {name: written(state, folder / f"sd3_{name}.safetensors") for name, state in states.items()}
+
+
+@pytest.mark.parametrize(("name", "omit"), [("all", ()), ("clips", ()), ("none", ()), ("all", ("text_encoder_3",))])
+def test_a_stable_diffusion_3_file_is_the_folder(
+    sd3_files: dict[str, str], large_sd3: Path, name: str, omit: tuple[str, ...]
+) -> None:
+    """Text encoders that the file lacks come from `pretrained_config`."""
+    options: dict[str, Any] = {"lora": None, "omit": omit}
+    model = StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), **options)
+    expected = StableDiffusion3(str(large_sd3), **options)
+    assert opener(sd3_files[name]) == "StableDiffusion3"
+    assert_same_model(model, expected)
+    assert (model.text_encoder_3 is None) == (model.pipeline.tokenizer_3 is None) == bool(omit)
+    with without_weights():
+        planned = StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), **options).state_dict()
+    assert {key: value.shape for key, value in planned.items()} == {
+        key: value.shape for key, value in expected.state_dict().items()
+    }
+
+
+def test_omitted_networks_need_no_pretrained_config(
+    sd3_files: dict[str, str], large_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each network that is absent is named, and `omit` where it helps."""
+    default = {"pretrained_model_name_or_path": str(large_sd3)}
+    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "sd35_large", default)
+    with pytest.raises(ConfigurationError, match=r"has no text_encoder_3; set .* or omit: \[text_encoder_3\]$"):
+        StableDiffusion3(sd3_files["clips"])
+    with pytest.raises(ConfigurationError, match=r"has no text_encoder and no text_encoder_2 and no .*-medium$"):
+        StableDiffusion3(sd3_files["none"])
+    options: dict[str, Any] = {"lora": None, "omit": ["text_encoder_3"]}
+    assert_same_weights(StableDiffusion3(sd3_files["clips"], **options), StableDiffusion3(str(large_sd3), **options))
+    with without_weights():
+        StableDiffusion3(sd3_files["clips"], **options)
+
+
+def test_a_pretrained_config_without_a_network_omits_it(
+    sd3_files: dict[str, str], large_sd3: Path, tmp_path: Path
+) -> None:
+    """As a folder without this network does."""
+    shutil.copytree(large_sd3, tmp_path / "folder")
+    index = tmp_path / "folder" / "model_index.json"
+    changes = dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+    index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
+    expected = StableDiffusion3(str(tmp_path / "folder"), lora=None)
+    for name in ("all", "clips"):
+        model = StableDiffusion3(sd3_files[name], lora=None, pretrained_config=str(tmp_path / "folder"))
+        assert_same_weights(model, expected)
+    with without_weights():
+        StableDiffusion3(sd3_files["clips"], pretrained_config=str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("name", ["all", "none"])
+@pytest.mark.parametrize("vae_dtype", ["float16", "float32"])
+def test_in_float16_the_layers_of_the_t5_that_overflow_are_float32(
+    sd3_files: dict[str, str], large_sd3: Path, name: str, vae_dtype: Any
+) -> None:
+    options: dict[str, Any] = {"lora": None, "dtype": "float16", "memory": Memory(vae_dtype=vae_dtype)}
+    model = StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), **options)
+    assert model.text_encoder_3.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    assert_same_weights(model, StableDiffusion3(str(large_sd3), **options))
+
+
+def test_a_t5_in_a_file_has_one_embedding(sd3_files: dict[str, str], large_sd3: Path, tmp_path: Path) -> None:
+    """Files contain it once or twice."""
+    state, name = load_file(sd3_files["all"]), "text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"
+    del state[name]
+    for file in (sd3_files["all"], written(state, tmp_path / "once.safetensors")):
+        encoder = StableDiffusion3(file, lora=None, pretrained_config=str(large_sd3)).text_encoder_3
+        assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
+        assert not encoder.shared.weight.is_meta
+
+
+def test_a_t5_may_be_in_float8(sd3_files: dict[str, str], large_sd3: Path, tmp_path: Path) -> None:
+    """As in `sd3_medium_incl_clips_t5xxlfp8.safetensors`."""
+    t5, state = "text_encoders.t5xxl.", load_file(sd3_files["all"])
+    state |= {key: value.to(torch.float8_e4m3fn) for key, value in state.items() if key.startswith(t5)}
+    file = written(state, tmp_path / "sd3.safetensors")
+    encoder = StableDiffusion3(file, lora=None, pretrained_config=str(large_sd3)).text_encoder_3
+    assert torch.equal(encoder.shared.weight, state[f"{t5}transformer.shared.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("model.diffusion_model.out.2.bias", ""),
+        ("first_stage_model.decoder.norm_out.bias", ""),
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+            ", such as text_encoder.*final_layer_norm.bias",
+        ),
+    ],
+)
+def test_a_file_that_lacks_a_weight_is_rejected(
+    sd_file: str, tiny_sd: Path, tmp_path: Path, key: str, shown: str
+) -> None:
+    """Otherwise this weight would have no values."""
+    state = load_file(sd_file)
+    del state[key]
+    file = written(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=f"model.safetensors lacks weights{shown}; copy or download"):
+        StableDiffusion(file, pretrained_config=str(tiny_sd))
+
+
+def with_width(monkeypatch: pytest.MonkeyPatch, transformer: str) -> None:
+    """Change the width in diffusers' converter, which has that of the published models built in, to 32."""
+    mapping = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[transformer]
     convert = mapping["checkpoint_mapping_fn"]
     code = inspect.getsource(convert)
     assert "inner_dim = 3072" in code
     names = dict(convert.__globals__)
     exec(code.replace("inner_dim = 3072", "inner_dim = 32"), names)
     monkeypatch.setitem(mapping, "checkpoint_mapping_fn", names[convert.__name__])
-    return folder
+
+
+@pytest.fixture
+def tiny_flux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small FLUX.1."""
+    with_width(monkeypatch, "FluxTransformer2DModel")
+    return write("flux", tmp_path / "flux")
+
+
+@pytest.fixture
+def tiny_chroma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small Chroma."""
+    with_width(monkeypatch, "ChromaTransformer2DModel")
+    return write("chroma", tmp_path / "chroma")
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -170,11 +338,69 @@ def test_a_flux_file_is_the_folder(tiny_flux: Path, tmp_path: Path, complete: bo
     assert_same_model(model, Flux(str(tiny_flux), **options))
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_chroma_file_is_the_folder(tiny_chroma: Path, tmp_path: Path, complete: bool) -> None:
+    """With all networks, or with the transformer alone, as its author writes them."""
+    pipeline = ChromaPipeline.from_pretrained(tiny_chroma)
+    layout = original_layouts
+    state = layout.chroma(pipeline) if complete else layout.chroma_transformer(pipeline.transformer)
+    file = written(state, tmp_path / "chroma.safetensors")
+    options: dict[str, Any] = {"lora": None, "height": 16, "width": 16}
+    assert opener(file) == "Chroma"
+    assert_same_model(Chroma(file, pretrained_config=str(tiny_chroma), **options), Chroma(str(tiny_chroma), **options))
+    with without_weights():
+        planned = Chroma(file, pretrained_config=str(tiny_chroma), **options)
+    assert planned.transformer.proj_out.weight.shape == pipeline.transformer.proj_out.weight.shape
+    if not complete:
+        with pytest.raises(ConfigurationError, match="has no vae and no text_encoder; set pretrained_config to a"):
+            Chroma(file)
+
+
+def test_flux_and_chroma_are_distinguished(tiny_flux: Path, tiny_chroma: Path, tmp_path: Path) -> None:
+    """Files, and the pipelines of `pretrained_config`."""
+    flux = original_layouts.flux_transformer(FluxPipeline.from_pretrained(tiny_flux).transformer)
+    chroma = original_layouts.chroma_transformer(ChromaPipeline.from_pretrained(tiny_chroma).transformer)
+    flux_file, chroma_file = written(flux, tmp_path / "f.safetensors"), written(chroma, tmp_path / "c.safetensors")
+    with pytest.raises(ConfigurationError, match=r"is a chroma checkpoint and not one of FLUX.1; open it with Chroma$"):
+        Flux(chroma_file)
+    with pytest.raises(ConfigurationError, match=r"is a flux-dev checkpoint and not one of Chroma; open it with Flux$"):
+        Chroma(flux_file)
+    with pytest.raises(ConfigurationError, match=r"pretrained_config=.* is a FluxPipeline and not a ChromaPipeline"):
+        Chroma(chroma_file, pretrained_config=str(tiny_flux))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_flux_2_dev_is_not_taken_for_klein(tmp_path: Path, prefix: str) -> None:
+    """Both have the same layers; only dev has its guidance scale as an input."""
+    keys = [f"{prefix}single_stream_modulation.lin.weight", f"{prefix}guidance_in.in_layer.weight"]
+    dev = written(dict.fromkeys(keys, torch.zeros(2, 2)), tmp_path / "dev.safetensors")
+    klein = written({keys[0]: torch.zeros(2, 2)}, tmp_path / "klein.safetensors")
+    assert (opener(dev), opener(klein)) == (None, "Flux2Klein")
+    with pytest.raises(
+        ConfigurationError, match=r"a flux-2-dev checkpoint and not one of FLUX.2 Klein; flux-2-dev is not "
+    ):
+        Flux2Klein(dev)
+    with pytest.raises(
+        ConfigurationError, match=r"a flux-2-klein checkpoint and not one of FLUX.1; open a pipeline fo"
+    ):
+        Flux(klein)
+
+
+def test_a_file_with_keys_of_a_model_and_other_shapes_is_no_checkpoint(tmp_path: Path) -> None:
+    """diffusers looks for further keys of it."""
+    key = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
+    file = written({key: torch.zeros(9216)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="is not a checkpoint of a known model"):
+        StableDiffusion3(file)
+
+
 def test_a_z_image_file_is_the_folder(tmp_path: Path) -> None:
-    """With the transformer alone."""
+    """Its text encoder is not read from the file: diffusers cannot convert it."""
     folder = write("z_image", tmp_path / "z_image")
     pipeline = ZImagePipeline.from_pretrained(folder)
-    file = written(original_layouts.z_image_transformer(pipeline.transformer), tmp_path / "z_image.safetensors")
+    state = original_layouts.z_image_transformer(pipeline.transformer)
+    state["text_encoders.qwen3_4b.transformer.model.norm.weight"] = torch.zeros(1)
+    file = written(state, tmp_path / "z_image.safetensors")
     options: dict[str, Any] = {"lora": None, "height": 16, "width": 16, "guidance": Guidance(1.0)}
     assert opener(file) == "ZImage"
     assert_same_model(ZImage(file, pretrained_config=str(folder), **options), ZImage(str(folder), **options))

@@ -353,5 +353,34 @@ CASES: list[Case] = [
         "write 0",
     ),
     python(OPTIONS, "LoRA(target_modules=[])", lambda _: LoRA(target_modules=[]), "target_modules=[] must be a list"),
+    _option("height 16.0", {"height": 16.0, "width": 16}, "height=16.0 must be an integer", "write a multiple of 2"),
+    python(
+        OPTIONS,
+        "Guidance(interval=(0, 0.5, 1))",
+        lambda _: Guidance(interval=(0, 0.5, 1)),  # type: ignore[arg-type]
+        "guidance.interval=[0, 0.5, 1] must be two increasing numbers",
+        "write [0, 0.5]",
+    ),
+    python(
+        OPTIONS,
+        "Memory(decode_chunk=1.5)",
+        lambda _: Memory(decode_chunk=1.5),  # type: ignore[arg-type]
+        "memory.decode_chunk=1.5 must be an integer",
+        "leave it out",
+    ),
+    python(
+        OPTIONS,
+        "Memory(checkpoint_decoder='tile')",
+        lambda _: Memory(checkpoint_decoder="tile"),  # type: ignore[arg-type]
+        "memory.checkpoint_decoder='tile' must be true, false or block",
+        "write block",
+    ),
+    python(
+        OPTIONS,
+        "Memory(vae_dtype='int8')",
+        lambda _: Memory(vae_dtype="int8"),  # type: ignore[arg-type]
+        "memory.vae_dtype='int8'",
+        "write one of float32",
+    ),
     python(OPTIONS, "Memory(tile=100)", lambda _: Memory(tile=100), "memory.tile=100 must be", "write 512"),
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import integer, integer_at_least, one_of
+from lightning_draft.arguments import given, integer, integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 
 _TILED = ("AutoencoderKL", "AutoencoderKLFlux2")  # others tile otherwise, or do not name the size in latents
@@ -64,9 +64,18 @@ class Memory:
     def check(self, vae: Any) -> None:
         """Check that an autoencoder supports the options.
 
+        Args:
+            vae: The autoencoder; `None` if latents are images.
+
         Raises:
-            ConfigurationError: Tiles are wanted, and it has none.
+            ConfigurationError: Tiles are wanted, and it has none; or there is no autoencoder.
         """
+        options = given(**vars(self))
+        if vae is None and options:
+            name, value = next(iter(options.items()))
+            raise ConfigurationError(
+                f"memory.{name}={value!r} has no effect on a model in pixel space, which has no decoder; leave it out"
+            )
         if self.tile is not None and not any(kind.__name__ in _TILED for kind in type(vae).__mro__):
             raise ConfigurationError(
                 f"memory.tile={self.tile} needs an AutoencoderKL, and this model has a {type(vae).__name__}; write "

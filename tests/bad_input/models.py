@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, TextEncoding
+from lightning_draft.models.pixels import PixelDiffusion
 from tests.bad_input.cases import Case, Content, parsed, python
+from tests.tiny_families import pixels
 from tests.tiny_pipelines import STABLE_DIFFUSION_15, write_pipeline
 
 PIPELINES = "Pipelines"
@@ -118,6 +120,13 @@ def _cut(path: Path) -> None:
 
 def _option(shown: str, options: Mapping[str, Any], *says: str) -> Case:
     return python(OPTIONS, shown, lambda _: StableDiffusion(str(_pipeline()), **options), *says)
+
+
+def _pixels(shown: str, options: Mapping[str, Any], *says: str) -> Case:
+    def open_it(folder: Path) -> PixelDiffusion:
+        return PixelDiffusion(str(folder / "model"), **options)
+
+    return python(OPTIONS, shown, open_it, *says, files={"model": pixels})
 
 
 CASES: list[Case] = [
@@ -381,6 +390,13 @@ CASES: list[Case] = [
         lambda _: Memory(vae_dtype="int8"),  # type: ignore[arg-type]
         "memory.vae_dtype='int8'",
         "write one of float32",
+    ),
+    _pixels("a pixel-space model with memory.tile 32", {"memory": Memory(tile=32)}, "memory.tile=32 has no effect on"),
+    _pixels(
+        "a pixel-space model with guidance.scale 5",
+        {"guidance": Guidance(5.0)},
+        "guidance.scale=5.0 cannot be used with pixel-space diffusion models",
+        "write 1, or leave guidance.scale out",
     ),
     python(OPTIONS, "Memory(tile=100)", lambda _: Memory(tile=100), "memory.tile=100 must be", "write 512"),
 ]

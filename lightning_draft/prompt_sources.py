@@ -143,7 +143,7 @@ def _read_data_set(source: str, column: str, split: str) -> PromptTable:
     except ImportError as error:
         raise ConfigurationError(
             f"{source!r} is neither a prompt file nor a shipped list ({', '.join(shipped_lists())}); to read it as a "
-            "data set, install the datasets package"
+            "data set, run pip install 'lightning-draft[datasets]'"
         ) from error
     try:
         saved = (Path(source) / "state.json").is_file()

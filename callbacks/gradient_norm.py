@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_draft.arguments import at_least, in_range, one_of
+from lightning_draft.arguments import in_range, integer, integer_at_least, one_of
 from lightning_draft.callbacks.common import reward_module
 from lightning_draft.callbacks.gradient_profile import StepGradients, log_figure
 from lightning_draft.callbacks.step_state import StepState
@@ -92,14 +92,18 @@ class GradientNormMonitor(StepState):
             raise ConfigurationError(f"GradientNormMonitor: factor={factor} must be greater than 1; write 10")
         self.action = cast(Action, one_of("GradientNormMonitor: action", action, get_args(Action)))
         self.factor = factor
-        at_least("GradientNormMonitor: window", window, 1)
-        self.min_history = in_range("GradientNormMonitor: min_history", min_history, 1, window)
-        self.every_n_steps = (
-            None if every_n_steps is None else at_least("GradientNormMonitor: every_n_steps", every_n_steps, 1)
+        integer_at_least("GradientNormMonitor: window", window, 1)
+        self.min_history = in_range(
+            "GradientNormMonitor: min_history", integer("GradientNormMonitor: min_history", min_history), 1, window
         )
-        self.figure_every_n_steps = at_least("GradientNormMonitor: figure_every_n_steps", figure_every_n_steps, 0)
+        self.every_n_steps = (
+            None if every_n_steps is None else integer_at_least("GradientNormMonitor: every_n_steps", every_n_steps, 1)
+        )
+        self.figure_every_n_steps = integer_at_least(
+            "GradientNormMonitor: figure_every_n_steps", figure_every_n_steps, 0
+        )
         self.max_nonfinite = (
-            None if max_nonfinite is None else at_least("GradientNormMonitor: max_nonfinite", max_nonfinite, 1)
+            None if max_nonfinite is None else integer_at_least("GradientNormMonitor: max_nonfinite", max_nonfinite, 1)
         )
         self.history: deque[float] = deque(maxlen=window)
         self.counts = dict.fromkeys((*_DONE.values(), "nonfinite"), 0)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.callbacks.checkpoint_io import AtomicCheckpointIO, recover_checkpoint, write_checkpoint
 from lightning_draft.callbacks.common import run_folder
 from lightning_draft.callbacks.ema import restore_trained
@@ -64,7 +64,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 100, dirpath: str | None = None) -> None:
-        self.every_n_steps = at_least("LastCheckpoint: every_n_steps", every_n_steps, 1)
+        self.every_n_steps = integer_at_least("LastCheckpoint: every_n_steps", every_n_steps, 1)
         self.dirpath = dirpath
         self._path: Path | None = None
         self._saved = -1

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_draft.arguments import at_least, one_of
+from lightning_draft.arguments import integer_at_least, one_of
 from lightning_draft.callbacks.adapter_files import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.artifacts import log_files
 from lightning_draft.callbacks.common import reward_module, run_folder
@@ -75,7 +75,7 @@ class LoRAExport(Callback):
         self.push_to_hub = push_to_hub if push_to_hub is None else check_repository(push_to_hub)
         self.monitor = monitor
         self.mode = one_of("LoRAExport: mode", mode, ("max", "min"))
-        self.every_n_steps = at_least("LoRAExport: every_n_steps", every_n_steps, 1)
+        self.every_n_steps = integer_at_least("LoRAExport: every_n_steps", every_n_steps, 1)
         self.dirpath = dirpath
         self.best_score: float | None = None
         self.best_metric: str | None = None

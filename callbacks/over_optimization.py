@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_draft.arguments import at_least, in_range, one_of
+from lightning_draft.arguments import at_least, in_range, integer_at_least, one_of
 from lightning_draft.callbacks.adapter_files import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder
 from lightning_draft.callbacks.ema import averaged, restore_trained
@@ -104,17 +104,17 @@ class OverOptimizationGuard(Callback):
         self.min_diversity = (
             None if min_diversity is None else in_range("OverOptimizationGuard: min_diversity", min_diversity, 0.0, 1.0)
         )
-        self.patience = at_least("OverOptimizationGuard: patience", patience, 1)
+        self.patience = integer_at_least("OverOptimizationGuard: patience", patience, 1)
         self.shrink = in_range("OverOptimizationGuard: shrink", shrink, 0.0, 1.0)
         self.prompts = prompts
-        self.max_prompts = at_least("OverOptimizationGuard: max_prompts", max_prompts, 1)
-        self.samples_per_prompt = at_least(
+        self.max_prompts = integer_at_least("OverOptimizationGuard: max_prompts", max_prompts, 1)
+        self.samples_per_prompt = integer_at_least(
             "OverOptimizationGuard: samples_per_prompt",
             samples_per_prompt,
             2,
             "write 2 or more, because diversity is measured between samples of a prompt",
         )
-        self.batch_size = at_least("OverOptimizationGuard: batch_size", batch_size, 1)
+        self.batch_size = integer_at_least("OverOptimizationGuard: batch_size", batch_size, 1)
         self.seed = check_seed(seed)
         self.dirpath = dirpath
         self.counts = dict.fromkeys(_DONE.values(), 0)

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.text import one_line
 
 
@@ -35,8 +35,8 @@ class ProgressBar(TQDMProgressBar):
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
 
     def __init__(self, refresh_rate: int = 1, every_n_steps: int = 10) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-        self.every_n_steps = at_least("ProgressBar: every_n_steps", every_n_steps, 1)
+        super().__init__(refresh_rate=integer_at_least("ProgressBar: refresh_rate", refresh_rate, 0))
+        self.every_n_steps = integer_at_least("ProgressBar: every_n_steps", every_n_steps, 1)
         self._durations: deque[float] = deque(maxlen=20)
         self._total = math.inf
         self._shown = -1

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.callbacks.common import reward_module, sampling
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.methods.base import RewardModule
@@ -51,8 +51,8 @@ class RewardConflict(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, max_samples: int = 4, seed: int = 0) -> None:
-        self.every_n_steps = at_least("RewardConflict: every_n_steps", every_n_steps, 1)
-        self.max_samples = at_least("RewardConflict: max_samples", max_samples, 1)
+        self.every_n_steps = integer_at_least("RewardConflict: every_n_steps", every_n_steps, 1)
+        self.max_samples = integer_at_least("RewardConflict: max_samples", max_samples, 1)
         self.seed = check_seed(seed)
         self._last_step = -1
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, prompt_list
+from lightning_draft.arguments import integer_at_least, prompt_list
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder, sampling
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.image_grid import comparison, log_image
@@ -61,13 +61,13 @@ class SampleLogger(Callback):
         to_files: bool = True,
         dirpath: str | None = None,
     ) -> None:
-        self.every_n_steps = at_least("SampleLogger: every_n_steps", every_n_steps, 1)
+        self.every_n_steps = integer_at_least("SampleLogger: every_n_steps", every_n_steps, 1)
         self.prompts = None if prompts is None else prompt_list(prompts, "SampleLogger: prompts")
-        self.max_samples = at_least("SampleLogger: max_samples", max_samples, 1)
+        self.max_samples = integer_at_least("SampleLogger: max_samples", max_samples, 1)
         self.seed = check_seed(seed)
-        self.min_size = at_least("SampleLogger: min_size", min_size, 1)
-        self.per_row = at_least("SampleLogger: per_row", per_row, 1)
-        self.batch_size = None if batch_size is None else at_least("SampleLogger: batch_size", batch_size, 1)
+        self.min_size = integer_at_least("SampleLogger: min_size", min_size, 1)
+        self.per_row = integer_at_least("SampleLogger: per_row", per_row, 1)
+        self.batch_size = None if batch_size is None else integer_at_least("SampleLogger: batch_size", batch_size, 1)
         self.to_files = to_files
         self.dirpath = dirpath
         self._samples = FixedSamples([], seed)

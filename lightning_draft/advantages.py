@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, in_range, positive
+from lightning_draft.arguments import in_range, integer, integer_at_least, positive
 from lightning_draft.errors import ConfigurationError
 
 Rewards = Sequence[float]
@@ -127,8 +127,8 @@ class PerPromptStatistics(AdvantageEstimator):
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
-        self.buffer_size = at_least("buffer_size", buffer_size, 2)
-        self.min_count = in_range("min_count", min_count, 2, buffer_size)
+        self.buffer_size = integer_at_least("buffer_size", buffer_size, 2)
+        self.min_count = in_range("min_count", integer("min_count", min_count), 2, buffer_size)
         self._rewards: dict[str, Rewards] = {}
         self._before_mark: dict[str, Rewards] = {}  # arrays that have changed since the mark
 

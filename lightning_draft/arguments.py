@@ -34,6 +34,26 @@ def at_least(name: str, value: Number, minimum: Number, hint: str = "") -> Numbe
     return value
 
 
+def integer(name: str, value: Any, hint: str = "write a whole number such as 4") -> int:
+    """Return `value` if it is an integer.
+
+    Raises:
+        ConfigurationError: It is another number, such as 4.0, or no number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r} must be an integer; {hint}")
+    return value
+
+
+def integer_at_least(name: str, value: Any, minimum: int, hint: str = "") -> int:
+    """Return `value` if it is an integer of at least `minimum`; arguments as of `at_least`.
+
+    Raises:
+        ConfigurationError: `value` is not an integer, or is too small.
+    """
+    return at_least(name, integer(name, value, hint or f"write {minimum} or more"), minimum, hint)
+
+
 def positive(name: str, value: float, hint: str = "") -> float:
     """Return `value` if it is finite and greater than 0.
 

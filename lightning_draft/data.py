@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt import Prompt
 from lightning_draft.prompt_sources import read_prompts
@@ -172,8 +172,10 @@ class PromptDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size = at_least("batch_size", batch_size, 1)
-        self.val_batch_size = batch_size if val_batch_size is None else at_least("val_batch_size", val_batch_size, 1)
+        self.batch_size = integer_at_least("batch_size", batch_size, 1)
+        self.val_batch_size = (
+            batch_size if val_batch_size is None else integer_at_least("val_batch_size", val_batch_size, 1)
+        )
         self.seed = 0 if seed is None else check_seed(seed)
         self._loader: PromptLoader | None = None
         everything = _read("prompts", prompts, column, split)
@@ -241,7 +243,7 @@ def hold_out(prompts: Sequence[str], size: int, seed: int) -> tuple[Sequence[str
     Raises:
         ConfigurationError: The size is negative, or no prompts would be left for training.
     """
-    at_least("val_size", size, 0, hint="write 0 to hold out nothing")
+    integer_at_least("val_size", size, 0, hint="write 0 to hold out nothing")
     if size == 0:
         return prompts, []
     texts = prompts.texts if isinstance(prompts, PromptTable) else prompts

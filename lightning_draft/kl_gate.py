@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, in_range, positive
+from lightning_draft.arguments import in_range, integer_at_least, positive
 from lightning_draft.errors import ConfigurationError
 
 
@@ -50,7 +50,7 @@ class KLGate:
         in_range("kl_gate.min_fraction", self.min_fraction, 0, self.fraction)
         in_range("kl_gate.max_fraction", self.max_fraction, self.fraction, 1)
         in_range("kl_gate.growth", self.growth, 0, 1, "write for example 0.1", below_high=True)
-        at_least("kl_gate.history", self.history, 1)
+        integer_at_least("kl_gate.history", self.history, 1)
         if self.rewards == []:
             raise ConfigurationError("kl_gate.rewards=[] is empty; leave it out to compare with all evaluation rewards")
 
@@ -85,7 +85,7 @@ class MovingReference:
         if self.max_kl is not None:
             positive("kl_reference.max_kl", self.max_kl)
         if self.max_rollouts is not None:
-            at_least("kl_reference.max_rollouts", self.max_rollouts, 1)
+            integer_at_least("kl_reference.max_rollouts", self.max_rollouts, 1)
         if self.max_kl is None and self.max_rollouts is None:
             raise ConfigurationError(
                 "kl_reference: max_kl and max_rollouts are null, so that the reference never changes; give one of "

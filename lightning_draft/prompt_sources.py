@@ -7,7 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.prompt import NEGATIVE_COLUMN
 from lightning_draft.prompt_files import SUFFIXES, read_file
 from lightning_draft.prompt_rows import check_column, to_prompts
 from lightning_draft.prompt_table import PromptTable
@@ -43,10 +46,24 @@ def read_prompts(source: Any, column: str = "prompt", split: str = "train") -> S
     else:
         table = _read_object(source, column)
     prompts = table.without_blanks()
+    _warn_of_misspelled_columns(prompts)
     if not prompts:
         shown = repr(source) if isinstance(source, str) else f"the {type(source).__name__} that was given"
         raise ConfigurationError(f"there are no prompts in {shown}; {_ACCEPTED}")
     return prompts if prompts.has_columns else prompts.texts
+
+
+def _warn_of_misspelled_columns(prompts: PromptTable) -> None:
+    """Warn of the first column that is almost named like that of negative prompts; rewards may read other columns."""
+    for names in prompts.column_groups:
+        plain = {str(name).strip().lower().replace(" ", "_"): name for name in names}
+        near = difflib.get_close_matches(NEGATIVE_COLUMN, plain, n=1, cutoff=0.8)
+        if NEGATIVE_COLUMN not in names and near:
+            rank_zero_warn(
+                f"the column {plain[near[0]]!r} of the prompts is not read as {NEGATIVE_COLUMN!r}, because its name "
+                f"differs; rename it to {NEGATIVE_COLUMN!r} for negative prompts, or ignore this if a reward reads it"
+            )
+            return
 
 
 def shipped_lists() -> list[str]:
@@ -126,7 +143,7 @@ def _read_data_set(source: str, column: str, split: str) -> PromptTable:
     except ImportError as error:
         raise ConfigurationError(
             f"{source!r} is neither a prompt file nor a shipped list ({', '.join(shipped_lists())}); to read it as a "
-            "data set, install the datasets package"
+            "data set, run pip install 'lightning-draft[datasets]'"
         ) from error
     try:
         saved = (Path(source) / "state.json").is_file()

@@ -93,6 +93,11 @@ class PromptTable(Sequence[str]):
         return bool(self._blocks)
 
     @property
+    def column_groups(self) -> list[tuple[str, ...]]:
+        """Names of the columns of each group of rows that have the same ones."""
+        return [names for names, _ in self._blocks]
+
+    @property
     def column_names(self) -> set[str]:
         """Names of the columns of all rows."""
         return {name for names, _ in self._blocks for name in names}

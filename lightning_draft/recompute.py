@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.models.base import DiffusionModel
 
 
@@ -32,7 +32,9 @@ class Recompute:
 
     def __post_init__(self) -> None:
         if self.micro_batch_size is not None:
-            at_least("micro_batch_size", self.micro_batch_size, 1, "write 1 or more, or null for the whole batch")
+            integer_at_least(
+                "micro_batch_size", self.micro_batch_size, 1, "write 1 or more, or null for the whole batch"
+            )
 
     def prepare(self, model: DiffusionModel) -> None:
         """Set whether the next network call of a model with gradient recomputes blocks.

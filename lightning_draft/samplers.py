@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, in_range, one_of
+from lightning_draft.arguments import at_least, in_range, integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.schedules import Grid, RectifiedFlow, Schedule, Spacing, VariancePreserving
 from lightning_draft.timesteps import ddim_timesteps, dpm_timesteps
@@ -29,7 +29,7 @@ class Sampler(ABC):
     """
 
     def __init__(self, num_steps: int = 50, spacing: Spacing | None = None) -> None:
-        self.num_steps = at_least("num_steps", num_steps, 1)
+        self.num_steps = integer_at_least("num_steps", num_steps, 1)
         if spacing is not None:
             one_of("spacing", spacing, get_args(Spacing))
         self.spacing = spacing

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.score_table import ScoredImage
 
@@ -72,7 +72,7 @@ def bootstrap_intervals(
         resamples: Number of samples of `U` units, at least 100.
         seed: Seed of the samples.
     """
-    at_least("resamples", resamples, 100)
+    integer_at_least("resamples", resamples, 100)
     count = int(units.max()) + 1
     sums = np.stack([np.bincount(units, values, count) for values in (*samples, np.ones(len(units)))])
     generator = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from lightning_draft.arguments import at_least, one_of
+from lightning_draft.arguments import integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.image_files import UnreadableImageError, image_size, list_images, read_image
 from lightning_draft.image_prompts import PromptSource, find_prompts
@@ -60,7 +60,7 @@ def score_folder(
         ConfigurationError: There are no images, an image or a prompt cannot be read, the memory is not sufficient, or
             `scores.csv` contains scores of another folder or other rewards.
     """
-    at_least("batch_size", batch_size, 1)
+    integer_at_least("batch_size", batch_size, 1)
     one_of("unreadable", unreadable, ("stop", "skip"))
     if not rewards:
         raise ConfigurationError("there are no rewards; give at least one, such as AestheticScore")

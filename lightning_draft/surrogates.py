@@ -10,7 +10,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, in_range, positive
+from lightning_draft.arguments import in_range, integer_at_least, positive
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.gradients import scale_gradient, straight_through
@@ -35,7 +35,7 @@ class FlowBPBridge(DRTune):
     """
 
     def __init__(self, k: int = 5, late_bias: float = 4.0, rescale: float = 0.5, bridge: float = 0.5) -> None:
-        super().__init__(at_least("k", k, 2), m=0, late_bias=late_bias, rescale=rescale)
+        super().__init__(integer_at_least("k", k, 2), m=0, late_bias=late_bias, rescale=rescale)
         self.bridge = in_range("bridge", bridge, 0, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class FlowBPLagrange(Truncation):
     """
 
     def __init__(self, order: int = 3, discount: float = 0.1, second: float = 0.25, min_distance: float = 0.2) -> None:
-        self.order = at_least("order", order, 1)
+        self.order = integer_at_least("order", order, 1)
         self.discount = in_range("discount", discount, 0, 1)
         self.second = in_range("second", second, 0, 1)
         self.min_distance = positive("min_distance", min_distance)
@@ -210,9 +210,11 @@ class DirectAlign(Truncation):
 
     def __init__(self, low: int = 1, high: int | None = None, inversion: bool = False) -> None:
         self.inversion = inversion
-        advice = "inversion steps up from the next step" if inversion else ""
-        self.low = at_least("low", low, 1 + inversion, advice)
-        self.high = None if high is None else at_least("high", high, low, f"low is {low}")
+        advice = "write 2 or more, because inversion steps up from the next step" if inversion else ""
+        self.low = integer_at_least("low", low, 1 + inversion, advice)
+        self.high = (
+            None if high is None else integer_at_least("high", high, low, f"write {low} or more, because low is {low}")
+        )
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample without a graph, then renoise, and take one step with a graph."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lightning_draft.arguments import at_least, one_of
+from lightning_draft.arguments import integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.schedules import Grid, Schedule, Spacing, VariancePreserving
 
@@ -54,7 +54,7 @@ def check_training_times(spread: TimeSpread, count: int, num_steps: int) -> None
         ConfigurationError: The spread is not known, or there are fewer than 1 or too many times.
     """
     one_of("times", spread, get_args(TimeSpread))
-    at_least("num_times", count, 1)
+    integer_at_least("num_times", count, 1)
     if spread == "grid" and count > num_steps:
         raise ConfigurationError(
             f"num_times={count} exceeds the sampler's num_steps={num_steps}, and times=grid uses each step once; lower "

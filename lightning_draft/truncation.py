@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, one_of
+from lightning_draft.arguments import at_least, integer_at_least, one_of
 from lightning_draft.chain import SamplingChain
 from lightning_draft.errors import ConfigurationError
 
@@ -64,7 +64,7 @@ class LastK(Truncation):
     """
 
     def __init__(self, k: int = 1) -> None:
-        self.k = at_least("k", k, 1)
+        self.k = integer_at_least("k", k, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample without a graph up to the last `k` steps, and with a graph from there on."""
@@ -88,7 +88,7 @@ class LowVariance(Truncation):
     """
 
     def __init__(self, copies: int = 2) -> None:
-        self.copies = at_least("copies", copies, 1)
+        self.copies = integer_at_least("copies", copies, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample, renoise the detached sample to the last step, and denoise the copies with gradient."""
@@ -115,7 +115,7 @@ class ReFL(Truncation):
     """
 
     def __init__(self, m: int = 10) -> None:
-        self.m = at_least("m", m, 1)
+        self.m = integer_at_least("m", m, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Sample without a graph to the stop, then predict `x_0` with a graph."""
@@ -143,7 +143,7 @@ class RandomK(Truncation):
     """
 
     def __init__(self, max_k: int | None = None) -> None:
-        self.max_k = None if max_k is None else at_least("max_k", max_k, 1)
+        self.max_k = None if max_k is None else integer_at_least("max_k", max_k, 1)
 
     def __call__(self, chain: SamplingChain, noise: Tensor) -> Tensor:
         """Choose `K` at random and sample as `LastK(K)` does."""
@@ -221,8 +221,8 @@ class DRTune(Truncation):
         late_bias: float | None = None,
         rescale: float = 0.0,
     ) -> None:
-        self.k = at_least("k", k, 1)
-        self.m = at_least("m", m, 0)
+        self.k = integer_at_least("k", k, 1)
+        self.m = integer_at_least("m", m, 0)
         self.coverage = one_of("coverage", coverage, get_args(Coverage))
         self.late_bias = late_bias if late_bias is None else at_least("late_bias", late_bias, 0)
         self.rescale = at_least("rescale", rescale, 0)

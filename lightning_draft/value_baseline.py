@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, in_range, positive
+from lightning_draft.arguments import in_range, integer_at_least, positive
 from lightning_draft.distributed import all_gather_objects
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.objectives import Objective
@@ -40,7 +40,7 @@ class ValueBaseline:
     """
 
     def __init__(self, pool: int = 2, ridge: float = 1.0, decay: float = 0.9) -> None:
-        self.pool = at_least("value_baseline.pool", pool, 1)
+        self.pool = integer_at_least("value_baseline.pool", pool, 1)
         self.ridge = positive("value_baseline.ridge", ridge)
         self.decay = in_range("value_baseline.decay", decay, 0, 1)
         self.statistics: Statistics = {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.samplers import Sampler
 from lightning_draft.schedules import Grid, Schedule
@@ -26,7 +26,7 @@ class StepWindow(ABC):
     """
 
     def __init__(self, size: int) -> None:
-        self.size = at_least("window.size", size, 1)
+        self.size = integer_at_least("window.size", size, 1)
 
     @abstractmethod
     def start(self, number: int, last: int, seed: int) -> int:
@@ -71,8 +71,8 @@ class SlidingWindow(StepWindow):
 
     def __init__(self, size: int = 4, stride: int | None = None, rollouts: int = 25) -> None:
         super().__init__(size)
-        self.stride = self.size if stride is None else at_least("window.stride", stride, 1)
-        self.rollouts = at_least("window.rollouts", rollouts, 1)
+        self.stride = self.size if stride is None else integer_at_least("window.stride", stride, 1)
+        self.rollouts = integer_at_least("window.rollouts", rollouts, 1)
 
     def start(self, number: int, last: int, seed: int) -> int:
         """Return the position of the first step, which does not depend on the seed."""
@@ -95,7 +95,11 @@ class RandomWindow(StepWindow):
 
     def __init__(self, size: int = 2, first: int | None = None) -> None:
         super().__init__(size)
-        self.first = None if first is None else at_least("window.first", first, size, f"window.size is {size}")
+        self.first = (
+            None
+            if first is None
+            else integer_at_least("window.first", first, size, f"write {size} or more, because window.size is {size}")
+        )
 
     def start(self, number: int, last: int, seed: int) -> int:
         """Return a random position."""

@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from lightning_draft.arguments import at_least, in_range, one_of, positive, prompt_list
+from lightning_draft.arguments import at_least, in_range, integer, integer_at_least, one_of, positive, prompt_list
 from lightning_draft.errors import ConfigurationError
 
 
 def test_valid_values_are_returned_unchanged():
     assert at_least("k", 1, 1) == 1
+    assert integer_at_least("k", 2, 1) == 2
     assert positive("beta", 0.5) == 0.5
     assert in_range("eta", 1.0, 0.0, 1.0) == 1.0
     assert one_of("mode", "step", ["step", "block"]) == "step"
@@ -20,6 +21,16 @@ def test_valid_values_are_returned_unchanged():
 def test_at_least_rejects_small_values_and_other_types(value):
     with pytest.raises(ConfigurationError, match=r"k=.* must be at least 1; write 1 or more"):
         at_least("k", value, 1)
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5, math.nan, math.inf, True, "2", None])
+def test_integers_are_no_other_numbers(value):
+    with pytest.raises(ConfigurationError, match=r"k=.* must be an integer; write 1 or more$"):
+        integer_at_least("k", value, 1)
+    with pytest.raises(ConfigurationError, match=r"k=.* must be an integer; write a whole number such as 4$"):
+        integer("k", value)
+    with pytest.raises(ConfigurationError, match="k=0 must be at least 1; write 1 or more"):
+        integer_at_least("k", 0, 1)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, False])

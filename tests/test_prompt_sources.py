@@ -3,6 +3,7 @@
 import json
 import pickle
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Dataset
 
 from lightning_draft.data import PromptDataModule, hold_out
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.prompt import Columns, Prompt
+from lightning_draft.prompt import Columns, Prompt, metadata_of
 from lightning_draft.prompt_sources import read_prompts, shipped_lists
 
 ROWS = [{"prompt": "two cats", "count": 2}, {"prompt": "a bed", "count": 1}]
@@ -172,6 +173,31 @@ def test_a_negative_prompt_that_is_no_text_is_rejected_with_its_row(value: objec
     for source in (table, tmp_path / "p.parquet"):
         with pytest.raises(ConfigurationError, match="row 1 has .* in the column 'negative_prompt'; .* can be empty"):
             read_prompts(source)
+
+
+@pytest.mark.parametrize("name", ["negativ_prompt", "negative_prompts", "Negative Prompt", "neg_prompt"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_column_almost_named_negative_prompt_is_one_warning(name: str, suffix: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat", name: "blurry"}, {"prompt": "a bed", name: ""}, {"prompt": "a deer", "count": 1}]
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        pd.DataFrame(rows).to_csv(file, index=False)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="not read as") as seen:
+        first = read_prompts(str(file))[0]
+    (message,) = {str(each.message) for each in seen}
+    assert f"the column {name!r} of the prompts is not read as 'negative_prompt'" in message
+    assert len(seen) == 1
+    assert metadata_of(first)[name] == "blurry"
+
+
+@pytest.mark.parametrize("names", [["negative_prompt"], ["negative_prompt", "negative_prompt_2"], ["objects", "id"]])
+def test_other_columns_give_no_warning(names: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_prompts([{"prompt": "a cat", **dict.fromkeys(names, "a")}])
+        read_prompts([{"prompt": "a cat", "positive_prompt": "a", "original_prompt": "a"}])
 
 
 def test_columns_are_a_compact_mapping() -> None:

@@ -274,9 +274,12 @@ def test_random_choices_do_not_use_the_global_generator(truncation: Truncation) 
         (lambda: LeapAlign()(chain_of(flow(), 0, FlowEuler(1)), noise()), "LeapAlign needs at least 2 sampling steps"),
         (lambda: FlowBPLagrange(order=0), "order=0 must be at least 1"),
         (lambda: FlowBPLagrange(second=2.0), "second=2.0 must be between 0 and 1"),
-        (lambda: DirectAlign(inversion=True), "low=1 must be at least 2; inversion steps up from the next step"),
+        (
+            lambda: DirectAlign(inversion=True),
+            "low=1 must be at least 2; write 2 or more, because inversion steps up from the next step",
+        ),
         (lambda: DirectAlign(low=0), "low=0 must be at least 1"),
-        (lambda: DirectAlign(low=3, high=2), "high=2 must be at least 3; low is 3"),
+        (lambda: DirectAlign(low=3, high=2), "high=2 must be at least 3; write 3 or more, because low is 3"),
         (lambda: DirectAlign(high=9)(chain_of(flow(), 0), noise()), "high=9 must be in this order between 1 and"),
         (
             lambda: DirectAlign(2, 6, inversion=True)(chain_of(flow(), 0), noise()),

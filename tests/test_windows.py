@@ -176,7 +176,10 @@ class NoPlainForm(DDIM):
         (lambda: SlidingWindow(0), "window.size=0 must be at least 1"),
         (lambda: SlidingWindow(2, stride=0), "window.stride=0 must be at least 1"),
         (lambda: SlidingWindow(2, rollouts=0), "window.rollouts=0 must be at least 1"),
-        (lambda: RandomWindow(3, first=2), "window.first=2 must be at least 3; window.size is 3"),
+        (
+            lambda: RandomWindow(3, first=2),
+            "window.first=2 must be at least 3; write 3 or more, because window.size is 3",
+        ),
         (
             lambda: linear(window=SlidingWindow(4)).policy_of(0),
             "window.size=4 exceeds the 3 sampling steps that add noise; write 3 or less",

@@ -21,10 +21,19 @@ from lightning_draft.cli.shipped import nearest
 _MOST = 12
 _ELSEWHERE = {"lr": "model.optimizer.lr", "learning_rate": "model.optimizer.lr"}
 _LONGEST = 80
-
-
-EXTRAS = {"bitsandbytes": "quantization", "torchao": "quantization"}
-"""The extra that installs a library whose classes may be values of options."""
+_EXTRAS = {
+    "accelerate": "quantization",
+    "bitsandbytes": "quantization",
+    "clint": "hpsv2",
+    "datasets": "datasets",
+    "deepspeed": "deepspeed",
+    "ftfy": "hpsv2",
+    "optuna": "experiments",
+    "regex": "hpsv2",
+    "requests": "hpsv2",
+    "torchao": "quantization",
+    "torchvision": "hpsv2",
+}  # the extra that installs a package, which a class named in a configuration may import
 
 
 def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
@@ -38,10 +47,10 @@ def explain(error: BaseException, groups: Mapping[str, Any]) -> str:
         Exception: Importing a user's module failed; this is the exception of the module, without the parser's.
     """
     problem = locate(error)
-    if isinstance(problem.reason, ModuleNotFoundError) and problem.reason.name in EXTRAS:
+    if isinstance(problem.reason, ModuleNotFoundError) and problem.reason.name in _EXTRAS:
         library = problem.reason.name
         place = f"{_option(problem.path)}: " if problem.path else ""
-        return f"{place}{library} is not installed; run pip install 'lightning-draft[{EXTRAS[library]}]'"
+        return f"{place}{library} is not installed; run pip install 'lightning-draft[{_EXTRAS[library]}]'"
     if not isinstance(problem.reason, (ValueError, TypeError, KeyError, argparse.ArgumentError)) and not is_missing(
         problem
     ):

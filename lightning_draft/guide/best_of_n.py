@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.chain import SamplingChain
 from lightning_draft.guide.latent_score import LatentScore
 
@@ -28,7 +28,7 @@ def best_of_n(chain: SamplingChain, noise: Tensor, reward: LatentScore, n: int =
         Ma et al., "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps", arXiv:2501.09732
         (random search over noises).
     """
-    at_least("n", n, 1)
+    integer_at_least("n", n, 1)
     best = chain.advance(chain.start(noise)).x
     scores = reward(best)
     for _ in range(n - 1):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, finite, in_range
+from lightning_draft.arguments import finite, in_range, integer_at_least
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.guide.latent_score import LatentScore
 
@@ -78,7 +78,7 @@ def norm_matched_guidance(
         arXiv:2309.10810, and the authors' code.
     """
     finite("scale", scale)
-    at_least("inner_steps", inner_steps, 1)
+    integer_at_least("inner_steps", inner_steps, 1)
     state = chain.start(noise)
     for step in range(chain.num_steps):
         for _ in range(inner_steps):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_draft.arguments import at_least, positive
+from lightning_draft.arguments import at_least, integer_at_least, positive
 from lightning_draft.chain import SamplingChain
 from lightning_draft.guide.best_of_n import where_better
 from lightning_draft.guide.gradient import sample_norms
@@ -160,7 +160,7 @@ def _ascend(
     max_norm: float,
 ) -> Tensor:
     """Maximize `reward(sample(noises)) + prior(noises)`; return each sample's latents with the highest reward."""
-    at_least("iterations", iterations, 1)
+    integer_at_least("iterations", iterations, 1)
     positive("max_norm", max_norm)
     noises.requires_grad_()
     with torch.no_grad():

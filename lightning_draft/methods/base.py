@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.chain import Probe
 from lightning_draft.data import PromptDataModule
 from lightning_draft.distributed import (
@@ -115,7 +115,7 @@ class RewardModule(EvaluationModule, ABC):
         self._marked_step = -1
         if stage == "fit":
             self.nonfinite_gradients.in_a_row = 0
-            at_least("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1)
+            integer_at_least("trainer.accumulate_grad_batches", self.trainer.accumulate_grad_batches, 1)
             self.check_configuration()
 
     def check_configuration(self) -> None:

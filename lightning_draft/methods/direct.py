@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.chain import PredictionDrift, SamplingChain
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.checkpointing import Checkpointing, check_checkpointing, recomputed
@@ -72,7 +72,7 @@ class DirectModule(RewardModule, ABC):
     ) -> None:
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         if micro_batch_size is not None:
-            at_least("micro_batch_size", micro_batch_size, 1)
+            integer_at_least("micro_batch_size", micro_batch_size, 1)
         self.checkpointing = check_checkpointing(checkpointing)
         self.micro_batch_size = micro_batch_size
         self.batches = 0

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.chain import State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.gradient_matching import AdjointMatching, GradientMatching, Residual, Trajectory
@@ -76,7 +76,7 @@ class GradientMatchingModule(DirectModule):
             model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed, checkpointing, micro_batch_size
         )
         self.matching = AdjointMatching() if matching is None else matching
-        self.trained_steps = None if trained_steps is None else at_least("trained_steps", trained_steps, 1)
+        self.trained_steps = None if trained_steps is None else integer_at_least("trained_steps", trained_steps, 1)
 
     @property
     def method(self) -> GradientMatching:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_draft.arguments import at_least, in_range
+from lightning_draft.arguments import at_least, in_range, integer_at_least
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class OldPolicy:
     def __post_init__(self) -> None:
         in_range("old_policy.max_decay", self.max_decay, 0, 1, "write for example 0.5", below_high=True)
         at_least("old_policy.rate", self.rate, 0)
-        at_least("old_policy.start", self.start, 0)
+        integer_at_least("old_policy.start", self.start, 0)
 
     def decay(self, step: int) -> float:
         """Return `d` after `step` optimizer steps."""

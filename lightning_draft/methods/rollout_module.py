@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator
-from lightning_draft.arguments import at_least, given
+from lightning_draft.arguments import given, integer_at_least
 from lightning_draft.distributed import all_gather_objects, check_not_sharded
 from lightning_draft.methods import checks
 from lightning_draft.methods.base import RewardModule
@@ -92,11 +92,13 @@ class RolloutModule(RewardModule, ABC):
         super().__init__(model, reward, sampler, eval_rewards, optimizer, lr_scheduler, seed)
         self.objective = objective
         self.advantage_estimator = advantage_estimator
-        self.samples_per_prompt = at_least("samples_per_prompt", samples_per_prompt, 1)
-        self.inner_epochs = at_least("inner_epochs", inner_epochs, 1)
-        self.micro_batch_size = None if micro_batch_size is None else at_least("micro_batch_size", micro_batch_size, 1)
+        self.samples_per_prompt = integer_at_least("samples_per_prompt", samples_per_prompt, 1)
+        self.inner_epochs = integer_at_least("inner_epochs", inner_epochs, 1)
+        self.micro_batch_size = (
+            None if micro_batch_size is None else integer_at_least("micro_batch_size", micro_batch_size, 1)
+        )
         few = timesteps_per_minibatch
-        self.timesteps_per_minibatch = None if few is None else at_least("timesteps_per_minibatch", few, 1)
+        self.timesteps_per_minibatch = None if few is None else integer_at_least("timesteps_per_minibatch", few, 1)
         self.share_start_noise = share_start_noise
         self.checkpointing = check_checkpointing(checkpointing)
         self.regularizer = regularizer

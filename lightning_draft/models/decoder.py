@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import given, integer, integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 
 _TILED = ("AutoencoderKL", "AutoencoderKLFlux2")  # others tile otherwise, or do not name the size in latents
@@ -48,16 +48,34 @@ class Memory:
 
     def __post_init__(self) -> None:
         if self.decode_chunk is not None:
-            at_least("memory.decode_chunk", self.decode_chunk, 1, "leave it out for a number that suits the image size")
-        if self.tile is not None and (self.tile <= 0 or self.tile % 32):
+            integer_at_least(
+                "memory.decode_chunk", self.decode_chunk, 1, "leave it out for a number that suits the image size"
+            )
+        if not isinstance(self.checkpoint_decoder, bool | None) and self.checkpoint_decoder != "block":
+            raise ConfigurationError(
+                f"memory.checkpoint_decoder={self.checkpoint_decoder!r} must be true, false or block; write block for "
+                "the lowest peak, or leave it out"
+            )
+        if self.tile is not None and (integer("memory.tile", self.tile, "write 512") <= 0 or self.tile % 32):
             raise ConfigurationError(f"memory.tile={self.tile} must be a multiple of 32 pixels; write 512")
+        if self.vae_dtype is not None:
+            one_of("memory.vae_dtype", self.vae_dtype, get_args(Precision))
 
     def check(self, vae: Any) -> None:
         """Check that an autoencoder supports the options.
 
+        Args:
+            vae: The autoencoder; `None` if latents are images.
+
         Raises:
-            ConfigurationError: Tiles are wanted, and it has none.
+            ConfigurationError: Tiles are wanted, and it has none; or there is no autoencoder.
         """
+        options = given(**vars(self))
+        if vae is None and options:
+            name, value = next(iter(options.items()))
+            raise ConfigurationError(
+                f"memory.{name}={value!r} has no effect on a model in pixel space, which has no decoder; leave it out"
+            )
         if self.tile is not None and not any(kind.__name__ in _TILED for kind in type(vae).__mro__):
             raise ConfigurationError(
                 f"memory.tile={self.tile} needs an AutoencoderKL, and this model has a {type(vae).__name__}; write "

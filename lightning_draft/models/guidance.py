@@ -7,7 +7,7 @@ References:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -66,10 +66,10 @@ class Guidance:
         one_of("guidance.gradient", self.gradient, get_args(GuidanceGradient))
         if self.max_norm is not None:
             positive("guidance.max_norm", self.max_norm, "write 1.0, or leave it out for no limit")
-        first, last = self.interval
-        if not 0 <= first < last <= 1:
+        if not _is_interval(self.interval):
+            shown = list(self.interval) if isinstance(self.interval, tuple) else self.interval
             raise ConfigurationError(
-                f"guidance.interval={[first, last]} must be two increasing numbers between 0 and 1; write [0, 0.5] for "
+                f"guidance.interval={shown!r} must be two increasing numbers between 0 and 1; write [0, 0.5] for "
                 "guidance in the first half of the steps"
             )
 
@@ -174,6 +174,14 @@ def with_token_norms(guided: Tensor, conditional: Tensor) -> Tensor:
     tokens, target = pack(guided), pack(conditional)
     scaled = tokens * (target.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True))
     return unpack(scaled, guided.shape[-2], guided.shape[-1])
+
+
+def _is_interval(value: Any) -> bool:
+    """Return whether a value is two increasing numbers between 0 and 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    first, last = value
+    return all(isinstance(each, (int, float)) for each in value) and 0 <= first < last <= 1
 
 
 def _warn_of_no_effect(what: str) -> None:

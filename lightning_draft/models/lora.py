@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lightning_draft.arguments import at_least, one_of
+from lightning_draft.arguments import integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.scale_schedule import ScaleSchedule
 from lightning_draft.seeds import check_seed, seeded
@@ -56,7 +56,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank is not None:
-            at_least("lora.rank", self.rank, 1, "write a rank such as 8")
+            integer_at_least("lora.rank", self.rank, 1, "write a rank such as 8")
         if self.seed is not None:
             check_seed(self.seed, "lora.seed")
         one_of("lora.reference", self.reference, ("pretrained", "init"))

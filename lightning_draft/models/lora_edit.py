@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_draft.arguments import finite, in_range
+from lightning_draft.arguments import finite, in_range, integer
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.lora_content import LoRAFile, Updates
 from lightning_draft.models.lora_update import Update, add, truncate
@@ -77,7 +77,8 @@ def resize_lora(file: LoRAFile, rank: int) -> tuple[LoRAFile, float]:
         The file, and the relative error over all layers, `sqrt(sum |dW - dW'|^2 / sum |dW|^2)`.
     """
     most = max(_smaller_side(update) for update in _every(file))
-    in_range("rank", rank, 1, most, f"write at most {most}, the smaller side of the largest layer")
+    advice = f"write at most {most}, the smaller side of the largest layer"
+    in_range("rank", integer("rank", rank, advice), 1, most, advice)
     squares = [0.0, 0.0]
 
     def smaller(update: Update) -> Update:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import integer_at_least
 from lightning_draft.errors import ConfigurationError
 
 
@@ -79,7 +79,7 @@ def truncate(update: Update, rank: int) -> tuple[Update, float]:
         The update in float32 with scale 1, whose factors have the same singular values, and the distance
         `|dW - dW'|` in the Frobenius norm.
     """
-    at_least("rank", rank, 1)
+    integer_at_least("rank", rank, 1)
     a, b = update.a.double().flatten(1), update.scale * update.b.double().flatten(1)
     basis_b, small_b = torch.linalg.qr(b)
     basis_a, small_a = torch.linalg.qr(a.T)

@@ -257,6 +257,11 @@ class PipelineModel(AdaptedModel):
 
     def _check_omitted(self, omit: Sequence[str]) -> None:
         possible = self.family.optional
+        if isinstance(omit, str):
+            advice = f"write [{', '.join(possible)}], or leave it out" if possible else "leave it out"
+            raise ConfigurationError(
+                f"omit={omit!r} must be a list of names of components that {self.family.title} can do without; {advice}"
+            )
         for name in omit:
             if name not in possible:
                 advice = f"write {' or '.join(possible)}, or leave omit out" if possible else "leave omit out"

@@ -53,7 +53,8 @@ class PixelDiffusion(PipelineModel):
     def _configure(self, pipeline: Any) -> None:
         if self.guidance.enabled:
             raise ConfigurationError(
-                f"guidance.scale={self.guidance.scale} needs prompts, and {self.family.title} models have none; write 1"
+                f"guidance.scale={self.guidance.scale} cannot be used with {self.family.title} models, which "
+                "read no text and so have no prediction for a negative prompt; write 1, or leave guidance.scale out"
             )
         self._check_network()
         self.schedule, self.prediction = variance_preserving(pipeline.scheduler)

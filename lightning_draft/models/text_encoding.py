@@ -10,7 +10,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from lightning_draft.arguments import at_least, in_range
+from lightning_draft.arguments import in_range, integer, integer_at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.family import Family
 
@@ -33,7 +33,9 @@ class TextEncoding:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        at_least("text.clip_skip", self.clip_skip, 0, "write 0 for the published embedding")
+        if self.max_length is not None:
+            integer("text.max_length", self.max_length, "leave it out for the published number")
+        integer_at_least("text.clip_skip", self.clip_skip, 0, "write 0 for the published embedding")
         if self.cache is not None and (not self.cache.strip() or "\0" in self.cache):
             raise ConfigurationError(
                 f"text.cache={self.cache!r} is not the name of a folder; write a name such as embeddings, "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import ImageEncoder
-from lightning_draft.rewards.precision import Precision, full_precision
+from lightning_draft.rewards.precision import Precision, check_precision, full_precision
 from lightning_draft.rewards.weights import PublishedFile, find_file, read_tensors
 
 AestheticVersion = Literal["v1", "v2"]
@@ -68,6 +68,7 @@ class AestheticScore(Reward):
         super().__init__()
         if version not in AESTHETIC_FILES:
             raise ConfigurationError(f"version={version!r} is not known; write v1 or v2")
+        check_precision(dtype)
         path = find_file(_published(version, head), head, "head")
         self.head = collapse(read_tensors(path), _LAYERS[version], path).requires_grad_(False)
         self.encoder = ImageEncoder.load(pretrained, dtype)

@@ -52,6 +52,7 @@ class ImageEncoder(nn.Module):
         """
         from transformers import CLIPVisionModelWithProjection
 
+        check_precision(dtype)
         with reading("CLIP", pretrained, _EXPECTED) as source:
             config = _clip_config(source)
             vision = config.vision_config
@@ -113,6 +114,7 @@ class CLIPEncoder(ImageEncoder):
         """
         from transformers import CLIPModel
 
+        check_precision(dtype)
         with reading("CLIP", pretrained, expected) as source:
             model = load(CLIPModel, source, _clip_config(source))
         with reading("CLIP", processor or pretrained, expected) as source:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_draft.arguments import at_least
+from lightning_draft.arguments import at_least, integer_at_least
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.rewards.inputs import check_prompts
@@ -176,7 +176,7 @@ class ZScoreSum(WeightedSum):
 
     def __init__(self, rewards: dict[str, WeightedReward], memory: int = 4096) -> None:
         super().__init__(rewards)
-        self.memory = at_least("memory", memory, 2)
+        self.memory = integer_at_least("memory", memory, 2)
         self.moments = {name: RunningMoments(memory) for name, weight in self.weights.items() if weight != 0}
 
     @property

@@ -13,7 +13,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, read_tokenizer
 from lightning_draft.rewards.open_clip import clean_text, clip_from_open_clip
-from lightning_draft.rewards.precision import Precision
+from lightning_draft.rewards.precision import Precision, check_precision
 from lightning_draft.rewards.preprocessing import LongestSide
 from lightning_draft.rewards.weights import PublishedFile, find_file, read_tensors
 
@@ -59,6 +59,7 @@ class HPSv2(Reward):
         antialias: bool = True,
     ) -> None:
         super().__init__()
+        check_precision(dtype)
         path = find_file(hps_file(version), weights)
         model = clip_from_open_clip(read_tensors(path, "state_dict"), HPS_HEADS, path)
         preprocess = LongestSide(model.config.vision_config.image_size, antialias)

@@ -5,7 +5,7 @@ vocabulary of its tokenizer and imports the module `turtle`, which needs tkinter
 overwrites them. These commands install it beside current packages without these effects:
 
     pip install --no-deps hpsv2==1.2.0
-    pip install ftfy regex clint requests torchvision
+    pip install 'lightning-draft[hpsv2]'
 
 with the version of torchvision that belongs to the installed torch.
 """
@@ -31,8 +31,8 @@ from lightning_draft.rewards.weights import find_file, load_state, read_tensors
 
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _INSTALL = (
-    "pip install --no-deps hpsv2==1.2.0 and then pip install ftfy regex clint requests torchvision, with the "
-    "torchvision version of your torch; the reward HPSv2 computes the same score without these packages"
+    "pip install --no-deps hpsv2==1.2.0 and then pip install 'lightning-draft[hpsv2]', with the torchvision version of "
+    "your torch; the reward HPSv2 computes the same score without these packages"
 )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, in_range, one_of
+from lightning_draft.arguments import at_least, in_range, integer_at_least, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.prompt import Prompt, metadata_of
 from lightning_draft.rewards.base import Reward
@@ -122,7 +122,7 @@ class Augmented(WrappedReward):
         seed: int | None = None,
     ) -> None:
         super().__init__(reward)
-        self.samples = at_least("samples", samples, 1)
+        self.samples = integer_at_least("samples", samples, 1)
         self.crop = in_range("crop", crop, 0.0, 0.9)
         self.shift = in_range("shift", shift, 0.0, 0.5)
         self.tint = in_range("tint", tint, 0.0, 1.0)

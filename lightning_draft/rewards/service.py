@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, one_of, positive
+from lightning_draft.arguments import at_least, integer_at_least, one_of, positive
 from lightning_draft.errors import RewardServiceError
 from lightning_draft.prompt import metadata_of
 from lightning_draft.rewards.background import run_all
@@ -84,10 +84,10 @@ class HTTPReward(Reward):
     ) -> None:
         super().__init__()
         self.url = check_url(url)
-        self.batch_size = at_least("batch_size", batch_size, 1)
-        self.concurrency = at_least("concurrency", concurrency, 1)
+        self.batch_size = integer_at_least("batch_size", batch_size, 1)
+        self.concurrency = integer_at_least("concurrency", concurrency, 1)
         self.timeout = positive("timeout", timeout)
-        self.retries = at_least("retries", retries, 0)
+        self.retries = integer_at_least("retries", retries, 0)
         self.backoff = at_least("backoff", backoff, 0)
         self.encoding = one_of("encoding", encoding, ("png", "jpeg"))
         self.quality = check_quality(quality)

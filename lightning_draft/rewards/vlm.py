@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import one_of, positive
+from lightning_draft.arguments import integer, one_of, positive
 from lightning_draft.errors import ConfigurationError, RewardServiceError
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.blackbox import to_base64, to_pil
@@ -85,7 +85,7 @@ class VLMJudge(PairwiseReward):
         time_limit: float | None = None,
     ) -> None:
         super().__init__()
-        if not low < high:
+        if not integer("low", low) < integer("high", high):
             raise ConfigurationError(f"high={high} must be greater than low={low}; write for example {low + 4}")
         self.low = low
         self.high = high

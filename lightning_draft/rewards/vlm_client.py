@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_draft.arguments import at_least, positive
+from lightning_draft.arguments import at_least, integer_at_least, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.rewards.http_client import (
@@ -73,9 +73,9 @@ class ChatEndpoint:
         check_url(self.url)
         if not self.model:
             raise ConfigurationError("model='' is empty; write the name of a model that the endpoint serves")
-        for name in ("concurrency", "max_tokens"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("retries", "backoff", "input_price", "output_price"):
+        for name, minimum in (("concurrency", 1), ("max_tokens", 1), ("retries", 0)):
+            integer_at_least(name, getattr(self, name), minimum)
+        for name in ("backoff", "input_price", "output_price"):
             at_least(name, getattr(self, name), 0)
         positive("timeout", self.timeout)
         if self.requests_per_minute is not None:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion, StableDiffusion3, TextEncoding
+from lightning_draft.models.pixels import PixelDiffusion
 from tests.bad_input.cases import Case, Content, parsed, python
+from tests.tiny_families import pixels
 from tests.tiny_pipelines import STABLE_DIFFUSION_15, write_pipeline
 
 PIPELINES = "Pipelines"
@@ -132,6 +134,13 @@ def _cut(path: Path) -> None:
 
 def _option(shown: str, options: Mapping[str, Any], *says: str) -> Case:
     return python(OPTIONS, shown, lambda _: StableDiffusion(str(_pipeline()), **options), *says)
+
+
+def _pixels(shown: str, options: Mapping[str, Any], *says: str) -> Case:
+    def open_it(folder: Path) -> PixelDiffusion:
+        return PixelDiffusion(str(folder / "model"), **options)
+
+    return python(OPTIONS, shown, open_it, *says, files={"model": pixels})
 
 
 CASES: list[Case] = [
@@ -398,5 +407,42 @@ CASES: list[Case] = [
         "write 0",
     ),
     python(OPTIONS, "LoRA(target_modules=[])", lambda _: LoRA(target_modules=[]), "target_modules=[] must be a list"),
+    _option("height 16.0", {"height": 16.0, "width": 16}, "height=16.0 must be an integer", "write a multiple of 2"),
+    _option("omit vae", {"omit": "vae"}, "omit='vae' must be a list of names", "leave it out"),
+    python(
+        OPTIONS,
+        "Guidance(interval=(0, 0.5, 1))",
+        lambda _: Guidance(interval=(0, 0.5, 1)),  # type: ignore[arg-type]
+        "guidance.interval=[0, 0.5, 1] must be two increasing numbers",
+        "write [0, 0.5]",
+    ),
+    python(
+        OPTIONS,
+        "Memory(decode_chunk=1.5)",
+        lambda _: Memory(decode_chunk=1.5),  # type: ignore[arg-type]
+        "memory.decode_chunk=1.5 must be an integer",
+        "leave it out",
+    ),
+    python(
+        OPTIONS,
+        "Memory(checkpoint_decoder='tile')",
+        lambda _: Memory(checkpoint_decoder="tile"),  # type: ignore[arg-type]
+        "memory.checkpoint_decoder='tile' must be true, false or block",
+        "write block",
+    ),
+    python(
+        OPTIONS,
+        "Memory(vae_dtype='int8')",
+        lambda _: Memory(vae_dtype="int8"),  # type: ignore[arg-type]
+        "memory.vae_dtype='int8'",
+        "write one of float32",
+    ),
+    _pixels("a pixel-space model with memory.tile 32", {"memory": Memory(tile=32)}, "memory.tile=32 has no effect on"),
+    _pixels(
+        "a pixel-space model with guidance.scale 5",
+        {"guidance": Guidance(5.0)},
+        "guidance.scale=5.0 cannot be used with pixel-space diffusion models",
+        "write 1, or leave guidance.scale out",
+    ),
     python(OPTIONS, "Memory(tile=100)", lambda _: Memory(tile=100), "memory.tile=100 must be", "write 512"),
 ]

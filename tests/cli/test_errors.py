@@ -1,21 +1,26 @@
 """Which exceptions become a message, and which keep their traceback."""
 
 import os
+import re
 import sys
+import tomllib
 import traceback
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities.migration.utils import _get_version
 
 from lightning_draft.__main__ import main
+from lightning_draft.cli.explain import _EXTRAS
 from lightning_draft.cli.messages import as_configuration_error, flatten, printable, root_cause, with_option_name
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.prompt_sources import read_prompts
 from tests.bad_input.cases import BUILT
 
+TOOLS = ("dev", "docs", "test")
+"""Extras of contributors, whose packages no class imports."""
 BUGGY = """
 from lightning_draft.rewards import Reward
 class Buggy(Reward):
@@ -37,12 +42,63 @@ def test_error_in_a_user_constructor_keeps_only_its_own_traceback(command: Calla
     assert "Union" not in shown
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_an_optimizer_of_a_library_that_is_not_installed_names_the_extra(command: Callable, config: Path) -> None:
-    result = command("fit", "--config", config, "--model.optimizer", "bitsandbytes.optim.AdamW8bit")
+class Blocked:
+    """Finder of a package that is not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {self.package!r}", name=self.package)
+
+
+def block(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the import of a package fail, whether it is installed or not."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Blocked(package), *sys.meta_path])
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [
+        ("bitsandbytes", "optim.AdamW8bit", "quantization"),
+        ("torchao", "optim.AdamW8bit", "quantization"),
+        ("deepspeed", "ops.adam.DeepSpeedCPUAdam", "deepspeed"),
+    ],
+)
+def test_an_optimizer_of_a_library_that_is_not_installed_names_the_extra(
+    command: Callable, config: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str, extra: str
+) -> None:
+    block(package, monkeypatch)
+    result = command("fit", "--config", config, "--model.optimizer", f"{package}.{name}")
     assert result.status == 2
-    message = "--model.optimizer: bitsandbytes is not installed; run pip install 'lightning-draft[quantization]'"
+    message = f"--model.optimizer: {package} is not installed; run pip install 'lightning-draft[{extra}]'"
     assert message in result.err
+
+
+def test_a_reward_that_imports_a_package_that_is_not_installed_names_the_extra(
+    command: Callable, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block("torchvision", monkeypatch)
+    (config.parent / "mine.py").write_text(f"import torchvision\n{BUGGY}")
+    result = command("fit", "--config", config, "--model.reward", "mine.Buggy")
+    assert result.status == 2
+    assert "torchvision is not installed; run pip install 'lightning-draft[hpsv2]'" in result.err
+
+
+def test_a_data_set_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    block("datasets", monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"run pip install 'lightning-draft\[datasets\]'$"):
+        read_prompts("someone/prompts")
+
+
+def test_the_extra_of_every_optional_package_is_known() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = {name: packages for name, packages in project["optional-dependencies"].items() if name not in TOOLS}
+    expected = {re.split("[^a-z0-9]", package)[0]: name for name, packages in extras.items() for package in packages}
+    assert expected == _EXTRAS
 
 
 @pytest.mark.parametrize(("code", "error"), [("def f(:\n", SyntaxError), ("import nowhere_at_all\n", ImportError)])

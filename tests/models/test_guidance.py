@@ -18,6 +18,8 @@ def test_other_invalid_options_are_rejected() -> None:
         Guidance(gradient="off")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="memory.decode_chunk=0 must be at least 1"):
         Memory(decode_chunk=0)
+    with pytest.raises(ConfigurationError, match="memory.vae_dtype='int8' is not a valid choice; write one of float32"):
+        Memory(vae_dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"guidance.max_norm=0.0 must be .*; write 1.0, or leave it out"):
         Guidance(max_norm=0.0)
     with pytest.raises(ConfigurationError, match="guidance.scale='7' must be at least 0; write 1"):

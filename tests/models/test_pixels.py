@@ -12,7 +12,7 @@ from lightning_draft.chain import SamplingChain
 from lightning_draft.cli.summary import lora_lines
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.model_card import write_card
-from lightning_draft.models import LoRA, StableDiffusion
+from lightning_draft.models import Guidance, LoRA, Memory, StableDiffusion
 from lightning_draft.models.pixels import PixelDiffusion
 from lightning_draft.samplers import DDIM
 from tests.tiny_families import BETAS, pixels
@@ -74,6 +74,21 @@ def test_gray_images_are_rgb_images_with_equal_channels(tmp_path: Path) -> None:
 def test_unsupported_networks_and_sizes_are_rejected(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         opened(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": Memory(tile=32)}, "memory.tile=32 has no effect on a model in pixel space, .*; leave it out"),
+        ({"memory": Memory(decode_chunk=1)}, "memory.decode_chunk=1 has no effect on a model in pixel space"),
+        ({"memory": Memory(vae_dtype="float16")}, "memory.vae_dtype='float16' has no effect on a model in pixel"),
+        ({"guidance": Guidance(5.0)}, "guidance.scale=5.0 cannot be used with .* read no text .*; write 1, or leave"),
+    ],
+)
+def test_options_of_decoders_and_of_text_are_rejected(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    pixels(tmp_path)
+    with pytest.raises(ConfigurationError, match=message):
+        PixelDiffusion(str(tmp_path), **options)
 
 
 def test_default_prompts_are_class_numbers_or_names_of_images(tmp_path: Path, tiny_sd: Path) -> None:

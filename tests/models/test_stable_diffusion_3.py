@@ -192,6 +192,11 @@ def test_error_names_the_model_class_of_the_pipeline(tiny_sd: Path, tiny_sd3: Pa
         StableDiffusion3(str(tmp_path / "model.safetensors"))
 
 
+def test_one_name_is_no_list_of_omitted_components(tiny_sd3: Path) -> None:
+    with pytest.raises(ValueError, match=r"omit='text_encoder_3' must be a list .*; write \[text_encoder_3\]"):
+        opened(tiny_sd3, omit="text_encoder_3")
+
+
 def test_samplers_for_other_schedules_are_rejected(tiny_sd3: Path) -> None:
     draft = DraftModule(opened(tiny_sd3), ColorBalance(), DDIM(4), LowVariance())
     draft.trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)

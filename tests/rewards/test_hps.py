@@ -211,5 +211,6 @@ def test_reference_without_the_package_explains_the_installation(
     files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "hpsv2", None)
-    with pytest.raises(ConfigurationError, match=r"pip install --no-deps hpsv2==1.2.0 .* HPSv2 computes the same"):
+    message = r"--no-deps hpsv2==1.2.0 .*'lightning-draft\[hpsv2\]'.* HPSv2 computes the same"
+    with pytest.raises(ConfigurationError, match=message):
         HPSv2Reference(**files)

@@ -13,6 +13,7 @@ from lightning_draft.callbacks.lora_header import describe
 from lightning_draft.methods.base import RewardModule
 from lightning_draft.models.base import DiffusionModel
 from lightning_draft.models.pipeline import PipelineModel
+from lightning_draft.models.single_file import diffusers_code
 
 
 def headline(module: RewardModule) -> str:
@@ -57,7 +58,7 @@ def lora_lines(model: DiffusionModel, file: Path) -> Iterator[str]:
     scheduled = isinstance(model, PipelineModel) and model.lora is not None and model.lora.scale_schedule is not None
     note = "  # its scale changes by step: see the code in README.md beside it" if scheduled else ""
     yield "in diffusers:"
-    yield f"    {loading_code(base, pipeline)}"
+    yield f"    {_opening_code(model)}"
     yield f'    pipe.load_lora_weights("{file}"){note}'
 
 
@@ -71,6 +72,13 @@ def loading_code(base: str, pipeline: str) -> str:
     place = str(resolve(base))
     method = "from_single_file" if Path(place).expanduser().is_file() else "from_pretrained"
     return f'pipe = {pipeline}.{method}("{place}")'
+
+
+def _opening_code(model: DiffusionModel) -> str:
+    base, pipeline = _pipeline_of(model)
+    if isinstance(model, PipelineModel) and model.pretrained_config is not None and (file := Path(base)).is_file():
+        return f"pipe = {diffusers_code(model.family, file, model.pretrained_config)}"
+    return loading_code(base, pipeline)
 
 
 def _pipeline_of(model: DiffusionModel) -> tuple[str, str]:

@@ -131,6 +131,23 @@ def _default_config(file: Path) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout_of(file)]["pretrained_model_name_or_path"])
 
 
+def diffusers_code(family: Family, file: Path, config: str) -> str:
+    """Return the Python expression that opens a single file in diffusers, with the networks that it lacks.
+
+    Args:
+        family: The family.
+        file: The file.
+        config: `pretrained_config`.
+    """
+    index = family.pipeline_class.load_config(expanduser(config))
+    if not _absent(family, file, [name for name in family.networks if index.get(name, [None])[0] is not None]):
+        return f'{family.pipeline_name}.from_single_file("{file}", config="{config}")'
+    network = (
+        f'{index[family.denoiser][1]}.from_single_file("{file}", config="{config}", subfolder="{family.denoiser}")'
+    )
+    return f'{family.pipeline_name}.from_pretrained("{config}", {family.denoiser}={network})'
+
+
 def layout_of(file: Path) -> str:
     """Return diffusers' name of a single file's architecture, such as `v1` or `xl_base`, from its header.
 
@@ -205,7 +222,15 @@ def _networks_of(
     config: str, names: Sequence[str], family: Family, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, nn.Module]:
     index = family.pipeline_class.load_config(config) if names else {}
-    return {name: _class(*index[name]).from_pretrained(config, subfolder=name, dtype=dtypes[name]) for name in names}
+    return {name: _network(_class(*index[name]), config, subfolder=name, dtype=dtypes[name]) for name in names}
+
+
+def _network(kind: Any, config: str, **options: Any) -> nn.Module:
+    try:
+        network: nn.Module = kind.from_pretrained(config, **options)
+    except OSError:
+        network = kind.from_pretrained(config, variant="fp16", **options)
+    return network
 
 
 def _class(library: str, name: str) -> Any:

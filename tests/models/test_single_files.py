@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -28,6 +30,7 @@ from transformers import CLIPTextModelWithProjection
 
 import lightning_draft
 from lightning_draft.chain import SamplingChain
+from lightning_draft.cli.summary import lora_lines
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import (
     Chroma,
@@ -40,6 +43,7 @@ from lightning_draft.models import (
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    TextEncoding,
     ZImage,
 )
 from lightning_draft.models.loading import opener
@@ -394,6 +398,45 @@ def test_a_file_with_keys_of_a_model_and_other_shapes_is_no_checkpoint(tmp_path:
         StableDiffusion3(file)
 
 
+@pytest.mark.parametrize("name", ["all", "clips", "none"])
+def test_the_printed_code_opens_the_file_in_diffusers(
+    sd3_files: dict[str, str], large_sd3: Path, name: str, tmp_path: Path
+) -> None:
+    """With the networks that it lacks."""
+    model = StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), lora=LoRA(rank=2))
+    lines = [line.strip() for line in lora_lines(model, tmp_path / "lora.safetensors")]
+    assert lines[0] == "in diffusers:"
+    kinds = re.findall(r"\w+(?=\.from_)", lines[1])
+    names = {kind: getattr(diffusers, kind) for kind in kinds}
+    exec(lines[1], names)
+    opened = names["pipe"].components
+    for network in model.family.networks:
+        theirs, ours = opened[network].state_dict(), getattr(model.pipeline, network).state_dict()
+        values = {key.replace(".base_layer", ""): value for key, value in ours.items() if "lora_" not in key}
+        assert theirs.keys() == values.keys()
+        assert all(torch.equal(value, values[key]) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("name", ["all", "clips", "none"])
+def test_cached_embeddings_of_a_single_file_are_those_of_its_encoders(
+    sd3_files: dict[str, str], large_sd3: Path, name: str, tmp_path: Path
+) -> None:
+    """And another file has embeddings of its own."""
+    options: dict[str, Any] = {"lora": None, "pretrained_config": str(large_sd3)}
+    expected = StableDiffusion3(sd3_files[name], **options).encode(["a cat", "a dog"])
+    model = StableDiffusion3(sd3_files[name], text=TextEncoding(cache=str(tmp_path)), **options)
+    assert model.text_encoder is None
+    model.precompute(["a cat"])
+    found = model.encode(["a cat", "a dog"])
+    assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
+    with without_weights():
+        StableDiffusion3(sd3_files[name], text=TextEncoding(cache=str(tmp_path)), **options).precompute(["a cat"])
+    state = load_file(sd3_files[name])
+    other = written({**state, "one_more": torch.zeros(1)}, tmp_path / "other.safetensors")
+    StableDiffusion3(other, text=TextEncoding(cache=str(tmp_path)), **options).encode(["a cat"])
+    assert len([folder for folder in tmp_path.iterdir() if folder.is_dir()]) == 2
+
+
 def test_a_z_image_file_is_the_folder(tmp_path: Path) -> None:
     """Its text encoder is not read from the file: diffusers cannot convert it."""
     folder = write("z_image", tmp_path / "z_image")
@@ -404,6 +447,10 @@ def test_a_z_image_file_is_the_folder(tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora": None, "height": 16, "width": 16, "guidance": Guidance(1.0)}
     assert opener(file) == "ZImage"
     assert_same_model(ZImage(file, pretrained_config=str(folder), **options), ZImage(str(folder), **options))
+    pipeline.save_pretrained(tmp_path / "fp16", variant="fp16")
+    assert_same_weights(
+        ZImage(file, pretrained_config=str(tmp_path / "fp16"), **options), ZImage(str(folder), **options)
+    )
 
 
 def test_networks_that_a_file_lacks_need_pretrained_config(tiny_flux: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_draft.arguments import in_range
+from lightning_draft.arguments import boolean, in_range
 from lightning_draft.distributed import all_gather_objects, local_shard, trainable_parameters, uses_fsdp, world_size
 from lightning_draft.errors import ConfigurationError
 
@@ -45,7 +45,7 @@ class AdapterEMA(Callback):
     def __init__(self, decay: float = 0.99, warmup: bool = True) -> None:
         hint = "write 0.99, which averages over about 100 steps"
         self.decay = in_range("AdapterEMA: decay", decay, 0, 1, hint, below_high=True)
-        self.warmup = warmup
+        self.warmup = boolean("AdapterEMA: warmup", warmup)
         self._average: tuple[int, dict[str, Tensor]] = (0, {})  # number of steps, and the average
         self._originals: dict[str, Tensor] | None = None
         self._in_parts = False

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_draft.arguments import in_range, integer, integer_at_least, one_of
+from lightning_draft.arguments import in_range, integer, integer_at_least, is_finite, one_of
 from lightning_draft.callbacks.common import reward_module
 from lightning_draft.callbacks.gradient_profile import StepGradients, log_figure
 from lightning_draft.callbacks.step_state import StepState
@@ -88,8 +88,8 @@ class GradientNormMonitor(StepState):
         max_nonfinite: int | None = None,
     ) -> None:
         super().__init__()
-        if not 1 < factor < math.inf:
-            raise ConfigurationError(f"GradientNormMonitor: factor={factor} must be greater than 1; write 10")
+        if not is_finite(factor) or factor <= 1:
+            raise ConfigurationError(f"GradientNormMonitor: factor={factor!r} must be greater than 1; write 10")
         self.action = cast(Action, one_of("GradientNormMonitor: action", action, get_args(Action)))
         self.factor = factor
         integer_at_least("GradientNormMonitor: window", window, 1)

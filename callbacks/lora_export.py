@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_draft.arguments import integer_at_least, one_of
+from lightning_draft.arguments import boolean, integer_at_least, one_of
 from lightning_draft.callbacks.adapter_files import check_exportable, copy_from_resumed_run, write
 from lightning_draft.callbacks.artifacts import log_files
 from lightning_draft.callbacks.common import reward_module, run_folder
@@ -71,7 +71,7 @@ class LoRAExport(Callback):
         comfy: bool = True,
         push_to_hub: str | None = None,
     ) -> None:
-        self.comfy = comfy
+        self.comfy = boolean("LoRAExport: comfy", comfy)
         self.push_to_hub = push_to_hub if push_to_hub is None else check_repository(push_to_hub)
         self.monitor = monitor
         self.mode = one_of("LoRAExport: mode", mode, ("max", "min"))

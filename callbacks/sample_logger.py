@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_draft.arguments import integer_at_least, prompt_list
+from lightning_draft.arguments import boolean, integer_at_least, prompt_list
 from lightning_draft.callbacks.common import FixedSamples, fixed_prompts, reward_module, run_folder, sampling
 from lightning_draft.callbacks.ema import averaged
 from lightning_draft.callbacks.image_grid import comparison, log_image
@@ -68,7 +68,7 @@ class SampleLogger(Callback):
         self.min_size = integer_at_least("SampleLogger: min_size", min_size, 1)
         self.per_row = integer_at_least("SampleLogger: per_row", per_row, 1)
         self.batch_size = None if batch_size is None else integer_at_least("SampleLogger: batch_size", batch_size, 1)
-        self.to_files = to_files
+        self.to_files = boolean("SampleLogger: to_files", to_files)
         self.dirpath = dirpath
         self._samples = FixedSamples([], seed)
         self._base: Samples | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import in_range, integer, integer_at_least, positive
+from lightning_draft.arguments import boolean, in_range, integer, integer_at_least, positive
 from lightning_draft.errors import ConfigurationError
 
 Rewards = Sequence[float]
@@ -94,7 +94,7 @@ class GroupRelative(AdvantageEstimator):
     min_group = 2
 
     def __init__(self, divide_by_std: bool = False, epsilon: float = 1e-4) -> None:
-        self.divide_by_std = divide_by_std
+        self.divide_by_std = boolean("divide_by_std", divide_by_std)
         self.epsilon = positive("epsilon", epsilon)
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group: int) -> Tensor:

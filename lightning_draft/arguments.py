@@ -73,7 +73,7 @@ def finite(name: str, value: float, hint: str = "write a number such as 1.0") ->
     Raises:
         ConfigurationError: It is not a finite number.
     """
-    if not _is_number(value) or not math.isfinite(value):
+    if not is_finite(value):
         raise ConfigurationError(f"{name}={value!r} must be a finite number; {hint}")
     return value
 
@@ -89,6 +89,17 @@ def in_range(
     if not _is_number(value) or not low <= value <= high or (below_high and value == high):
         bounds = f"at least {low} and less than {high}" if below_high else f"between {low} and {high}"
         raise ConfigurationError(f"{name}={value!r} must be {bounds}; {hint or f'write a value such as {low}'}")
+    return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises:
+        ConfigurationError: It is another value, such as the text "false", which Python takes for true.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r} must be true or false; write true")
     return value
 
 
@@ -129,6 +140,11 @@ def prompt_list(prompts: Any, name: str = "prompts") -> list[str]:
 def given(**options: Option | None) -> dict[str, Option]:
     """Return the options that are not `None`, by name."""
     return {name: option for name, option in options.items() if option is not None}
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return _is_number(value) and math.isfinite(value)
 
 
 def _is_number(value: Any) -> bool:

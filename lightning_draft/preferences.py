@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, GroupRelative
-from lightning_draft.arguments import positive
+from lightning_draft.arguments import boolean, positive
 
 _ITERATIONS = 200
 _LARGEST_STEP = 2.0
@@ -50,7 +50,7 @@ class WinRate(PreferenceAdvantages):
     """
 
     def __init__(self, divide_by_std: bool = True, epsilon: float = 1e-4) -> None:
-        self.divide_by_std = divide_by_std
+        self.divide_by_std = boolean("divide_by_std", divide_by_std)
         self.epsilon = positive("epsilon", epsilon)
 
     def from_preferences(self, preferences: Tensor) -> Tensor:

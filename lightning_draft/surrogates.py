@@ -10,7 +10,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from lightning_draft.arguments import in_range, integer_at_least, positive
+from lightning_draft.arguments import boolean, in_range, integer_at_least, positive
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.gradients import scale_gradient, straight_through
@@ -209,7 +209,7 @@ class DirectAlign(Truncation):
     """
 
     def __init__(self, low: int = 1, high: int | None = None, inversion: bool = False) -> None:
-        self.inversion = inversion
+        self.inversion = boolean("inversion", inversion)
         advice = "write 2 or more, because inversion steps up from the next step" if inversion else ""
         self.low = integer_at_least("low", low, 1 + inversion, advice)
         self.high = (

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from lightning_draft.arguments import at_least, in_range, integer, integer_at_least, one_of, positive, prompt_list
+from lightning_draft.arguments import (
+    at_least,
+    boolean,
+    in_range,
+    integer,
+    integer_at_least,
+    one_of,
+    positive,
+    prompt_list,
+)
 from lightning_draft.errors import ConfigurationError
 
 
@@ -31,6 +40,13 @@ def test_integers_are_no_other_numbers(value):
         integer("k", value)
     with pytest.raises(ConfigurationError, match="k=0 must be at least 1; write 1 or more"):
         integer_at_least("k", 0, 1)
+
+
+@pytest.mark.parametrize("value", ["false", 0, 1, None])
+def test_switches_are_true_or_false(value):
+    with pytest.raises(ConfigurationError, match=r"merge=.* must be true or false; write true$"):
+        boolean("merge", value)
+    assert boolean("merge", False) is False
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, False])

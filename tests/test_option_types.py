@@ -21,6 +21,8 @@ NEEDED: dict[str, Any] = {
     "endpoint": rewards.ChatEndpoint("http://localhost", "judge"),
     "function": "math.sqrt",
     "model": LinearModel(),
+    "negative": "ugly",
+    "positive": "pretty",
     "pretrained": "nowhere/",
     "prompts": ["a", "b", "c"],
     "reward": LinearReward(),
@@ -49,14 +51,14 @@ def needed(kind: type, option: str) -> dict[str, Any]:
 
 
 def options() -> Iterator[Any]:
-    """Yield a class, an option and a value of the wrong type, of every integer and every choice."""
+    """Yield a class, an option and a value of the wrong type, of every number, switch and choice."""
     for kind in option_classes():
         for name, hint in parameters(kind).items():
             types = alternatives(hint)
-            if int in types and not {float, str} & {*types}:
-                yield pytest.param(kind, name, 1.5, id=f"{kind.__name__}-{name}")
-            if choices(hint) and str not in types:
-                yield pytest.param(kind, name, "nonsense", id=f"{kind.__name__}-{name}")
+            if str in types or not (choices(hint) or {int, float, bool} & {*types}):
+                continue
+            value = 1.5 if int in types and float not in types else "nonsense"
+            yield pytest.param(kind, name, value, id=f"{kind.__name__}-{name}")
 
 
 @pytest.mark.parametrize(("kind", "option", "value"), [*options()])

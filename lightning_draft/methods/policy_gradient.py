@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator, PerPromptStatistics
-from lightning_draft.arguments import given
+from lightning_draft.arguments import boolean, given
 from lightning_draft.chain import SamplingChain, State
 from lightning_draft.kl_gate import KLGate, MovingReference
 from lightning_draft.methods.checkpointing import Checkpointing
@@ -128,7 +128,7 @@ class PolicyGradientModule(RolloutModule):
             checkpointing,
             KLRegularizer(kl_weight, kl_gate, kl_reference),
         )
-        if kl_per_time:
+        if boolean("kl_per_time", kl_per_time):
             self.regularizer.check_used("kl_per_time", "false")
         self.window, self.value_baseline = window, value_baseline
         self.policy = Policy(model, sampler, self.objective.reduce, micro_batch_size, kl_per_time)

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_draft.advantages import AdvantageEstimator
-from lightning_draft.arguments import given, integer_at_least
+from lightning_draft.arguments import boolean, given, integer_at_least
 from lightning_draft.distributed import all_gather_objects, check_not_sharded
 from lightning_draft.methods import checks
 from lightning_draft.methods.base import RewardModule
@@ -99,7 +99,7 @@ class RolloutModule(RewardModule, ABC):
         )
         few = timesteps_per_minibatch
         self.timesteps_per_minibatch = None if few is None else integer_at_least("timesteps_per_minibatch", few, 1)
-        self.share_start_noise = share_start_noise
+        self.share_start_noise = boolean("share_start_noise", share_start_noise)
         self.checkpointing = check_checkpointing(checkpointing)
         self.regularizer = regularizer
         self.buffer = RolloutBuffer()

@@ -4,7 +4,6 @@ References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lightning_draft.arguments import integer_at_least, one_of
+from lightning_draft.arguments import boolean, integer_at_least, is_finite, one_of
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.scale_schedule import ScaleSchedule
 from lightning_draft.seeds import check_seed, seeded
@@ -68,8 +67,9 @@ class LoRA:
             raise ConfigurationError(
                 "lora.init adapts the layers of its file; leave lora.target_modules out, or leave lora.init out"
             )
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ConfigurationError(f"lora.alpha={self.alpha} must be positive; leave it out for alpha = rank")
+        boolean("lora.merge", self.merge)
+        if self.alpha is not None and (not is_finite(self.alpha) or self.alpha <= 0):
+            raise ConfigurationError(f"lora.alpha={self.alpha!r} must be positive; leave it out for alpha = rank")
         if isinstance(self.target_modules, str) or (self.target_modules is not None and not self.target_modules):
             raise ConfigurationError(
                 f"lora.target_modules={self.target_modules!r} must be a list of layer names, such as [to_q, to_k, to_v]"

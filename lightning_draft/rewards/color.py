@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_draft.arguments import finite
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.precision import full_precision
@@ -23,7 +24,7 @@ class Brightness(Reward):
 
     def __init__(self, target: float = 0.5) -> None:
         super().__init__()
-        self.target = target
+        self.target = finite("target", target, "write 0.5")
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""
@@ -44,7 +45,7 @@ class ColorTarget(Reward):
 
     def __init__(self, red: float = 1.0, green: float = 0.0, blue: float = 0.0) -> None:
         super().__init__()
-        self.color = (red, green, blue)
+        self.color = (finite("red", red), finite("green", green), finite("blue", blue))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""
@@ -65,7 +66,7 @@ class ColorBalance(Reward):
 
     def __init__(self, red: float = 1.0, green: float = -0.5, blue: float = -0.5) -> None:
         super().__init__()
-        self.weights = (red, green, blue)
+        self.weights = (finite("red", red), finite("green", green), finite("blue", blue))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""

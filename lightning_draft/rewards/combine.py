@@ -5,7 +5,6 @@ References:
     pairwise algorithm for computing sample variances", 1979.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_draft.arguments import at_least, integer_at_least
+from lightning_draft.arguments import at_least, integer_at_least, is_finite
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward, check_name, check_scores
 from lightning_draft.rewards.inputs import check_prompts
@@ -46,7 +45,7 @@ class WeightedReward:
 
     def __post_init__(self) -> None:
         for name, value in (("weight", self.weight), ("threshold", self.threshold), ("width", self.width)):
-            if value is not None and not math.isfinite(value):
+            if value is not None and not is_finite(value):
                 raise ConfigurationError(f"{name}={value!r} of {type(self.reward).__name__} must be finite; write 1.0")
         at_least("width", self.width, 0.0)
         if self.width > 0 and self.threshold is None:

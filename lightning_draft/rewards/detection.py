@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_draft.arguments import finite, is_finite
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.detector import open_detector
@@ -110,9 +111,10 @@ class ObjectCount(ObjectPresent):
         query: str = QUERY,
         dtype: Precision = "float32",
     ) -> None:
-        if temperature <= 0:
-            raise ConfigurationError(f"temperature={temperature} must be positive; write 1.0, the default")
+        if not is_finite(temperature) or temperature <= 0:
+            raise ConfigurationError(f"temperature={temperature!r} must be positive; write 1.0, the default")
         check_threshold(threshold)
+        check_count(count)
         super().__init__(pretrained, object, query, dtype)
         self.count = count
         self.threshold = threshold
@@ -162,6 +164,7 @@ class DetectedCount(Reward):
             raise ConfigurationError(f"score={score!r} is not known; write number or error")
         if threshold is not None:
             check_threshold(threshold)
+        check_count(count)
         self.pretrained = pretrained
         self.detector = open_detector(pretrained, query, dtype)
         if object is not None:
@@ -209,11 +212,21 @@ def target_counts(prompts: Sequence[str], own: float | None, reward: str) -> Ten
         ) from error
 
 
+def check_count(count: float | None) -> None:
+    """Check that a number of objects, if it is given, is a number.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    if count is not None:
+        finite("count", count, "write for example 2")
+
+
 def check_threshold(threshold: float) -> None:
     """Check that a threshold is above 0 and below 1.
 
     Raises:
         ConfigurationError: It is outside this range.
     """
-    if not 0 < threshold < 1:
-        raise ConfigurationError(f"threshold={threshold} must be a probability above 0 and below 1; write 0.5")
+    if not is_finite(threshold) or not 0 < threshold < 1:
+        raise ConfigurationError(f"threshold={threshold!r} must be a probability above 0 and below 1; write 0.5")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_draft.arguments import boolean
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.clip_encoder import CLIPEncoder, read_tokenizer
@@ -60,6 +61,7 @@ class HPSv2(Reward):
     ) -> None:
         super().__init__()
         check_precision(dtype)
+        boolean("antialias", antialias)
         path = find_file(hps_file(version), weights)
         model = clip_from_open_clip(read_tensors(path, "state_dict"), HPS_HEADS, path)
         preprocess = LongestSide(model.config.vision_config.image_size, antialias)

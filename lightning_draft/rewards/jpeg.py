@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_draft.arguments import boolean
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.jpeg_codec import Coefficients, JPEGCodec, check_quality
@@ -92,7 +93,7 @@ class JPEGRate(Reward):
     def __init__(self, quality: int = 95, compress: bool = True) -> None:
         super().__init__()
         self.codec = JPEGCodec(quality)
-        self.sign = -1.0 if compress else 1.0
+        self.sign = -1.0 if boolean("compress", compress) else 1.0
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)` to `(B,)`."""
@@ -120,7 +121,7 @@ class JPEGSize(Reward):
     def __init__(self, quality: int = 95, compress: bool = True) -> None:
         super().__init__()
         self.quality = check_quality(quality)
-        self.sign = -1.0 if compress else 1.0
+        self.sign = -1.0 if boolean("compress", compress) else 1.0
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score `(B, 3, H, W)`, clamped and rounded to bytes, to `(B,)`."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_draft.arguments import boolean
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.rewards.base import Reward
 from lightning_draft.rewards.precision import full_precision
@@ -37,7 +38,7 @@ class ImageQuality(Reward):
     def __init__(self, pretrained: str, bounded: bool = True) -> None:
         super().__init__()
         self.pretrained = pretrained
-        self.bounded = bounded
+        self.bounded = boolean("bounded", bounded)
         with reading("judge", pretrained, _EXPECTED) as source:
             folder = Path(source)
             config = json.loads((folder / "config.json").read_text())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import integer, one_of, positive
+from lightning_draft.arguments import boolean, integer, one_of, positive
 from lightning_draft.errors import ConfigurationError, RewardServiceError
 from lightning_draft.rewards.background import run_all
 from lightning_draft.rewards.blackbox import to_base64, to_pil
@@ -91,7 +91,7 @@ class VLMJudge(PairwiseReward):
         self.high = high
         self.template = _check_template("template", template)
         self.pair_template = _check_template("pair_template", pair_template)
-        self.both_orders = both_orders
+        self.both_orders = boolean("both_orders", both_orders)
         self.encoding = one_of("encoding", encoding, ("jpeg", "png"))
         self.quality = check_quality(quality)
         self.time_limit = None if time_limit is None else positive("time_limit", time_limit)

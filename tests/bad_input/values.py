@@ -148,7 +148,7 @@ CASES: list[Case] = [
         "'a b' cannot be the name of a reward",
     ),
     built(VALUES, "--model.reward JPEGSize", "JPEGSize is not differentiable"),
-    built(VALUES, "--model.reward Brightness --model.reward.target .nan", "Brightness returned nan"),
+    built(VALUES, "--model.reward Brightness --model.reward.target .nan", "target=nan must be", "write 0.5"),
     built(TOGETHER, "--model.sampler FlowEuler", "the sampler does not fit the model", "use DDIM or DPMSolver"),
     built(
         TOGETHER, "--model.sampler DPMSolverPlusPlus --model PolicyGradientModule", "DPMSolverPlusPlus", "DDIM(eta=1)"

@@ -5,6 +5,7 @@ A message names the option, the value, the reason, and a value that works.
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -40,9 +41,9 @@ def integer(name: str, value: Any, hint: str = "write a whole number such as 4")
     Raises:
         ConfigurationError: It is another number, such as 4.0, or no number.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ConfigurationError(f"{name}={value!r} must be an integer; {hint}")
-    return value
+    return int(value)
 
 
 def integer_at_least(name: str, value: Any, minimum: int, hint: str = "") -> int:
@@ -148,4 +149,4 @@ def is_finite(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from lightning_draft.arguments import (
@@ -21,6 +22,8 @@ def test_valid_values_are_returned_unchanged():
     assert at_least("k", 1, 1) == 1
     assert integer_at_least("k", 2, 1) == 2
     assert positive("beta", 0.5) == 0.5
+    assert positive("beta", np.float32(0.5)) == 0.5
+    assert type(integer("k", np.int64(2))) is int
     assert in_range("eta", 1.0, 0.0, 1.0) == 1.0
     assert one_of("mode", "step", ["step", "block"]) == "step"
     assert prompt_list(("a", "b")) == ["a", "b"]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_draft.arguments import integer
 from lightning_draft.errors import ConfigurationError
 
 
@@ -94,7 +93,6 @@ class Latents:
         limit = config.get("pos_embed_max_size")
         largest = None if limit is None else multiple * limit
         for name, pixels in (("height", height), ("width", width)):
-            integer(name, pixels, f"write a multiple of {multiple} such as {multiple * min(64, limit or 64)}")
             if pixels < multiple or pixels % multiple or (largest is not None and pixels > largest):
                 bound = "" if largest is None else f" up to {largest}"
                 raise ConfigurationError(

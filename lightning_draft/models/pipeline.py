@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_draft.arguments import given, integer
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.adapted import AdaptedModel
 from lightning_draft.models.base import Conditioning
@@ -26,7 +27,7 @@ from lightning_draft.models.quantization import Quantization, check_quantization
 from lightning_draft.models.text_cache import TextCache
 from lightning_draft.models.text_encoding import TextEncoding
 from lightning_draft.models.text_store import TextStore, fingerprint
-from lightning_draft.models.trainable import Trainable
+from lightning_draft.models.trainable import Trainable, check_trainable
 from lightning_draft.weightless import is_without_weights, shapes_only
 
 
@@ -84,6 +85,9 @@ class PipelineModel(AdaptedModel):
     ) -> None:
         super().__init__()
         text.check(self.family)
+        check_trainable(trainable)
+        for name, pixels in given(height=height, width=width).items():
+            integer(name, pixels, "write a number of pixels such as 512")
         self._check_omitted(omit)
         if quantization is not None:
             check_quantization(quantization, trainable, is_without_weights())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,16 @@ class OriginalWeights:
                 setattr(module, name, parameter)
 
 
+def check_trainable(trainable: Any) -> None:
+    """Check the option `trainable` as far as it does not depend on the denoiser.
+
+    Raises:
+        ConfigurationError: It is not `lora`, `full` or a list of names.
+    """
+    if trainable not in ("lora", "full") and (isinstance(trainable, str) or not trainable):
+        raise ConfigurationError(f"trainable: {trainable!r} must be lora, full, or a list of names such as [attn2]")
+
+
 def unfreeze(network: nn.Module, trainable: Literal["full"] | Sequence[str]) -> OriginalWeights:
     """Make weights trainable and return copies of them.
 
@@ -71,10 +81,8 @@ def unfreeze(network: nn.Module, trainable: Literal["full"] | Sequence[str]) -> 
             complete parts of its dotted name, such as `attn2` or `attn2.to_k` for `mid_block.attn2.to_k.weight`.
 
     Raises:
-        ConfigurationError: A name matches no parameter, a name is not in a list, or the list is empty.
+        ConfigurationError: A name matches no parameter.
     """
-    if trainable != "full" and (isinstance(trainable, str) or not trainable):
-        raise ConfigurationError(f"trainable: {trainable!r} must be lora, full, or a list of names such as [attn2]")
     parameters = dict(network.named_parameters())
     for name in [] if trainable == "full" else trainable:
         if not any(_names(name, full_name) for full_name in parameters):

@@ -407,7 +407,12 @@ CASES: list[Case] = [
         "write 0",
     ),
     python(OPTIONS, "LoRA(target_modules=[])", lambda _: LoRA(target_modules=[]), "target_modules=[] must be a list"),
-    _option("height 16.0", {"height": 16.0, "width": 16}, "height=16.0 must be an integer", "write a multiple of 2"),
+    _option(
+        "height 16.0",
+        {"height": 16.0, "width": 16},
+        "height=16.0 must be an integer",
+        "write a number of pixels such as 512",
+    ),
     _option("omit vae", {"omit": "vae"}, "omit='vae' must be a list of names", "leave it out"),
     python(
         OPTIONS,

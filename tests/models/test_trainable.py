@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_draft.callbacks import LoRAExport
 from lightning_draft.chain import SamplingChain
@@ -19,7 +19,7 @@ from lightning_draft.methods.base import RewardModule
 from lightning_draft.methods.draft import DraftModule
 from lightning_draft.methods.policy_gradient import PolicyGradientModule
 from lightning_draft.models import Guidance, LoRA, StableDiffusion
-from lightning_draft.models.trainable import unfreeze
+from lightning_draft.models.trainable import check_trainable
 from lightning_draft.objectives import PPO, PRDP
 from lightning_draft.rewards.color import ColorBalance
 from lightning_draft.samplers import DDIM
@@ -76,7 +76,7 @@ def test_names_select_weights_by_complete_name_parts(tiny_sd: Path) -> None:
 @pytest.mark.parametrize("trainable", ["attn2", []])
 def test_single_name_and_empty_list_are_rejected(trainable: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"must be lora, full, or a list of names such as \[attn2\]"):
-        unfreeze(nn.Linear(1, 1), trainable)
+        check_trainable(trainable)
 
 
 @pytest.mark.parametrize("trainable", ["full", ["attn1"]])

@@ -1,6 +1,6 @@
 """Open pipelines from single files in the layout of the models' original code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
     infer_diffusers_model_type,
 )
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_draft.errors import ConfigurationError
@@ -23,6 +24,7 @@ from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 
 _VAE = ("first_stage_model.", "vae.")
+_DENOISER = "model.diffusion_model."
 _OWN_LAYOUTS = {
     "pixart": ("blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.fc1.weight"),
     "qwen_image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
@@ -90,9 +92,16 @@ def _with_weights(
     absent: Sequence[str],
     options: Mapping[str, Any],
 ) -> Any:
-    common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
-    read = {} if config is None else {"config": config, **_networks_of(config, absent, family, dtypes)}
-    pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **options, **read)
+    read: dict[str, Any] = {} if config is None else _networks_of(config, absent, family, dtypes)
+    if family.opens_single_files:
+        common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
+        source = {} if config is None else {"config": config}
+        pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **options, **source, **read)
+    else:
+        assert config is not None  # the file lacks all networks but the denoiser
+        if family.denoiser not in options:
+            read[family.denoiser] = _denoiser(family, file, config, dtypes[family.denoiser])
+        pipeline = family.pipeline_class.from_pretrained(config, **options, **read)
     for name in (name for name in dtypes if name not in options and name not in absent):
         network = getattr(pipeline, name)
         if name in family.text_encoders:
@@ -100,6 +109,20 @@ def _with_weights(
         _check_complete(network, file, name)
         _convert(network, dtypes[name])
     return pipeline
+
+
+def _denoiser(family: Family, file: Path, config: str, dtype: torch.dtype) -> Any:
+    """Open the denoiser alone, for families whose pipelines diffusers does not open from single files."""
+    weights = load_file(file)
+    if _has_prefix(weights):
+        weights = {key.removeprefix(_DENOISER): value for key, value in weights.items() if key.startswith(_DENOISER)}
+    kind = _class(*family.pipeline_class.load_config(config)[family.denoiser])
+    return kind.from_single_file(weights, config=config, subfolder=family.denoiser, dtype=dtype)
+
+
+def _has_prefix(keys: Iterable[str]) -> bool:
+    """Return whether the denoiser's weights have a prefix, as in files that ComfyUI writes."""
+    return any(key.startswith(_DENOISER) for key in keys)
 
 
 def _without_weights(family: Family, config: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
@@ -140,11 +163,15 @@ def diffusers_code(family: Family, file: Path, config: str) -> str:
         config: `pretrained_config`.
     """
     index = family.pipeline_class.load_config(expanduser(config))
-    if not _absent(family, file, [name for name in family.networks if index.get(name, [None])[0] is not None]):
+    present = [name for name in family.networks if index.get(name, [None])[0] is not None]
+    if family.opens_single_files and not _absent(family, file, present):
         return f'{family.pipeline_name}.from_single_file("{file}", config="{config}")'
-    network = (
-        f'{index[family.denoiser][1]}.from_single_file("{file}", config="{config}", subfolder="{family.denoiser}")'
-    )
+    source = f'"{file}"'
+    if not family.opens_single_files and _has_prefix(_shapes(file)):
+        items = f"safetensors.torch.load_file({source}).items()"
+        source = f'{{key.removeprefix("{_DENOISER}"): value for key, value in {items}}}'
+    place = f'config="{config}", subfolder="{family.denoiser}"'
+    network = f"{index[family.denoiser][1]}.from_single_file({source}, {place})"
     return f'{family.pipeline_name}.from_pretrained("{config}", {family.denoiser}={network})'
 
 
@@ -156,13 +183,13 @@ def layout_of(file: Path) -> str:
     """
     shapes = _shapes(file)
     layout = _inferred(shapes)
-    names = {key.removeprefix("model.diffusion_model.") for key in shapes}
+    names = {key.removeprefix(_DENOISER) for key in shapes}
     own = next((name for name, keys in _OWN_LAYOUTS.items() if names.issuperset(keys)), None)
     if own is not None:
         return own
     if layout == "flux-2-dev" and _FLUX_2_DEV not in names:
         return "flux-2-klein"
-    is_stable_diffusion = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)
+    is_stable_diffusion = any(key.startswith(f"{_DENOISER}input_blocks.") for key in shapes)
     return "unknown" if layout == "v1" and not is_stable_diffusion else layout
 
 
@@ -206,10 +233,15 @@ def _advice(other: str | None, layout: str) -> str:
 
 
 def _absent(family: Family, file: Path, names: Sequence[str]) -> list[str]:
-    """Return which of these networks a file lacks, such as all but the transformer in files of FLUX.1."""
+    """Return which of these networks a file lacks, such as all but the transformer in files of FLUX.1.
+
+    Of families whose pipelines diffusers does not open from single files, only the denoiser is read.
+    """
+    others = [name for name in names if name != family.denoiser]
+    if not family.opens_single_files:
+        return others
     prefixes: dict[str, str | tuple[str, ...]] = {**(family.single_file or {}), str(family.vae): _VAE}
     keys = list(_shapes(file))
-    others = [name for name in names if name != family.denoiser]
     return [name for name in others if not any(key.startswith(prefixes.get(name, ())) for key in keys)]
 
 

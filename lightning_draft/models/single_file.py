@@ -32,6 +32,9 @@ _OWN_LAYOUTS = {
 """Keys of architectures that diffusers does not recognize, or takes for another one (PixArt for Sana)."""
 _FLUX_2_DEV = "guidance_in.in_layer.weight"
 """Key of FLUX.2 dev, which has its guidance scale as an input; diffusers names FLUX.2 Klein the same."""
+_OTHERS = (*_VAE, "text_encoders.", "cond_stage_model.", "conditioner.")
+_SCALES = (".weight_scale", ".scale_weight", ".comfy_quant")
+"""Ends of the keys that quantized layers have in files for ComfyUI, besides their weights."""
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -64,7 +67,9 @@ def open_single_file(
     config = None if config is None else expanduser(config)
     try:
         options = {**_null_components(family, config), **family.unused, **dict.fromkeys(omit)}
-        absent = _absent(family, file, [name for name in family.networks if name not in options])
+        present = [name for name in family.networks if name not in options]
+        _check_not_scaled(family, file, present)
+        absent = _absent(family, file, present)
         if absent and config is None:
             raise ConfigurationError(
                 f"{file} has no {' and no '.join(absent)}; set pretrained_config to a complete pipeline from which "
@@ -222,6 +227,18 @@ def _check_family(family: Family, file: Path) -> None:
             )
         raise ConfigurationError(
             f"{file} is a {layout} checkpoint and not one of {family.title}; {_advice(other, layout)}"
+        )
+
+
+def _check_not_scaled(family: Family, file: Path, names: Sequence[str]) -> None:
+    """Check that the weights of these networks are not quantized: diffusers would ignore their scales."""
+    encoders = tuple(prefix for name, prefix in (family.single_file or {}).items() if name in names)
+    scales = (key for key in _shapes(file) if key.endswith(_SCALES))
+    scale = next((key for key in scales if key.startswith(encoders) or not key.startswith(_OTHERS)), None)
+    if scale is not None:
+        raise ConfigurationError(
+            f"{file} has quantized weights with scales, such as {scale}, which diffusers does not apply; give a file "
+            "in bfloat16, float16 or float8 without scales"
         )
 
 

@@ -507,6 +507,16 @@ def test_a_transformer_alone_is_the_folder(transformer_alone: tuple[Any, str, st
         kind(transformer_file)
 
 
+def test_a_transformer_alone_may_be_in_float8(transformer_alone: tuple[Any, str, str], tmp_path: Path) -> None:
+    kind, folder, file = transformer_alone
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}
+    half = written({key: value.half() for key, value in state.items()}, tmp_path / "half.safetensors")
+    models = [
+        kind(each, pretrained_config=folder, **SMALL) for each in (written(state, tmp_path / "8.safetensors"), half)
+    ]
+    assert_same_weights(*models)
+
+
 def test_the_printed_code_opens_a_transformer_alone(
     transformer_alone: tuple[Any, str, str], transformer_file: str, tmp_path: Path
 ) -> None:
@@ -541,6 +551,26 @@ def test_a_transformer_that_lacks_a_weight_or_is_of_another_size_is_rejected(
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigurationError, match=r"pretrained_config=.* is a FluxPipeline and not a"):
         kind(file, pretrained_config=str(tmp_path), **SMALL)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.proj.weight_scale",
+        "joint_blocks.0.x_block.attn.proj.scale_weight",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.comfy_quant",
+    ],
+)
+def test_scales_of_quantized_weights_that_would_be_ignored_are_rejected(
+    sd3_files: dict[str, str], large_sd3: Path, tmp_path: Path, key: str
+) -> None:
+    """Unless they are of a text encoder that is not read."""
+    file = written({**load_file(sd3_files["all"]), key: torch.ones(1)}, tmp_path / "sd3.safetensors")
+    options: dict[str, Any] = {"lora": None, "pretrained_config": str(large_sd3)}
+    with pytest.raises(ConfigurationError, match=f"quantized weights with scales, such as {key}, which diffusers does"):
+        StableDiffusion3(file, **options)
+    if key.startswith("text_encoders."):
+        StableDiffusion3(file, omit=["text_encoder_3"], **options)
 
 
 def test_networks_that_a_file_lacks_need_pretrained_config(tiny_flux: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Open pipelines from single files in the layout of the models' original code."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
@@ -159,25 +160,36 @@ def _default_config(file: Path) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout_of(file)]["pretrained_model_name_or_path"])
 
 
-def diffusers_code(family: Family, file: Path, config: str) -> str:
+def diffusers_code(family: Family, pretrained: str, config: str | None, show: Callable[[str], str] = str) -> str | None:
     """Return the Python expression that opens a single file in diffusers, with the networks that it lacks.
 
     Args:
         family: The family.
-        file: The file.
+        pretrained: The model's `pretrained`.
         config: `pretrained_config`.
+        show: Returns the name of a file, folder or hub id in the expression.
+
+    Returns:
+        The expression; `None` if `pretrained` is not a single file, or has no `config`.
     """
+    file = Path(pretrained).expanduser()
+    if config is None or not file.is_file():
+        return None
     index = family.pipeline_class.load_config(expanduser(config))
     present = [name for name in family.networks if index.get(name, [None])[0] is not None]
+    source, place = _literal(show(pretrained)), _literal(show(config))
     if family.opens_single_files and not _absent(family, file, present):
-        return f'{family.pipeline_name}.from_single_file("{file}", config="{config}")'
-    source = f'"{file}"'
+        return f"{family.pipeline_name}.from_single_file({source}, config={place})"
     if not family.opens_single_files and _has_prefix(_shapes(file)):
         items = f"safetensors.torch.load_file({source}).items()"
         source = f'{{key.removeprefix("{_DENOISER}"): value for key, value in {items}}}'
-    place = f'config="{config}", subfolder="{family.denoiser}"'
-    network = f"{index[family.denoiser][1]}.from_single_file({source}, {place})"
-    return f'{family.pipeline_name}.from_pretrained("{config}", {family.denoiser}={network})'
+    network = f'{index[family.denoiser][1]}.from_single_file({source}, config={place}, subfolder="{family.denoiser}")'
+    return f"{family.pipeline_name}.from_pretrained({place}, {family.denoiser}={network})"
+
+
+def _literal(text: str) -> str:
+    """Return text as a Python string literal."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def layout_of(file: Path) -> str:

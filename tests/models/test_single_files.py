@@ -35,6 +35,7 @@ import lightning_draft
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli.summary import lora_lines
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.model_card import write_card
 from lightning_draft.models import (
     Chroma,
     Flux,
@@ -522,6 +523,28 @@ def test_the_printed_code_opens_a_transformer_alone(
 ) -> None:
     kind, folder, _ = transformer_alone
     assert_printed_code_opens(kind(transformer_file, pretrained_config=folder, **{**SMALL, "lora": LoRA(2)}), tmp_path)
+
+
+def test_the_card_opens_a_transformer_alone(
+    transformer_alone: tuple[Any, str, str], transformer_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By names without local folders."""
+    kind, folder, _ = transformer_alone
+    model = kind(transformer_file, pretrained_config=folder, **{**SMALL, "lora": LoRA(2)})
+    base = Path(transformer_file).name
+    text = write_card(model, tmp_path / "lora" / "best.safetensors", {"base": base}, comfy=False)
+    assert str(tmp_path) not in text
+    assert folder not in text
+    code = text.partition("```python\n")[2].partition("pipe.load_lora_weights")[0]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "folder")
+    if not Path(base).exists():
+        shutil.copy(transformer_file, base)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    own = {key: value for key, value in model.transformer.state_dict().items() if "lora_" not in key}
+    values = {key.replace(".base_layer", ""): value for key, value in own.items()}
+    assert all(torch.equal(value, values[key]) for key, value in names["pipe"].transformer.state_dict().items())
 
 
 def test_cached_embeddings_of_a_transformer_alone_are_those_of_the_folder(

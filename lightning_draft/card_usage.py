@@ -1,6 +1,7 @@
 """The Python code of a model card, which loads the LoRA with the scale of each sampling step."""
 
 import json
+import re
 
 import diffusers
 
@@ -9,7 +10,9 @@ from lightning_draft.models.families import class_for_pipeline
 from lightning_draft.models.scale_schedule import ScaleSchedule
 
 
-def usage(base: str, pipeline: str, file: str, schedule: ScaleSchedule | None = None) -> list[str]:
+def usage(
+    base: str, pipeline: str, file: str, schedule: ScaleSchedule | None = None, opening: str | None = None
+) -> list[str]:
     """Return lines of Markdown with code that loads a LoRA file, with diffusers if its pipeline can apply it.
 
     Args:
@@ -17,22 +20,31 @@ def usage(base: str, pipeline: str, file: str, schedule: ScaleSchedule | None = 
         pipeline: Class of diffusers that opens it.
         file: Name of the file.
         schedule: Its scale schedule.
+        opening: Python expression that opens the base model in diffusers, if its name is not enough.
     """
     loads_lora = hasattr(getattr(diffusers, pipeline, None), "load_lora_weights")
     if not loads_lora or (schedule is not None and not schedule.scales_weights):
         return _with_this_package(base, pipeline, file)
-    shipped = base in NAMES
-    opener = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+    code = _opening(base, pipeline) if opening is None else opening
+    classes = ", ".join(sorted({pipeline, *re.findall(r"(\w+)\.from_single_file\(", opening or "")}))
     name = "" if schedule is None else ', adapter_name="reward"'
     return [
         "\n## Use in diffusers\n",
-        f"```python\nfrom diffusers import {pipeline}",
-        *(["from lightning_draft.assets import resolve"] if shipped else []),
-        f"\npipe = {pipeline}.{opener}({f'resolve({_literal(base)})' if shipped else _literal(base)})",
+        "```python",
+        *(["import safetensors.torch"] if "safetensors.torch.load_file(" in code else []),
+        f"from diffusers import {classes}",
+        *(["from lightning_draft.assets import resolve"] if base in NAMES else []),
+        f"\npipe = {code}",
         f'pipe.load_lora_weights(".", weight_name={_literal(file)}{name})  # this folder or repository',
         *([] if schedule is None else _scheduled(pipeline, schedule)),
         "```",
     ]
+
+
+def _opening(base: str, pipeline: str) -> str:
+    if base in NAMES:
+        return f"{pipeline}.from_pretrained(resolve({_literal(base)}))"
+    return f"{pipeline}.{'from_single_file' if base.endswith('.safetensors') else 'from_pretrained'}({_literal(base)})"
 
 
 def _with_this_package(base: str, pipeline: str, file: str) -> list[str]:

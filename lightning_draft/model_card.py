@@ -16,9 +16,11 @@ from lightning_draft.card_usage import usage
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.files import atomic_path
 from lightning_draft.methods.validation_record import Change
+from lightning_draft.models.loading import public_name
 from lightning_draft.models.lora import DEFAULT_RANK
 from lightning_draft.models.pipeline import PipelineModel
 from lightning_draft.models.scale_schedule import SCHEDULE, ScaleSchedule
+from lightning_draft.models.single_file import diffusers_code
 from lightning_draft.text import one_line
 
 CARD = "README.md"
@@ -53,6 +55,7 @@ def model_card(
     file: str = "best",
     results: Results = Results(),
     task: str = "text-to-image",
+    opening: str | None = None,
 ) -> str:
     """Write the card of a LoRA: front matter, images, scores, settings, code that loads it, and license.
 
@@ -66,6 +69,7 @@ def model_card(
         file: Name of the file for diffusers, without its suffix.
         results: Scores, images and further settings.
         task: What the pipeline does, in the hub's terms.
+        opening: Python expression that opens the base model in diffusers, if its name is not enough.
     """
     base = header["base"]
     schedule = ScaleSchedule.from_text(header[SCHEDULE]) if SCHEDULE in header else None
@@ -79,7 +83,7 @@ def model_card(
         *_score_table(results.changes),
         "## Settings\n",
         *[f"- {_plain(key)}: {_code(value)}" for key, value in settings.items() if value is not None],
-        *usage(base, pipeline, f"{file}.safetensors", schedule),
+        *usage(base, pipeline, f"{file}.safetensors", schedule, opening),
     ]
     if comfy:
         lines.append(
@@ -111,7 +115,11 @@ def write_card(
     has_comfy = comfy and model.has_comfy_names
     title = path.parent.parent.name or path.stem
     rank = DEFAULT_RANK if model.lora is None else model.lora.rank or DEFAULT_RANK
-    card = model_card(title, header, model.family.pipeline_name, rank, has_comfy, path.stem, results, model.family.task)
+    family = model.family
+    opening = diffusers_code(family, model.source, model.pretrained_config, public_name)
+    card = model_card(
+        title, header, family.pipeline_name, rank, has_comfy, path.stem, results, family.task, opening=opening
+    )
     with atomic_path(path.parent / CARD) as partial:
         partial.write_text(card, encoding="utf-8")
     return card

@@ -160,6 +160,46 @@ def _flux_layers(config: Any) -> dict[str, list[str]]:
     return layers
 
 
+def flux_2_transformer(transformer: Any) -> dict[str, Tensor]:
+    """The weights of a FLUX.2 transformer under the names of its authors' files."""
+    layers = {
+        "img_in": ["x_embedder"],
+        "txt_in": ["context_embedder"],
+        "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+        "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+        "final_layer.linear": ["proj_out"],
+        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    }
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        layers[f"{name}.lin"] = [f"{name}.linear"]
+    for i in range(transformer.config.num_layers):
+        block = f"transformer_blocks.{i}."
+        streams = {
+            "img": ("to_{}", "norm_{}", "to_out.0", "ff"),
+            "txt": ("add_{}_proj", "norm_added_{}", "to_add_out", "ff_context"),
+        }
+        for stream, (project, norm, out, ff) in streams.items():
+            place = f"double_blocks.{i}.{stream}_"
+            layers[f"{place}attn.qkv"] = [f"{block}attn.{project.format(each)}" for each in "qkv"]
+            layers[f"{place}attn.norm.query_norm"] = [f"{block}attn.{norm.format('q')}"]
+            layers[f"{place}attn.norm.key_norm"] = [f"{block}attn.{norm.format('k')}"]
+            layers[f"{place}attn.proj"] = [f"{block}attn.{out}"]
+            layers[f"{place}mlp.0"] = [f"{block}{ff}.linear_in"]
+            layers[f"{place}mlp.2"] = [f"{block}{ff}.linear_out"]
+    for i in range(transformer.config.num_single_layers):
+        block, place = f"single_transformer_blocks.{i}.attn.", f"single_blocks.{i}."
+        layers[f"{place}linear1"] = [f"{block}to_qkv_mlp_proj"]
+        layers[f"{place}linear2"] = [f"{block}to_out"]
+        layers[f"{place}norm.query_norm"] = [f"{block}norm_q"]
+        layers[f"{place}norm.key_norm"] = [f"{block}norm_k"]
+    return _joined(transformer, layers, swapped=("norm_out.linear",))
+
+
+def qwen_image_transformer(transformer: Any) -> dict[str, Tensor]:
+    """The weights of a Qwen-Image transformer: diffusers has the names of its authors."""
+    return dict(transformer.state_dict())
+
+
 def z_image_transformer(transformer: Any) -> dict[str, Tensor]:
     """The weights of a Z-Image transformer under the names of the files that ComfyUI reads."""
     names = {

@@ -76,9 +76,8 @@ def loading_code(base: str, pipeline: str) -> str:
 
 def _opening_code(model: DiffusionModel) -> str:
     base, pipeline = _pipeline_of(model)
-    if isinstance(model, PipelineModel) and model.pretrained_config is not None and (file := Path(base)).is_file():
-        return f"pipe = {diffusers_code(model.family, file, model.pretrained_config)}"
-    return loading_code(base, pipeline)
+    single = diffusers_code(model.family, base, model.pretrained_config) if isinstance(model, PipelineModel) else None
+    return loading_code(base, pipeline) if single is None else f"pipe = {single}"
 
 
 def _pipeline_of(model: DiffusionModel) -> tuple[str, str]:

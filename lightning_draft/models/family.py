@@ -82,6 +82,11 @@ class Family:
         return hasattr(self.pipeline_class, "load_lora_weights")
 
     @property
+    def opens_single_files(self) -> bool:
+        """Whether the pipeline class has `from_single_file`; otherwise only the denoiser is read from single files."""
+        return hasattr(self.pipeline_class, "from_single_file")
+
+    @property
     def task(self) -> str:
         """The hub's name for what the pipeline does."""
         return "text-to-image" if self.text_encoders else "unconditional-image-generation"

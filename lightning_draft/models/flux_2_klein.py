@@ -50,6 +50,7 @@ class Flux2Klein(PipelineModel):
         text_length=512,
         max_text_length=512,
         lora_targets=(*JOINT_ATTENTION, "to_qkv_mlp_proj"),
+        single_file={},
     )
 
     def _configure(self, pipeline: Any) -> None:

@@ -20,8 +20,9 @@ from lightning_draft.models import skeleton
 from lightning_draft.models.damage import check_complete, check_finite, describe_damage
 from lightning_draft.models.families import class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
+from lightning_draft.models.layouts import layout_of
 from lightning_draft.models.quantization import Quantization, loading_quantized, quantization_config
-from lightning_draft.models.single_file import layout_of, open_single_file
+from lightning_draft.models.single_file import open_single_file
 from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 

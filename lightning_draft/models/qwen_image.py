@@ -46,6 +46,7 @@ class QwenImage(PipelineModel):
         text_length=512,
         max_text_length=1024,
         ragged_text=True,
+        single_file={},
         comfy=ComfyNames(
             {"transformer": "diffusion_model."}, lambda config: ("qwen_image", "Qwen-Image"), underscores=False
         ),

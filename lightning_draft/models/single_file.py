@@ -1,35 +1,30 @@
 """Open pipelines from single files in the layout of the models' original code."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import (
-    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
-    SingleFileComponentError,
-    infer_diffusers_model_type,
-)
-from safetensors import SafetensorError, safe_open
+from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, SingleFileComponentError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import skeleton
 from lightning_draft.models.families import FAMILIES, class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
+from lightning_draft.models.layouts import DENOISER, layout_of, shapes_of
 from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 
 _VAE = ("first_stage_model.", "vae.")
-_OWN_LAYOUTS = {
-    "pixart": ("blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.fc1.weight"),
-    "qwen_image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
-}
-"""Keys of architectures that diffusers does not recognize, or takes for another one (PixArt for Sana)."""
-_FLUX_2_DEV = "guidance_in.in_layer.weight"
-"""Key of FLUX.2 dev, which has its guidance scale as an input; diffusers names FLUX.2 Klein the same."""
+_OTHERS = (*_VAE, "text_encoders.", "cond_stage_model.", "conditioner.")
+_SCALES = (".weight_scale", ".scale_weight", ".comfy_quant")
+"""Ends of the keys that quantized layers have in files for ComfyUI, besides their weights."""
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -62,7 +57,9 @@ def open_single_file(
     config = None if config is None else expanduser(config)
     try:
         options = {**_null_components(family, config), **family.unused, **dict.fromkeys(omit)}
-        absent = _absent(family, file, [name for name in family.networks if name not in options])
+        present = [name for name in family.networks if name not in options]
+        _check_not_scaled(family, file, present)
+        absent = _absent(family, file, present)
         if absent and config is None:
             raise ConfigurationError(
                 f"{file} has no {' and no '.join(absent)}; set pretrained_config to a complete pipeline from which "
@@ -90,9 +87,16 @@ def _with_weights(
     absent: Sequence[str],
     options: Mapping[str, Any],
 ) -> Any:
-    common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
-    read = {} if config is None else {"config": config, **_networks_of(config, absent, family, dtypes)}
-    pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **options, **read)
+    read: dict[str, Any] = {} if config is None else _networks_of(config, absent, family, dtypes)
+    if family.opens_single_files:
+        common = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else torch.float32
+        source = {} if config is None else {"config": config}
+        pipeline = family.pipeline_class.from_single_file(str(file), dtype=common, **options, **source, **read)
+    else:
+        assert config is not None  # the file lacks all networks but the denoiser
+        if family.denoiser not in options:
+            read[family.denoiser] = _denoiser(family, file, config, dtypes[family.denoiser])
+        pipeline = family.pipeline_class.from_pretrained(config, **options, **read)
     for name in (name for name in dtypes if name not in options and name not in absent):
         network = getattr(pipeline, name)
         if name in family.text_encoders:
@@ -100,6 +104,20 @@ def _with_weights(
         _check_complete(network, file, name)
         _convert(network, dtypes[name])
     return pipeline
+
+
+def _denoiser(family: Family, file: Path, config: str, dtype: torch.dtype) -> Any:
+    """Open the denoiser alone, for families whose pipelines diffusers does not open from single files."""
+    weights = load_file(file)
+    if _has_prefix(weights):
+        weights = {key.removeprefix(DENOISER): value for key, value in weights.items() if key.startswith(DENOISER)}
+    kind = _class(*family.pipeline_class.load_config(config)[family.denoiser])
+    return kind.from_single_file(weights, config=config, subfolder=family.denoiser, dtype=dtype)
+
+
+def _has_prefix(keys: Iterable[str]) -> bool:
+    """Return whether the denoiser's weights have a prefix, as in files that ComfyUI writes."""
+    return any(key.startswith(DENOISER) for key in keys)
 
 
 def _without_weights(family: Family, config: str, dtypes: Mapping[str, torch.dtype], options: Mapping[str, Any]) -> Any:
@@ -131,57 +149,36 @@ def _default_config(file: Path) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout_of(file)]["pretrained_model_name_or_path"])
 
 
-def diffusers_code(family: Family, file: Path, config: str) -> str:
+def diffusers_code(family: Family, pretrained: str, config: str | None, show: Callable[[str], str] = str) -> str | None:
     """Return the Python expression that opens a single file in diffusers, with the networks that it lacks.
 
     Args:
         family: The family.
-        file: The file.
+        pretrained: The model's `pretrained`.
         config: `pretrained_config`.
+        show: Returns the name of a file, folder or hub id in the expression.
+
+    Returns:
+        The expression; `None` if `pretrained` is not a single file, or has no `config`.
     """
+    file = Path(pretrained).expanduser()
+    if config is None or not file.is_file():
+        return None
     index = family.pipeline_class.load_config(expanduser(config))
-    if not _absent(family, file, [name for name in family.networks if index.get(name, [None])[0] is not None]):
-        return f'{family.pipeline_name}.from_single_file("{file}", config="{config}")'
-    network = (
-        f'{index[family.denoiser][1]}.from_single_file("{file}", config="{config}", subfolder="{family.denoiser}")'
-    )
-    return f'{family.pipeline_name}.from_pretrained("{config}", {family.denoiser}={network})'
+    present = [name for name in family.networks if index.get(name, [None])[0] is not None]
+    source, place = _literal(show(pretrained)), _literal(show(config))
+    if family.opens_single_files and not _absent(family, file, present):
+        return f"{family.pipeline_name}.from_single_file({source}, config={place})"
+    if not family.opens_single_files and _has_prefix(shapes_of(file)):
+        items = f"safetensors.torch.load_file({source}).items()"
+        source = f'{{key.removeprefix("{DENOISER}"): value for key, value in {items}}}'
+    network = f'{index[family.denoiser][1]}.from_single_file({source}, config={place}, subfolder="{family.denoiser}")'
+    return f"{family.pipeline_name}.from_pretrained({place}, {family.denoiser}={network})"
 
 
-def layout_of(file: Path) -> str:
-    """Return diffusers' name of a single file's architecture, such as `v1` or `xl_base`, from its header.
-
-    It is `unknown` for a file of another kind, such as a LoRA; for diffusers that is `v1`. FLUX.2 Klein is
-    `flux-2-klein`; for diffusers that is `flux-2-dev`.
-    """
-    shapes = _shapes(file)
-    layout = _inferred(shapes)
-    names = {key.removeprefix("model.diffusion_model.") for key in shapes}
-    own = next((name for name, keys in _OWN_LAYOUTS.items() if names.issuperset(keys)), None)
-    if own is not None:
-        return own
-    if layout == "flux-2-dev" and _FLUX_2_DEV not in names:
-        return "flux-2-klein"
-    is_stable_diffusion = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)
-    return "unknown" if layout == "v1" and not is_stable_diffusion else layout
-
-
-def _inferred(shapes: Mapping[str, Sequence[int]]) -> str:
-    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    try:
-        return str(infer_diffusers_model_type(tensors))
-    except (LookupError, NameError):  # keys or shapes that no published checkpoint has
-        return "unknown"
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as content:
-            return {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigurationError(
-            f"{file} is damaged or not a safetensors file ({first_line(error)}); copy or download it again"
-        ) from error
+def _literal(text: str) -> str:
+    """Return text as a Python string literal."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _check_family(family: Family, file: Path) -> None:
@@ -198,6 +195,18 @@ def _check_family(family: Family, file: Path) -> None:
         )
 
 
+def _check_not_scaled(family: Family, file: Path, names: Sequence[str]) -> None:
+    """Check that the weights of these networks are not quantized: diffusers would ignore their scales."""
+    encoders = tuple(prefix for name, prefix in (family.single_file or {}).items() if name in names)
+    scales = (key for key in shapes_of(file) if key.endswith(_SCALES))
+    scale = next((key for key in scales if key.startswith(encoders) or not key.startswith(_OTHERS)), None)
+    if scale is not None:
+        raise ConfigurationError(
+            f"{file} has quantized weights with scales, such as {scale}, which diffusers does not apply; give a file "
+            "in bfloat16, float16 or float8 without scales"
+        )
+
+
 def _advice(other: str | None, layout: str) -> str:
     if other is None:
         return f"{layout} is not supported, give a file of a supported family"
@@ -206,10 +215,15 @@ def _advice(other: str | None, layout: str) -> str:
 
 
 def _absent(family: Family, file: Path, names: Sequence[str]) -> list[str]:
-    """Return which of these networks a file lacks, such as all but the transformer in files of FLUX.1."""
-    prefixes: dict[str, str | tuple[str, ...]] = {**(family.single_file or {}), str(family.vae): _VAE}
-    keys = list(_shapes(file))
+    """Return which of these networks a file lacks, such as all but the transformer in files of FLUX.1.
+
+    Of families whose pipelines diffusers does not open from single files, only the denoiser is read.
+    """
     others = [name for name in names if name != family.denoiser]
+    if not family.opens_single_files:
+        return others
+    prefixes: dict[str, str | tuple[str, ...]] = {**(family.single_file or {}), str(family.vae): _VAE}
+    keys = list(shapes_of(file))
     return [name for name in others if not any(key.startswith(prefixes.get(name, ())) for key in keys)]
 
 

@@ -257,6 +257,13 @@ CASES: list[Case] = [
         keys=("vae.x", "text_encoders.clip_l.transformer.x", "text_encoders.clip_g.transformer.x"),
     ),
     _sd3_file(
+        "fp8_scaled.safetensors",
+        {},
+        "fp8_scaled.safetensors has quantized weights with scales, such as model.diffusion_model.x.weight_scale",
+        "give a file in bfloat16",
+        keys=("model.diffusion_model.x.weight_scale",),
+    ),
+    _sd3_file(
         "pretrained_config of another family",
         {"pretrained_config": "other"},
         "pretrained_config=other is a FluxPipeline and not a StableDiffusion3Pipeline",

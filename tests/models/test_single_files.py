@@ -10,11 +10,14 @@ from typing import Any
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from diffusers import (
     ChromaPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
+    QwenImageTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -32,6 +35,7 @@ import lightning_draft
 from lightning_draft.chain import SamplingChain
 from lightning_draft.cli.summary import lora_lines
 from lightning_draft.errors import ConfigurationError
+from lightning_draft.model_card import write_card
 from lightning_draft.models import (
     Chroma,
     Flux,
@@ -40,6 +44,7 @@ from lightning_draft.models import (
     LoRA,
     Memory,
     PipelineModel,
+    QwenImage,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
@@ -384,9 +389,7 @@ def test_flux_2_dev_is_not_taken_for_klein(tmp_path: Path, prefix: str) -> None:
         ConfigurationError, match=r"a flux-2-dev checkpoint and not one of FLUX.2 Klein; flux-2-dev is not "
     ):
         Flux2Klein(dev)
-    with pytest.raises(
-        ConfigurationError, match=r"a flux-2-klein checkpoint and not one of FLUX.1; open a pipeline fo"
-    ):
+    with pytest.raises(ConfigurationError, match="flux-2-klein checkpoint and not one of FLUX.1; open it with Flux2K"):
         Flux(klein)
 
 
@@ -403,11 +406,17 @@ def test_the_printed_code_opens_the_file_in_diffusers(
     sd3_files: dict[str, str], large_sd3: Path, name: str, tmp_path: Path
 ) -> None:
     """With the networks that it lacks."""
-    model = StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), lora=LoRA(rank=2))
-    lines = [line.strip() for line in lora_lines(model, tmp_path / "lora.safetensors")]
+    assert_printed_code_opens(
+        StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), lora=LoRA(rank=2)), tmp_path
+    )
+
+
+def assert_printed_code_opens(model: PipelineModel, folder: Path) -> None:
+    """The printed code opens the networks of a model, without its adapters."""
+    lines = [line.strip() for line in lora_lines(model, folder / "lora.safetensors")]
     assert lines[0] == "in diffusers:"
     kinds = re.findall(r"\w+(?=\.from_)", lines[1])
-    names = {kind: getattr(diffusers, kind) for kind in kinds}
+    names = {"safetensors": safetensors, **{kind: getattr(diffusers, kind) for kind in kinds}}
     exec(lines[1], names)
     opened = names["pipe"].components
     for network in model.family.networks:
@@ -451,6 +460,140 @@ def test_a_z_image_file_is_the_folder(tmp_path: Path) -> None:
     assert_same_weights(
         ZImage(file, pretrained_config=str(tmp_path / "fp16"), **options), ZImage(str(folder), **options)
     )
+
+
+SMALL: dict[str, Any] = {"lora": None, "height": 16, "width": 16}
+TRANSFORMERS: dict[str, tuple[Any, Any, Callable[[Any], dict[str, Tensor]]]] = {
+    "flux_2_klein": (Flux2Klein, Flux2Transformer2DModel, original_layouts.flux_2_transformer),
+    "qwen_image": (QwenImage, QwenImageTransformer2DModel, original_layouts.qwen_image_transformer),
+}
+
+
+@pytest.fixture(scope="module", params=TRANSFORMERS)
+def transformer_alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, str]:
+    """A model class whose pipeline diffusers opens from folders alone, a folder, and a file with its transformer."""
+    kind, network, layout = TRANSFORMERS[request.param]
+    place = tmp_path_factory.mktemp("single")
+    folder = write(request.param, place / "folder")
+    state = layout(network.from_pretrained(folder, subfolder="transformer"))
+    return kind, str(folder), written(state, place / "transformer.safetensors")
+
+
+@pytest.fixture(params=["authors", "comfy"])
+def transformer_file(request: pytest.FixtureRequest, transformer_alone: tuple[Any, str, str], tmp_path: Path) -> str:
+    """The file as its authors write it, and as ComfyUI writes all networks of a pipeline."""
+    file = transformer_alone[2]
+    if request.param == "authors":
+        return file
+    state = {f"model.diffusion_model.{key}": value for key, value in load_file(file).items()}
+    others = dict.fromkeys(["vae.decoder.conv_in.bias", "text_encoders.qwen.norm.weight"], torch.zeros(1))
+    return written({**state, **others}, tmp_path / "comfy.safetensors")
+
+
+def test_a_transformer_alone_is_the_folder(transformer_alone: tuple[Any, str, str], transformer_file: str) -> None:
+    """The other networks come from `pretrained_config`, also if the file has them; a plan reads the header."""
+    kind, folder, _ = transformer_alone
+    expected = kind(folder, **SMALL)
+    assert opener(transformer_file) == kind.__name__
+    assert_same_model(kind(transformer_file, pretrained_config=folder, **SMALL), expected)
+    mixed = {"dtype": "bfloat16", "memory": Memory(vae_dtype="float32"), **SMALL}
+    model = kind(transformer_file, pretrained_config=folder, **mixed)
+    assert_same_weights(model, kind(folder, **mixed))
+    with without_weights():
+        planned = kind(transformer_file, pretrained_config=folder, **mixed).state_dict()
+    assert {name: (value.shape, value.dtype) for name, value in planned.items()} == {
+        name: (value.shape, value.dtype) for name, value in model.state_dict().items()
+    }
+    with pytest.raises(ConfigurationError, match="has no vae and no text_encoder; set pretrained_config to a complete"):
+        kind(transformer_file)
+
+
+def test_a_transformer_alone_may_be_in_float8(transformer_alone: tuple[Any, str, str], tmp_path: Path) -> None:
+    kind, folder, file = transformer_alone
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}
+    half = written({key: value.half() for key, value in state.items()}, tmp_path / "half.safetensors")
+    models = [
+        kind(each, pretrained_config=folder, **SMALL) for each in (written(state, tmp_path / "8.safetensors"), half)
+    ]
+    assert_same_weights(*models)
+
+
+def test_the_printed_code_opens_a_transformer_alone(
+    transformer_alone: tuple[Any, str, str], transformer_file: str, tmp_path: Path
+) -> None:
+    kind, folder, _ = transformer_alone
+    assert_printed_code_opens(kind(transformer_file, pretrained_config=folder, **{**SMALL, "lora": LoRA(2)}), tmp_path)
+
+
+def test_the_card_opens_a_transformer_alone(
+    transformer_alone: tuple[Any, str, str], transformer_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By names without local folders."""
+    kind, folder, _ = transformer_alone
+    model = kind(transformer_file, pretrained_config=folder, **{**SMALL, "lora": LoRA(2)})
+    base = Path(transformer_file).name
+    text = write_card(model, tmp_path / "lora" / "best.safetensors", {"base": base}, comfy=False)
+    assert str(tmp_path) not in text
+    assert folder not in text
+    code = text.partition("```python\n")[2].partition("pipe.load_lora_weights")[0]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "folder")
+    if not Path(base).exists():
+        shutil.copy(transformer_file, base)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    own = {key: value for key, value in model.transformer.state_dict().items() if "lora_" not in key}
+    values = {key.replace(".base_layer", ""): value for key, value in own.items()}
+    assert all(torch.equal(value, values[key]) for key, value in names["pipe"].transformer.state_dict().items())
+
+
+def test_cached_embeddings_of_a_transformer_alone_are_those_of_the_folder(
+    transformer_alone: tuple[Any, str, str], tmp_path: Path
+) -> None:
+    kind, folder, file = transformer_alone
+    expected = kind(folder, **SMALL).encode(["a cat"])
+    model = kind(file, pretrained_config=folder, text=TextEncoding(cache=str(tmp_path)), **SMALL)
+    assert model.text_encoder is None
+    found = model.encode(["a cat"])
+    assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
+    assert all(map(torch.equal, found.ragged.get("text", ()), expected.ragged.get("text", ())))
+
+
+def test_a_transformer_that_lacks_a_weight_or_is_of_another_size_is_rejected(
+    transformer_alone: tuple[Any, str, str], tmp_path: Path
+) -> None:
+    kind, folder, file = transformer_alone
+    state = load_file(file)
+    name = next(key for key in state if key.startswith("txt_in."))
+    less = written({key: value for key, value in state.items() if key != name}, tmp_path / "less.safetensors")
+    with pytest.raises(ConfigurationError, match="less.safetensors lacks weights; copy or download it again"):
+        kind(less, pretrained_config=folder, **SMALL)
+    wide = written({**state, name: torch.zeros(3, 3)}, tmp_path / "wide.safetensors")
+    with pytest.raises(ConfigurationError, match="could not be opened as a .* of a pipeline with the same architectur"):
+        kind(wide, pretrained_config=folder, **SMALL)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigurationError, match=r"pretrained_config=.* is a FluxPipeline and not a"):
+        kind(file, pretrained_config=str(tmp_path), **SMALL)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.proj.weight_scale",
+        "joint_blocks.0.x_block.attn.proj.scale_weight",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.comfy_quant",
+    ],
+)
+def test_scales_of_quantized_weights_that_would_be_ignored_are_rejected(
+    sd3_files: dict[str, str], large_sd3: Path, tmp_path: Path, key: str
+) -> None:
+    """Unless they are of a text encoder that is not read."""
+    file = written({**load_file(sd3_files["all"]), key: torch.ones(1)}, tmp_path / "sd3.safetensors")
+    options: dict[str, Any] = {"lora": None, "pretrained_config": str(large_sd3)}
+    with pytest.raises(ConfigurationError, match=f"quantized weights with scales, such as {key}, which diffusers does"):
+        StableDiffusion3(file, **options)
+    if key.startswith("text_encoders."):
+        StableDiffusion3(file, omit=["text_encoder_3"], **options)
 
 
 def test_networks_that_a_file_lacks_need_pretrained_config(tiny_flux: Path, tmp_path: Path) -> None:

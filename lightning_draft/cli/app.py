@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_draft.cli import messages, run_folder, shipped, summary
 from lightning_draft.cli.callback_options import CALLBACK_OPTIONS
 from lightning_draft.cli.config_text import check_names
+from lightning_draft.cli.null_values import restore_nulls
 from lightning_draft.cli.option_checks import check_callbacks, check_groups, check_options
 from lightning_draft.cli.options import FILE_WRITERS, TRAINER_DEFAULTS, add_run_options, explain_parser_error
 from lightning_draft.cli.parser_problem import distinct_causes
@@ -121,6 +122,7 @@ class DraftCLI(LightningCLI):
         """Parse the arguments; report an error in one message."""
         try:
             super().parse_arguments(parser, args)
+            restore_nulls(self.config[self.command], sys.argv)
         except OmegaConfBaseException as error:
             configs = ", ".join(option_values(sys.argv, "--config"))
             raise ConfigurationError(

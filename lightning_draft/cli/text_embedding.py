@@ -34,7 +34,7 @@ def embed_prompts(config: Any) -> None:
         return
     data = PromptDataModule(**config["data"].as_dict())
     device = _device(config["trainer"]["accelerator"], config["trainer"]["devices"])
-    progress = ProgressLine("prompts embedded")
+    progress = ProgressLine("texts embedded")
     model.precompute([*data.train_prompts, *data.val_prompts], device, progress)
     progress.finish()
 

@@ -62,6 +62,7 @@ class PipelineModel(AdaptedModel):
         family: The description of its pipelines.
         pipeline: The pipeline of diffusers, which shares this model's networks.
         vae: The autoencoder.
+        omitted: Components that were not loaded because of `omit`.
     """
 
     vae: Any
@@ -98,10 +99,10 @@ class PipelineModel(AdaptedModel):
         self.quantization = quantization
         self.text = text
         self.memory = memory
-        self._omit = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
+        self.omitted = (*omit, *(name.replace("text_encoder", "tokenizer") for name in omit))
         self._dtypes = network_dtypes(self.family, dtype, memory, trains_weights=trainable != "lora")
         without = () if text.cache is None else self.family.text_encoders
-        self.pipeline = self._load((*self._omit, *without))
+        self.pipeline = self._load((*self.omitted, *without))
         self.vae = None
         for name in self.family.networks:
             setattr(self, name, getattr(self.pipeline, name))
@@ -224,7 +225,7 @@ class PipelineModel(AdaptedModel):
                 "trainable='full', or write the adapters with save_lora"
             )
         trained = self._denoiser_names(values or dict(self.trainable_parameters()))
-        pipeline = self._load(self._omit)
+        pipeline = self._load(self.omitted)
         save_pipeline(pipeline, Path(folder), self.family, trained or {}, metadata or {})
 
     @property
@@ -235,7 +236,8 @@ class PipelineModel(AdaptedModel):
     def _open_cache(self) -> TextCache:
         if self.text.cache is None or is_without_weights():
             return super()._open_cache()
-        encoders = [name for name in self.family.text_encoders if name not in self._omit]
+        tokenizers = {name: name.replace("text_encoder", "tokenizer") for name in self.family.text_encoders}
+        encoders = [name for name, tokenizer in tokenizers.items() if getattr(self.pipeline, tokenizer) is not None]
         settings = (self.family.pipeline_name, self._text_length, self.text.clip_skip, *map(self._dtypes.get, encoders))
         settings += () if self.quantization is None else (self.quantization,)
         file = Path(self.source).expanduser()
@@ -249,7 +251,7 @@ class PipelineModel(AdaptedModel):
 
     def _load_text_encoders(self, device: torch.device | str) -> None:
         others = [name for name in self.family.networks if name not in self.family.text_encoders]
-        omit = (*self._omit, *others)
+        omit = (*self.omitted, *others)
         pipeline = self._load(omit)
         for name in self.family.text_encoders:
             encoder = getattr(pipeline, name)

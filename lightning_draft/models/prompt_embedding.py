@@ -75,8 +75,8 @@ class PromptEmbedding(DiffusionModel):
         Args:
             prompts: The prompts.
             device: With `text.cache`: the device of the text encoders, which are loaded for this.
-            progress: Called with the number of embedded texts and the number of all texts, at the start and after each
-                text; not called if all are cached.
+            progress: Called with the number of embedded texts and the number of those that had no embedding, at the
+                start and after each text.
 
         Raises:
             ConfigurationError: The disk has no space for `text.cache`.
@@ -88,14 +88,14 @@ class PromptEmbedding(DiffusionModel):
         keys = [*map(_negative, negatives), *map(_positive, texts)]
         with only_errors_logged(), self._encoders_for(keys, device):
             missing = [key for key in keys if self._key(key) not in self._embeddings]
-            size, cached = 0, len(keys) - len(missing)
+            size = 0
             for count, key in enumerate(missing):
                 if progress is not None:
-                    progress(cached + count, len(keys))
+                    progress(count, len(missing))
                 size += sum(tensor.nbytes for tensor in self._cached(key, keep=True).values())
                 self._embeddings.check_space(size // (count + 1) * (len(missing) - count - 1))
             if progress is not None and missing:
-                progress(len(keys), len(keys))
+                progress(len(missing), len(missing))
 
     @contextmanager
     def loaded_text_encoders(self, device: torch.device | str = "cpu") -> Iterator[dict[str, nn.Module]]:

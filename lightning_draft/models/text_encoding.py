@@ -1,5 +1,6 @@
 """Options of the text encoders."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +37,10 @@ class TextEncoding:
         if self.max_length is not None:
             integer("text.max_length", self.max_length, "leave it out for the published number")
         integer_at_least("text.clip_skip", self.clip_skip, 0, "write 0 for the published embedding")
-        if self.cache is not None and (not self.cache.strip() or "\0" in self.cache):
+        if self.cache is not None and not _is_folder_name(self.cache):
             raise ConfigurationError(
-                f"text.cache={self.cache!r} is not the name of a folder; write a name such as embeddings, "
-                "or leave it out"
+                f"text.cache={self.cache!r} is not the name of a folder; write a name such as embeddings, or null for "
+                "no cache on the disk"
             )
 
     def check(self, family: Family) -> None:
@@ -73,6 +74,10 @@ class TextEncoding:
             ConfigurationError: More layers are to be skipped than there are.
         """
         in_range("text.clip_skip", self.clip_skip, 0, layers - 1, "write 1, or 0 for the published embedding")
+
+
+def _is_folder_name(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike)) and bool(str(value).strip()) and "\0" not in str(value)
 
 
 def as_chat(tokenizer: Any, prompt: str, thinking: bool) -> str:

@@ -1,6 +1,7 @@
 """A cache of prompt embeddings on the disk, read through memory maps."""
 
 import hashlib
+import os
 import re
 import shutil
 import warnings
@@ -84,6 +85,11 @@ class TextStore(TextCache):
     def writing(self) -> Iterator[None]:
         """Wait until no other process writes; within this context, computed embeddings are written to the folder."""
         _create(self.folder)  # again if it was deleted
+        if not os.access(self.folder, os.W_OK):
+            raise ConfigurationError(
+                f"text.cache: {self.folder} cannot be written to, and lacks embeddings of some prompts; write another "
+                "folder, or null for no cache on the disk"
+            )
         with wait_for_lock(self.folder):
             remove_partial_files(self.folder)
             self._refresh()

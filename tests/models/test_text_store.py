@@ -10,19 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_draft import models
-from lightning_draft.cli import app
+from lightning_draft.cli import app, shipped
+from lightning_draft.cli.build import BuildCLI
+from lightning_draft.cli.process import process_arguments
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.models import StableDiffusion, TextEncoding, text_store
+from lightning_draft.models import StableDiffusion, StableDiffusion3, TextEncoding, text_store
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.loading import opener
 from lightning_draft.models.text_store import TextStore
 from lightning_draft.weightless import without_weights
 from tests.tiny_families import write
+from tests.tiny_pipelines import write_sd3_pipeline
 
 PROMPTS = ["a cat", "a red dog", "a house"]
 
@@ -90,13 +94,13 @@ def test_a_disk_without_space_for_all_prompts_is_refused_after_the_first_one(
     model.precompute(PROMPTS[:1])
 
 
-def test_progress_counts_the_cached_and_the_new_embeddings(tiny_sd: Path, tmp_path: Path) -> None:
+def test_progress_counts_the_texts_without_an_embedding(tiny_sd: Path, tmp_path: Path) -> None:
     """With the negative prompt."""
     calls: list[tuple[int, int]] = []
     opened(tiny_sd, tmp_path).precompute(PROMPTS[:1], progress=lambda *call: calls.append(call))
     opened(tiny_sd, tmp_path).precompute(PROMPTS, progress=lambda *call: calls.append(call))
     opened(tiny_sd, tmp_path).precompute(PROMPTS, progress=lambda *call: calls.append(call))
-    assert calls == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
+    assert calls == [(0, 2), (1, 2), (2, 2), (0, 2), (1, 2), (2, 2)]
 
 
 def test_a_changed_encoder_or_dtype_has_embeddings_of_its_own(tiny_sd: Path, tmp_path: Path) -> None:
@@ -210,6 +214,49 @@ def test_fit_embeds_all_prompts_before_other_weights_are_read(
     args += ["--trainer.accelerator", "cpu", "--samples", "null"]
     assert app.run("fit", args) == 0
     assert loads == [False]
+
+
+@pytest.mark.parametrize("words", [["--model.model.text.cache", "null"], ["--model.model.text={cache: null}"]])
+def test_null_on_the_command_line_is_no_cache(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache.yaml").write_text("model: {init_args: {model: {init_args: {text: {cache: embeddings}}}}}")
+    args = [
+        "--config",
+        str(shipped.locate("quickstart")),
+        "--config",
+        "cache.yaml",
+        *words,
+        "--model.model.pretrained",
+        str(tiny_sd),
+    ]
+    with process_arguments(["fit", *args]):
+        config = BuildCLI("fit").config["fit"]
+    assert config["model"]["init_args"]["model"]["init_args"]["text"]["cache"] is None
+
+
+def test_an_encoder_that_the_pipeline_lacks_needs_no_embeddings(tmp_path: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(write_sd3_pipeline(tmp_path / "all"))
+    pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
+    pipeline.register_to_config(text_encoder_3=(None, None), tokenizer_3=(None, None))
+    pipeline.save_pretrained(tmp_path / "without_t5")
+    options: dict[str, Any] = {"lora": None, "height": 16, "width": 16}
+    expected = StableDiffusion3(str(tmp_path / "without_t5"), **options).encode(PROMPTS)
+    text = TextEncoding(cache=str(tmp_path / "cache"))
+    found = StableDiffusion3(str(tmp_path / "without_t5"), text=text, **options).encode(PROMPTS)
+    assert all(torch.equal(found.tensors[name], value) for name, value in expected.tensors.items())
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_prompts_are_embedded(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = count_loads(monkeypatch)
+    model = opened(tiny_sd, tmp_path)
+    monkeypatch.setattr(text_store.os, "access", lambda *_: False)
+    with pytest.raises(ConfigurationError, match=r"text.cache: .* cannot be written to.*; write another folder"):
+        model.precompute(PROMPTS)
+    assert not loads
 
 
 def test_without_weights_no_embedding_is_read_or_written(tiny_sd: Path, tmp_path: Path) -> None:

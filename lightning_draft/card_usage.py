@@ -26,13 +26,15 @@ def usage(
     if not loads_lora or (schedule is not None and not schedule.scales_weights):
         return _with_this_package(base, pipeline, file)
     code = _opening(base, pipeline) if opening is None else opening
-    classes = ", ".join(sorted({pipeline, *re.findall(r"(\w+)\.from_single_file\(", opening or "")}))
+    classes = sorted({pipeline, *re.findall(r"(\w+)\.from_(?:single_file|pretrained)\(", opening or "")})
+    others = [each for each in classes if not hasattr(diffusers, each)]
     name = "" if schedule is None else ', adapter_name="reward"'
     return [
         "\n## Use in diffusers\n",
         "```python",
         *(["import safetensors.torch"] if "safetensors.torch.load_file(" in code else []),
-        f"from diffusers import {classes}",
+        f"from diffusers import {', '.join(each for each in classes if each not in others)}",
+        *([f"from transformers import {', '.join(others)}"] if others else []),
         *(["from lightning_draft.assets import resolve"] if base in NAMES else []),
         f"\npipe = {code}",
         f'pipe.load_lora_weights(".", weight_name={_literal(file)}{name})  # this folder or repository',

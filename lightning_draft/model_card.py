@@ -116,7 +116,7 @@ def write_card(
     title = path.parent.parent.name or path.stem
     rank = DEFAULT_RANK if model.lora is None else model.lora.rank or DEFAULT_RANK
     family = model.family
-    opening = diffusers_code(family, model.source, model.pretrained_config, public_name)
+    opening = diffusers_code(family, model.source, model.pretrained_config, model.omitted, public_name)
     card = model_card(
         title, header, family.pipeline_name, rank, has_comfy, path.stem, results, family.task, opening=opening
     )

@@ -76,8 +76,11 @@ def loading_code(base: str, pipeline: str) -> str:
 
 def _opening_code(model: DiffusionModel) -> str:
     base, pipeline = _pipeline_of(model)
-    single = diffusers_code(model.family, base, model.pretrained_config) if isinstance(model, PipelineModel) else None
-    return loading_code(base, pipeline) if single is None else f"pipe = {single}"
+    if isinstance(model, PipelineModel):
+        code = diffusers_code(model.family, base, model.pretrained_config, model.omitted)
+        if code is not None:
+            return f"pipe = {code}"
+    return loading_code(base, pipeline)
 
 
 def _pipeline_of(model: DiffusionModel) -> tuple[str, str]:

@@ -17,8 +17,8 @@ _OWN_LAYOUTS = {
     "qwen_image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
 }
 """Keys of architectures that diffusers does not recognize, or takes for another one (PixArt for Sana)."""
-_FLUX_2_DEV = "guidance_in.in_layer.weight"
-"""Key of FLUX.2 dev, which has its guidance scale as an input; diffusers names FLUX.2 Klein the same."""
+GUIDANCE = "guidance_in.in_layer.weight"
+"""Key of FLUX.1 dev and FLUX.2 dev, which have their guidance scale as an input."""
 
 
 def layout_of(file: Path) -> str:
@@ -33,7 +33,7 @@ def layout_of(file: Path) -> str:
     own = next((name for name, keys in _OWN_LAYOUTS.items() if names.issuperset(keys)), None)
     if own is not None:
         return own
-    if layout == "flux-2-dev" and _FLUX_2_DEV not in names:
+    if layout == "flux-2-dev" and GUIDANCE not in names:
         return "flux-2-klein"
     is_stable_diffusion = any(key.startswith(f"{DENOISER}input_blocks.") for key in shapes)
     return "unknown" if layout == "v1" and not is_stable_diffusion else layout

@@ -17,7 +17,7 @@ from lightning_draft.errors import ConfigurationError
 from lightning_draft.models import skeleton
 from lightning_draft.models.families import FAMILIES, class_for_layout, class_for_pipeline
 from lightning_draft.models.family import Family
-from lightning_draft.models.layouts import DENOISER, layout_of, shapes_of
+from lightning_draft.models.layouts import DENOISER, GUIDANCE, layout_of, shapes_of
 from lightning_draft.text import first_line
 from lightning_draft.weightless import is_without_weights
 
@@ -63,20 +63,33 @@ def open_single_file(
         if absent and config is None:
             raise ConfigurationError(
                 f"{file} has no {' and no '.join(absent)}; set pretrained_config to a complete pipeline from which "
-                f"they are read, such as {family.example}{_advice_to_omit(family, absent)}"
+                f"they are read, such as {_example(family, file)}{_advice_to_omit(family, absent)}"
             )
+        if config is not None and family.denoiser in present:
+            _check_guidance(family, file, config)
         if is_without_weights():
             return _without_weights(family, config or _default_config(file), dtypes, options)
         return _with_weights(family, file, dtypes, config, absent, options)
     except (*_FAILURES, SingleFileComponentError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
-            raise ConfigurationError(f"{file} lacks weights; copy or download it again") from error
-        raise ConfigurationError(
+        raise _not_opened(family, file, config, error) from error
+
+
+def _not_opened(family: Family, file: Path, config: str | None, error: Exception) -> ConfigurationError:
+    example = _example(family, file)
+    if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+        advice = f", or set pretrained_config to a pipeline with its architecture, such as {example}" if config else ""
+        return ConfigurationError(f"{file} lacks weights; copy or download it again{advice}")
+    if config is None:
+        return ConfigurationError(
             f"{file} could not be opened as a {family.title} checkpoint ({first_line(error)}); without a connection, "
             "set pretrained_config to the folder of a pipeline with the same architecture"
-        ) from error
+        )
+    return ConfigurationError(
+        f"{file} could not be opened with pretrained_config={config} ({first_line(error)}); give the folder or hub id "
+        f"of a complete pipeline with the same architecture, such as {example}"
+    )
 
 
 def _with_weights(
@@ -149,13 +162,39 @@ def _default_config(file: Path) -> str:
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[layout_of(file)]["pretrained_model_name_or_path"])
 
 
-def diffusers_code(family: Family, pretrained: str, config: str | None, show: Callable[[str], str] = str) -> str | None:
+def _example(family: Family, file: Path) -> str:
+    """Return the hub id of a pipeline with the architecture of a file."""
+    known = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(layout_of(file), {})
+    return str(known.get("pretrained_model_name_or_path", family.example))
+
+
+def _check_guidance(family: Family, file: Path, config: str) -> None:
+    """Check that the denoiser has its guidance scale as an input in both places; diffusers would drop its weights."""
+    kind = _class(*family.pipeline_class.load_config(config)[family.denoiser])
+    expected = kind.load_config(config, subfolder=family.denoiser).get("guidance_embeds")
+    found = any(key.removeprefix(DENOISER) == GUIDANCE for key in shapes_of(file))
+    if expected is not None and bool(expected) != found:
+        ours, theirs = ("with", "without") if found else ("without", "with")
+        raise ConfigurationError(
+            f"{file} is a model {ours} a guidance scale as an input, and pretrained_config={config} one {theirs}; give "
+            f"a pipeline with the same architecture, such as {_example(family, file)}"
+        )
+
+
+def diffusers_code(
+    family: Family,
+    pretrained: str,
+    config: str | None,
+    omit: Sequence[str] = (),
+    show: Callable[[str], str] = expanduser,
+) -> str | None:
     """Return the Python expression that opens a single file in diffusers, with the networks that it lacks.
 
     Args:
         family: The family.
         pretrained: The model's `pretrained`.
         config: `pretrained_config`.
+        omit: Components that are not loaded.
         show: Returns the name of a file, folder or hub id in the expression.
 
     Returns:
@@ -165,15 +204,20 @@ def diffusers_code(family: Family, pretrained: str, config: str | None, show: Ca
     if config is None or not file.is_file():
         return None
     index = family.pipeline_class.load_config(expanduser(config))
-    present = [name for name in family.networks if index.get(name, [None])[0] is not None]
+    present = [name for name in family.networks if name not in omit and index.get(name, [None])[0] is not None]
+    absent = _absent(family, file, present)
     source, place = _literal(show(pretrained)), _literal(show(config))
-    if family.opens_single_files and not _absent(family, file, present):
-        return f"{family.pipeline_name}.from_single_file({source}, config={place})"
+    omitted = "".join(f", {name}=None" for name in omit)
+    if family.opens_single_files and set(present) - {*absent, family.denoiser}:
+        options = f", config={place}{omitted}"
+        for name in absent:
+            options += f', {name}={index[name][1]}.from_pretrained({place}, subfolder="{name}")'
+        return f"{family.pipeline_name}.from_single_file({source}{options})"
     if not family.opens_single_files and _has_prefix(shapes_of(file)):
         items = f"safetensors.torch.load_file({source}).items()"
         source = f'{{key.removeprefix("{DENOISER}"): value for key, value in {items}}}'
     network = f'{index[family.denoiser][1]}.from_single_file({source}, config={place}, subfolder="{family.denoiser}")'
-    return f"{family.pipeline_name}.from_pretrained({place}, {family.denoiser}={network})"
+    return f"{family.pipeline_name}.from_pretrained({place}, {family.denoiser}={network}{omitted})"
 
 
 def _literal(text: str) -> str:

@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
+import transformers
 import yaml
 from diffusers import (
     ChromaPipeline,
@@ -230,12 +231,12 @@ def test_omitted_networks_need_no_pretrained_config(
     sd3_files: dict[str, str], large_sd3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each network that is absent is named, and `omit` where it helps."""
-    default = {"pretrained_model_name_or_path": str(large_sd3)}
-    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "sd35_large", default)
     with pytest.raises(ConfigurationError, match=r"has no text_encoder_3; set .* or omit: \[text_encoder_3\]$"):
         StableDiffusion3(sd3_files["clips"])
-    with pytest.raises(ConfigurationError, match=r"has no text_encoder and no text_encoder_2 and no .*-medium$"):
+    with pytest.raises(ConfigurationError, match=r"has no text_encoder and no text_encoder_2 and no .*3.5-large$"):
         StableDiffusion3(sd3_files["none"])
+    default = {"pretrained_model_name_or_path": str(large_sd3)}
+    monkeypatch.setitem(DIFFUSERS_DEFAULT_PIPELINE_PATHS, "sd35_large", default)
     options: dict[str, Any] = {"lora": None, "omit": ["text_encoder_3"]}
     assert_same_weights(StableDiffusion3(sd3_files["clips"], **options), StableDiffusion3(str(large_sd3), **options))
     with without_weights():
@@ -365,6 +366,27 @@ def test_a_chroma_file_is_the_folder(tiny_chroma: Path, tmp_path: Path, complete
             Chroma(file)
 
 
+def test_a_pretrained_config_of_another_architecture_is_rejected(
+    tiny_flux: Path, sd3_files: dict[str, str], large_sd3: Path, tmp_path: Path
+) -> None:
+    """Also if only the guidance scale is missing, whose weights diffusers would drop."""
+    pipeline = FluxPipeline.from_pretrained(tiny_flux)
+    file = written(original_layouts.flux_transformer(pipeline.transformer), tmp_path / "flux.safetensors")
+    shutil.copytree(tiny_flux, tmp_path / "schnell")
+    config = tmp_path / "schnell" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "guidance_embeds": False}))
+    message = r"is a model with a guidance scale as an input, and .* one without; .* such as .*FLUX.1-dev$"
+    with pytest.raises(ConfigurationError, match=message):
+        Flux(file, pretrained_config=str(tmp_path / "schnell"), height=16, width=16)
+    shutil.copytree(large_sd3, tmp_path / "wide")
+    config = tmp_path / "wide" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 39}))
+    for other in ("wide", "nowhere"):
+        message = rf"could not be opened with pretrained_config=.*{other} \(.*\); give .* such as .*3.5-large$"
+        with pytest.raises(ConfigurationError, match=message):
+            StableDiffusion3(sd3_files["all"], pretrained_config=str(tmp_path / other))
+
+
 def test_flux_and_chroma_are_distinguished(tiny_flux: Path, tiny_chroma: Path, tmp_path: Path) -> None:
     """Files, and the pipelines of `pretrained_config`."""
     flux = original_layouts.flux_transformer(FluxPipeline.from_pretrained(tiny_flux).transformer)
@@ -402,13 +424,18 @@ def test_a_file_with_keys_of_a_model_and_other_shapes_is_no_checkpoint(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["all", "clips", "none"])
+@pytest.mark.parametrize("omit", [(), ("text_encoder_3",)])
 def test_the_printed_code_opens_the_file_in_diffusers(
-    sd3_files: dict[str, str], large_sd3: Path, name: str, tmp_path: Path
+    sd3_files: dict[str, str], large_sd3: Path, name: str, omit: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """With the networks that it lacks."""
-    assert_printed_code_opens(
-        StableDiffusion3(sd3_files[name], pretrained_config=str(large_sd3), lora=LoRA(rank=2)), tmp_path
-    )
+    """With the networks that it lacks, which have other weights in the file than in `pretrained_config`."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(large_sd3)
+    for network in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        perturb(getattr(pipeline, network))
+    pipeline.save_pretrained(tmp_path / "other")
+    options: dict[str, Any] = {"lora": LoRA(rank=2), "omit": omit}
+    model = StableDiffusion3(sd3_files[name], pretrained_config=str(tmp_path / "other"), **options)
+    assert_printed_code_opens(model, tmp_path)
 
 
 def assert_printed_code_opens(model: PipelineModel, folder: Path) -> None:
@@ -416,10 +443,14 @@ def assert_printed_code_opens(model: PipelineModel, folder: Path) -> None:
     lines = [line.strip() for line in lora_lines(model, folder / "lora.safetensors")]
     assert lines[0] == "in diffusers:"
     kinds = re.findall(r"\w+(?=\.from_)", lines[1])
-    names = {"safetensors": safetensors, **{kind: getattr(diffusers, kind) for kind in kinds}}
+    libraries = {kind: diffusers if hasattr(diffusers, kind) else transformers for kind in kinds}
+    names = {"safetensors": safetensors, **{kind: getattr(library, kind) for kind, library in libraries.items()}}
     exec(lines[1], names)
     opened = names["pipe"].components
     for network in model.family.networks:
+        if getattr(model.pipeline, network) is None:
+            assert opened[network] is None
+            continue
         theirs, ours = opened[network].state_dict(), getattr(model.pipeline, network).state_dict()
         values = {key.replace(".base_layer", ""): value for key, value in ours.items() if "lora_" not in key}
         assert theirs.keys() == values.keys()
@@ -569,7 +600,7 @@ def test_a_transformer_that_lacks_a_weight_or_is_of_another_size_is_rejected(
     with pytest.raises(ConfigurationError, match="less.safetensors lacks weights; copy or download it again"):
         kind(less, pretrained_config=folder, **SMALL)
     wide = written({**state, name: torch.zeros(3, 3)}, tmp_path / "wide.safetensors")
-    with pytest.raises(ConfigurationError, match="could not be opened as a .* of a pipeline with the same architectur"):
+    with pytest.raises(ConfigurationError, match="could not be opened with pretrained_config=.* same architectur"):
         kind(wide, pretrained_config=folder, **SMALL)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigurationError, match=r"pretrained_config=.* is a FluxPipeline and not a"):

@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from lightning_draft.errors import ConfigurationError
 
 Number = TypeVar("Number", int, float)
@@ -99,9 +101,9 @@ def boolean(name: str, value: Any) -> bool:
     Raises:
         ConfigurationError: It is another value, such as the text "false", which Python takes for true.
     """
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise ConfigurationError(f"{name}={value!r} must be true or false; write true")
-    return value
+    return bool(value)
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:
@@ -145,7 +147,7 @@ def given(**options: Option | None) -> dict[str, Option]:
 
 def is_finite(value: Any) -> bool:
     """Return whether a value is a finite number."""
-    return _is_number(value) and math.isfinite(value)
+    return _is_number(value) and abs(value) < math.inf
 
 
 def _is_number(value: Any) -> bool:

@@ -70,9 +70,9 @@ class Memory:
         Raises:
             ConfigurationError: Tiles are wanted, and it has none; or there is no autoencoder.
         """
-        options = given(**vars(self))
-        if vae is None and options:
-            name, value = next(iter(options.items()))
+        changes = {name: value for name, value in given(**vars(self)).items() if value}
+        if vae is None and changes:
+            name, value = next(iter(changes.items()))
             raise ConfigurationError(
                 f"memory.{name}={value!r} has no effect on a model in pixel space, which has no decoder; leave it out"
             )

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_draft.arguments import at_least, one_of, positive
+from lightning_draft.arguments import at_least, is_finite, one_of, positive
 from lightning_draft.errors import ConfigurationError
 from lightning_draft.models.base import Conditioning
 from lightning_draft.models.latents import pack, unpack
@@ -178,10 +178,10 @@ def with_token_norms(guided: Tensor, conditional: Tensor) -> Tensor:
 
 def _is_interval(value: Any) -> bool:
     """Return whether a value is two increasing numbers between 0 and 1."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(map(is_finite, value)):
         return False
     first, last = value
-    return all(isinstance(each, (int, float)) for each in value) and 0 <= first < last <= 1
+    return bool(0 <= first < last <= 1)
 
 
 def _warn_of_no_effect(what: str) -> None:

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def train(config: str, seed: int, arguments: argparse.Namespace, evaluation: Eva
     tuned, num_steps = TUNED.find(config=config), arguments.num_steps
     assert tuned is not None
     options = [f"--{name}={value!r}" for name, value in tuned["options"].items()]
-    module, data, trainer = build(config, seed, [*options, f"--model.sampler.init_args.num_steps={num_steps}"])
+    options += [f"--model.sampler.init_args.num_steps={num_steps}", *(f"--{option}" for option in arguments.options)]
+    module, data, trainer = build(config, seed, options)
     if kind(config) == "policy gradients" and module.window is None:
         trainer["accumulate_grad_batches"] = num_steps - 1  # all steps with noise
     assert isinstance(module.model, PipelineModel)
@@ -83,6 +85,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3000, help="CPU seconds of a run at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=12, help="evaluation prompts, two images each")
+    parser.add_argument(
+        "--options", nargs="+", default=[], metavar="NAME=VALUE", help="options of the configs after the tuned ones"
+    )
     parser.add_argument("--clean-images", type=Path, default=Path("runs/emoji/emoji64.npz"))
     return parser.parse_args(words)
 
@@ -96,7 +101,8 @@ def main(words: Sequence[str] | None = None) -> None:
     prompts = ordered("emoji64_eval")[: arguments.prompts]
     evaluation = Evaluation(rewards(arguments.clean_images), prompts, 2, 10_000, arguments.num_steps)
     file = RunFile(arguments.out / "runs.jsonl")
-    common = {"num_steps": arguments.num_steps, "level": arguments.level, "limit": arguments.seconds}
+    common: dict[str, Any] = {"num_steps": arguments.num_steps, "level": arguments.level, "limit": arguments.seconds}
+    common["options"] = " ".join(arguments.options)
     for seed in arguments.seeds:
         for config in arguments.configs:
             if file.find(config=config, seed=seed, **common) is None:

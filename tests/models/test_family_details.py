@@ -33,11 +33,6 @@ def test_a_prompt_that_is_no_class_is_rejected(folders: Callable, prompt: str) -
         model.encode([prompt])
 
 
-def test_guidance_of_pixels_is_rejected(folders: Callable) -> None:
-    with pytest.raises(ConfigurationError, match=r"guidance.scale=2.0 needs prompts.*write 1"):
-        opened(folders("pixels"), CASES["pixels"], guidance=Guidance(2.0))
-
-
 def test_an_embedded_guidance_that_has_no_effect_is_rejected(folders: Callable) -> None:
     with pytest.raises(ConfigurationError, match=r"guidance.embedded=3.5 has no effect on this model family"):
         opened(folders("chroma"), CASES["chroma"], guidance=Guidance(embedded=3.5))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FINAL_LAYER = {"final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
+
 
 def stable_diffusion(pipeline: Any) -> dict[str, Tensor]:
     """A pipeline's weights under the names of the original Stable Diffusion code, in one dictionary."""
@@ -81,8 +83,7 @@ def _sd3_layers(config: Any) -> dict[str, list[str]]:
     layers = {
         "x_embedder.proj": ["pos_embed.proj"],
         "context_embedder": ["context_embedder"],
-        "final_layer.linear": ["proj_out"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        **_FINAL_LAYER,
     }
     for original, name in {"t_embedder": "timestep", "y_embedder": "text"}.items():
         layers[f"{original}.mlp.0"] = [f"time_text_embed.{name}_embedder.linear_1"]
@@ -128,8 +129,7 @@ def _flux_layers(config: Any) -> dict[str, list[str]]:
     layers = {
         "img_in": ["x_embedder"],
         "txt_in": ["context_embedder"],
-        "final_layer.linear": ["proj_out"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        **_FINAL_LAYER,
     }
     embedders = {"time_in": "timestep", "vector_in": "text", "guidance_in": "guidance"}
     for original, name in embedders.items():
@@ -167,8 +167,7 @@ def flux_2_transformer(transformer: Any) -> dict[str, Tensor]:
         "txt_in": ["context_embedder"],
         "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
         "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
-        "final_layer.linear": ["proj_out"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        **_FINAL_LAYER,
     }
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
         layers[f"{name}.lin"] = [f"{name}.linear"]

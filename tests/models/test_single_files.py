@@ -2,23 +2,17 @@
 
 import inspect
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
-import safetensors.torch
 import torch
-import transformers
 import yaml
 from diffusers import (
     ChromaPipeline,
-    Flux2Transformer2DModel,
     FluxPipeline,
-    QwenImageTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -27,16 +21,12 @@ from diffusers import (
 )
 from diffusers.loaders import single_file_model
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CLIPTextModelWithProjection
 
 import lightning_draft
-from lightning_draft.chain import SamplingChain
-from lightning_draft.cli.summary import lora_lines
 from lightning_draft.errors import ConfigurationError
-from lightning_draft.model_card import write_card
 from lightning_draft.models import (
     Chroma,
     Flux,
@@ -45,7 +35,6 @@ from lightning_draft.models import (
     LoRA,
     Memory,
     PipelineModel,
-    QwenImage,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
@@ -54,41 +43,11 @@ from lightning_draft.models import (
 )
 from lightning_draft.models.loading import opener
 from lightning_draft.models.lora_base import read_lora
-from lightning_draft.samplers import DDIM, FlowEuler
 from lightning_draft.weightless import without_weights
 from tests import original_layouts
+from tests.single_files import assert_printed_code_opens, assert_same_model, assert_same_weights, written
 from tests.tiny_families import write
 from tests.tiny_pipelines import perturb, text_config, write_sd3_pipeline
-
-
-def written(state: dict[str, Tensor], file: Path) -> str:
-    """Write a checkpoint and return its name."""
-    save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, file)
-    return str(file)
-
-
-def assert_same_weights(ours: PipelineModel, theirs: PipelineModel) -> None:
-    """Bitwise."""
-    first, second = ours.state_dict(), theirs.state_dict()
-    assert {name: value.dtype for name, value in first.items()} == {name: value.dtype for name, value in second.items()}
-    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
-
-
-@torch.no_grad()
-def image(model: PipelineModel) -> Tensor:
-    """An image of two steps, from weights whose addresses are aligned: those in a file round differently."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    sampler = FlowEuler(2) if model.prediction == "flow" else DDIM(2)
-    chain = SamplingChain(model, sampler, model.encode(["a red cat"]))
-    return model.decode(chain.advance(chain.start(model.noise(1, torch.Generator().manual_seed(0)))).x)
-
-
-def assert_same_model(ours: PipelineModel, theirs: PipelineModel) -> None:
-    """Weights, schedule and image."""
-    assert_same_weights(ours, theirs)
-    assert (ours.schedule, ours.prediction) == (theirs.schedule, theirs.prediction)
-    assert torch.equal(image(ours), image(theirs))
 
 
 @pytest.fixture(scope="module")
@@ -438,25 +397,6 @@ def test_the_printed_code_opens_the_file_in_diffusers(
     assert_printed_code_opens(model, tmp_path)
 
 
-def assert_printed_code_opens(model: PipelineModel, folder: Path) -> None:
-    """The printed code opens the networks of a model, without its adapters."""
-    lines = [line.strip() for line in lora_lines(model, folder / "lora.safetensors")]
-    assert lines[0] == "in diffusers:"
-    kinds = re.findall(r"\w+(?=\.from_)", lines[1])
-    libraries = {kind: diffusers if hasattr(diffusers, kind) else transformers for kind in kinds}
-    names = {"safetensors": safetensors, **{kind: getattr(library, kind) for kind, library in libraries.items()}}
-    exec(lines[1], names)
-    opened = names["pipe"].components
-    for network in model.family.networks:
-        if getattr(model.pipeline, network) is None:
-            assert opened[network] is None
-            continue
-        theirs, ours = opened[network].state_dict(), getattr(model.pipeline, network).state_dict()
-        values = {key.replace(".base_layer", ""): value for key, value in ours.items() if "lora_" not in key}
-        assert theirs.keys() == values.keys()
-        assert all(torch.equal(value, values[key]) for key, value in theirs.items())
-
-
 @pytest.mark.parametrize("name", ["all", "clips", "none"])
 def test_cached_embeddings_of_a_single_file_are_those_of_its_encoders(
     sd3_files: dict[str, str], large_sd3: Path, name: str, tmp_path: Path
@@ -491,120 +431,6 @@ def test_a_z_image_file_is_the_folder(tmp_path: Path) -> None:
     assert_same_weights(
         ZImage(file, pretrained_config=str(tmp_path / "fp16"), **options), ZImage(str(folder), **options)
     )
-
-
-SMALL: dict[str, Any] = {"lora": None, "height": 16, "width": 16}
-TRANSFORMERS: dict[str, tuple[Any, Any, Callable[[Any], dict[str, Tensor]]]] = {
-    "flux_2_klein": (Flux2Klein, Flux2Transformer2DModel, original_layouts.flux_2_transformer),
-    "qwen_image": (QwenImage, QwenImageTransformer2DModel, original_layouts.qwen_image_transformer),
-}
-
-
-@pytest.fixture(scope="module", params=TRANSFORMERS)
-def transformer_alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str, str]:
-    """A model class whose pipeline diffusers opens from folders alone, a folder, and a file with its transformer."""
-    kind, network, layout = TRANSFORMERS[request.param]
-    place = tmp_path_factory.mktemp("single")
-    folder = write(request.param, place / "folder")
-    state = layout(network.from_pretrained(folder, subfolder="transformer"))
-    return kind, str(folder), written(state, place / "transformer.safetensors")
-
-
-@pytest.fixture(params=["authors", "comfy"])
-def transformer_file(request: pytest.FixtureRequest, transformer_alone: tuple[Any, str, str], tmp_path: Path) -> str:
-    """The file as its authors write it, and as ComfyUI writes all networks of a pipeline."""
-    file = transformer_alone[2]
-    if request.param == "authors":
-        return file
-    state = {f"model.diffusion_model.{key}": value for key, value in load_file(file).items()}
-    others = dict.fromkeys(["vae.decoder.conv_in.bias", "text_encoders.qwen.norm.weight"], torch.zeros(1))
-    return written({**state, **others}, tmp_path / "comfy.safetensors")
-
-
-def test_a_transformer_alone_is_the_folder(transformer_alone: tuple[Any, str, str], transformer_file: str) -> None:
-    """The other networks come from `pretrained_config`, also if the file has them; a plan reads the header."""
-    kind, folder, _ = transformer_alone
-    expected = kind(folder, **SMALL)
-    assert opener(transformer_file) == kind.__name__
-    assert_same_model(kind(transformer_file, pretrained_config=folder, **SMALL), expected)
-    mixed = {"dtype": "bfloat16", "memory": Memory(vae_dtype="float32"), **SMALL}
-    model = kind(transformer_file, pretrained_config=folder, **mixed)
-    assert_same_weights(model, kind(folder, **mixed))
-    with without_weights():
-        planned = kind(transformer_file, pretrained_config=folder, **mixed).state_dict()
-    assert {name: (value.shape, value.dtype) for name, value in planned.items()} == {
-        name: (value.shape, value.dtype) for name, value in model.state_dict().items()
-    }
-    with pytest.raises(ConfigurationError, match="has no vae and no text_encoder; set pretrained_config to a complete"):
-        kind(transformer_file)
-
-
-def test_a_transformer_alone_may_be_in_float8(transformer_alone: tuple[Any, str, str], tmp_path: Path) -> None:
-    kind, folder, file = transformer_alone
-    state = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}
-    half = written({key: value.half() for key, value in state.items()}, tmp_path / "half.safetensors")
-    models = [
-        kind(each, pretrained_config=folder, **SMALL) for each in (written(state, tmp_path / "8.safetensors"), half)
-    ]
-    assert_same_weights(*models)
-
-
-def test_the_printed_code_opens_a_transformer_alone(
-    transformer_alone: tuple[Any, str, str], transformer_file: str, tmp_path: Path
-) -> None:
-    kind, folder, _ = transformer_alone
-    assert_printed_code_opens(kind(transformer_file, pretrained_config=folder, **{**SMALL, "lora": LoRA(2)}), tmp_path)
-
-
-def test_the_card_opens_a_transformer_alone(
-    transformer_alone: tuple[Any, str, str], transformer_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By names without local folders."""
-    kind, folder, _ = transformer_alone
-    model = kind(transformer_file, pretrained_config=folder, **{**SMALL, "lora": LoRA(2)})
-    base = Path(transformer_file).name
-    text = write_card(model, tmp_path / "lora" / "best.safetensors", {"base": base}, comfy=False)
-    assert str(tmp_path) not in text
-    assert folder not in text
-    code = text.partition("```python\n")[2].partition("pipe.load_lora_weights")[0]
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder, "folder")
-    if not Path(base).exists():
-        shutil.copy(transformer_file, base)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    own = {key: value for key, value in model.transformer.state_dict().items() if "lora_" not in key}
-    values = {key.replace(".base_layer", ""): value for key, value in own.items()}
-    assert all(torch.equal(value, values[key]) for key, value in names["pipe"].transformer.state_dict().items())
-
-
-def test_cached_embeddings_of_a_transformer_alone_are_those_of_the_folder(
-    transformer_alone: tuple[Any, str, str], tmp_path: Path
-) -> None:
-    kind, folder, file = transformer_alone
-    expected = kind(folder, **SMALL).encode(["a cat"])
-    model = kind(file, pretrained_config=folder, text=TextEncoding(cache=str(tmp_path)), **SMALL)
-    assert model.text_encoder is None
-    found = model.encode(["a cat"])
-    assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
-    assert all(map(torch.equal, found.ragged.get("text", ()), expected.ragged.get("text", ())))
-
-
-def test_a_transformer_that_lacks_a_weight_or_is_of_another_size_is_rejected(
-    transformer_alone: tuple[Any, str, str], tmp_path: Path
-) -> None:
-    kind, folder, file = transformer_alone
-    state = load_file(file)
-    name = next(key for key in state if key.startswith("txt_in."))
-    less = written({key: value for key, value in state.items() if key != name}, tmp_path / "less.safetensors")
-    with pytest.raises(ConfigurationError, match="less.safetensors lacks weights; copy or download it again"):
-        kind(less, pretrained_config=folder, **SMALL)
-    wide = written({**state, name: torch.zeros(3, 3)}, tmp_path / "wide.safetensors")
-    with pytest.raises(ConfigurationError, match="could not be opened with pretrained_config=.* same architectur"):
-        kind(wide, pretrained_config=folder, **SMALL)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigurationError, match=r"pretrained_config=.* is a FluxPipeline and not a"):
-        kind(file, pretrained_config=str(tmp_path), **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def _plan(args: Sequence[str], rollouts: Fraction | None = None) -> _Run:
         if isinstance(module, RolloutModule):
             uses = Fraction(module.training_steps_per_batch(len(prompts)), accumulate)
         size = math.ceil(len(prompts) / min(Fraction(1), uses)) if rollouts is not None else len(prompts) * accumulate
-        run = partial(_Run, title, prompts=size, accumulate=accumulate, rollouts=rollouts, uses=uses)
-        run = partial(run, options=effective_options(cli.config["fit"], module, len(prompts)))
+        options = effective_options(cli.config["fit"], module, len(prompts))
+        run = partial(_Run, title, prompts=size, options=options, accumulate=accumulate, rollouts=rollouts, uses=uses)
         needed = _steps_needed(module)
         if needed < steps and (shortened := _shortened(cli, module, prompts, needed)) is not None:
             return run(plan=shortened)

@@ -75,8 +75,8 @@ class PromptEmbedding(DiffusionModel):
         Args:
             prompts: The prompts.
             device: With `text.cache`: the device of the text encoders, which are loaded for this.
-            progress: Called with the number of embedded texts and the number of those that had no embedding, at the
-                start and after each text.
+            progress: Called with the number of texts embedded so far and the number to embed, before the first text and
+                after each.
 
         Raises:
             ConfigurationError: The disk has no space for `text.cache`.

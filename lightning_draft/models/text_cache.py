@@ -49,13 +49,13 @@ class TextCache:
         return embedding
 
     def check_space(self, size: int) -> None:
-        """Check that there is space for embeddings.
+        """Check that there is space for more embeddings; a cache in memory has a fixed capacity and needs no check.
 
         Args:
             size: Their size in bytes.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: There is too little.
         """
 
     @contextmanager

@@ -71,7 +71,7 @@ class TextStore(TextCache):
             size: The size in bytes of the embeddings that are not computed yet.
 
         Raises:
-            ConfigurationError: It has not.
+            ConfigurationError: It has too little.
         """
         free = shutil.disk_usage(self.folder).free - sum(map(_size, self._pending.values()))
         if size > free:
@@ -168,7 +168,9 @@ def fingerprint(pipeline: Any, encoders: Sequence[str], settings: Sequence[objec
         for name in (encoder, tokenizer):
             files = sorted(file for file in (folder / name).rglob("*") if file.is_file())
             if not files and (single_file is None or name == tokenizer):
-                raise ConfigurationError(f"text.cache: the files of the {name} are not in {folder}; leave it out")
+                raise ConfigurationError(
+                    f"text.cache: the files of the {name} are not in {folder}; write null for no cache on the disk"
+                )
             for file in files:
                 digest.update(f"{file.relative_to(folder)} {file_sha256(file)}".encode())
     return digest.hexdigest()[:32]

@@ -274,5 +274,5 @@ def test_an_encoder_without_files_is_rejected(tiny_sd: Path, tmp_path: Path) -> 
     """Its embeddings could not be told from those of another one."""
     model = opened(tiny_sd, tmp_path)
     model.pipeline.tokenizer.name_or_path = str(tmp_path / "elsewhere")
-    with pytest.raises(ConfigurationError, match=r"text.cache: the files of the text_encoder are not in .*; leave it"):
+    with pytest.raises(ConfigurationError, match=r"the files of the text_encoder are not in .*; write null"):
         model.encode(PROMPTS)
